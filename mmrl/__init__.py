@@ -1,0 +1,34 @@
+"""mmrl: train, evaluate and export CLIP-style image-text encoders with nested (Matryoshka) embeddings.
+
+The public names are imported on first use, so that ``import mmrl`` loads neither torch nor deepspeed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmrl.data.stream import stream as stream
+    from mmrl.evaluate.retrieval import retrieval as retrieval
+    from mmrl.export.encoder import load as load
+    from mmrl.losses.nested_infonce import nested_info_nce as nested_info_nce
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "load": "mmrl.export.encoder",
+    "nested_info_nce": "mmrl.losses.nested_infonce",
+    "retrieval": "mmrl.evaluate.retrieval",
+    "stream": "mmrl.data.stream",
+}
+
+__all__ = ["__version__", "load", "nested_info_nce", "retrieval", "stream"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'mmrl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

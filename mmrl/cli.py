@@ -1,0 +1,103 @@
+"""`mmrl …`: parse, call, print. Each command imports what it needs, so that --help is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmrl.errors import InputError, RunStopped
+
+app = typer.Typer(
+    name="mmrl",
+    help="Train, evaluate and export image-text encoders with nested (Matryoshka) embeddings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="About config files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="YAML file, such as configs/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="train.batch_size=128")] = None,
+) -> None:
+    """Carry out the run that CONFIG describes. Start it under torchrun for several processes."""
+    from mmrl import config as configs
+    from mmrl.train import train
+
+    train(configs.load(config, overrides or []))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
+    shards: Annotated[list[str], typer.Argument(help="Shards; NAME=SHARDS names a set, several may be given")],
+    dims: Annotated[str | None, typer.Option(help="Such as 512,128; the trained dims when left out")] = None,
+    captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/ there")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score image→text and text→image retrieval at every dim."""
+    from mmrl.evaluate.command import evaluate_model
+
+    result = evaluate_model(model, shards, _dims(dims), captions, out, quiet=as_json)
+    if as_json:
+        print(json.dumps(result, indent=2))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
+    out: Annotated[Path, typer.Argument(help="New folder; OUT/D for each dim where several are given")],
+    dim: Annotated[str, typer.Option(help="Such as 128, or 512,128")],
+    as_json: Json = False,
+) -> None:
+    """Write the encoder whose vectors are the first DIM numbers, with its projections really cut."""
+    from mmrl.export.bundles import export_bundle
+
+    dims = _dims(dim) or []
+    manifests = {}
+    for d in dims:
+        folder = out if len(dims) == 1 else out / str(d)
+        manifests[str(d)] = export_bundle(model, folder, d)
+        if not as_json:
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            worst = manifests[str(d)]["contract"]["worst_absolute_difference"]
+            print(f"{folder}: {d}-d encoder, {size / 1e6:.1f} MB; differs from the full model's prefix by {worst:.0e}")
+    if as_json:
+        print(json.dumps(manifests, indent=2))
+
+
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of config files, for editors."""
+    from mmrl import config as configs
+
+    print(configs.schema())
+
+
+def _dims(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"dims: {text!r} is no list of numbers such as 512,128.") from None
+
+
+def main() -> None:
+    """The entry point: exit 0 for success, 2 for a mistake of the user's, 1 for anything else."""
+    try:
+        app()
+    except InputError as error:
+        print(f"mmrl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunStopped as error:
+        print(f"mmrl: {error}", file=sys.stderr)
+        sys.exit(1)

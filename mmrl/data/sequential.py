@@ -1,0 +1,71 @@
+"""A whole set once, in the order of its shards, with every caption: what evaluation and embedding read.
+
+Shapes: B pictures of a batch, M their captions in all, C channels, H and W the image's size, L tokens of a text.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from mmrl.data.samples import BadSample, SampleReader
+from mmrl.data.shards import Problem
+from mmrl.image_spec import ImageSpec, decode
+
+
+@dataclass
+class WholeBatch:
+    """Some samples of a set with all their captions."""
+
+    keys: list[str]
+    image_BCHW: torch.Tensor
+    text_ML: torch.Tensor
+    captions: list[str]
+    row_of_text_M: torch.Tensor
+    """Which of the B pictures each caption belongs to."""
+    group_B: torch.Tensor
+    bad: list[Problem] = field(default_factory=list)
+
+
+def read_whole(
+    reader: SampleReader,
+    image: ImageSpec,
+    text: Callable[[list[str]], torch.Tensor],
+    *,
+    batch_size: int = 256,
+    captions: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[WholeBatch]:
+    """This process's share of the set, a run of neighbouring samples; bad samples are left out and listed.
+
+    Args:
+        captions: how many captions of each sample at most, the plain one first; None takes all.
+    """
+    first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
+    for start in range(first, last, batch_size):
+        keys, pictures, groups, texts, rows = [], [], [], [], []
+        bad: list[Problem] = []
+        for number in range(start, min(start + batch_size, last)):
+            try:
+                sample = reader.read(number)
+                pictures.append(image.pixels(decode(sample.image)))
+            except BadSample as error:
+                bad.append(error.problem)
+                continue
+            except ValueError as error:
+                bad.append(reader.problem(number, f"image: {error}"))
+                continue
+            chosen = sample.captions[:captions]
+            texts += chosen
+            rows += [len(keys)] * len(chosen)
+            keys.append(sample.name)
+            groups.append(sample.group)
+        if keys:
+            yield WholeBatch(
+                keys, torch.stack(pictures), text(texts), texts, torch.tensor(rows), torch.tensor(groups), bad
+            )
+        elif bad:
+            raise ValueError(
+                f"{bad[0].shard}: {len(bad)} samples in a row are bad, such as {bad[0].key}: {bad[0].reason}"
+            )

@@ -1,0 +1,137 @@
+"""The only door to torch.distributed: who we are, gathers (one with gradient), reductions.
+
+One process is the same code as many: the functions below return their input's own values in a world of one,
+whether or not a process group exists.
+
+Shapes: b rows of this process, B = b * world_size rows of all, in the order of ranks.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU where there is none."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+def start(timeout_s: float = 1800.0) -> World:
+    """Joins the world that the launcher's variables describe (RANK, WORLD_SIZE, …), or a world of one.
+
+    A process without a launcher gets a group of its own, without a port: DeepSpeed wants one in any case.
+    """
+    if not dist.is_initialized():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "nccl" if on_gpu else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts it
+    return world()
+
+
+def stop() -> None:
+    """Leaves the world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> World:
+    """The present world; rank 0 of 1 before `start`."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums every process's gradient of the gathered rows and hands back our own.
+
+    No further factor: data-parallel averaging divides by the world size, which is right when every process adds
+    its share of the mean (tests/test_distributed.py holds it to the gradient of one process).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_bD: torch.Tensor) -> torch.Tensor:
+        rows_bD = rows_bD.contiguous()
+        gathered_BD = rows_bD.new_empty(rows_bD.shape[0] * dist.get_world_size(), *rows_bD.shape[1:])
+        dist.all_gather_into_tensor(gathered_BD, rows_bD)
+        return gathered_BD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (grad_BD,) = grads
+        grad_bD = grad_BD.new_empty(grad_BD.shape[0] // dist.get_world_size(), *grad_BD.shape[1:])
+        dist.reduce_scatter_tensor(grad_bD, grad_BD.contiguous())
+        return grad_bD
+
+
+def gather(rows_bD: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, in the order of ranks, with gradient: (b, …) -> (B, …). b is equal on all."""
+    if world().size == 1:
+        return rows_bD
+    result: torch.Tensor = _Gather.apply(rows_bD)  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One object a process, small and picklable, in the order of ranks, on every process."""
+    if world().size == 1:
+        return [value]
+    values: list[Any] = [None] * world().size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over processes of a tensor that has no gradient; a new tensor."""
+    values = values.detach().clone()
+    if world().size > 1:
+        dist.all_reduce(values)
+        values /= world().size
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's object, on every process."""
+    values = [value]
+    if world().size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if world().size > 1:
+        dist.barrier()
+
+
+def host() -> str:
+    """This machine's name, for messages that must say where."""
+    return socket.gethostname()

@@ -1,0 +1,1 @@
+"""How good is each dim? Retrieval at every prefix, and the report."""

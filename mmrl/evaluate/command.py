@@ -1,0 +1,72 @@
+"""`mmrl eval`: a stored encoder on sets of shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmrl.data.stream import open_reader
+from mmrl.errors import InputError
+from mmrl.evaluate import report, sets
+from mmrl.model import bundle
+from mmrl.nesting import check_dims
+
+
+def evaluate_model(
+    model: str,
+    shards: Sequence[str],
+    dims: Sequence[int] | None = None,
+    captions: int | None = None,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Scores MODEL on each set, shows the tables, writes the report to `out`; returns what retrieval.json holds.
+
+    Raises:
+        InputError: no such model or shards, dims that it does not have, a set named twice.
+    """
+    readers = {}
+    for spec in shards:
+        name, equals, inner = spec.partition("=")
+        name, inner = (name, inner) if equals else (_name_of(spec), spec)
+        if name in readers:
+            raise InputError(f"shards: two sets are called {name!r}; name them as NAME=SHARDS.")
+        readers[name] = open_reader(inner)
+    encoder = bundle.open_model(model)
+    dims = list(dims) if dims else sorted({*encoder.nested_dims, encoder.dim})
+    check_dims(dims, encoder.dim)
+    console = Console(quiet=quiet)
+    results = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for name, reader in readers.items():
+            task = progress.add_task(f"embedding {name}", total=len(reader))
+            embedded = sets.embed(
+                reader,
+                encoder.model,
+                encoder.image_spec,
+                encoder.tokenise,
+                captions=captions,
+                on_batch=lambda count, task=task: progress.advance(task, count),
+            )
+            results[name] = sets.score(embedded, dims)
+            if embedded.bad:
+                first = embedded.bad[0]
+                progress.console.print(
+                    f"{name}: {len(embedded.bad)} bad samples left out, such as {first.key}: {first.reason}"
+                )
+    result = sets.as_retrieval_json(results)
+    for name in results:
+        console.print(report.table(name, results[name]))
+    if out is not None:
+        sets.write_retrieval_json(out, result)
+        picture = report.write(out / "report", f"{model} at every dim", results)
+        console.print(f"Written: {out}/retrieval.json and {picture}")
+    return result
+
+
+def _name_of(spec: str) -> str:
+    """A short name for a set given without one: the last part of its path."""
+    return spec.removeprefix("starter:").rstrip("/").rpartition("/")[2].removesuffix(".tar")

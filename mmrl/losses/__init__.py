@@ -1,0 +1,1 @@
+"""Losses take embeddings, never a model. Start with reference.py."""

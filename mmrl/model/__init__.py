@@ -1,0 +1,1 @@
+"""Two towers, a nested embedding, and the folder that an encoder is kept in."""

@@ -1,0 +1,270 @@
+"""The only door to open_clip and transformers: a model's name -> two towers, image spec, tokenise callable.
+
+open_clip takes seconds to import, so this file imports it where it is used.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmrl.errors import InputError, did_you_mean
+from mmrl.image_spec import ImageSpec
+from mmrl.settings import Settings, machine
+
+Side = Literal["image", "text"]
+
+_BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# Model configs of our own, in open_clip's format and found by name like open_clip's.
+OWN_CONFIGS = Path(__file__).parent / "open_clip_configs"
+
+
+class TowersConfig(Settings):
+    """Which towers, and where their first weights come from."""
+
+    name: str
+    """An open_clip model config: its name (ViT-B-32, …, or the shipped mmrl-starter), or a JSON file of that form.
+    `hf-hub:` and `local-dir:` names work as in open_clip."""
+    pretrained: str | None = None
+    """An open_clip tag (laion2b_s34b_b79k, fetched once) or a local weights file (.safetensors, .pt)."""
+    pretrained_image: bool = False
+    """Start a timm image tower from timm's own weights (fetched)."""
+    pretrained_text: bool = False
+    """Start a Hugging Face text tower from its own weights (fetched, unless its name is a local folder)."""
+    lock_image: bool = False
+    """Keep the image tower as it is, but for its projection (LiT, arXiv 2111.07991)."""
+    lock_text: bool = False
+    grad_checkpointing: bool = machine(False)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class TokeniseList:
+    """A list of texts -> int64 (M, L). A class, so that data workers can pickle it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        return self.tokenizer(texts)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes the tokenizer's files; returns what `load_tokenise` needs beside them.
+
+        Raises:
+            InputError: a tokenizer of another kind than open_clip's BPE and Hugging Face's.
+        """
+        from open_clip import tokenizer as kinds
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.tokenizer, kinds.SimpleTokenizer):
+            shutil.copyfile(kinds.default_bpe(), folder / _BPE_FILE)
+            kind = "open_clip_bpe"
+        elif isinstance(self.tokenizer, kinds.HFTokenizer):
+            self.tokenizer.save_pretrained(folder)
+            kind = "huggingface"
+        else:
+            raise InputError(
+                f"tokenizer: a {type(self.tokenizer).__name__} cannot be stored; name a Hugging Face tokenizer as "
+                "text_cfg.hf_tokenizer_name in the model config."
+            )
+        return {"kind": kind, "context_length": self.tokenizer.context_length}
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Two encoders of equal width, and how their inputs are made."""
+
+    image: nn.Module
+    text: nn.Module
+    logit_scale: float
+    """The multiplier (already exponentiated) that the towers came with."""
+    embed_dim: int
+    image_spec: ImageSpec
+    tokenise: TokeniseList
+    model_cfg: dict[str, Any]
+    """open_clip's model config, from which both towers can be built again."""
+
+
+def build(config: TowersConfig) -> Towers:
+    """The towers that a config names, with their first weights.
+
+    Raises:
+        InputError: an unknown name, a JSON file that is no model config, weights that are not there or do not fit.
+    """
+    import open_clip
+
+    name = _register(config.name)
+    model_cfg = read_model_cfg(config.name)
+    with _quiet():
+        try:
+            model = open_clip.create_model(
+                name,
+                pretrained=_existing_weights(config.pretrained),
+                force_custom_text=True,
+                pretrained_image=config.pretrained_image,
+                pretrained_text=config.pretrained_text,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+        except (RuntimeError, FileNotFoundError) as error:
+            raise InputError(f"model.name {config.name!r}, model.pretrained {config.pretrained!r}: {error}") from error
+    towers: dict[Side, nn.Module] = {"image": model.visual, "text": model.text}  # pyright: ignore[reportAssignmentType]
+    _lock(towers, model_cfg, config)
+    if config.grad_checkpointing:
+        _checkpoint_gradients(towers)
+    return Towers(
+        image=towers["image"],
+        text=towers["text"],
+        logit_scale=float(model.logit_scale.detach().exp()),
+        embed_dim=model_cfg["embed_dim"],
+        image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
+        tokenise=TokeniseList(tokenizer),
+        model_cfg=model_cfg,
+    )
+
+
+def read_model_cfg(name: str) -> dict[str, Any]:
+    """open_clip's config of a model, with the text tower as a module of its own.
+
+    Raises:
+        InputError: an unknown name, or a JSON file that is no model config.
+    """
+    import open_clip
+
+    try:
+        model_cfg = open_clip.get_model_config(_register(name))
+    except (RuntimeError, FileNotFoundError) as error:
+        raise InputError(f"model.name {name!r}: {error}") from error
+    assert model_cfg is not None
+    return {**model_cfg, "custom_text": True}
+
+
+def build_tower(model_cfg: dict[str, Any], side: Side, embed_dim: int) -> nn.Module:
+    """One tower of a known config, `embed_dim` wide, with unset weights: for loading."""
+    from open_clip import model as open_clip_model
+
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    with _quiet():
+        if side == "image":
+            vision_cfg = open_clip_model.CLIPVisionCfg(**{**model_cfg["vision_cfg"], "timm_model_pretrained": False})
+            return open_clip_model._build_vision_tower(embed_dim, vision_cfg, quick_gelu)
+        text_cfg = open_clip_model.CLIPTextCfg(**{**model_cfg["text_cfg"], "hf_model_pretrained": False})
+        return open_clip_model._build_text_tower(embed_dim, text_cfg, quick_gelu)
+
+
+def projection_axes(model_cfg: dict[str, Any], side: Side) -> dict[str, int] | None:
+    """The tensors of a tower that end in the embedding, each with the axis that runs along it.
+
+    Cutting these axes to their first d entries cuts the embedding to its first d numbers. None if the tower has no
+    such projection, or one whose inner layers depend on the embedding's width as well (an MLP). Found by
+    construction, not by name: the same tower is built at two widths, without memory, and compared.
+    """
+    embed_dim = model_cfg["embed_dim"]
+    try:
+        with torch.device("meta"):
+            full = build_tower(model_cfg, side, embed_dim).state_dict()
+            half = build_tower(model_cfg, side, max(embed_dim // 2, 1)).state_dict()
+    except (ValueError, RuntimeError, AssertionError):
+        return None
+    axes: dict[str, int] = {}
+    for name in full:
+        differ = [i for i, (m, n) in enumerate(zip(full[name].shape, half[name].shape, strict=True)) if m != n]
+        if not differ:
+            continue
+        if len(differ) > 1 or full[name].shape[differ[0]] != embed_dim:
+            return None
+        axes[name] = differ[0]
+    return axes or None
+
+
+def load_tokenise(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]) -> TokeniseList:
+    """The tokenizer that `TokeniseList.save` wrote, from its files alone."""
+    from open_clip import tokenizer as kinds
+
+    settings = model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
+    length = info["context_length"]
+    if info["kind"] == "open_clip_bpe":
+        return TokeniseList(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
+    mode = model_cfg["text_cfg"].get("tokenizer_mode")
+    return TokeniseList(kinds.HFTokenizer(str(folder), context_length=length, tokenizer_mode=mode, **settings))
+
+
+def save_text_config(text_tower: nn.Module, folder: Path) -> None:
+    """A Hugging Face text tower's own config, without which it cannot be built offline; nothing for others."""
+    config = getattr(text_tower, "config", None)
+    if config is not None:
+        config.save_pretrained(folder)
+
+
+def with_local_text_config(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The model config, with the name of a Hugging Face text tower replaced by the folder of `save_text_config`."""
+    if "hf_model_name" not in model_cfg["text_cfg"]:
+        return model_cfg
+    return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(folder)}}
+
+
+def _register(name: str) -> str:
+    """Makes open_clip know our configs and a user's JSON file; returns the name that open_clip knows it by."""
+    import open_clip
+
+    if ":" in name:
+        return name
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            settings = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"model.name: the file {name} does not exist.") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"model.name: {name} is not JSON ({error}).") from None
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(settings)
+        if missing:
+            raise InputError(f"model.name: {name} lacks {', '.join(sorted(missing))}; see open_clip's model configs.")
+        open_clip.add_model_config(path)
+        return path.stem
+    if name not in open_clip.list_models():
+        open_clip.add_model_config(OWN_CONFIGS)
+    if name not in open_clip.list_models():
+        raise InputError(f"model.name: open_clip has no model {name!r}.{did_you_mean(name, open_clip.list_models())}")
+    return name
+
+
+def _existing_weights(pretrained: str | None) -> str | None:
+    if pretrained is not None and ("/" in pretrained or "." in pretrained) and not Path(pretrained).is_file():
+        raise InputError(f"model.pretrained: the file {pretrained} does not exist.")
+    return pretrained
+
+
+def _lock(towers: dict[Side, nn.Module], model_cfg: dict[str, Any], config: TowersConfig) -> None:
+    """Locks a tower but not its projection, which must learn to nest."""
+    sides: dict[Side, bool] = {"image": config.lock_image, "text": config.lock_text}
+    for side, locked in sides.items():
+        if locked:
+            projection = projection_axes(model_cfg, side) or {}
+            for name, parameter in towers[side].named_parameters():
+                parameter.requires_grad = name in projection
+
+
+def _checkpoint_gradients(towers: dict[Side, nn.Module]) -> None:
+    for side, tower in towers.items():
+        switch = getattr(tower, "set_grad_checkpointing", None)
+        if switch is None:
+            raise InputError(f"model.grad_checkpointing: this {side} tower cannot do it; set it to false.")
+        switch(True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip reports each step of a build, and warns of random weights even where they are wanted."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

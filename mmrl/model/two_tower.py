@@ -1,0 +1,129 @@
+"""MatryoshkaCLIP: an image tower and a text tower that meet in one nested embedding.
+
+Shapes: B pictures, C channels, H and W the image's size, M texts, L tokens, D the embedding's width, K nested dims.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from mmrl.model.towers import Side, Towers, TowersConfig, projection_axes
+from mmrl.settings import Settings
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class LogitScaleConfig(Settings):
+    """The multiplier of the similarities, learnt as its logarithm and held at or below 100."""
+
+    init: float | None = Field(default=None, gt=0, le=MAX_LOGIT_SCALE)
+    """Where it starts; left out, where the towers come from (1 / 0.07 for new ones)."""
+    per_dim: bool = False
+    """One for each nested dim instead of one for all."""
+
+
+class ModelConfig(TowersConfig):
+    """The towers, and how their similarities are scaled."""
+
+    logit_scale: LogitScaleConfig = LogitScaleConfig()
+
+
+class Encoder(nn.Module):
+    """A tower, and a projection of ours where the tower has none that can be cut."""
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        projection: nn.Linear | None = None,
+        prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.projection = projection
+        self._prepare = prepare
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) or token ids (M, L) -> embeddings (B or M, D), not normalised."""
+        if self._prepare is not None:
+            x = self._prepare(x)
+        x = self.tower(x)
+        return x if self.projection is None else self.projection(x)
+
+
+class MatryoshkaCLIP(nn.Module):
+    """Two encoders and a logit scale. It knows pixels and tokens, no loss and no dims: every prefix of what it
+    returns is an embedding because the loss makes it so."""
+
+    def __init__(self, image: Encoder, text: Encoder, logit_scale: torch.Tensor) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+        # One axis at least: DeepSpeed cannot broadcast a scalar parameter.
+        self.log_logit_scale = nn.Parameter(logit_scale.reshape(-1).log())
+
+    def forward(
+        self, image_BCHW: torch.Tensor, text_ML: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image (B, D) and text (M, D) embeddings, not normalised, and the logit scale, (1,) or (K,)."""
+        return self.encode_image(image_BCHW), self.encode_text(text_ML), self.logit_scale
+
+    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) -> (B, D)."""
+        return self.image(image_BCHW)
+
+    def encode_text(self, text_ML: torch.Tensor) -> torch.Tensor:
+        """Token ids (M, L) -> (M, D)."""
+        return self.text(text_ML)
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """The multiplier, at most 100: (1,) or (K,)."""
+        return clamp_outward(self.log_logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
+
+
+def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int) -> MatryoshkaCLIP:
+    """The model to train."""
+    init = scale.init or towers.logit_scale
+    return MatryoshkaCLIP(
+        Encoder(towers.image, added_projection(towers.model_cfg, "image"), towers.image_spec.normalise),
+        Encoder(towers.text, added_projection(towers.model_cfg, "text")),
+        torch.full((num_dims if scale.per_dim else 1,), init),
+    )
+
+
+def added_projection(model_cfg: dict[str, Any], side: Side, dim: int | None = None) -> nn.Linear | None:
+    """The projection that this tower lacks, or None. It starts as the identity, so that a pretrained model stands
+    where it stood."""
+    if projection_axes(model_cfg, side) is not None:
+        return None
+    projection = nn.Linear(model_cfg["embed_dim"], dim or model_cfg["embed_dim"], bias=False)
+    nn.init.eye_(projection.weight)
+    return projection
+
+
+class _ClampOutward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, most: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        (x,) = ctx.saved_tensors
+        # Descent moves against the gradient: a negative one at the limit would push further out.
+        return torch.where((x >= ctx.most) & (grad < 0), torch.zeros_like(grad), grad), None
+
+
+def clamp_outward(x: torch.Tensor, most: float) -> torch.Tensor:
+    """min(x, most) that lets x come back: at the limit only the gradient that points outward is dropped.
+
+    Clamping in the forward pass is what holds under ZeRO, where an in-place clamp of the parameter is undone by the
+    next step from the optimiser's own copy.
+    """
+    return _ClampOutward.apply(x, most)  # pyright: ignore[reportReturnType]

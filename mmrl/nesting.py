@@ -1,0 +1,75 @@
+"""The idea of the project: an embedding each of whose prefixes is an embedding.
+
+This is the only place that cuts a prefix, so that training, evaluation and export cut alike.
+
+Shapes: N rows (of any number of leading axes), D full dim, d a nested dim, K number of nested dims.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from mmrl.errors import InputError
+from mmrl.settings import Settings
+
+
+class NestingConfig(Settings):
+    """Which prefixes of the embedding are trained, and how much each counts."""
+
+    dims: list[int] = Field(min_length=1)
+    """Lengths of the prefixes, in any order, such as [512, 256, 128, 64]."""
+    weights: list[float] | None = None
+    """One weight a dim, in the order of `dims`; all 1 when left out. The loss is the weighted mean."""
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """Validated dims, ascending, each with its share of the loss (the shares sum to 1)."""
+
+    dims: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+def nesting(dims: Sequence[int], weights: Sequence[float] | None, full_dim: int) -> Nesting:
+    """Sorts and checks the nested dims of an embedding of `full_dim` numbers.
+
+    Raises:
+        InputError: a dim is repeated, below 1 or beyond `full_dim`; the weights are not as many as the dims,
+            negative, not finite or all zero.
+    """
+    dims = [int(dim) for dim in dims]
+    check_dims(dims, full_dim)
+    weights = [1.0] * len(dims) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(dims):
+        raise InputError(f"weights: {len(weights)} given for {len(dims)} dims; give one weight a dim.")
+    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
+        raise InputError(f"weights: {weights} must be finite, not negative and not all zero.")
+    pairs = sorted(zip(dims, weights, strict=True))
+    total = sum(weights)
+    return Nesting(tuple(dim for dim, _ in pairs), tuple(weight / total for _, weight in pairs))
+
+
+def check_dims(dims: Sequence[int], full_dim: int, name: str = "dims") -> None:
+    """Raises InputError unless `dims` are distinct and lie in 1..full_dim."""
+    if not dims:
+        raise InputError(f"{name}: empty; give at least one dim between 1 and {full_dim}.")
+    for dim in dims:
+        if not 1 <= dim <= full_dim:
+            raise InputError(f"{name}: {dim} is out of range; this embedding has dims 1 to {full_dim}.")
+        if list(dims).count(dim) > 1:
+            raise InputError(f"{name}: {dim} is given twice; name each dim once.")
+
+
+def cut(embedding_ND: torch.Tensor, dim: int) -> torch.Tensor:
+    """The prefix of length `dim`, L2-normalised on its own, in float32 or wider: (…, D) -> (…, dim).
+
+    A zero row stays zero (`F.normalize` divides by at least 1e-12). Source: Kusupati et al. 2022
+    (arXiv 2205.13147), section 3; renormalised prefixes: appendix C.
+    """
+    prefix_Nd = embedding_ND[..., :dim]
+    if prefix_Nd.dtype in (torch.float16, torch.bfloat16):
+        prefix_Nd = prefix_Nd.float()
+    return F.normalize(prefix_Nd, dim=-1)
