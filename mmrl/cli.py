@@ -74,6 +74,94 @@ def export(
         print(json.dumps(manifests, indent=2))
 
 
+@app.command()
+def pack(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of pictures with KEY.txt or KEY.json, or CSV|TSV|JSONL|Parquet")
+    ],
+    out: Annotated[Path, typer.Argument(help="New folder for the shards")],
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of paths; image, image_path, path, … by default")
+    ] = None,
+    caption_column: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; caption, captions, text and title by default")
+    ] = None,
+    group_column: Annotated[str | None, typer.Option(help="Names the item: one item is no negative of itself")] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Make larger pictures this small, as JPEG")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack image-text pairs of your own into shards."""
+    from mmrl.data import pack as packing
+
+    result = packing.pack(
+        source,
+        out,
+        image_column=image_column,
+        caption_columns=caption_column or (),
+        group_column=group_column,
+        samples_per_shard=samples_per_shard,
+        max_side=max_side,
+        quiet=as_json,
+    )
+    if as_json:
+        print(json.dumps(result, indent=2))
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
+    shards: Annotated[str, typer.Argument(help="Shards of the pictures")],
+    out: Annotated[Path, typer.Argument(help="New folder for embeddings.parquet")],
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Length of the vectors; the encoder's own when left out")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Embed every picture of SHARDS, for an index."""
+    from mmrl.search.embed import embed_pictures
+
+    result = embed_pictures(model, shards, out, dim, batch_size, quiet=as_json)
+    if as_json:
+        print(json.dumps(result, indent=2))
+
+
+@app.command()
+def index(
+    embeddings: Annotated[Path, typer.Argument(help="What mmrl embed wrote")],
+    out: Annotated[Path, typer.Argument(help="New folder for the index")],
+    as_json: Json = False,
+) -> None:
+    """Make an index of embeddings."""
+    from mmrl.search.index import write_index
+
+    manifest = write_index(embeddings, out, quiet=as_json)
+    if as_json:
+        print(json.dumps(manifest, indent=2))
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="What mmrl index wrote")],
+    query: Annotated[str | None, typer.Argument(help="A text; not needed with --image")] = None,
+    image: Annotated[Path | None, typer.Option(help="Search by this picture instead")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the index's encoder is now, if it has moved")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Compare the first so many numbers; all when left out")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many pictures to show")] = 5,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the pictures found into this file, such as found.png")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the pictures nearest to a text, or to a picture, by exact search at any dim."""
+    from mmrl.search import query as queries
+
+    result = queries.search(index, query, image=image, model=model, dim=dim, k=k, picture=picture, quiet=as_json)
+    if as_json:
+        print(json.dumps(result, indent=2))
+
+
 @config_app.command("schema")
 def schema() -> None:
     """Print the JSON schema of config files, for editors."""
@@ -101,3 +189,7 @@ def main() -> None:
     except RunStopped as error:
         print(f"mmrl: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ Shapes: b rows of this process, B = b * world_size rows of all, in the order of 
 """
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -126,12 +125,15 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is up on any process, on every process."""
+    raised = torch.tensor([float(flag)], device=world().device)
+    if world().size > 1:
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if world().size > 1:
         dist.barrier()
-
-
-def host() -> str:
-    """This machine's name, for messages that must say where."""
-    return socket.gethostname()

@@ -4,6 +4,7 @@ DeepSpeed's config is a dict made here from ours; no JSON file is written.
 """
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,8 @@ class Engine:
         )
         self.model = model
         self.device = world.device
+        # Without ZeRO, DeepSpeed clips but does not tell the norm.
+        self._clip_here = (clip_norm or math.inf) if config.zero_stage == 0 else None
 
     def __call__(
         self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
@@ -62,11 +65,14 @@ class Engine:
         return self._engine(image_BCHW.to(self.device), text_BL.to(self.device))
 
     def step(self, loss: torch.Tensor) -> float:
-        """Backward, averaged over processes, clipped; one optimiser step. Returns the norm before clipping."""
+        """Backward, averaged over processes; clip; one optimiser step. Returns the gradient's norm before clipping."""
         self._engine.backward(loss)
+        if self._clip_here is None:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return norm.item()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's float32 weights, whole, on the CPU. (ZeRO up to stage 2 keeps them whole on every process.)"""
@@ -101,8 +107,8 @@ def deepspeed_config(
         "train_batch_size": micro_batch * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
-        # Left out, DeepSpeed clips at 1.0.
-        "gradient_clipping": clip_norm or 0.0,
+        # Left out, DeepSpeed clips at 1.0; without ZeRO, `Engine.step` clips.
+        "gradient_clipping": clip_norm if clip_norm and config.zero_stage else 0.0,
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},

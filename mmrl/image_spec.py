@@ -4,19 +4,22 @@ Shapes: C = 3 colour channels, H and W the spec's size in pixels, B pictures.
 """
 
 import io
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmrl.errors import InputError
 
 # A picture of more pixels than this is refused, not decoded: 64 megapixels are above any camera that a catalogue
 # sees, and far below what a crafted file can unfold to.
 MAX_PIXELS = 64_000_000
+# Named, because Pillow would also open formats that start other programs, such as EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +103,21 @@ def decode(data: bytes) -> Image.Image:
     """An image file's bytes -> RGB picture, turned upright by its EXIF orientation.
 
     Raises:
-        ValueError: not a picture that Pillow reads, cut short, or of more than MAX_PIXELS.
+        ValueError: not a picture in one of FORMATS, damaged, or of more than MAX_PIXELS.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
-    return upright_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damage that it gets over
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
+            return upright_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"no picture in any of the formats {', '.join(FORMATS)}") from None
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders and EXIF reader let many kinds through on damaged files
+        raise ValueError(f"damaged picture ({error})") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -83,7 +83,7 @@ class Tracker:
     def say(self, *lines: Any) -> None:
         """Something to read, above the bar."""
         for line in lines:
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=isinstance(line, str))
 
     def bad_samples(self, step: int, records: list[dict[str, Any]]) -> None:
         """Lists what was skipped."""

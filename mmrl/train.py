@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,21 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import config as configs
 from mmrl import distributed, optim
 from mmrl.checkpoint import Checkpoints, read_state
 from mmrl.config import Config
 from mmrl.data import draws
-from mmrl.data.samples import SampleReader
 from mmrl.data.shards import Problem
-from mmrl.data.stream import Batch, Stream, open_reader
+from mmrl.data.stream import Batch, Stream
 from mmrl.distributed import World
 from mmrl.engine import Engine
-from mmrl.errors import InputError, RunStopped, did_you_mean
+from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
 from mmrl.losses.nested_infonce import NestedLoss, nested_info_nce
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
-from mmrl.nesting import Nesting, check_dims, nesting
+from mmrl.preflight import Plan, prepare
 from mmrl.tracking import Tracker
 
 _DROPOUT_DRAW = 1 << 21
@@ -53,93 +50,6 @@ def train(config: Config, console: Console | None = None) -> Path:
         trainer = Trainer(config, plan, world, console)
         trainer.run(stop)
     return Path(config.run)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was found out before the model is built."""
-
-    nested: Nesting
-    reader: SampleReader
-    evaluation_readers: dict[str, SampleReader]
-    evaluation_dims: list[int]
-    resume_from: Path | None
-
-
-def prepare(config: Config, world: World) -> Plan:
-    """Every check that needs no model, on every process; then the run folder, by the main one.
-
-    Raises:
-        InputError: something does not fit.
-    """
-    if config.train.batch_size % world.size:
-        raise InputError(
-            f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
-            f"take a multiple of {world.size}."
-        )
-    width = towers.read_model_cfg(config.model.name)["embed_dim"]
-    nested = nesting(config.nesting.dims, config.nesting.weights, width)
-    evaluation_dims = config.evaluation.dims or list(nested.dims)
-    check_dims(evaluation_dims, width, "evaluation.dims")
-    _check_best(config, evaluation_dims)
-    reader = open_reader(config.data.train, config.data.fields)
-    evaluation_readers = {
-        name: open_reader(one.shards, one.fields or config.data.fields) for name, one in config.evaluation.sets.items()
-    }
-    try:
-        resume_from = open_run(config) if world.is_main else None
-        refusal = None
-    except InputError as error:
-        resume_from, refusal = None, str(error)
-    resume_from, refusal = distributed.from_main((resume_from, refusal))
-    if refusal:
-        raise InputError(refusal)
-    return Plan(nested, reader, evaluation_readers, evaluation_dims, resume_from)
-
-
-def _check_best(config: Config, dims: list[int]) -> None:
-    best, names = config.evaluation.best, config.evaluation.sets
-    if best is None:
-        return
-    if best.set not in names:
-        raise InputError(
-            f"evaluation.best.set: there is no evaluation set {best.set!r}.{did_you_mean(best.set, names)}"
-        )
-    if best.dim not in dims:
-        raise InputError(f"evaluation.best.dim: {best.dim} is not evaluated; evaluated are {dims}.")
-    allowed = ["R@1", "R@5", "R@10", "mAP", "nDCG@10", "median_rank"]
-    if best.metric not in allowed:
-        raise InputError(f"evaluation.best.metric: {best.metric!r} is not measured; allowed: {', '.join(allowed)}.")
-
-
-def open_run(config: Config) -> Path | None:
-    """Makes the run folder, or finds the checkpoint to go on from; writes config.yaml.
-
-    Raises:
-        InputError: the folder holds something else, a run that was not asked to go on, or one of another config.
-    """
-    folder = Path(config.run)
-    stored = folder / "config.yaml"
-    if folder.exists() and not stored.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"run: {folder} exists and is no run folder; choose another with run=FOLDER.")
-    last = Checkpoints(folder, config.checkpoint.keep).last()
-    if stored.exists():
-        differing = configs.differences(configs.load(stored, [f"run={folder}"]), config)
-        if differing:
-            raise InputError(
-                f"run: {folder} holds a run of another config ({'; '.join(differing[:3])}); "
-                "choose another folder with run=FOLDER."
-            )
-    if last and config.resume is None:
-        raise InputError(
-            f"run: {folder} already holds a run (last checkpoint {last.name}); "
-            "add resume=auto to go on with it, or choose another folder with run=FOLDER."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".config.yaml.partial"
-    beside.write_text(configs.dump(config))
-    beside.replace(stored)
-    return last
 
 
 class Trainer:
@@ -172,16 +82,10 @@ class Trainer:
         self.ema = None if config.train.ema is None else _ema(model, config.train.ema)
         self.encoder: Bundle = bundle.of_towers(self._best_known(), built, plan.nested.dims)
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
-        self.total, self.warmup, self.cooldown, self.save_every, self.evaluate_every = (
-            max(1, self._steps(duration))
-            for duration in (
-                config.train.duration,
-                config.optim.warmup,
-                config.optim.cooldown,
-                config.checkpoint.every,
-                config.evaluation.every,
-            )
-        )
+        self.total = self._steps(config.train.duration)
+        self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
+        self.save_every = max(1, self._steps(config.checkpoint.every))
+        self.evaluate_every = max(1, self._steps(config.evaluation.every))
         self.step_done = 0
         self.best = -math.inf
         self._unlisted: list[Problem] = []
@@ -190,43 +94,42 @@ class Trainer:
             self._resume(plan.resume_from)
 
     def run(self, stop: "Stop") -> None:
-        """The loop: step, log, evaluate, save; until the end or a signal."""
-        tracker = self._tracker() if self.world.is_main else None
-        if tracker is None:
+        """Step, log, evaluate, save; until the end or a signal."""
+        if not self.world.is_main:
             self._loop(None, stop)
             return
-        with tracker:
+        if self.step_done >= self.total:
+            self.console.print(f"This run is finished: {self.config.run}", soft_wrap=True, highlight=False)
+            return
+        config = self.config
+        with Tracker(Path(config.run), config.tracking, self.step_done, self.total, self.console) as tracker:
             self._introduce(tracker)
             self._loop(tracker, stop)
-            tracker.say(f"Done: {self.config.run} holds the run, {self.checkpoints.folder}/best its best encoder.")
+            which = "best" if config.evaluation.best else "last"
+            tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}")
 
     def _loop(self, tracker: Tracker | None, stop: "Stop") -> None:
-        began, began_at = time.monotonic(), self.step_done
-        if self.step_done >= self.total:
-            self._say(tracker, "This run is already finished.")
-            return
+        if self.config.evaluation.at_start and not self.step_done:
+            self.evaluate(tracker)
+        clock = _Clock(self.step_done)
         for batch in self.stream.forever():
+            if self.step_done >= self.total:
+                return
             loss, norm, rate = self.step(batch)
+            last = self.step_done == self.total
             if tracker:
                 tracker.advance(self.step_done)
-            if self.step_done % self.config.tracking.log_every == 0 or self.step_done == self.total:
-                speed = (self.step_done - began_at) * self.config.train.batch_size / (time.monotonic() - began)
+            if last or self.step_done % self.config.tracking.log_every == 0:
+                speed = clock.steps_per_second(self.step_done) * self.config.train.batch_size
                 self._log(tracker, loss, norm, rate, speed)
-                began, began_at = time.monotonic(), self.step_done
-            last = self.step_done == self.total
-            stopping = distributed.from_main(stop.asked) if self.world.size > 1 else stop.asked
-            evaluated = None
-            if last or (self.step_done % self.evaluate_every == 0 and not stopping):
-                pause = time.monotonic()
-                evaluated = self.evaluate(tracker, final=last)
-                began += time.monotonic() - pause
-            if last or stopping or evaluated or self.step_done % self.save_every == 0:
-                pause = time.monotonic()
-                self._save(tracker, evaluated)
-                began += time.monotonic() - pause
-            if last:
-                return
-            if stopping:
+            with clock.paused():
+                stopping = distributed.anywhere(stop.asked)
+                is_best = False
+                if last or (self.step_done % self.evaluate_every == 0 and not stopping):
+                    is_best = self.evaluate(tracker)
+                if last or stopping or is_best or self.step_done % self.save_every == 0:
+                    self._save(is_best)
+            if stopping and not last:
                 raise RunStopped(
                     f"Stopped by {stop.name} at step {self.step_done:,} of {self.total:,}; all is saved. "
                     "Go on with the same command and resume=auto."
@@ -246,14 +149,9 @@ class Trainer:
         image_bD, text_bD, scale = self.engine(batch.image, batch.text)
         nested = self.plan.nested
         loss = nested_info_nce(image_bD, text_bD, scale, nested.dims, nested.shares, batch.group.to(self.engine.device))
-        if not math.isfinite(loss.total.item()):
-            last = self.checkpoints.last()
-            remedy = f"the last good checkpoint is {last}" if last else "no checkpoint was written before it"
-            raise RunStopped(
-                f"Step {self.step_done + 1:,}: the loss is {loss.total.item()}; no weight was changed, and {remedy}. "
-                "Lower optim.lr or lengthen optim.warmup."
-            )
+        self._stop_unless_finite("the loss", loss.total.item())
         norm = self.engine.step(loss.total)
+        self._stop_unless_finite("the gradient's norm", norm)
         if self.ema is not None:
             self.ema.update_parameters(self.engine.model)
         self.step_done += 1
@@ -261,60 +159,63 @@ class Trainer:
         self._seen += len(batch.keys)
         return loss, norm, rate
 
-    def evaluate(self, tracker: Tracker | None, final: bool) -> dict[str, dict[str, Any]] | None:
-        """Scores every named set at every dim, on all processes' hands; the result is the main process's."""
-        if not self.plan.evaluation_readers:
-            return None
+    def _stop_unless_finite(self, what: str, value: float) -> None:
+        """Before anything is saved; the values are the same on every process, so all of them stop."""
+        if math.isfinite(value):
+            return
+        last = self.checkpoints.last()
+        remedy = f"The last good checkpoint is {last}" if last else "No checkpoint was written before it"
+        raise RunStopped(
+            f"Step {self.step_done + 1:,}: {what} is {value}. {remedy}; lower optim.lr or lengthen optim.warmup."
+        )
+
+    def evaluate(self, tracker: Tracker | None) -> bool:
+        """Scores every named set, shows and stores the result; True if it is the best so far."""
+        results = self.score_sets()
+        best, improved = self.config.evaluation.best, False
+        if tracker and results:
+            self._show(tracker, results)
+        if best and results:
+            score = sets.best_score(best, results)
+            improved, self.best = score > self.best, max(score, self.best)
+        return distributed.anywhere(improved)
+
+    def score_sets(self) -> dict[str, dict[str, Any]]:
+        """Each named set's scores at every dim. All processes embed; the main one has the scores."""
         model = self.encoder.model
         was_training = model.training
         model.eval()
         results: dict[str, dict[str, Any]] = {}
         for name, reader in self.plan.evaluation_readers.items():
-            embedded = sets.embed(
-                reader,
-                model,
-                self.encoder.image_spec,
-                self.encoder.tokenise,
-                captions=self.config.evaluation.sets[name].captions,
-            )
+            captions = self.config.evaluation.sets[name].captions
+            encoder = self.encoder
+            embedded = sets.embed(reader, model, encoder.image_spec, encoder.tokenise, captions=captions)
             if self.world.is_main:
                 results[name] = sets.score(embedded, self.plan.evaluation_dims)
         model.train(was_training)
-        if tracker:
-            self._show_evaluation(tracker, results, final)
-        return results or {"elsewhere": {}}
+        return results
 
-    def _show_evaluation(self, tracker: Tracker, results: dict[str, dict[str, Any]], final: bool) -> None:
+    def _show(self, tracker: Tracker, results: dict[str, dict[str, Any]]) -> None:
         folder = Path(self.config.run)
         sets.write_retrieval_json(folder, {"step": self.step_done, **sets.as_retrieval_json(results)})
-        if final:
-            for name, result in results.items():
-                tracker.say(report.table(name, result))
-            picture = report.write(folder / "report", folder.name, results)
-            tracker.say(f"Picture: {picture}")
+        if self.step_done == self.total:
+            tracker.say(*(report.table(name, result) for name, result in results.items()))
+            tracker.say(f"Picture: {report.write(folder / 'report', folder.name, results)}")
             return
-        best = self.config.evaluation.best
         for name, result in results.items():
             shown = "  ".join(
                 f"{dim}d {100 * scores['text_to_image']['R@10']:.1f}" for dim, scores in result["dims"].items()
             )
-            mark = "*" if best and best.set == name else " "
-            tracker.say(f"step {self.step_done:,} {mark}{name} text→image R@10: {shown}")
+            tracker.say(f"step {self.step_done:,}  {name}, text→image R@10: {shown}")
 
-    def _save(self, tracker: Tracker | None, evaluated: dict[str, dict[str, Any]] | None) -> None:
-        best, is_best = self.config.evaluation.best, False
-        if best and evaluated and self.world.is_main:
-            score = sets.best_score(best, evaluated)
-            is_best = score > self.best
-            self.best = max(score, self.best)
+    def _save(self, is_best: bool) -> None:
         state = {
             "step": self.step_done,
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "bad": self._bad,
         }
-        weights = self.encoder.state()
-        path = self.checkpoints.save(self.step_done, self.encoder, weights, self.engine, state)
+        path = self.checkpoints.save(self.step_done, self.encoder, self.encoder.state(), self.engine, state)
         if is_best and self.world.is_main:
             self.checkpoints.mark_best(path)
 
@@ -393,17 +294,28 @@ class Trainer:
     def _steps(self, duration: int | str) -> int:
         return optim.steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)
 
-    def _tracker(self) -> Tracker:
-        return Tracker(Path(self.config.run), self.config.tracking, self.step_done, self.total, self.console)
-
-    @staticmethod
-    def _say(tracker: Tracker | None, line: str) -> None:
-        if tracker:
-            tracker.say(line)
-
 
 def _ema(model: MatryoshkaCLIP, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+class _Clock:
+    """Steps a second since the last time that it was asked, less the pauses."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._since = step, time.monotonic()
+
+    def steps_per_second(self, step: int) -> float:
+        now = time.monotonic()
+        rate = (step - self._step) / (now - self._since)
+        self._step, self._since = step, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
 
 class Stop:

@@ -10,6 +10,7 @@ import torch
 
 from mmrl.data.samples import BadSample, SampleReader
 from mmrl.data.shards import Problem
+from mmrl.errors import InputError
 from mmrl.image_spec import ImageSpec, decode
 
 
@@ -66,6 +67,6 @@ def read_whole(
                 keys, torch.stack(pictures), text(texts), texts, torch.tensor(rows), torch.tensor(groups), bad
             )
         elif bad:
-            raise ValueError(
-                f"{bad[0].shard}: {len(bad)} samples in a row are bad, such as {bad[0].key}: {bad[0].reason}"
+            raise InputError(
+                f"shards: {len(bad)} samples in a row of {bad[0].shard} are bad, such as {bad[0].key}: {bad[0].reason}."
             )

@@ -108,26 +108,33 @@ def index_shard(path: Path) -> ShardIndex:
     Raises:
         InputError: the file is no plain tar at all.
     """
-    builder = _IndexBuilder(path)
-    length = path.stat().st_size
+    builder, length, cut = _IndexBuilder(path), path.stat().st_size, None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile() and member.offset_data + member.size <= length:
-                    builder.add(member.name, member.offset_data, member.size)
-                elif member.isfile():
-                    builder.problem(member.name, "truncated tar: the file ends inside this member")
-            # A whole archive ends in a block of zeros; a cut at a member's edge raises nothing in any reader.
-            with path.open("rb") as raw:
-                raw.seek(tar.offset)
-                if not any(p.reason.startswith("truncated") for p in builder.problems) and raw.read(512) != bytes(512):
-                    builder.problem("", "truncated tar: no end-of-archive mark")
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > length:
+                    cut = f"the file ends inside {member.name}"
+                    break
+                builder.add(member.name, member.offset_data, member.size)
+            else:
+                cut = None if _ends_properly(path, tar.offset) else "no end-of-archive mark"
     except tarfile.ReadError as error:
-        if not builder.keys:
+        if not builder.has_members:
             hint = "; decompress it first" if _is_gzip(path) else ""
             raise InputError(f"shards: {path} is not a plain tar file ({error}){hint}.") from error
-        builder.problem("", f"truncated tar: {error}")
+        cut = str(error)
+    if cut:
+        builder.problem("", f"truncated tar: {cut}")
     return builder.finish()
+
+
+def _ends_properly(path: Path, offset: int) -> bool:
+    """A whole archive ends in blocks of zeros; a cut at the edge of a member raises nothing in any reader."""
+    with path.open("rb") as raw:
+        raw.seek(offset)
+        return raw.read(512) == bytes(512)
 
 
 def _is_gzip(path: Path) -> bool:
@@ -167,6 +174,10 @@ class _IndexBuilder:
             self.problem(key, f"two members .{extension}; the first is used")
             return
         self._members.append((kind, offset, size))
+
+    @property
+    def has_members(self) -> bool:
+        return bool(self._members)
 
     def problem(self, key: str, reason: str) -> None:
         self.problems.append(Problem(str(self.path), key, reason))

@@ -48,6 +48,8 @@ class EvaluationConfig(Settings):
 
     sets: dict[str, SetConfig] = Field(default={})
     every: Duration = machine("1 epochs")
+    at_start: bool = machine(False)
+    """Also before the first step: where a pretrained model stands."""
     dims: list[int] | None = None
     """Dims to score, trained or not; the nested dims when left out."""
     best: BestConfig | None = None

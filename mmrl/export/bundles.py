@@ -31,9 +31,8 @@ def export_bundle(model: str, out: Path, dim: int) -> dict[str, Any]:
     state = bundle.cut_state(whole, dim)
     source: dict[str, Any] = {"model": Path(model).name, "dim": whole.dim}
     if not model.startswith("open_clip:"):
-        folder = bundle.find(model)
-        manifest = bundle.read_manifest(folder)
-        source |= {"weights_sha256": manifest["weights_sha256"], **manifest["source"]}
+        manifest = bundle.read_manifest(bundle.find(model))
+        source |= {**manifest["source"], "weights_sha256": bundle.origin(manifest)}
     small = Bundle(whole.model, whole.tokenise, whole.image_spec, whole.model_cfg, dim, nested_dims)
     manifest = bundle.save(small, out, state, source)
     worst = _worst_difference(whole, bundle.load(out))

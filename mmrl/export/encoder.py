@@ -53,6 +53,10 @@ class LoadedEncoder:
             "image", (torch.stack([self.image_spec.pixels(_open(image)) for image in chunk]) for chunk in chunks)
         )
 
+    def encode_pixels(self, pixels_NCHW: torch.Tensor, batch_size: int = 64) -> np.ndarray:
+        """uint8 (N, C, H, W), fitted by `image_spec.pixels` -> float32 (N, d), rows of length 1."""
+        return self._encode("image", pixels_NCHW.split(batch_size))
+
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Texts -> float32 (N, d), rows of length 1. Longer texts than the tower takes are cut.
 
@@ -113,13 +117,14 @@ def load(
         tokenise = bundle.load_tokenise(folder, manifest)
         spec = ImageSpec.from_json(manifest["image"])
         full, nested = manifest["dim"], tuple(manifest["nested_dims"])
-    check_dims([dim or full], full, "dim")
+    kept = full if dim is None else dim
+    check_dims([kept], full, "dim")
     return LoadedEncoder(
         encoders,
         tokenise if "text" in sides else None,
         spec,
-        dim or full,
-        bundle.kept_dims(nested, dim or full),
+        kept,
+        bundle.kept_dims(nested, kept),
         device,
         dtype or torch.float32,
     )

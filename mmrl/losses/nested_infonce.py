@@ -58,7 +58,8 @@ def nested_info_nce(
     _check_shapes(image_BD, text_BD, groups)
     nested = nesting(dims, weights, image_BD.shape[1])
     scale_of_dim = _scale_by_dim(logit_scale, dims, image_BD.device)
-    all_image_BD, all_text_BD = distributed.gather(image_BD), distributed.gather(text_BD)
+    # Widened once, so that the gradients of all dims are added up in float32 and rounded at the end.
+    all_image_BD, all_text_BD = _wide(distributed.gather(image_BD)), _wide(distributed.gather(text_BD))
     world = distributed.world()
     rows = slice(world.rank * len(image_BD), (world.rank + 1) * len(image_BD))
     masks = _same_group_masks(groups, rows)
@@ -90,6 +91,10 @@ def _info_nce_of_rows(
         logits_text_bB = logits_text_bB.masked_fill(masks[1], -torch.inf)
     labels_b = torch.arange(rows.start, rows.stop, device=image_Bd.device)
     return (F.cross_entropy(logits_image_bB, labels_b) + F.cross_entropy(logits_text_bB, labels_b)) / 2
+
+
+def _wide(embedding_BD: torch.Tensor) -> torch.Tensor:
+    return embedding_BD.float() if embedding_BD.dtype in (torch.float16, torch.bfloat16) else embedding_BD
 
 
 def _same_group_masks(groups: Groups | None, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:

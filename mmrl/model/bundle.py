@@ -103,6 +103,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def origin(manifest: dict[str, Any]) -> str:
+    """The hash of the weights that this encoder was cut from (its own, if it was not cut)."""
+    return manifest["source"].get("weights_sha256", manifest["weights_sha256"])
+
+
 def find(model: str | Path) -> Path:
     """The bundle that MODEL names: a run folder (its best checkpoint, else its last), a checkpoint, or a bundle.
 

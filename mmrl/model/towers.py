@@ -5,6 +5,7 @@ open_clip takes seconds to import, so this file imports it where it is used.
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ def build(config: TowersConfig) -> Towers:
     return Towers(
         image=towers["image"],
         text=towers["text"],
-        logit_scale=float(model.logit_scale.detach().exp()),
+        logit_scale=math.exp(model.state_dict()["logit_scale"]),
         embed_dim=model_cfg["embed_dim"],
         image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
         tokenise=TokeniseList(tokenizer),

@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 6 minutes on 2 cores)
+	$(BIN)/mmrl train configs/quickstart.yaml resume=auto
+	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
+	$(BIN)/mmrl export $(RUN) $(RUN)/encoder-64 --dim 64
+	rm -rf $(RUN)/embeddings $(RUN)/index
+	$(BIN)/mmrl embed $(RUN)/encoder-64 starter:test-artist $(RUN)/embeddings
+	$(BIN)/mmrl index $(RUN)/embeddings $(RUN)/index
+	$(BIN)/mmrl search $(RUN)/index "red heart" --picture $(RUN)/red-heart.png
+
+test: lint  ## Lint, types, import directions and all tests but the slow ones
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint  ## The same with the slow proofs
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(VENV)/.installed  ## Ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+clean:  ## Remove the virtual environment and what was trained
+	rm -rf $(VENV) runs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mmrl needs Python 3.11 or newer; found $$($(PYTHON) --version). Install one, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV): about two minutes and 6 GB …"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,103 @@
+"""Before a run: everything that can be refused is refused here, in seconds, and the run folder is opened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmrl import config as configs
+from mmrl import distributed
+from mmrl.checkpoint import Checkpoints
+from mmrl.config import Config
+from mmrl.data.samples import SampleReader
+from mmrl.data.stream import open_reader
+from mmrl.distributed import World
+from mmrl.errors import InputError, did_you_mean
+from mmrl.model import towers
+from mmrl.nesting import Nesting, check_dims, nesting
+
+_METRICS = ("R@1", "R@5", "R@10", "mAP", "nDCG@10", "median_rank")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found out before the model is built."""
+
+    nested: Nesting
+    reader: SampleReader
+    evaluation_readers: dict[str, SampleReader]
+    evaluation_dims: list[int]
+    resume_from: Path | None
+
+
+def prepare(config: Config, world: World) -> Plan:
+    """Every check that needs no model, on every process; then the run folder, by the main one.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    if config.train.batch_size % world.size:
+        raise InputError(
+            f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
+            f"take a multiple of {world.size}."
+        )
+    width = towers.read_model_cfg(config.model.name)["embed_dim"]
+    nested = nesting(config.nesting.dims, config.nesting.weights, width)
+    evaluation_dims = config.evaluation.dims or list(nested.dims)
+    check_dims(evaluation_dims, width, "evaluation.dims")
+    _check_best(config, evaluation_dims)
+    reader = open_reader(config.data.train, config.data.fields)
+    evaluation_readers = {
+        name: open_reader(one.shards, one.fields or config.data.fields) for name, one in config.evaluation.sets.items()
+    }
+    try:
+        resume_from = open_run(config) if world.is_main else None
+        refusal = None
+    except InputError as error:
+        resume_from, refusal = None, str(error)
+    resume_from, refusal = distributed.from_main((resume_from, refusal))
+    if refusal:
+        raise InputError(refusal)
+    return Plan(nested, reader, evaluation_readers, evaluation_dims, resume_from)
+
+
+def _check_best(config: Config, dims: list[int]) -> None:
+    best, names = config.evaluation.best, config.evaluation.sets
+    if best is None:
+        return
+    if best.set not in names:
+        raise InputError(
+            f"evaluation.best.set: there is no evaluation set {best.set!r}.{did_you_mean(best.set, names)}"
+        )
+    if best.dim not in dims:
+        raise InputError(f"evaluation.best.dim: {best.dim} is not evaluated; evaluated are {dims}.")
+    if best.metric not in _METRICS:
+        raise InputError(f"evaluation.best.metric: {best.metric!r} is not measured; allowed: {', '.join(_METRICS)}.")
+
+
+def open_run(config: Config) -> Path | None:
+    """Makes the run folder, or finds the checkpoint to go on from; writes config.yaml.
+
+    Raises:
+        InputError: the folder holds something else, a run that was not asked to go on, or one of another config.
+    """
+    folder = Path(config.run)
+    stored = folder / "config.yaml"
+    if folder.exists() and not stored.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"run: {folder} exists and is no run folder; choose another with run=FOLDER.")
+    last = Checkpoints(folder, config.checkpoint.keep).last()
+    if stored.exists():
+        differing = configs.differences(configs.load(stored, [f"run={folder}"]), config)
+        if differing:
+            raise InputError(
+                f"run: {folder} holds a run of another config ({'; '.join(differing[:3])}); "
+                "choose another folder with run=FOLDER."
+            )
+    if last and config.resume is None:
+        raise InputError(
+            f"run: {folder} already holds a run (last checkpoint {last.name}); "
+            "add resume=auto to go on with it, or choose another folder with run=FOLDER."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / ".config.yaml.partial"
+    beside.write_text(configs.dump(config))
+    beside.replace(stored)
+    return last

@@ -1,0 +1,136 @@
+"""Small real things that the tests share: shards of drawn pictures, a tiny open_clip model, a run's config."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: more threads than cores make small models many times slower, in children as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+TINY_MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "square", "stripe", "number", "##s"]
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
+SHAPES = ("square", "stripe", "corner")
+
+
+def drawing(number: int, size: int = 32) -> tuple[Image.Image, str, str]:
+    """Picture `number` of an endless, learnable set, its caption and its group."""
+    colour = list(COLOURS)[number % 4]
+    shape = SHAPES[number // 4 % 3]
+    canvas = np.random.default_rng(number).integers(200, 256, (size, size, 3)).astype(np.uint8)
+    area = {
+        "square": (slice(8, 24), slice(8, 24)),
+        "stripe": (slice(12, 20), slice(0, size)),
+        "corner": (slice(0, 14), slice(0, 14)),
+    }
+    canvas[area[shape]] = COLOURS[colour]
+    return Image.fromarray(canvas), f"a {colour} {shape} number {number}", f"{colour} {shape}"
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    """The picture as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A plain tar of these members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample_members(number: int) -> list[tuple[str, bytes]]:
+    """The members of one good sample."""
+    image, caption, group = drawing(number)
+    metadata = {"captions": [caption, f"{caption}, again"], "group": group}
+    return [
+        (f"{number:05}.png", encoded(image)),
+        (f"{number:05}.txt", caption.encode()),
+        (f"{number:05}.json", json.dumps(metadata).encode()),
+    ]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three shards of 20, 17 and 11 samples."""
+    folder = tmp_path_factory.mktemp("shards")
+    first = 0
+    for shard, count in enumerate((20, 17, 11)):
+        members = [m for number in range(first, first + count) for m in sample_members(number)]
+        write_tar(folder / f"part-{shard}.tar", members)
+        first += count
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model config of the user's: two transformers of one layer, 16-d."""
+    path = tmp_path_factory.mktemp("models") / "tiny-test.json"
+    path.write_text(json.dumps(TINY_MODEL))
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model config whose text tower and tokenizer are a local Hugging Face BERT."""
+    from transformers import BertConfig, BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+
+    folder = tmp_path_factory.mktemp("bert")
+    BertTokenizerFast(vocab={token: number for number, token in enumerate(VOCABULARY)}).save_pretrained(folder)
+    BertConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16,
+    ).save_pretrained(folder)  # fmt: skip
+    text = {
+        "hf_model_name": str(folder),
+        "hf_tokenizer_name": str(folder),
+        "hf_proj_type": "linear",
+        "hf_pooler_type": "mean_pooler",
+        "context_length": 12,
+    }
+    path = tmp_path_factory.mktemp("models") / "tiny-bert.json"
+    path.write_text(json.dumps({**TINY_MODEL, "text_cfg": text}))
+    return path
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, shards: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Writes the YAML of a small run; keyword arguments replace whole sections."""
+
+    def write(name: str = "config.yaml", **sections: Any) -> Path:
+        values: dict[str, Any] = {
+            "run": str(tmp_path / "run"),
+            "model": {"name": str(tiny_model)},
+            "nesting": {"dims": [16, 4, 8]},
+            "data": {"train": str(shards), "augment": {"rotate": 5.0, "brightness": 0.1}},
+            "optim": {"lr": 1e-3, "warmup": "2 steps"},
+            "train": {"batch_size": 12, "duration": "8 steps"},
+            "evaluation": {"sets": {"val": {"shards": str(shards), "captions": 1}}, "every": "100 steps"},
+            "checkpoint": {"every": "100 steps"},
+            "tracking": {"log_every": 1},
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values | sections))
+        return path
+
+    return write

@@ -1,0 +1,249 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import drawing, encoded, sample_members, write_tar
+from PIL import Image
+
+import mmrl
+from mmrl.data.samples import FieldsConfig, group_number
+from mmrl.data.sequential import read_whole
+from mmrl.data.stream import Batch, DataConfig, Stream, open_reader, pick_caption
+from mmrl.data.transforms import AugmentConfig
+from mmrl.errors import InputError
+from mmrl.image_spec import ImageSpec
+
+SPEC = ImageSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+AUGMENT = AugmentConfig(
+    random_resized_crop=[0.5, 1.0], rotate=20, zoom=[0.8, 1.2], shift=0.1, flip=0.5, brightness=0.2, grey=0.3
+)
+
+
+def tokens(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text), sum(map(ord, text))] for text in texts])
+
+
+def make(shards: Path, rank: int = 0, world: int = 1, workers: int = 0, batch: int = 12, window: int = 10) -> Stream:
+    config = DataConfig(train=str(shards), augment=AUGMENT, shuffle_window=window)
+    return Stream(
+        open_reader(shards), batch // world, seed=4, rank=rank, world_size=world, num_workers=workers,
+        image=SPEC, text=tokens, config=config,
+    )  # fmt: skip
+
+
+def joined(batches: list[Batch]) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of several ranks' batches as one."""
+    keys = [key for batch in batches for key in batch.keys]
+    image, text, group = (torch.cat([getattr(b, name) for b in batches]) for name in ("image", "text", "group"))
+    return keys, image, text, group
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert one.keys == other.keys
+    assert torch.equal(one.image, other.image)
+    assert torch.equal(one.text, other.text)
+    assert torch.equal(one.group, other.group)
+
+
+def test_public_stream_gives_each_sample_at_most_once_an_epoch(shards: Path) -> None:
+    stream = mmrl.stream(str(shards), batch_size=5, seed=1)
+    first, second = ([key for batch in stream for key in batch.keys] for _ in range(2))
+    assert len(set(first)) == len(first) == 45  # 48 samples: a tail of 3 is left out
+    assert first != second
+    assert all(key.startswith("part-") for key in first)
+    batch = next(iter(stream))
+    assert isinstance(batch.image[0], bytes)
+    assert isinstance(batch.text[0], str)
+
+
+def test_the_tail_left_out_is_another_each_epoch(shards: Path) -> None:
+    stream = mmrl.stream(str(shards), batch_size=5)
+    everything = {key for batch in mmrl.stream(str(shards), batch_size=1) for key in batch.keys}
+    tails = [everything - {key for batch in stream for key in batch.keys} for _ in range(3)]
+    assert len({frozenset(tail) for tail in tails}) == 3
+
+
+def test_callables_on_picture_and_text(shards: Path) -> None:
+    stream = mmrl.stream(str(shards), 4, image=lambda picture: picture.size, text=lambda text: torch.tensor(len(text)))
+    batch = next(iter(stream))
+    assert batch.image == [(32, 32)] * 4
+    assert batch.text.shape == (4,)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 1), (4, 0)])
+def test_world_and_workers_change_nothing(shards: Path, world: int, workers: int) -> None:
+    alone = list(make(shards))
+    ranks = [list(make(shards, rank, world, workers)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {len(alone)}
+    for step, batch in enumerate(alone):
+        keys, image, text, group = joined([batches[step] for batches in ranks])
+        assert keys == batch.keys
+        assert torch.equal(image, batch.image)
+        assert torch.equal(text, batch.text)
+        assert torch.equal(group, batch.group)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 6])
+def test_resumed_equals_uninterrupted(shards: Path, stop_after: int) -> None:
+    whole = make(shards).forever()
+    expected = [next(whole) for _ in range(9)]
+    stopped = make(shards)
+    batches = stopped.forever()
+    for _ in range(stop_after):
+        next(batches)
+    state = stopped.state_dict()
+    resumed = make(shards, workers=1)
+    resumed.load_state_dict(state)
+    rest = resumed.forever()
+    for batch in expected[stop_after:]:
+        assert_equal(next(rest), batch)
+
+
+def test_an_epoch_resumed_in_another_world_still_sees_each_sample_once(shards: Path) -> None:
+    stream = make(shards, rank=0, world=2)
+    seen = [next(iter(stream)).keys for _ in range(1)]
+    other = next(iter(make(shards, rank=1, world=2))).keys
+    seen.append(other)
+    for rank in range(3):
+        resumed = make(shards, rank, 3)
+        resumed.load_state_dict(stream.state_dict())
+        seen += [batch.keys for batch in resumed]
+    assert max(Counter(key for keys in seen for key in keys).values()) == 1
+    assert sum(map(len, seen)) == 48
+
+
+def test_a_state_of_another_batch_size_or_seed_is_refused(shards: Path) -> None:
+    state = make(shards, batch=12).state_dict()
+    with pytest.raises(InputError, match=r"global_batch_size was 12 .* and is 6 now"):
+        make(shards, batch=6).load_state_dict(state)
+
+
+def test_augmentation_differs_by_epoch_and_stays_with_the_sample(shards: Path) -> None:
+    stream = make(shards)
+    pictures = [
+        {key: picture for batch in stream for key, picture in zip(batch.keys, batch.image, strict=True)}
+        for _ in range(2)
+    ]
+    both = pictures[0].keys() & pictures[1].keys()
+    assert both
+    assert all(not torch.equal(pictures[0][key], pictures[1][key]) for key in both)
+    # Another order of the same epoch changes no picture.
+    reordered = {
+        key: picture for batch in make(shards, window=3) for key, picture in zip(batch.keys, batch.image, strict=True)
+    }
+    assert all(torch.equal(reordered[key], pictures[0][key]) for key in reordered.keys() & pictures[0].keys())
+
+
+def test_without_augmentation_training_and_evaluation_see_the_same_pixels(shards: Path) -> None:
+    reader = open_reader(shards)
+    plain = Stream(reader, 12, image=SPEC, text=tokens)
+    trained = {key: x for batch in plain for key, x in zip(batch.keys, batch.image, strict=True)}
+    batches = read_whole(reader, SPEC, tokens)
+    whole = {key: x for batch in batches for key, x in zip(batch.keys, batch.image_BCHW, strict=True)}
+    assert trained.keys() == whole.keys()
+    assert all(torch.equal(trained[key], whole[key]) for key in whole)
+
+
+def test_read_whole_is_divided_without_loss(shards: Path) -> None:
+    reader = open_reader(shards)
+    parts = [list(read_whole(reader, SPEC, tokens, batch_size=7, rank=r, world_size=5)) for r in range(5)]
+    keys = [key for part in parts for batch in part for key in batch.keys]
+    assert keys == [key for batch in read_whole(reader, SPEC, tokens) for key in batch.keys]
+    batch = next(read_whole(reader, SPEC, tokens))
+    assert batch.row_of_text_M.tolist() == [row for row in range(48) for _ in range(2)]
+    assert batch.captions[:2] == ["a red square number 0", "a red square number 0, again"]
+    first = next(read_whole(reader, SPEC, tokens, captions=1))
+    assert len(first.captions) == len(first.keys)
+
+
+def test_groups_are_stable_hashes_and_absent_ones_minus_one(tmp_path: Path) -> None:
+    members = [*sample_members(0), *sample_members(12), *sample_members(1), *sample_members(2)[:2]]
+    batch = next(iter(mmrl.stream(write_tar(tmp_path / "a.tar", members), 4)))
+    group = dict(zip([key.rpartition("/")[2] for key in batch.keys], batch.group.tolist(), strict=True))
+    assert group["00000"] == group["00012"] == group_number("red square") == 2006242075667802697
+    assert group["00001"] != group["00000"]
+    assert group["00002"] == -1
+
+
+def bad_members() -> list[tuple[str, bytes]]:
+    """Good samples 0 … 39, and after them one of each kind of bad one."""
+    picture, caption = encoded(drawing(0)[0]), b"a caption"
+    good = [member for number in range(40) for member in sample_members(number)]
+    return [
+        *good,
+        ("corrupt.png", picture[:40] + bytes(50)), ("corrupt.txt", caption),
+        ("halved.png", picture[: len(picture) // 2]), ("halved.txt", caption),
+        ("noimage.txt", caption),
+        ("silent.png", picture), ("silent.txt", b"  \n"),
+        ("latin.png", picture), ("latin.txt", "caf\u00e9".encode("latin-1")),
+        ("badjson.png", picture), ("badjson.txt", caption), ("badjson.json", b"{"),
+    ]  # fmt: skip
+
+
+def test_bad_samples_are_replaced_and_listed_on_any_division(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "some-bad.tar", bad_members())
+    config = DataConfig(train=str(path), max_bad_fraction=1.0)
+
+    def run(rank: int, world: int) -> list[Batch]:
+        return list(Stream(open_reader(path), 12 // world, rank=rank, world_size=world, image=SPEC, config=config))
+
+    alone = run(0, 1)
+    assert [len(batch.keys) for batch in alone] == [12, 12, 12]
+    listed = {problem.key: problem.reason for batch in alone for problem in batch.bad}
+    for step, batch in enumerate(alone):
+        pair = [run(rank, 2)[step] for rank in range(2)]
+        assert [key for half in pair for key in half.keys] == batch.keys
+        assert len(set(batch.keys)) == 12
+    epochs = Stream(open_reader(path), 12, image=SPEC, config=config).forever()
+    for _ in range(12):
+        listed |= {problem.key: problem.reason for problem in next(epochs).bad}
+    assert listed.keys() == {"corrupt", "halved", "noimage", "silent", "latin", "badjson"}
+    assert "no image (none of .jpg, .jpeg, .png, .webp)" in listed["noimage"]
+    assert "caption" in listed["silent"]
+
+
+def test_a_set_of_nothing_but_bad_pictures_stops(tmp_path: Path) -> None:
+    members = [m for n in range(12) for m in ((f"{n}.png", b"no picture"), (f"{n}.txt", b"caption"))]
+    stream = Stream(open_reader(write_tar(tmp_path / "bad.tar", members)), 4, image=SPEC)
+    with pytest.raises(InputError, match="samples in a row are bad"):
+        next(iter(stream))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"image": ["tiff"]}, r"fields.image: no sample .* has .tiff; the members there are .json, .png, .txt"),
+        ({"text": "text"}, r"fields.text: no sample .* has .text. Did you mean 'txt'"),
+        ({"captions": "caption"}, r"fields.captions: none of 48 samples .* 'caption' .* Did you mean 'captions'"),
+        ({"group": "sku"}, r"fields.group: none of 48 samples .* has 'sku'"),
+        ({"metadata": "jsonl"}, r"fields.metadata: no sample .* has .jsonl. Did you mean 'json'"),
+    ],
+)
+def test_fields_that_no_sample_has_are_named_before_training(shards: Path, fields: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        open_reader(shards, FieldsConfig(**fields))
+
+
+def test_too_few_samples_for_one_batch(shards: Path) -> None:
+    with pytest.raises(InputError, match="hold 48 samples, fewer than one global batch of 64"):
+        mmrl.stream(str(shards), batch_size=32, world_size=2)
+
+
+def test_captions_follow_their_probabilities() -> None:
+    drawn = np.linspace(0, 1, 10_000, endpoint=False)
+    uniform = Counter(pick_caption(4, None, x) for x in drawn)
+    assert set(uniform.values()) == {2500}
+    mixed = Counter(pick_caption(4, [0.5, 0.3, 0.2], x) for x in drawn)
+    assert [round(mixed[i] / 10_000, 2) for i in range(4)] == [0.5, 0.3, 0.1, 0.1]
+    assert Counter(pick_caption(1, [0.5, 0.5], x) for x in drawn) == {0: 10_000}
+
+
+def test_names_in_a_tar_cannot_reach_outside(tmp_path: Path) -> None:
+    picture = encoded(Image.new("RGB", (32, 32)))
+    members = [("../../evil.png", picture), ("../../evil.txt", b"a"), ("/etc/x.png", picture), ("/etc/x.txt", b"b")]
+    members += [("code.png", picture), ("code.txt", b"c"), ("code.pyd", b"cos\nsystem\n(S'false'\ntR.")]
+    batch = next(iter(mmrl.stream(write_tar(tmp_path / "names.tar", members), 3)))
+    assert sorted(batch.text) == ["a", "b", "c"]
+    assert not (tmp_path.parent.parent / "evil.png").exists()

@@ -1,0 +1,158 @@
+"""Cut encoders against the prefixes of the whole ones, from every kind of source, and without the training code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL, drawing
+
+import mmrl
+from mmrl.errors import InputError
+from mmrl.export.bundles import export_bundle
+from mmrl.model import bundle, towers, two_tower
+from mmrl.model.towers import TowersConfig
+from mmrl.model.two_tower import LogitScaleConfig
+
+TEXTS = ["a red square", "green stripes", "x"]
+PICTURES = [drawing(number, size)[0] for number, size in enumerate((32, 40, 64))]
+
+
+def stored(name: str, folder: Path, per_dim: bool = False) -> Path:
+    """A bundle of random weights, nested at 4, 8 and 16."""
+    torch.manual_seed(1)
+    built = towers.build(TowersConfig(name=name))
+    model = two_tower.from_towers(built, LogitScaleConfig(per_dim=per_dim), 3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    one = bundle.of_towers(model, built, (4, 8, 16))
+    bundle.save(one, folder, one.state(), {"step": 5})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored(str(tiny_model), tmp_path_factory.mktemp("source"), per_dim=True)
+
+
+def prefix(vectors: np.ndarray, dim: int) -> np.ndarray:
+    return vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dim", [16, 8, 5])
+def test_vectors_equal_the_renormalised_prefix(source: Path, tmp_path: Path, dim: int) -> None:
+    manifest = export_bundle(str(source), tmp_path / "out", dim)
+    assert manifest["contract"]["worst_absolute_difference"] <= 1e-6
+    whole, small, cut_at_load = mmrl.load(source), mmrl.load(tmp_path / "out"), mmrl.load(source, dim=dim)
+    assert small.dim == dim
+    assert small.nested_dims == tuple(d for d in (4, 8, 16) if d <= dim)
+    for encode, inputs in (("encode_images", PICTURES), ("encode_texts", TEXTS)):
+        full, cut, at_load = (getattr(encoder, encode)(inputs, batch_size=2) for encoder in (whole, small, cut_at_load))
+        assert cut.dtype == np.float32
+        assert cut.shape == (3, dim)
+        np.testing.assert_allclose(cut, prefix(full, dim), atol=1e-6)
+        np.testing.assert_allclose(at_load, prefix(full, dim), atol=1e-6)
+
+
+def test_projections_really_have_dim_rows(source: Path, tmp_path: Path) -> None:
+    export_bundle(str(source), tmp_path / "out", 8)
+    state = bundle.read_weights(tmp_path / "out", bundle.read_manifest(tmp_path / "out"))
+    assert state["image.tower.proj"].shape == (32, 8)
+    assert state["text.tower.text_projection"].shape == (32, 8)
+    assert state["log_logit_scale"].shape == (2,)
+    again = export_bundle(str(tmp_path / "out"), tmp_path / "smaller", 4)
+    assert again["full_dim"] == 16
+    np.testing.assert_allclose(
+        mmrl.load(tmp_path / "smaller").encode_texts(TEXTS), mmrl.load(source, dim=4).encode_texts(TEXTS), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("image", ["none", "mlp"])
+def test_towers_without_a_projection_that_can_be_cut_get_one(tmp_path: Path, image: str) -> None:
+    vision = {"timm_model_name": "test_vit", "timm_proj": image, "timm_pool": "token", "image_size": 160}
+    settings = {**TINY_MODEL, "embed_dim": 64, "vision_cfg": vision}
+    (tmp_path / f"no-projection-{image}.json").write_text(json.dumps(settings))
+    source = stored(str(tmp_path / f"no-projection-{image}.json"), tmp_path / "source")
+    export_bundle(str(source), tmp_path / "out", 8)
+    np.testing.assert_allclose(
+        mmrl.load(tmp_path / "out").encode_images(PICTURES), mmrl.load(source, dim=8).encode_images(PICTURES), atol=1e-6
+    )
+
+
+def test_a_hugging_face_text_tower_goes_along(hf_model: Path, tmp_path: Path) -> None:
+    source = stored(str(hf_model), tmp_path / "source")
+    export_bundle(str(source), tmp_path / "out", 8)
+    expected = mmrl.load(source, dim=8).encode_texts(TEXTS)
+    manifest = bundle.read_manifest(tmp_path / "out")
+    # Nothing of the folder that the tower was first read from is needed.
+    text_cfg = manifest["model_cfg"]["text_cfg"]
+    manifest["model_cfg"]["text_cfg"] = text_cfg | {"hf_model_name": "gone", "hf_tokenizer_name": "gone"}
+    bundle.write_manifest(tmp_path / "out", manifest)
+    np.testing.assert_allclose(mmrl.load(tmp_path / "out").encode_texts(TEXTS), expected, atol=1e-6)
+
+
+def test_an_open_clip_model_exports_as_it_is(tmp_path: Path) -> None:
+    manifest = export_bundle("open_clip:mmrl-starter", tmp_path / "out", 32)
+    assert manifest["source"] == {"model": "open_clip:mmrl-starter", "dim": 256}
+    assert mmrl.load(tmp_path / "out").encode_texts(["a"]).shape == (1, 32)
+
+
+def test_one_tower_alone(source: Path) -> None:
+    online = mmrl.load(source, dim=4, towers="text")
+    assert online.encode_texts(TEXTS).shape == (3, 4)
+    with pytest.raises(InputError, match="towers='both' or 'image'"):
+        online.encode_images(PICTURES)
+    with pytest.raises(InputError, match="towers='both' or 'text'"):
+        mmrl.load(source, towers="image").encode_texts(TEXTS)
+
+
+_FOREIGN = """
+import sys
+for name in ("deepspeed", "webdataset", "mmrl.data", "mmrl.train", "mmrl.engine"):
+    sys.modules[name] = None
+import mmrl, numpy
+encoder = mmrl.load(sys.argv[1])
+numpy.save(sys.argv[2], encoder.encode_texts(["a red square", "green stripes", "x"]))
+"""
+
+
+def test_a_bundle_loads_where_the_training_code_cannot_be_imported(source: Path, tmp_path: Path) -> None:
+    vectors = tmp_path / "vectors.npy"
+    subprocess.run([sys.executable, "-c", _FOREIGN, str(source), str(vectors)], check=True)
+    np.testing.assert_allclose(np.load(vectors), mmrl.load(source).encode_texts(TEXTS), atol=1e-6)
+
+
+def test_what_is_no_encoder_or_a_damaged_one_is_explained(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        mmrl.load("nowhere")
+    with pytest.raises(InputError, match="is neither a run folder, a checkpoint nor an exported encoder"):
+        mmrl.load(tmp_path)
+    with pytest.raises(InputError, match="dim: 17 is out of range; this embedding has dims 1 to 16"):
+        mmrl.load(source, dim=17)
+    export_bundle(str(source), tmp_path / "out", 8)
+    weights = tmp_path / "out" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match=r"model.safetensors is not the file that manifest.json was written for"):
+        mmrl.load(tmp_path / "out")
+    weights.unlink()
+    with pytest.raises(InputError, match=r"model.safetensors is missing"):
+        mmrl.load(tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="exists and is no encoder"):
+        export_bundle(str(source), tmp_path / "other", 8)
+
+
+def test_unreadable_pictures_and_bare_strings_are_named(source: Path, tmp_path: Path) -> None:
+    encoder = mmrl.load(source)
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"bad.jpg: no picture in any of the formats"):
+        encoder.encode_images([tmp_path / "bad.jpg"])
+    with pytest.raises(InputError, match="want a list of texts"):
+        encoder.encode_texts("a red square")
+    assert encoder.encode_texts([]).shape == (0, 16)

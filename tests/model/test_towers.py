@@ -1,0 +1,105 @@
+"""The real loading path, on files that the tests make: open_clip names, JSON configs, weights, Hugging Face."""
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from mmrl.errors import InputError
+from mmrl.model import towers, two_tower
+from mmrl.model.towers import TowersConfig, projection_axes
+from mmrl.model.two_tower import LogitScaleConfig
+
+
+def test_a_users_json_gives_towers_that_embed(tiny_model: Path) -> None:
+    built = towers.build(TowersConfig(name=str(tiny_model)))
+    model = two_tower.from_towers(built, LogitScaleConfig(), 3)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    image_BD, text_BD, scale = model(pixels, built.tokenise(["a red square", "x"]))
+    assert image_BD.shape == text_BD.shape == (2, 16)
+    torch.testing.assert_close(scale, torch.tensor([1 / 0.07]))
+
+
+def test_the_shipped_towers_are_built_by_stock_open_clip() -> None:
+    built = towers.build(TowersConfig(name="mmrl-starter"))
+    stock = open_clip.create_model("mmrl-starter", force_custom_text=True)
+    names = {f"visual.{name}" for name in built.image.state_dict()} | {f"text.{n}" for n in built.text.state_dict()}
+    assert names == stock.state_dict().keys() - {"logit_scale"}
+    kinds = {type(module).__name__ for module in stock.modules()}
+    assert not any("BatchNorm" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_pretrained_files_of_either_open_clip_class_load(
+    tiny_model: Path, tmp_path: Path, suffix: str, custom_text: bool
+) -> None:
+    from safetensors.torch import save_file
+
+    open_clip.add_model_config(tiny_model)
+    source: Any = open_clip.create_model("tiny-test", force_custom_text=custom_text).eval()
+    with torch.no_grad():
+        source.get_parameter("logit_scale").fill_(3.0)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    built = towers.build(TowersConfig(name=str(tiny_model), pretrained=str(path)))
+    model = two_tower.from_towers(built, LogitScaleConfig(), 2).eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = built.tokenise(["a red square", "green"])
+    with torch.no_grad():
+        image_BD, text_BD, scale = model(pixels, tokens)
+        assert torch.equal(image_BD, source.encode_image(built.image_spec.normalise(pixels)))
+        assert torch.equal(text_BD, source.encode_text(tokens))
+        torch.testing.assert_close(scale, torch.tensor([3.0]).exp())
+
+
+def test_a_hugging_face_text_tower_with_its_tokenizer(hf_model: Path) -> None:
+    built = towers.build(TowersConfig(name=str(hf_model)))
+    model = two_tower.from_towers(built, LogitScaleConfig(), 1)
+    tokens = built.tokenise(["a red square", "stripes"])
+    assert tokens.shape == (2, 12)
+    assert tokens[0, :5].tolist() == [2, 5, 6, 8, 3]
+    assert model.encode_text(tokens).shape == (2, 16)
+    assert projection_axes(built.model_cfg, "text") == {"proj.weight": 0}
+
+
+def test_projections_are_found_by_construction() -> None:
+    native = towers.read_model_cfg("ViT-B-32")
+    assert projection_axes(native, "image") == {"proj": 1}
+    assert projection_axes(native, "text") == {"text_projection": 1}
+    assert projection_axes(towers.read_model_cfg("RN50"), "image") == {
+        "attnpool.c_proj.weight": 0,
+        "attnpool.c_proj.bias": 0,
+    }
+    assert projection_axes(towers.read_model_cfg("mmrl-starter"), "image") == {"head.proj.weight": 0}
+    # SigLIP's image tower has no projection at all.
+    assert projection_axes(towers.read_model_cfg("ViT-B-16-SigLIP"), "image") is None
+
+
+def test_locking_leaves_the_projection_to_learn(tiny_model: Path) -> None:
+    built = towers.build(TowersConfig(name=str(tiny_model), lock_image=True))
+    assert [name for name, p in built.image.named_parameters() if p.requires_grad] == ["proj"]
+    assert all(p.requires_grad for p in built.text.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "says"),
+    [
+        ("ViT-B-33", None, "no model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
+        ("nowhere.json", None, "nowhere.json does not exist"),
+        ("{folder}/half.json", None, "lacks text_cfg, vision_cfg"),
+        ("{folder}/broken.json", None, "is not JSON"),
+        ("mmrl-starter", "weights/none.pt", "model.pretrained: the file weights/none.pt does not exist"),
+        ("ViT-B-32", "laion3b", "laion3b"),
+    ],
+)
+def test_names_that_lead_nowhere_are_explained(name: str, pretrained: str | None, says: str, tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text('{"embed_dim": 4}')
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InputError, match=says):
+        towers.build(TowersConfig(name=name.format(folder=tmp_path), pretrained=pretrained))

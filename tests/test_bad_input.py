@@ -1,0 +1,144 @@
+"""Each mistake, as a user makes it: one sentence on the error stream, exit code 2, before any training."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import encoded, sample_members, write_tar
+from PIL import Image
+
+from mmrl import cli
+
+WriteConfig = Callable[..., Path]
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
+    """Runs `mmrl …` in this process; returns its one sentence."""
+    monkeypatch.setattr(sys, "argv", ["mmrl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2, error
+    assert error.startswith("mmrl: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("nesting.dims=[16,32]", "dims: 32 is out of range; this embedding has dims 1 to 16"),
+        ("nesting.dims=[8,8]", "dims: 8 is given twice"),
+        ("nesting.weights=[1]", "weights: 1 given for 3 dims"),
+        ("train.batchsize=4", "unknown key 'train.batchsize'. Did you mean 'batch_size'?"),
+        ("evaluation.sets.val.caption=1", "unknown key 'evaluation.sets.val.caption'. Did you mean 'captions'?"),
+        ("optim.lr=fast", "optim.lr: Input should be a valid number; got 'fast'"),
+        ("train.duration=2 weeks", "train.duration: '2 weeks' is no duration; write '2000 steps'"),
+        ("train.batch_size=1000", "hold 48 samples, fewer than one global batch of 1000"),
+        ("data.train=missing.tar", "shards: missing.tar does not exist"),
+        ("data.train=x-{0..9}.tar", "names 10 files and 10 of them do not exist, such as x-0.tar"),
+        ("data.fields.image=[tif]", "fields.image: no sample"),
+        ("data.fields.captions=texts", "fields.captions: none of 48 samples"),
+        ("evaluation.best={set: test, dim: 8}", "there is no evaluation set 'test'. Allowed: val"),
+        ("evaluation.best={set: val, dim: 32}", "evaluation.best.dim: 32 is not evaluated"),
+        ("evaluation.best={set: val, dim: 8, metric: r10}", "'r10' is not measured; allowed: R@1"),
+        ("model.name=ViT-B-33", "Did you mean 'ViT-B-32'?"),
+        ("resume=always", "resume: String should match pattern '^auto$'; got 'always'"),
+        ("batch_size", "write KEY=VALUE"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(
+    write_config: WriteConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    says: str,
+) -> None:
+    assert says in said(capsys, monkeypatch, "train", write_config(), override)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_config_that_is_not_there_or_no_yaml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "nothing.yaml does not exist" in said(capsys, monkeypatch, "train", "nothing.yaml")
+    path = tmp_path / "bad.yaml"
+    for text, says in (("a: [1", "not valid YAML"), ("run: a\nrun: b", "'run' is given twice"), ("", "holds no keys")):
+        path.write_text(text)
+        assert says in said(capsys, monkeypatch, "train", path)
+    path.write_text("run: x")
+    assert "the key 'model' is missing" in said(capsys, monkeypatch, "train", path)
+
+
+def test_eval_and_export_name_what_is_wrong(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = "open_clip:mmrl-starter"
+    assert "model: nowhere does not exist" in said(capsys, monkeypatch, "eval", "nowhere", shards)
+    assert "dims: 300 is out of range" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "300")
+    assert "no list of numbers" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "big")
+    assert "two sets are called" in said(capsys, monkeypatch, "eval", model, shards, shards)
+    assert "dim: 0 is out of range" in said(capsys, monkeypatch, "export", model, tmp_path / "out", "--dim", "0")
+
+
+def test_a_batch_that_the_processes_cannot_share(write_config: WriteConfig) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mmrl.cli"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train", str(write_config()), "train.batch_size=15"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "train.batch_size: 15 cannot be divided over 2 processes; take a multiple of 2." in done.stderr
+    assert "mmrl/train.py" not in done.stderr
+
+
+def damaged(folder: Path, bad: int) -> Path:
+    """Two shards of 40 samples, `bad` of them damaged in various ways, the second one cut short."""
+    picture = encoded(Image.new("RGB", (32, 32)))
+    members = []
+    for number in range(40):
+        if number < bad:
+            kinds = [(picture[:50], b"a caption"), (picture, b" "), (b"", b"a caption")]
+            data, caption = kinds[number % 3]
+            members += [(f"bad{number}.png", data), (f"bad{number}.txt", caption)]
+        else:
+            members += sample_members(number)
+    write_tar(folder / "a.tar", members)
+    whole = write_tar(folder / "b.tar", [m for n in range(40, 80) for m in sample_members(n)]).read_bytes()
+    (folder / "b.tar").write_bytes(whole[: len(whole) * 3 // 4])
+    return folder
+
+
+def test_a_few_bad_samples_are_listed_and_training_goes_on(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"train": str(damaged(tmp_path / "data", bad=3)), "max_bad_fraction": 0.05}
+    path = write_config(data=data, evaluation={}, train={"batch_size": 12, "duration": "2 epochs"})
+    monkeypatch.setattr(sys, "argv", ["mmrl", "train", str(path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    reasons = {line["key"]: line["reason"] for line in listed}
+    assert reasons[""].startswith("truncated tar")
+    assert {"bad0", "bad1", "bad2"} <= reasons.keys()
+    assert "caption" in reasons["bad1"]
+    assert "1 problems in the shards" in capsys.readouterr().out
+
+
+def test_too_many_bad_samples_stop_the_run(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"train": str(damaged(tmp_path / "data", bad=30)), "max_bad_fraction": 0.01}
+    path = write_config(data=data, evaluation={}, train={"batch_size": 12, "duration": "20 epochs"})
+    monkeypatch.setattr(sys, "argv", ["mmrl", "train", str(path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 1
+    assert "samples were bad, more than data.max_bad_fraction 1.00% allows" in error
+    assert "bad_samples.jsonl lists them" in error
+    assert (tmp_path / "run" / "bad_samples.jsonl").stat().st_size > 500

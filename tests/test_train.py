@@ -1,0 +1,259 @@
+"""Runs, whole: several processes = one, killed and resumed = uninterrupted, and every option takes steps."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mmrl import config as configs
+from mmrl import distributed
+from mmrl.errors import InputError, RunStopped
+from mmrl.evaluate.command import evaluate_model
+from mmrl.model import bundle
+from mmrl.preflight import prepare
+from mmrl.train import Trainer, train
+
+WriteConfig = Callable[..., Path]
+
+
+def run(path: Path, *overrides: str) -> Path:
+    return train(configs.load(path, overrides))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / which / "model.safetensors")
+
+
+def command(*arguments: str | Path, processes: int = 1) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+    return [sys.executable, "-m", *launcher, "mmrl.cli", "train", *map(str, arguments)]
+
+
+def go_back_to(folder: Path, checkpoint: str) -> None:
+    """As if the run had been lost after this checkpoint."""
+    last = folder / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to(checkpoint)
+
+
+def without_key_bias(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adam blows up the rounding of a gradient that is truly zero, as that of attention's key bias is."""
+    return {name: tensor for name, tensor in state.items() if "in_proj_bias" not in name}
+
+
+def test_a_run_leaves_what_it_promises(write_config: WriteConfig) -> None:
+    best = "evaluation.best={set: val, dim: 8, metric: R@10}"
+    folder = run(write_config(), best, "evaluation.every=4", "train.duration=2 epochs", "checkpoint.every=2")
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["samples"] == 96
+    assert list(lines[0]["loss_by_dim"]) == ["4", "8", "16"]
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0]["loss_by_dim"].values()) / 3)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["lr"] < lines[1]["lr"] == 1e-3
+    result = json.loads((folder / "retrieval.json").read_text())
+    assert list(result["dims"]) == ["16", "8", "4"]
+    assert result["sets"]["val"]["dims"] == result["dims"]
+    assert result["num_images"] == 48
+    assert (folder / "report" / "recall_by_dim.png").stat().st_size > 5000
+    assert "| 16 |" in (folder / "report" / "report.md").read_text()
+    assert (folder / "checkpoints" / "best").resolve().name.startswith("step-")
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.is_symlink())
+    assert set(kept) >= {"step-6", "step-8"}
+    assert len(kept) <= 3
+    assert configs.differences(configs.load(folder / "config.yaml"), configs.load(folder / "config.yaml")) == []
+    encoder = bundle.load(bundle.find(folder))
+    assert encoder.nested_dims == (4, 8, 16)
+
+
+def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
+    one = run(write_config())
+    path = write_config("two.yaml", run=str(tmp_path / "two"))
+    subprocess.run(command(path, processes=2), check=True, capture_output=True)
+    alone, together = metrics(one), metrics(tmp_path / "two")
+    for first, second in zip(alone, together, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], abs=2e-5)
+        assert second["loss_by_dim"] == pytest.approx(first["loss_by_dim"], abs=2e-5)
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(without_key_bias(weights(tmp_path / "two")), without_key_bias(weights(one)), **close)
+    scores = [json.loads((folder / "retrieval.json").read_text()) for folder in (one, tmp_path / "two")]
+    assert scores[0]["num_images"] == scores[1]["num_images"]
+    # What two began, one finishes.
+    path = write_config("half.yaml", run=str(tmp_path / "half"), checkpoint={"every": "4 steps"})
+    subprocess.run(command(path, processes=2), check=True, capture_output=True)
+    go_back_to(tmp_path / "half", "step-4")
+    resumed = run(path, "resume=auto")
+    torch.testing.assert_close(without_key_bias(weights(resumed)), without_key_bias(weights(one)), **close)
+
+
+def _kill_at(path: Path, folder: Path, step: int, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Starts (or goes on with) a run and sends it a signal once `step` is logged."""
+    process = subprocess.Popen(command(path, "resume=auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        log = folder / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
+    sections = {"train": {"batch_size": 12, "duration": "60 steps", "ema": 0.9}, "checkpoint": {"every": "7 steps"}}
+    whole = run(write_config(**sections))
+    path = write_config("killed.yaml", run=str(tmp_path / "killed"), **sections)
+    for step in (10, 33):
+        assert _kill_at(path, tmp_path / "killed", step, signal.SIGKILL).returncode == -signal.SIGKILL
+    subprocess.run(command(path, "resume=auto"), check=True, capture_output=True)
+    got, expected = weights(tmp_path / "killed"), weights(whole)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    stripped = [
+        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in metrics(folder)]
+        for folder in (whole, tmp_path / "killed")
+    ]
+    assert stripped[0] == stripped[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(train={"batch_size": 12, "duration": "5000 steps"})
+    done = _kill_at(path, tmp_path / "run", 3, signal.SIGTERM)
+    assert done.returncode == 1
+    assert "Stopped by SIGTERM at step" in done.stderr
+    assert "resume=auto" in done.stderr
+    last = (tmp_path / "run" / "checkpoints" / "last").resolve().name
+    assert last == f"step-{metrics(tmp_path / 'run')[-1]['step']}"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConfig) -> None:
+    path = write_config(optim={"lr": 1e30, "clip_norm": None}, checkpoint={"every": "1 steps"})
+    with pytest.raises(RunStopped, match=r"Step 2: the loss is nan. The last good .* is .*step-1; lower optim.lr"):
+        run(path)
+
+
+def test_fine_tuning_starts_where_the_source_stood(
+    write_config: WriteConfig, tiny_model: Path, tmp_path: Path, shards: Path
+) -> None:
+    open_clip.add_model_config(tiny_model)
+    torch.manual_seed(8)
+    source = open_clip.create_model("tiny-test")
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    pretrained = str(tmp_path / "source.pt")
+    path = write_config(model={"name": str(tiny_model), "pretrained": pretrained})
+    config = configs.load(path, ["evaluation.at_start=true", "train.duration=1"])
+    plan = prepare(config, distributed.start())
+    trainer = Trainer(config, plan, distributed.world(), Console(quiet=True))
+    before = trainer.score_sets()
+    theirs = evaluate_model(f"open_clip:tiny-test:{pretrained}", [str(shards)], [16], captions=1, quiet=True)
+    assert before["val"]["dims"]["16"] == theirs["dims"]["16"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.zero_stage=1"],
+        ["engine.zero_stage=2", "engine.precision=bf16"],
+        ["engine.precision=bf16"],
+        ["model.grad_checkpointing=true"],
+        ["model.lock_image=true"],
+        ["model.logit_scale.per_dim=true", "nesting.weights=[1,2,0.5]"],
+        ["train.ema=0.5", "optim.schedule=constant", "optim.cooldown=3 steps"],
+        ["optim.layer_decay=0.5", "optim.lr_image=1e-4", "optim.lr_projection=0", "optim.schedule=rsqrt"],
+        ["data.workers=2", "tracking.tensorboard=true"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_every_option_takes_steps_and_resumes(write_config: WriteConfig, overrides: list[str]) -> None:
+    path = write_config(checkpoint={"every": "4 steps"})
+    folder = run(path, *overrides)
+    assert math.isfinite(metrics(folder)[-1]["loss"])
+    whole = weights(folder)
+    go_back_to(folder, "step-4")
+    assert run(path, *overrides, "resume=auto") == folder
+    again = weights(folder)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) -> None:
+    path = write_config(checkpoint={"every": "1 steps", "keep": 9}, evaluation={})
+    folder = run(path, "model.lock_image=true", "optim.lr_logit_scale=0")
+    first, last = weights(folder, "step-1"), weights(folder, "step-8")
+    moved = {name for name in last if not torch.equal(first[name], last[name])}
+    assert "log_logit_scale" not in moved
+    assert {name for name in moved if name.startswith("image")} == {"image.tower.proj"}
+    assert any(name.startswith("text") for name in moved)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_logit_scale_is_held_at_100_under_zero(write_config: WriteConfig, stage: int) -> None:
+    path = write_config(model={"name": str(_model_of(write_config)), "logit_scale": {"init": 99.9}}, evaluation={})
+    folder = run(path, f"engine.zero_stage={stage}", "optim.lr_logit_scale=0.5", "train.duration=20")
+    scales = [line["logit_scale"] for line in metrics(folder)]
+    assert max(scales) <= 100.001
+
+
+def _model_of(write_config: WriteConfig) -> str:
+    return yaml.safe_load(write_config("probe.yaml").read_text())["model"]["name"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(checkpoint={"every": "3 steps"})
+    real, calls = bundle.save_file, []
+
+    def full_after_first(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(bundle, "save_file", full_after_first)
+    with pytest.raises(RunStopped, match=r"step 6 could not be written .*No space left.*step-3 is whole.*resume=auto"):
+        run(path)
+    monkeypatch.setattr(bundle, "save_file", real)
+    folder = path.parent / "run"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last", "step-3"]
+    assert run(path, "resume=auto") == folder
+    assert metrics(folder)[-1]["step"] == 8
+
+
+def test_a_run_folder_is_never_mixed(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(evaluation={})
+    folder = run(path)
+    with pytest.raises(InputError, match=r"already holds a run \(last checkpoint step-8\); add resume=auto"):
+        run(path)
+    with pytest.raises(InputError, match=r"another config \(optim.lr: 0.001 -> 0.002\)"):
+        run(path, "resume=auto", "optim.lr=2e-3")
+    # What only says how the work is done may change.
+    assert run(path, "resume=auto", "data.workers=1", "tracking.log_every=5") == folder
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="exists and is no run folder"):
+        run(path, f"run={tmp_path / 'mine'}")
+
+
+@pytest.mark.slow
+def test_compiled_towers_learn_the_same(write_config: WriteConfig, tmp_path: Path) -> None:
+    eager = run(write_config(evaluation={}))
+    compiled = run(write_config("compiled.yaml", run=str(tmp_path / "compiled"), evaluation={}), "engine.compile=true")
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
