@@ -14,8 +14,8 @@ help:  ## List the targets
 quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 6 minutes on 2 cores)
 	$(BIN)/mmrl train configs/quickstart.yaml resume=auto
 	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
+	rm -rf $(RUN)/encoder-64 $(RUN)/embeddings $(RUN)/index
 	$(BIN)/mmrl export $(RUN) $(RUN)/encoder-64 --dim 64
-	rm -rf $(RUN)/embeddings $(RUN)/index
 	$(BIN)/mmrl embed $(RUN)/encoder-64 starter:test-artist $(RUN)/embeddings
 	$(BIN)/mmrl index $(RUN)/embeddings $(RUN)/index
 	$(BIN)/mmrl search $(RUN)/index "red heart" --picture $(RUN)/red-heart.png

@@ -15,10 +15,10 @@ RUN/
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from mmrl import distributed
@@ -29,6 +29,7 @@ from mmrl.model.bundle import Bundle
 from mmrl.optim import Duration
 from mmrl.settings import Settings, machine
 
+_STATE = "state.json"
 _STEP = re.compile(r"^step-(\d+)$")
 
 
@@ -47,31 +48,16 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self._keep = keep
 
-    def save(
-        self, step: int, encoder: Bundle, weights: dict[str, torch.Tensor], engine: Engine, state: dict[str, Any]
-    ) -> Path:
+    def save(self, step: int, encoder: Bundle, engine: Engine, state: dict[str, Any]) -> Path:
         """Writes step-N and points `last` to it; called on every process.
 
         Raises:
             RunStopped: it could not be written (a full disk); earlier checkpoints are untouched.
         """
         final, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
-        problem = None
-        try:
-            if distributed.world().is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / "training").mkdir(parents=True)
-            distributed.barrier()
-            engine.save(partial / "training")
-            if distributed.world().is_main:
-                bundle.save(encoder, partial, weights, {"step": step, "run": self.folder.parent.name})
-                (partial / "training" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            problem = str(error)
-        problems = [p for p in distributed.gather_objects(problem) if p]
-        if problems:
-            self._give_up(step, partial, problems[0])
-        if distributed.world().is_main:
+        self._unless_failed(step, partial, lambda: _make_afresh(partial / "training") if _is_main() else None)
+        self._unless_failed(step, partial, lambda: self._write(partial, step, encoder, engine, state))
+        if _is_main():
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self._point("last", final)
@@ -79,12 +65,31 @@ class Checkpoints:
         distributed.barrier()
         return final
 
-    def _give_up(self, step: int, partial: Path, problem: str) -> None:
-        if distributed.world().is_main:
+    def _write(self, partial: Path, step: int, encoder: Bundle, engine: Engine, state: dict[str, Any]) -> None:
+        engine.save(partial / "training")
+        if _is_main():
+            bundle.save(encoder, partial, encoder.state(), {"step": step, "run": self.folder.parent.name})
+            (partial / "training" / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def _unless_failed(self, step: int, partial: Path, work: Callable[[], None]) -> None:
+        """Does this process's work, then stops all processes if it failed on any: none is left waiting for another."""
+        problem = None
+        try:
+            work()
+        except OSError as error:
+            problem = str(error) or repr(error)
+        problems = [p for p in distributed.gather_objects(problem) if p]
+        if not problems:
+            return
+        free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+        if _is_main():
             shutil.rmtree(partial, ignore_errors=True)
         last = self.last()
-        kept = f"{last} is whole; free some space and run again with resume=auto" if last else "there is none before it"
-        raise RunStopped(f"The checkpoint of step {step} could not be written ({problem.splitlines()[0]}): {kept}.")
+        kept = f"{last} is whole; run again with resume=auto" if last else "there is none before it"
+        raise RunStopped(
+            f"The checkpoint of step {step} could not be written ({problems[0]}); {free / 1e9:.1f} GB of the disk are "
+            f"free. {kept}."
+        )
 
     def mark_best(self, checkpoint: Path) -> None:
         """Points `best` to a checkpoint; main process only."""
@@ -94,7 +99,14 @@ class Checkpoints:
     def last(self) -> Path | None:
         """The latest whole checkpoint."""
         link = self.folder / "last"
-        return link.resolve() if link.exists() else None
+        if link.exists():
+            return link.resolve()
+        found = self._found()
+        return found[-1][1] if found else None
+
+    def _found(self) -> list[tuple[int, Path]]:
+        folders = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted((int(m[1]), path) for path in folders if (m := _STEP.match(path.name)))
 
     def _point(self, name: str, target: Path) -> None:
         beside = self.folder / f".{name}.partial"
@@ -104,8 +116,7 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         best = (self.folder / "best").resolve()
-        found = sorted((int(m[1]), path) for path in self.folder.iterdir() if (m := _STEP.match(path.name)))
-        for _, path in found[: -self._keep]:
+        for _, path in self._found()[: -self._keep]:
             if path.resolve() != best:
                 shutil.rmtree(path)
         for leftover in self.folder.glob(".step-*.partial"):
@@ -114,4 +125,13 @@ class Checkpoints:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The step, stream position and best score that `save` was given."""
-    return json.loads((checkpoint / "training" / "state.json").read_text())
+    return json.loads((checkpoint / "training" / _STATE).read_text())
+
+
+def _is_main() -> bool:
+    return distributed.world().is_main
+
+
+def _make_afresh(folder: Path) -> None:
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)

@@ -56,11 +56,14 @@ def export(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D for each dim where several are given")],
     dim: Annotated[str, typer.Option(help="Such as 128, or 512,128")],
+    format: Annotated[str, typer.Option(help="bundle: weights, manifest, tokenizer, for mmrl.load")] = "bundle",
     as_json: Json = False,
 ) -> None:
     """Write the encoder whose vectors are the first DIM numbers, with its projections really cut."""
     from mmrl.export.bundles import export_bundle
 
+    if format != "bundle":
+        raise InputError(f"format: {format!r} is not written yet; allowed: bundle.")
     dims = _dims(dim) or []
     manifests = {}
     for d in dims:

@@ -79,6 +79,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = _parse_yaml(Path(path).read_text(), str(path))
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"config: the file {path} does not exist.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config: {path} is not UTF-8 text.") from None
     if not isinstance(values, dict):
         raise InputError(f"config: {path} holds no keys; see configs/quickstart.yaml for a complete one.")
     for override in overrides:

@@ -3,9 +3,11 @@
 DeepSpeed's config is a dict made here from ours; no JSON file is written.
 """
 
+import ctypes
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +46,8 @@ class Engine:
     ) -> None:
         deepspeed = _import_deepspeed()
         world = distributed.world()
+        if world.device.type == "cpu":
+            _keep_freed_memory()
         if config.compile:
             model.image.tower.compile()
             model.text.tower.compile()
@@ -53,8 +57,12 @@ class Engine:
             config=deepspeed_config(config, clip_norm, micro_batch, world.size),
             dist_init_required=False,
         )
+        if world.size == 1 and config.zero_stage == 0:
+            # It would flatten all gradients, reduce them with nobody and copy them back.
+            self._engine.enable_backward_allreduce = False
         self.model = model
         self.device = world.device
+        self._zero_stage = config.zero_stage
         # Without ZeRO, DeepSpeed clips but does not tell the norm.
         self._clip_here = (clip_norm or math.inf) if config.zero_stage == 0 else None
 
@@ -74,29 +82,52 @@ class Engine:
         self._engine.step()
         return norm.item()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's float32 weights, whole, on the CPU. (ZeRO up to stage 2 keeps them whole on every process.)"""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-
     def save(self, folder: Path) -> None:
-        """Writes optimiser state and weights in DeepSpeed's own files; called on every process."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Writes optimiser state and weights in DeepSpeed's own files; called on every process.
 
-    def load(self, folder: Path) -> None:
+        Raises:
+            OSError: this process could not write; only after it has met the others wherever DeepSpeed waits for all.
+        """
+        writer, problems = self._engine.checkpoint_engine, []
+        write = writer.save
+
+        def guarded(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except Exception as error:  # torch reports a full disk as a RuntimeError
+                problems.append(error)
+
+        writer.save = guarded
+        try:
+            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        finally:
+            writer.save = write
+        if problems:
+            raise OSError(str(problems[0]).splitlines()[0]) from problems[0]
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """How the optimiser's state lies in the files, for `load`."""
+        return {"zero_stage": self._zero_stage, "world_size": distributed.world().size}
+
+    def load(self, folder: Path, layout: dict[str, int]) -> None:
         """Reads what `save` wrote. DeepSpeed unpickles: only ever called on the user's own run folder.
 
         Raises:
-            InputError: the files are of another world size or ZeRO stage.
+            InputError: the files are of another ZeRO stage, or, above stage 0, of another world size.
         """
-        try:
-            self._engine.load_checkpoint(str(folder), tag="engine")
-        except Exception as error:
-            if type(error).__name__ != "ZeRORuntimeException":
-                raise
+        then, now = layout, self.layout
+        if (then["zero_stage"] > 0) != (now["zero_stage"] > 0):
             raise InputError(
-                f"resume: {folder} was written by another number of processes ({error}); "
-                "with ZeRO 1 or 2, resume on as many processes as before."
-            ) from error
+                f"engine.zero_stage: this run was saved at stage {then['zero_stage']} and cannot go on at stage "
+                f"{now['zero_stage']}; resume at the stage that it was saved at."
+            )
+        if now["zero_stage"] and then["world_size"] != now["world_size"]:
+            raise InputError(
+                f"resume: at ZeRO stage {now['zero_stage']} this run goes on on {then['world_size']} processes, as it "
+                f"was saved; there are {now['world_size']}."
+            )
+        self._engine.load_checkpoint(str(folder), tag="engine")
 
 
 def deepspeed_config(
@@ -115,6 +146,15 @@ def deepspeed_config(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+def _keep_freed_memory() -> None:
+    """Lets one step's freed tensors serve the next, where glibc would hand them back to the kernel and fault them in
+    again: a tenth of a small model's step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have none
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
 
 
 def _import_deepspeed() -> Any:

@@ -85,8 +85,8 @@ class ImageSpec:
         scale = fit(self.height / height, self.width / width)
         # open_clip fits by torchvision, which truncates the free side, for squares; else by timm's rule, which rounds.
         whole = int if self.resize_mode == "shortest" and self.height == self.width else round
-        fitted_h = max(self.height, whole(height * scale)) if fit is max else round(height * scale)
-        fitted_w = max(self.width, whole(width * scale)) if fit is max else round(width * scale)
+        fitted_h = max(self.height, whole(height * scale)) if fit is max else max(1, round(height * scale))
+        fitted_w = max(self.width, whole(width * scale)) if fit is max else max(1, round(width * scale))
         fitted_CHW = resize(picture_CHW, fitted_h, fitted_w, self.interpolation)
         return _centre(fitted_CHW, self.height, self.width, self.fill_color)
 

@@ -48,12 +48,15 @@ class OptimConfig(Settings):
     """Peak learning rate; the parts below take it unless they have their own."""
     lr_image: float | None = Field(default=None, ge=0)
     lr_text: float | None = Field(default=None, ge=0)
+    lr_token_embedding: float | None = Field(default=None, ge=0)
+    """Of the text tower's table of tokens, whose rows learn only when their token comes by."""
     lr_projection: float | None = Field(default=None, ge=0)
     lr_logit_scale: float | None = Field(default=None, ge=0)
-    betas: list[float] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     eps: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    """On matrices; never on norms, biases, embeddings of position, the logit scale."""
+    """On matrices; never on norms, gains, biases, the logit scale, nor what a tower asks to leave out (embeddings of
+    position and class)."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Each layer further from the output learns by this factor slower: for pretrained towers, such as 0.8."""
     schedule: Literal["cosine", "linear", "constant", "rsqrt"] = "cosine"
@@ -100,7 +103,8 @@ def build(model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: OptimConfig)
     ]
     # A parameter that no group holds would silently stay as it is.
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
-    return torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    # Fused: one pass over memory. On two CPU cores it takes a third of the time of the default loop.
+    return torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def _settings_of_parameters(
@@ -114,21 +118,32 @@ def _settings_of_parameters(
     for side, encoder, tower_lr in sides:
         projection = {f"tower.{name}" for name in projection_axes(model_cfg, side) or {}} | {"projection.weight"}
         without_decay = {f"tower.{name}" for name in _never_decayed(encoder.tower)}
+        tables = {f"tower.{name}" for name in _token_tables(encoder.tower)}
         depth = _Depth([name for name, _ in encoder.named_parameters()])
         for name, parameter in encoder.named_parameters():
             if not parameter.requires_grad:
                 continue
             if name in projection:
                 lr = _first(config.lr_projection, tower_lr, config.lr)
+            elif name in tables and config.lr_token_embedding is not None:
+                lr = config.lr_token_embedding
             else:
                 lr = _first(tower_lr, config.lr) * config.layer_decay ** depth.from_output(name)
-            decays = parameter.ndim > 1 and name not in without_decay
+            # A matrix has two axes longer than 1; a gain of shape (C, 1, 1, 1) is none.
+            decays = sum(size > 1 for size in parameter.shape) > 1 and name not in without_decay
             yield f"{side}.{name}", parameter, lr, config.weight_decay if decays else 0.0
     yield "log_logit_scale", model.log_logit_scale, _first(config.lr_logit_scale, config.lr), 0.0
 
 
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
+
+
+def _token_tables(tower: nn.Module) -> set[str]:
+    """Names of the embeddings with a row for each token of the vocabulary."""
+    size = getattr(tower, "vocab_size", None)
+    embeddings = {name: m for name, m in tower.named_modules() if isinstance(m, nn.Embedding)}
+    return {f"{name}.weight" for name, embedding in embeddings.items() if embedding.num_embeddings == size}
 
 
 def _never_decayed(tower: nn.Module) -> set[str]:

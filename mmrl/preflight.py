@@ -49,10 +49,11 @@ def prepare(config: Config, world: World) -> Plan:
         name: open_reader(one.shards, one.fields or config.data.fields) for name, one in config.evaluation.sets.items()
     }
     try:
-        resume_from = open_run(config) if world.is_main else None
-        refusal = None
+        resume_from, refusal = open_run(config) if world.is_main else None, None
     except InputError as error:
         resume_from, refusal = None, str(error)
+    except OSError as error:
+        resume_from, refusal = None, f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER."
     resume_from, refusal = distributed.from_main((resume_from, refusal))
     if refusal:
         raise InputError(refusal)
@@ -85,7 +86,7 @@ def open_run(config: Config) -> Path | None:
         raise InputError(f"run: {folder} exists and is no run folder; choose another with run=FOLDER.")
     last = Checkpoints(folder, config.checkpoint.keep).last()
     if stored.exists():
-        differing = configs.differences(configs.load(stored, [f"run={folder}"]), config)
+        differing = configs.differences(configs.load(stored), config)
         if differing:
             raise InputError(
                 f"run: {folder} holds a run of another config ({'; '.join(differing[:3])}); "

@@ -83,7 +83,8 @@ class Tracker:
     def say(self, *lines: Any) -> None:
         """Something to read, above the bar."""
         for line in lines:
-            self.console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+            text = isinstance(line, str)
+            self.console.print(line, highlight=False, markup=not text, soft_wrap=text)
 
     def bad_samples(self, step: int, records: list[dict[str, Any]]) -> None:
         """Lists what was skipped."""
@@ -93,10 +94,13 @@ class Tracker:
 
 def _forget_after(path: Path, step: int) -> None:
     """A resumed run makes the steps after its checkpoint again: their earlier lines go, so that each stands once."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text("".join(kept))
+    beside.replace(path)
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

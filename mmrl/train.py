@@ -6,6 +6,7 @@ Shapes: b pairs of this process, C channels, H and W the image's size, L tokens,
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,13 +83,14 @@ class Trainer:
         self.ema = None if config.train.ema is None else _ema(model, config.train.ema)
         self.encoder: Bundle = bundle.of_towers(self._best_known(), built, plan.nested.dims)
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
-        self.total = self._steps(config.train.duration)
+        self.total = max(1, self._steps(config.train.duration))
         self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
         self.save_every = max(1, self._steps(config.checkpoint.every))
         self.evaluate_every = max(1, self._steps(config.evaluation.every))
         self.step_done = 0
         self.best = -math.inf
-        self._unlisted: list[Problem] = []
+        # What the shards themselves lack counts from the start; every process has found the same.
+        self._unlisted: list[Problem] = list(plan.reader.problems) if world.is_main else []
         self._bad, self._seen = 0, 0
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
@@ -109,13 +111,11 @@ class Trainer:
             tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}")
 
     def _loop(self, tracker: Tracker | None, stop: "Stop") -> None:
-        if self.config.evaluation.at_start and not self.step_done:
-            self.evaluate(tracker)
-        clock = _Clock(self.step_done)
-        for batch in self.stream.forever():
-            if self.step_done >= self.total:
-                return
-            loss, norm, rate = self.step(batch)
+        if self.config.evaluation.at_start and not self.step_done and self.evaluate(tracker):
+            self._save(tracker, is_best=True)
+        clock, batches = _Clock(self.step_done), self.stream.forever()
+        while self.step_done < self.total:
+            loss, norm, rate = self.step(next(batches))
             last = self.step_done == self.total
             if tracker:
                 tracker.advance(self.step_done)
@@ -128,7 +128,7 @@ class Trainer:
                 if last or (self.step_done % self.evaluate_every == 0 and not stopping):
                     is_best = self.evaluate(tracker)
                 if last or stopping or is_best or self.step_done % self.save_every == 0:
-                    self._save(is_best)
+                    self._save(tracker, is_best)
             if stopping and not last:
                 raise RunStopped(
                     f"Stopped by {stop.name} at step {self.step_done:,} of {self.total:,}; all is saved. "
@@ -208,32 +208,33 @@ class Trainer:
             )
             tracker.say(f"step {self.step_done:,}  {name}, text→image R@10: {shown}")
 
-    def _save(self, is_best: bool) -> None:
+    def _save(self, tracker: Tracker | None, is_best: bool) -> None:
+        self._list_bad_samples(tracker)  # the stream's position goes beyond them
         state = {
             "step": self.step_done,
+            "engine": self.engine.layout,
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "bad": self._bad,
         }
-        path = self.checkpoints.save(self.step_done, self.encoder, self.encoder.state(), self.engine, state)
+        path = self.checkpoints.save(self.step_done, self.encoder, self.engine, state)
         if is_best and self.world.is_main:
             self.checkpoints.mark_best(path)
 
     def _resume(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
-        self.engine.load(checkpoint / "training")
+        self.engine.load(checkpoint / "training", state["engine"])
         self.stream.load_state_dict(state["stream"])
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
+        self._unlisted = []
         self._bad, self._seen = state["bad"], self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
             self.ema.module.load_state_dict(bundle.read_weights(checkpoint, bundle.read_manifest(checkpoint)))
             self.ema.n_averaged.fill_(self.step_done)
 
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
-        problems = [p for share in distributed.gather_objects(self._unlisted) for p in share]
-        self._unlisted = []
-        self._bad += len(problems)
+        self._list_bad_samples(tracker)
         if tracker:
             scales = self.engine.model.logit_scale.detach().tolist()
             tracker.log(
@@ -250,8 +251,14 @@ class Trainer:
                     "bad_samples": self._bad,
                 }
             )
-            tracker.bad_samples(self.step_done, [dataclasses.asdict(problem) for problem in problems])
         self._check_bad_share()
+
+    def _list_bad_samples(self, tracker: Tracker | None) -> None:
+        problems = [problem for share in distributed.gather_objects(self._unlisted) for problem in share]
+        self._unlisted = []
+        self._bad += len(problems)
+        if tracker:
+            tracker.bad_samples(self.step_done, [dataclasses.asdict(problem) for problem in problems])
 
     def _check_bad_share(self) -> None:
         seen = max(self._seen * self.world.size, 1000)
@@ -274,8 +281,8 @@ class Trainer:
         problems = self.plan.reader.problems
         if problems:
             tracker.say(f"{len(problems)} problems in the shards, such as {problems[0].shard}: {problems[0].reason}")
-            if not self.step_done:
-                tracker.bad_samples(0, [dataclasses.asdict(problem) for problem in problems])
+        if self.warmup >= self.total:
+            tracker.say(f"Note: optim.warmup is {self.warmup:,} of {self.total:,} steps; the peak is never left.")
         if self.step_done:
             tracker.say(f"Resumed after step {self.step_done:,}.")
 
@@ -329,6 +336,7 @@ class Stop:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C means now
         self.asked, self.name = True, signal.Signals(number).name
+        print(f"\n{self.name}: stopping after this step …", file=sys.stderr)
 
 
 @contextmanager

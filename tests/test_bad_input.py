@@ -46,6 +46,10 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("evaluation.best={set: val, dim: 32}", "evaluation.best.dim: 32 is not evaluated"),
         ("evaluation.best={set: val, dim: 8, metric: r10}", "'r10' is not measured; allowed: R@1"),
         ("model.name=ViT-B-33", "Did you mean 'ViT-B-32'?"),
+        ("optim.betas=[0.9,1.5]", "optim.betas.1: Input should be less than 1; got 1.5"),
+        ("data.captions=[0,0]", "data.captions: probabilities must not be negative, and not all zero"),
+        ("data.augment.zoom=[1.2,0.8]", "data.augment.zoom: want two numbers, [least, greatest]"),
+        ("data.augment.random_resized_crop=[0,1]", "data.augment.random_resized_crop: want two numbers"),
         ("resume=always", "resume: String should match pattern '^auto$'; got 'always'"),
         ("batch_size", "write KEY=VALUE"),
     ],
@@ -82,6 +86,9 @@ def test_eval_and_export_name_what_is_wrong(
     assert "dims: 300 is out of range" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "300")
     assert "no list of numbers" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "big")
     assert "two sets are called" in said(capsys, monkeypatch, "eval", model, shards, shards)
+    assert "'onnx' is not written yet; allowed: bundle" in said(
+        capsys, monkeypatch, "export", model, tmp_path / "out", "--dim", "8", "--format", "onnx"
+    )
     assert "dim: 0 is out of range" in said(capsys, monkeypatch, "export", model, tmp_path / "out", "--dim", "0")
 
 

@@ -26,6 +26,8 @@ def run_in_world(size: int, work: Callable[[Path], None], folder: Path) -> None:
 
 def _child(rank: int, size: int, work: Callable[[Path], None], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    if dist.is_initialized():  # inherited, where another test of this process has trained
+        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     try:
         work(folder)

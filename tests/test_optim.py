@@ -17,7 +17,15 @@ def model_of(name: str) -> tuple[MatryoshkaCLIP, dict]:
 @pytest.mark.parametrize("name", ["tiny", "mmrl-starter"])
 def test_each_parameter_learns_in_its_own_way(name: str, tiny_model: Path) -> None:
     model, model_cfg = model_of(str(tiny_model) if name == "tiny" else name)
-    config = OptimConfig(lr=1.0, lr_image=2.0, lr_text=3.0, lr_projection=4.0, lr_logit_scale=5.0, weight_decay=0.1)
+    config = OptimConfig(
+        lr=1.0,
+        lr_image=2.0,
+        lr_text=3.0,
+        lr_projection=4.0,
+        lr_logit_scale=5.0,
+        lr_token_embedding=6.0,
+        weight_decay=0.1,
+    )
     groups = optim.build(model, model_cfg, config).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     rates = {n: found[id(p)][0] for n, p in model.named_parameters()}
@@ -25,10 +33,11 @@ def test_each_parameter_learns_in_its_own_way(name: str, tiny_model: Path) -> No
     assert rates["log_logit_scale"] == 5
     assert decays["log_logit_scale"] == 0
     assert sorted({rate for n, rate in rates.items() if n.startswith("image")}) == [2, 4]
-    assert sorted({rate for n, rate in rates.items() if n.startswith("text")}) == [3, 4]
+    assert sorted({rate for n, rate in rates.items() if n.startswith("text")}) == [3, 4, 6]
+    assert rates["text.tower.token_embedding.weight"] == 6
     assert decays["text.tower.positional_embedding"] == 0
     assert decays["text.tower.token_embedding.weight"] == 0.1
-    assert all(decays[n] == 0 for n, p in model.named_parameters() if p.ndim <= 1)
+    assert all(decays[n] == 0 for n, p in model.named_parameters() if p.numel() == max(p.shape))
 
 
 def test_layer_decay_slows_the_layers_near_the_input() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -202,38 +201,52 @@ def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) 
     assert any(name.startswith("text") for name in moved)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_logit_scale_is_held_at_100_under_zero(write_config: WriteConfig, stage: int) -> None:
-    path = write_config(model={"name": str(_model_of(write_config)), "logit_scale": {"init": 99.9}}, evaluation={})
-    folder = run(path, f"engine.zero_stage={stage}", "optim.lr_logit_scale=0.5", "train.duration=20")
-    scales = [line["logit_scale"] for line in metrics(folder)]
-    assert max(scales) <= 100.001
+_WITH_A_FULL_DISK = """
+import resource, sys
+from mmrl import checkpoint, cli
+write = checkpoint.Checkpoints._write
+def limited(self, partial, step, *rest):
+    if step > 3:  # from here on no file may grow beyond what a manifest needs
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    write(self, partial, step, *rest)
+checkpoint.Checkpoints._write = limited
+cli.main()
+"""
 
 
-def _model_of(write_config: WriteConfig) -> str:
-    return yaml.safe_load(write_config("probe.yaml").read_text())["model"]["name"]
-
-
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(
-    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+    write_config: WriteConfig, tmp_path: Path, processes: int
 ) -> None:
-    path = write_config(checkpoint={"every": "3 steps"})
-    real, calls = bundle.save_file, []
-
-    def full_after_first(*arguments: Any) -> None:
-        calls.append(arguments)
-        if len(calls) > 1:
-            raise OSError(28, "No space left on device")
-        real(*arguments)
-
-    monkeypatch.setattr(bundle, "save_file", full_after_first)
-    with pytest.raises(RunStopped, match=r"step 6 could not be written .*No space left.*step-3 is whole.*resume=auto"):
-        run(path)
-    monkeypatch.setattr(bundle, "save_file", real)
-    folder = path.parent / "run"
+    path = write_config(checkpoint={"every": "3 steps"}, evaluation={}, engine={"timeout_minutes": 0.5})
+    script = tmp_path / "full_disk.py"
+    script.write_text(_WITH_A_FULL_DISK)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), "train", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "mmrl: The checkpoint of step 6 could not be written (" in done.stderr
+    assert "step-3 is whole; run again with resume=auto." in done.stderr
+    assert "checkpoint.py" not in done.stderr
+    folder = tmp_path / "run"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last", "step-3"]
     assert run(path, "resume=auto") == folder
     assert metrics(folder)[-1]["step"] == 8
+
+
+def test_a_start_that_is_not_surpassed_is_the_best(write_config: WriteConfig) -> None:
+    best = "evaluation.best={set: val, dim: 8, metric: R@10}"
+    folder = run(write_config(), best, "evaluation.at_start=true", "optim.lr=1e-12")
+    assert (folder / "checkpoints" / "best").resolve().name == "step-0"
+
+
+@pytest.mark.parametrize(("first", "then"), [(0, 1), (2, 0)])
+def test_another_zero_stage_is_refused_in_a_sentence(write_config: WriteConfig, first: int, then: int) -> None:
+    path = write_config(evaluation={}, checkpoint={"every": "4 steps"})
+    go_back_to(run(path, f"engine.zero_stage={first}"), "step-4")
+    with pytest.raises(InputError, match=f"saved at stage {first} and cannot go on at stage {then}"):
+        run(path, f"engine.zero_stage={then}", "resume=auto")
 
 
 def test_a_run_folder_is_never_mixed(write_config: WriteConfig, tmp_path: Path) -> None:

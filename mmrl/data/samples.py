@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from pydantic import Field
 
 from mmrl.data.shards import Problem, ShardIndex
 from mmrl.errors import InputError, did_you_mean
+from mmrl.image_spec import decode
 from mmrl.settings import Settings
 
 # How many samples of a set are looked at before training, to tell a wrong field name from a rare gap.
@@ -79,8 +81,20 @@ class SampleReader:
         """
         try:
             return self._parse(*self._locate(number))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise BadSample(self.problem(number, str(error))) from error
+
+    def read_picture(self, number: int) -> tuple[Sample, Image.Image]:
+        """Sample `number` and its picture, decoded.
+
+        Raises:
+            BadSample: as `read`, or a picture that cannot be decoded.
+        """
+        sample = self.read(number)
+        try:
+            return sample, decode(sample.image)
+        except ValueError as error:
+            raise BadSample(self.problem(number, f"image: {error}")) from error
 
     def problem(self, number: int, reason: str) -> Problem:
         """A reason against sample `number`, with its shard and key."""
@@ -100,7 +114,7 @@ class SampleReader:
         captions = self._captions(index.path, members, metadata)
         if not captions:
             raise ValueError("no caption, or only empty ones")
-        group = metadata.get(self.fields.group)
+        group = metadata.get(self.fields.group) or None
         return Sample(
             name=f"{index.path.resolve().relative_to(self._root)}/{index.keys[row]}",
             image=_read(index.path, *image),
@@ -123,7 +137,8 @@ class SampleReader:
             captions.append(_read(path, *members[self.fields.text]).decode())
         listed = metadata.get(self.fields.captions, [])
         captions += [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
-        stripped = [caption.strip() for caption in captions if isinstance(caption, str)]
+        # JSON can hold half of a surrogate pair, which is no text and stops some tokenizers: that raises here.
+        stripped = [caption.encode().decode().strip() for caption in captions if isinstance(caption, str)]
         return list(dict.fromkeys(caption for caption in stripped if caption))
 
     def _preflight(self) -> None:
@@ -166,7 +181,7 @@ class SampleReader:
         index, row = self._locate(number)
         try:
             return set(self._metadata(index.path, index.members(row)))
-        except (ValueError, OSError):
+        except (ValueError, OSError, RecursionError):
             return set()
 
 

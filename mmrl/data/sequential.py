@@ -10,8 +10,7 @@ import torch
 
 from mmrl.data.samples import BadSample, SampleReader
 from mmrl.data.shards import Problem
-from mmrl.errors import InputError
-from mmrl.image_spec import ImageSpec, decode
+from mmrl.image_spec import ImageSpec
 
 
 @dataclass
@@ -49,24 +48,18 @@ def read_whole(
         bad: list[Problem] = []
         for number in range(start, min(start + batch_size, last)):
             try:
-                sample = reader.read(number)
-                pictures.append(image.pixels(decode(sample.image)))
+                sample, picture = reader.read_picture(number)
             except BadSample as error:
                 bad.append(error.problem)
                 continue
-            except ValueError as error:
-                bad.append(reader.problem(number, f"image: {error}"))
-                continue
+            pictures.append(image.pixels(picture))
             chosen = sample.captions[:captions]
             texts += chosen
             rows += [len(keys)] * len(chosen)
             keys.append(sample.name)
             groups.append(sample.group)
-        if keys:
-            yield WholeBatch(
-                keys, torch.stack(pictures), text(texts), texts, torch.tensor(rows), torch.tensor(groups), bad
-            )
-        elif bad:
-            raise InputError(
-                f"shards: {len(bad)} samples in a row of {bad[0].shard} are bad, such as {bad[0].key}: {bad[0].reason}."
-            )
+        if not keys:  # all bad: an empty batch carries their list
+            empty = torch.zeros(0, dtype=torch.int64)
+            yield WholeBatch([], torch.zeros(0, 3, image.height, image.width), empty[:, None], [], empty, empty, bad)
+            continue
+        yield WholeBatch(keys, torch.stack(pictures), text(texts), texts, torch.tensor(rows), torch.tensor(groups), bad)

@@ -6,6 +6,7 @@ the middle of an epoch without reading what came before.
 
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,9 +32,9 @@ def expand(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     paths = [path for spec in specs for path in _expand_one(str(spec))]
     if not paths:
         raise InputError(f"shards: {shards!r} names no file; give a tar, a pattern, a folder or @list.txt.")
-    repeated = {path for path in paths if paths.count(path) > 1} if len(paths) < 10_000 else set()
-    if repeated:
-        raise InputError(f"shards: {sorted(repeated)[0]} is named twice; each shard is read once an epoch.")
+    most_named, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"shards: {most_named} is named twice; each shard is read once an epoch.")
     return paths
 
 

@@ -7,14 +7,14 @@ Shapes: B rows of this process, M captions, C channels, H and W the image's size
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmrl.data import draws
@@ -22,13 +22,21 @@ from mmrl.data.samples import BadSample, FieldsConfig, Sample, SampleReader
 from mmrl.data.shards import EpochOrder, Problem, expand, index_shards
 from mmrl.data.transforms import Augmentation, AugmentConfig
 from mmrl.errors import InputError
-from mmrl.image_spec import ImageSpec, decode
+from mmrl.image_spec import ImageSpec
 from mmrl.settings import Settings, machine
 
 Tokenise = Callable[[list[str]], torch.Tensor]
+# A sample, and its picture where one is wanted.
+_Loaded = tuple[Sample, Image.Image | None]
 _CAPTION_DRAW = 1 << 20
 # A bad sample's place goes to the same row of the next batch; after so many in turn the data is at fault.
 _MOST_REPLACEMENTS = 100
+
+
+def _check_probabilities(values: list[float] | None) -> list[float] | None:
+    if values is not None and (not values or min(values) < 0 or sum(values) <= 0):
+        raise ValueError("probabilities must not be negative, and not all zero")
+    return values
 
 
 class DataConfig(Settings):
@@ -37,14 +45,16 @@ class DataConfig(Settings):
     train: str | list[str]
     """Shards: a tar, a brace pattern, a folder, a list file (@shards.txt), `starter:train`, or a list of these."""
     fields: FieldsConfig = FieldsConfig()
-    captions: list[float] | None = None
+    captions: Annotated[list[float] | None, AfterValidator(_check_probabilities)] = None
     """Probabilities of a sample's first, second, … caption; those beyond the list share the last one's. Uniform when
     left out. Drawn anew each epoch."""
     augment: AugmentConfig = AugmentConfig()
     shuffle_window: int = Field(default=16384, ge=1)
     """Samples are shuffled within windows of so many, across neighbouring shards."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Training stops when more than this share of the samples seen (or 10 in the first thousand) is bad."""
+    """Training stops when more than this share of the samples seen is bad; the first 1,000 count as if all seen."""
+    cache: bool = machine(False)
+    """Keep decoded pictures in memory, each loader its own: for sets that fit there and are seen many times."""
     workers: int = machine(0, ge=0)
     """Worker processes that load ahead, for each training process; 0 loads in the training process itself."""
 
@@ -95,7 +105,7 @@ class Stream:
         self.samples = len(reader)
         self._workers = num_workers
         self._work = _BatchWork(reader, batch_size, rank, world_size, seed, image, text, config or DataConfig(train=""))
-        self._loader: DataLoader[Batch] | None = None
+        self._loader: DataLoader[Batch | InputError] | None = None
         self._plan = _Plan()
 
     @property
@@ -151,6 +161,8 @@ class Stream:
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
         self._plan.start(self.epoch, self.position, step, usable, epochs)
         for batch in self._loader:
+            if isinstance(batch, InputError):
+                raise batch
             self.position += step
             if self.position >= usable:
                 self.epoch, self.position = self.epoch + 1, 0
@@ -171,7 +183,7 @@ class _Plan(Sampler[tuple[int, int]]):
             epoch, position = epoch + 1, 0
 
 
-class _BatchWork(Dataset[Batch]):
+class _BatchWork(Dataset[Batch | InputError]):
     """(epoch, position) -> this process's rows of that batch. The same in every worker."""
 
     def __init__(
@@ -191,56 +203,81 @@ class _BatchWork(Dataset[Batch]):
         self._image, self._text = image, text
         self._augmentation = Augmentation(config.augment, image) if isinstance(image, ImageSpec) else None
         self._order: tuple[int, EpochOrder] | None = None
+        self._cache: dict[int, _Loaded] = {}
 
-    def __getitem__(self, request: tuple[int, int]) -> Batch:
-        epoch, position = request
+    def __getitem__(self, request: tuple[int, int]) -> Batch | InputError:
+        """An error is handed over as a value: raised in a worker, its sentence would come wrapped in a traceback."""
+        try:
+            return self._batch(*request)
+        except InputError as error:
+            return error
+
+    def _batch(self, epoch: int, position: int) -> Batch:
         bad: list[Problem] = []
-        filled = [self._fill(epoch, row, bad) for row in (position + self._rows).tolist()]
-        samples_B = np.array([number for number, _, _ in filled])
-        texts = self._choose_captions(epoch, samples_B, [sample.captions for _, sample, _ in filled])
+        samples_B, loaded = self._fill(epoch, position, bad)
+        texts = self._choose_captions(epoch, samples_B, [sample.captions for sample, _ in loaded])
         return Batch(
-            keys=[sample.name for _, sample, _ in filled],
-            image=self._finish_images(epoch, samples_B, [picture for _, _, picture in filled]),
+            keys=[sample.name for sample, _ in loaded],
+            image=self._finish_images(epoch, samples_B, loaded),
             text=texts if self._text is None else self._text(texts),
-            group=torch.tensor([sample.group for _, sample, _ in filled]),
+            group=torch.tensor([sample.group for sample, _ in loaded]),
             bad=bad,
         )
 
-    def _fill(self, epoch: int, position: int, bad: list[Problem]) -> tuple[int, Sample, Any]:
-        """The sample at `position`, read and decoded; where it is bad, that of the same row of the next batch.
+    def _fill(self, epoch: int, position: int, bad: list[Problem]) -> tuple[np.ndarray, list[_Loaded]]:
+        """The samples at our rows' positions; in the place of a bad one, that of the same row of a later batch.
 
-        So the place of a bad sample is filled without asking another process, and no two rows of a batch are
-        filled by one sample.
+        So it is filled without asking another process, and not by a sample of this batch where there are others.
         """
-        for attempt in range(_MOST_REPLACEMENTS):
-            place = np.array([position + attempt * self._global_batch_size])
-            number = int(self._epoch_order(epoch).samples(place)[0])
-            try:
-                sample = self._reader.read(number)
-                return number, sample, self._picture(epoch, number, sample.image)
-            except BadSample as error:
-                bad.append(error.problem)
-            except ValueError as error:
-                bad.append(self._reader.problem(number, f"image: {error}"))
-        raise InputError(
-            f"data: {_MOST_REPLACEMENTS} samples in a row are bad, lastly {bad[-1].shard} {bad[-1].key}: "
-            f"{bad[-1].reason}. Check the shards."
-        )
+        order, places_B, loaded = self._epoch_order(epoch), position + self._rows, []
+        samples_B = order.samples(places_B)
+        for row in range(len(samples_B)):
+            for attempt in range(1, _MOST_REPLACEMENTS + 1):
+                one = self._load(int(samples_B[row]), bad)
+                if one is not None:
+                    loaded.append(one)
+                    break
+                samples_B[row] = order.samples(np.array([self._place_of_reserve(places_B[row], attempt)]))[0]
+            else:
+                raise InputError(
+                    f"data: {_MOST_REPLACEMENTS} samples in a row are bad, lastly {bad[-1].shard} {bad[-1].key}: "
+                    f"{bad[-1].reason}. Check the shards."
+                )
+        return samples_B, loaded
 
-    def _picture(self, epoch: int, number: int, data: bytes) -> Any:
+    def _place_of_reserve(self, place: int, attempt: int) -> int:
+        """Batch after batch; one further after each time round the epoch, so that every sample has its turn."""
+        step, length = self._global_batch_size, len(self._reader)
+        ahead = attempt * step
+        return place + ahead + ahead // length
+
+    def _load(self, number: int, bad: list[Problem]) -> _Loaded | None:
+        """Sample `number` and its picture, decoded if that is wanted; None, and a line in `bad`, if it is bad."""
+        if number in self._cache:
+            return self._cache[number]
+        try:
+            if self._image is None:
+                return self._reader.read(number), None
+            sample, picture = self._reader.read_picture(number)
+        except BadSample as error:
+            bad.append(error.problem)
+            return None
+        if self._config.cache:
+            self._cache[number] = replace(sample, image=b""), picture
+        return sample, picture
+
+    def _finish_images(self, epoch: int, samples_B: np.ndarray, loaded: list[_Loaded]) -> Any:
         if self._image is None:
-            return data
+            return [sample.image for sample, _ in loaded]
+        pictures = [picture for _, picture in loaded if picture is not None]
         if self._augmentation is None:
             assert callable(self._image)
-            return self._image(decode(data))
-        drawn_BP = self._augmentation.draw(self._seed, epoch, np.array([number]))
-        return self._augmentation.pixels(decode(data), drawn_BP[0])
-
-    def _finish_images(self, epoch: int, samples_B: np.ndarray, pictures: list[Any]) -> Any:
-        if self._augmentation is None:
-            return pictures
+            return [self._image(picture) for picture in pictures]
         drawn_BP = self._augmentation.draw(self._seed, epoch, samples_B)
-        return self._augmentation.change(torch.stack(pictures), drawn_BP)
+        fitted = [
+            self._augmentation.pixels(picture, drawn_P) for picture, drawn_P in zip(pictures, drawn_BP, strict=True)
+        ]
+        return self._augmentation.change(torch.stack(fitted), drawn_BP)
 
     def _choose_captions(self, epoch: int, samples_B: np.ndarray, captions: list[list[str]]) -> list[str]:
         drawn_B = draws.uniform(self._seed, epoch, samples_B, _CAPTION_DRAW)
@@ -262,6 +299,8 @@ def pick_caption(count: int, probabilities: list[float] | None, drawn: float) ->
         return int(drawn * count)
     last = len(probabilities) - 1
     shares = [probabilities[min(i, last)] / (max(count - last, 1) if i >= last else 1) for i in range(count)]
+    if not sum(shares):
+        return 0  # all the weight is on captions that this sample lacks
     return min(int(np.searchsorted(np.cumsum(shares) / sum(shares), drawn, side="right")), count - 1)
 
 

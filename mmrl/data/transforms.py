@@ -6,16 +6,28 @@ Shapes: B pictures, C = 3 channels, H and W the spec's size, P the random number
 """
 
 import math
+from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mmrl.data import draws
 from mmrl.image_spec import ImageSpec, resize, to_tensor
 from mmrl.settings import Settings
+
+
+def _check_range(most: float) -> Callable[[list[float] | None], list[float] | None]:
+    def check(values: list[float] | None) -> list[float] | None:
+        if values is not None and (len(values) != 2 or not 0 < values[0] <= values[1] <= most):
+            raise ValueError(f"want two numbers, [least, greatest], above 0 and at most {most:g}")
+        return values
+
+    return check
+
 
 Share = Field(default=0.0, ge=0, le=1)
 
@@ -23,13 +35,13 @@ Share = Field(default=0.0, ge=0, le=1)
 class AugmentConfig(Settings):
     """Random changes of the training pictures; all off by default, and always off in evaluation."""
 
-    random_resized_crop: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    random_resized_crop: Annotated[list[float] | None, AfterValidator(_check_range(1.0))] = None
     """Least and greatest share of the area that is kept, such as [0.9, 1.0]; its shape varies from 3:4 to 4:3."""
     flip: float = Share
     """Probability of a mirror image. Off where left and right mean something: text, arrows."""
     rotate: float = Field(default=0.0, ge=0, le=180)
     """Greatest angle either way, in degrees."""
-    zoom: list[float] = Field(default=[1.0, 1.0], min_length=2, max_length=2)
+    zoom: Annotated[list[float], AfterValidator(_check_range(10.0))] = [1.0, 1.0]  # noqa: RUF012 (pydantic copies)
     """Least and greatest magnification."""
     shift: float = Share
     """Greatest shift either way, as a share of half the side."""
@@ -46,6 +58,7 @@ class AugmentConfig(Settings):
 
 
 # Which of a sample's random numbers decides what. New ones go to the end: the old ones keep their places.
+_DRAW = 1 << 22
 _CROP_AREA, _CROP_RATIO, _CROP_Y, _CROP_X, _FLIP, _ROTATE, _ZOOM, _SHIFT_Y, _SHIFT_X = range(9)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _GAIN, _GREY, _COUNT = 9, 10, 11, slice(12, 15), 15, 16
 
@@ -63,7 +76,7 @@ class Augmentation:
 
     def draw(self, seed: int, epoch: int, samples_B: np.ndarray) -> np.ndarray:
         """The random numbers of these samples in this epoch: (B, P)."""
-        return draws.uniform(seed, epoch, samples_B[:, None], np.arange(_COUNT))
+        return draws.uniform(seed, epoch, _DRAW, samples_B[:, None], np.arange(_COUNT))
 
     def pixels(self, image: Image.Image, drawn_P: np.ndarray) -> torch.Tensor:
         """RGB picture -> uint8 (C, H, W): the random crop where there is one, else the spec's own fit."""

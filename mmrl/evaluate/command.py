@@ -1,5 +1,6 @@
 """`mmrl eval`: a stored encoder on sets of shards."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmrl import distributed
 from mmrl.data.stream import open_reader
 from mmrl.errors import InputError
 from mmrl.evaluate import report, sets
@@ -29,12 +31,13 @@ def evaluate_model(
     """
     readers = {}
     for spec in shards:
-        name, equals, inner = spec.partition("=")
-        name, inner = (name, inner) if equals else (_name_of(spec), spec)
+        named = re.match(r"([\w-]+)=(.+)", spec)
+        name, inner = named.groups() if named else (_name_of(spec), spec)
         if name in readers:
             raise InputError(f"shards: two sets are called {name!r}; name them as NAME=SHARDS.")
         readers[name] = open_reader(inner)
     encoder = bundle.open_model(model)
+    encoder.model.to(distributed.world().device)
     dims = list(dims) if dims else sorted({*encoder.nested_dims, encoder.dim})
     check_dims(dims, encoder.dim)
     console = Console(quiet=quiet)

@@ -87,7 +87,13 @@ def positives(
         raise InputError(
             f"groups: {len(image_group_N)} and {len(text_group_M)} for {num_images} images and {num_texts} texts."
         )
-    return image_group_N.long(), text_group_M.long()
+    return _apart(image_group_N.long(), -2), _apart(text_group_M.long(), -2 - num_images)
+
+
+def _apart(group_N: torch.Tensor, first: int) -> torch.Tensor:
+    """Gives each row of group -1, which is none, a number of its own: first, first - 1, …"""
+    none = group_N == -1
+    return torch.where(none, first - torch.arange(len(group_N)), group_N)
 
 
 def _checked(name: str, matrix: Array) -> torch.Tensor:

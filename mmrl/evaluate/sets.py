@@ -16,6 +16,7 @@ from mmrl import distributed
 from mmrl.data.samples import FieldsConfig, SampleReader
 from mmrl.data.sequential import WholeBatch, read_whole
 from mmrl.data.shards import Problem
+from mmrl.errors import InputError
 from mmrl.evaluate.retrieval import as_json, chance, retrieval
 from mmrl.image_spec import ImageSpec
 from mmrl.optim import Duration
@@ -93,17 +94,24 @@ def embed(
     world = distributed.world()
     device = next(model.parameters()).device
     mine: list[tuple[WholeBatch, torch.Tensor, torch.Tensor]] = []
+    bad = list(reader.problems) if world.is_main else []
     for batch in read_whole(reader, image_spec, tokenise, captions=captions, rank=world.rank, world_size=world.size):
+        if not batch.keys:
+            bad += batch.bad
+            continue
         image_BD = model.encode_image(batch.image_BCHW.to(device)).float().cpu()
         text_MD = model.encode_text(batch.text_ML.to(device)).float().cpu()
-        batch.image_BCHW = batch.image_BCHW[:0]  # the pictures are done with
+        batch.image_BCHW, batch.text_ML = batch.image_BCHW[:0], batch.text_ML[:0]  # done with
         mine.append((batch, image_BD, text_MD))
         if on_batch:
             on_batch(len(batch.keys))
-    return _join([part for parts in distributed.gather_objects(mine) for part in parts])
+    shares = distributed.gather_objects((mine, bad))
+    return _join([part for parts, _ in shares for part in parts], [problem for _, bad in shares for problem in bad])
 
 
-def _join(parts: Sequence[tuple[WholeBatch, torch.Tensor, torch.Tensor]]) -> Embedded:
+def _join(parts: Sequence[tuple[WholeBatch, torch.Tensor, torch.Tensor]], bad: list[Problem]) -> Embedded:
+    if not parts:
+        raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
     rows, texts_of = 0, []
     for batch, _, _ in parts:
         texts_of.append(batch.row_of_text_M + rows)
@@ -118,7 +126,7 @@ def _join(parts: Sequence[tuple[WholeBatch, torch.Tensor, torch.Tensor]]) -> Emb
         text_MD=torch.cat([text for _, _, text in parts]),
         image_of_text_M=torch.cat(texts_of),
         image_group_N=group_N,
-        bad=[problem for batch, _, _ in parts for problem in batch.bad],
+        bad=bad + [problem for batch, _, _ in parts for problem in batch.bad],
     )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint -> an encoder of one dim, with its projections really cut, checked against the one it came from."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from mmrl import nesting
-from mmrl.errors import InputError
+from mmrl.errors import InputError, RunStopped
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 
@@ -22,10 +23,11 @@ def export_bundle(model: str, out: Path, dim: int) -> dict[str, Any]:
     The manifest's "contract" holds the worst difference between the two, measured on seeded pictures and texts.
 
     Raises:
-        InputError: MODEL is none, `dim` is not one that it has, OUT exists with something else in it.
+        InputError: MODEL is none, `dim` is not one that it has, OUT exists and is not empty.
+        RunStopped: the cut encoder does not keep to the contract.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / bundle.MANIFEST).is_file())):
-        raise InputError(f"out: {out} exists and is no encoder; name a new folder.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out: {out} exists and is not empty; name a new folder.")
     whole = bundle.open_model(model)
     nested_dims = bundle.kept_dims(whole.nested_dims, dim)
     state = bundle.cut_state(whole, dim)
@@ -34,16 +36,24 @@ def export_bundle(model: str, out: Path, dim: int) -> dict[str, Any]:
         manifest = bundle.read_manifest(bundle.find(model))
         source |= {**manifest["source"], "weights_sha256": bundle.origin(manifest)}
     small = Bundle(whole.model, whole.tokenise, whole.image_spec, whole.model_cfg, dim, nested_dims)
-    manifest = bundle.save(small, out, state, source)
-    worst = _worst_difference(whole, bundle.load(out))
-    if worst > WORST_ERROR:
-        raise RuntimeError(f"{out}: the cut encoder differs from the prefix of {model} by {worst:.1e}; do not use it.")
-    manifest["contract"] = {
-        "equals": f"the renormalised first {dim} of the source's {whole.dim} numbers",
-        "worst_absolute_difference": worst,
-        "allowed": WORST_ERROR,
-    }
-    bundle.write_manifest(out, manifest)
+    beside = out.parent / f".{out.name}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        manifest = bundle.save(small, beside, state, source)
+        worst = _worst_difference(whole, bundle.load(beside))
+        if worst > WORST_ERROR:
+            raise RunStopped(f"{model} cut to {dim} differs from its prefix by {worst:.1e}; nothing was written.")
+        manifest["contract"] = {
+            "equals": f"the renormalised first {dim} of the source's {whole.dim} numbers",
+            "worst_absolute_difference": worst,
+            "allowed": WORST_ERROR,
+        }
+        bundle.write_manifest(beside, manifest)
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return manifest
 
 

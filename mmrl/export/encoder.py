@@ -104,6 +104,8 @@ def load(
     Raises:
         InputError: no encoder at `path`, a damaged one, a dim that it does not have.
     """
+    if towers not in ("both", "image", "text"):
+        raise InputError(f"towers: {towers!r}; want 'both', 'image' or 'text'.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sides: list[Side] = ["image", "text"] if towers == "both" else [towers]
     if str(path).startswith("open_clip:"):

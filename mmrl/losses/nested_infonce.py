@@ -58,8 +58,8 @@ def nested_info_nce(
     _check_shapes(image_BD, text_BD, groups)
     nested = nesting(dims, weights, image_BD.shape[1])
     scale_of_dim = _scale_by_dim(logit_scale, dims, image_BD.device)
-    # Widened once, so that the gradients of all dims are added up in float32 and rounded at the end.
-    all_image_BD, all_text_BD = _wide(distributed.gather(image_BD)), _wide(distributed.gather(text_BD))
+    # Widened first, so that gradients are added up over dims and processes in float32 and rounded at the end.
+    all_image_BD, all_text_BD = distributed.gather(_wide(image_BD)), distributed.gather(_wide(text_BD))
     world = distributed.world()
     rows = slice(world.rank * len(image_BD), (world.rank + 1) * len(image_BD))
     masks = _same_group_masks(groups, rows)

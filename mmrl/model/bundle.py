@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrl.errors import InputError
@@ -60,7 +61,10 @@ def of_towers(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ...]
 def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: dict[str, Any]) -> dict[str, Any]:
     """Writes `bundle` with the weights `state`; returns the manifest. `source` is recorded as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    except SafetensorError as error:  # what a full disk raises
+        raise OSError(str(error)) from error
     tokenizer = bundle.tokenise.save(folder / _TOKENIZER)
     towers.save_text_config(bundle.model.text.tower, folder / _TEXT_MODEL)
     manifest = {
@@ -136,7 +140,7 @@ def open_model(model: str | Path) -> Bundle:
     name, _, pretrained = str(model).removeprefix("open_clip:").partition(":")
     built = towers.build(towers.TowersConfig(name=name, pretrained=pretrained or None))
     encoder = two_tower.from_towers(built, LogitScaleConfig(), num_dims=1)
-    return of_towers(encoder, built, (built.embed_dim,))
+    return of_towers(encoder.eval(), built, (built.embed_dim,))
 
 
 def load(folder: Path) -> Bundle:

@@ -91,6 +91,8 @@ class Towers:
     tokenise: TokeniseList
     model_cfg: dict[str, Any]
     """open_clip's model config, from which both towers can be built again."""
+    grad_checkpointing: bool
+    """Whether the backward pass recomputes activations."""
 
 
 def build(config: TowersConfig) -> Towers:
@@ -113,8 +115,9 @@ def build(config: TowersConfig) -> Towers:
                 pretrained_text=config.pretrained_text,
             )
             tokenizer = open_clip.get_tokenizer(name)
-        except (RuntimeError, FileNotFoundError) as error:
-            raise InputError(f"model.name {config.name!r}, model.pretrained {config.pretrained!r}: {error}") from error
+        except Exception as error:  # open_clip, torch and timm raise many kinds for a wrong config or file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"model.name {config.name!r}, model.pretrained {config.pretrained!r}: {reason}") from error
     towers: dict[Side, nn.Module] = {"image": model.visual, "text": model.text}  # pyright: ignore[reportAssignmentType]
     _lock(towers, model_cfg, config)
     if config.grad_checkpointing:
@@ -127,6 +130,7 @@ def build(config: TowersConfig) -> Towers:
         image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
         tokenise=TokeniseList(tokenizer),
         model_cfg=model_cfg,
+        grad_checkpointing=config.grad_checkpointing,
     )
 
 
@@ -244,12 +248,15 @@ def _existing_weights(pretrained: str | None) -> str | None:
 
 def _lock(towers: dict[Side, nn.Module], model_cfg: dict[str, Any], config: TowersConfig) -> None:
     """Locks a tower but not its projection, which must learn to nest."""
+    from open_clip.utils import freeze_batch_norm_2d
+
     sides: dict[Side, bool] = {"image": config.lock_image, "text": config.lock_text}
     for side, locked in sides.items():
         if locked:
             projection = projection_axes(model_cfg, side) or {}
             for name, parameter in towers[side].named_parameters():
                 parameter.requires_grad = name in projection
+            freeze_batch_norm_2d(towers[side])
 
 
 def _checkpoint_gradients(towers: dict[Side, nn.Module]) -> None:

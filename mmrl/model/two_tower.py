@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmrl.model.towers import Side, Towers, TowersConfig, projection_axes
 from mmrl.settings import Settings
@@ -58,8 +59,9 @@ class MatryoshkaCLIP(nn.Module):
     """Two encoders and a logit scale. It knows pixels and tokens, no loss and no dims: every prefix of what it
     returns is an embedding because the loss makes it so."""
 
-    def __init__(self, image: Encoder, text: Encoder, logit_scale: torch.Tensor) -> None:
+    def __init__(self, image: Encoder, text: Encoder, logit_scale: torch.Tensor, recomputes: bool = False) -> None:
         super().__init__()
+        self._recomputes = recomputes
         self.image = image
         self.text = text
         # One axis at least: DeepSpeed cannot broadcast a scalar parameter.
@@ -77,6 +79,11 @@ class MatryoshkaCLIP(nn.Module):
 
     def encode_text(self, text_ML: torch.Tensor) -> torch.Tensor:
         """Token ids (M, L) -> (M, D)."""
+        # The CPU's flash attention would take half of the text tower's backward in bfloat16. Not where activations are
+        # recomputed: that happens after this context has ended, and must make the same choice.
+        if self.training and text_ML.device.type == "cpu" and not self._recomputes:
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.text(text_ML)
         return self.text(text_ML)
 
     @property
@@ -92,6 +99,7 @@ def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int) -> Matry
         Encoder(towers.image, added_projection(towers.model_cfg, "image"), towers.image_spec.normalise),
         Encoder(towers.text, added_projection(towers.model_cfg, "text")),
         torch.full((num_dims if scale.per_dim else 1,), init),
+        recomputes=towers.grad_checkpointing,
     )
 
 

@@ -28,7 +28,6 @@ from mmrl.data.stream import open_reader
 from mmrl.data.tables import arrow
 from mmrl.errors import InputError
 from mmrl.export.encoder import LoadedEncoder, load
-from mmrl.image_spec import decode
 from mmrl.model import bundle
 
 EMBEDDINGS, BAD_SAMPLES = "embeddings.parquet", "bad_samples.jsonl"
@@ -180,13 +179,9 @@ def _embedded(reader: SampleReader, encoder: LoadedEncoder, batch_size: int, bad
         pictures = []
         for number in range(start, batch.end):
             try:
-                sample = reader.read(number)
-                image = decode(sample.image)
+                sample, image = reader.read_picture(number)
             except BadSample as error:
                 bad.append(error.problem)
-                continue
-            except ValueError as error:
-                bad.append(reader.problem(number, f"image: {error}"))
                 continue
             pictures.append(encoder.image_spec.pixels(image))
             batch.keys.append(sample.name)

@@ -101,6 +101,14 @@ def test_resumed_equals_uninterrupted(shards: Path, stop_after: int) -> None:
         assert_equal(next(rest), batch)
 
 
+def test_a_cache_changes_nothing(shards: Path) -> None:
+    config = DataConfig(train=str(shards), augment=AUGMENT, shuffle_window=10, cache=True)
+    cached = Stream(open_reader(shards), 12, seed=4, image=SPEC, text=tokens, config=config).forever()
+    plain = make(shards).forever()
+    for _ in range(12):
+        assert_equal(next(cached), next(plain))
+
+
 def test_an_epoch_resumed_in_another_world_still_sees_each_sample_once(shards: Path) -> None:
     stream = make(shards, rank=0, world=2)
     seen = [next(iter(stream)).keys for _ in range(1)]
@@ -204,6 +212,32 @@ def test_bad_samples_are_replaced_and_listed_on_any_division(tmp_path: Path) -> 
     assert "caption" in listed["silent"]
 
 
+@pytest.mark.parametrize(("good", "bad", "batch"), [(12, 6, 9), (20, 3, 12)])
+def test_a_small_set_finds_a_reserve_for_every_bad_sample(tmp_path: Path, good: int, bad: int, batch: int) -> None:
+    members = [m for number in range(good) for m in sample_members(number)]
+    members += [m for n in range(bad) for m in ((f"bad{n}.png", b"x"), (f"bad{n}.txt", b"caption"))]
+    stream = Stream(open_reader(write_tar(tmp_path / "a.tar", members)), batch, image=SPEC)
+    for _ in range(4):
+        assert all(len(one.keys) == batch for one in stream)
+
+
+def test_an_error_in_a_worker_is_one_sentence(tmp_path: Path) -> None:
+    members = [m for n in range(12) for m in ((f"{n}.png", b"no picture"), (f"{n}.txt", b"caption"))]
+    stream = Stream(open_reader(write_tar(tmp_path / "bad.tar", members)), 4, image=SPEC, num_workers=1)
+    with pytest.raises(InputError, match=r"^data: .* samples in a row are bad") as error:
+        next(iter(stream))
+    assert "Traceback" not in str(error.value)
+
+
+def test_evaluation_reads_on_past_a_batch_of_bad_samples(tmp_path: Path) -> None:
+    members = [m for number in range(4) for m in sample_members(number)]
+    members += [("bad.png", b"x"), ("bad.txt", b"caption"), ("deep.png", b"x"), ("deep.json", b"[" * 100_000)]
+    reader = open_reader(write_tar(tmp_path / "a.tar", members))
+    batches = list(read_whole(reader, SPEC, tokens, batch_size=2))
+    assert [len(batch.keys) for batch in batches] == [2, 2, 0]
+    assert {problem.key for batch in batches for problem in batch.bad} == {"bad", "deep"}
+
+
 def test_a_set_of_nothing_but_bad_pictures_stops(tmp_path: Path) -> None:
     members = [m for n in range(12) for m in ((f"{n}.png", b"no picture"), (f"{n}.txt", b"caption"))]
     stream = Stream(open_reader(write_tar(tmp_path / "bad.tar", members)), 4, image=SPEC)
@@ -238,6 +272,7 @@ def test_captions_follow_their_probabilities() -> None:
     mixed = Counter(pick_caption(4, [0.5, 0.3, 0.2], x) for x in drawn)
     assert [round(mixed[i] / 10_000, 2) for i in range(4)] == [0.5, 0.3, 0.1, 0.1]
     assert Counter(pick_caption(1, [0.5, 0.5], x) for x in drawn) == {0: 10_000}
+    assert Counter(pick_caption(1, [0.0, 1.0], x) for x in drawn) == {0: 10_000}
 
 
 def test_names_in_a_tar_cannot_reach_outside(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_ties_count_against_the_query() -> None:
     assert scores["median_rank"] == 10
 
 
+def test_no_group_is_nobodys_group() -> None:
+    x, none = torch.eye(4), torch.full((4,), -1)
+    with pytest.raises(InputError, match="no query has a positive"):
+        mmrl.retrieval(x, x, image_group_N=none, text_group_M=none)
+    scores = mmrl.retrieval(x, x, image_group_N=torch.tensor([-1, 5, -1, 6]), text_group_M=torch.tensor([-1, 5, 6, 6]))
+    assert scores[4]["text_to_image"]["R@1"] == pytest.approx(2 / 3)
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(50, 8), torch.randn(50, 8)
     whole = mmrl.retrieval(x, y, dims=[8, 4])

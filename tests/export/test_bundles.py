@@ -100,6 +100,12 @@ def test_an_open_clip_model_exports_as_it_is(tmp_path: Path) -> None:
     assert mmrl.load(tmp_path / "out").encode_texts(["a"]).shape == (1, 32)
 
 
+def test_towers_with_batch_norm_are_opened_for_use_not_for_training(tmp_path: Path) -> None:
+    vision = {"timm_model_name": "test_resnet", "image_size": 64}
+    (tmp_path / "with-batch-norm.json").write_text(json.dumps({**TINY_MODEL, "vision_cfg": vision}))
+    export_bundle(f"open_clip:{tmp_path / 'with-batch-norm.json'}", tmp_path / "out", 8)
+
+
 def test_one_tower_alone(source: Path) -> None:
     online = mmrl.load(source, dim=4, towers="text")
     assert online.encode_texts(TEXTS).shape == (3, 4)
@@ -144,8 +150,12 @@ def test_what_is_no_encoder_or_a_damaged_one_is_explained(source: Path, tmp_path
         mmrl.load(tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="exists and is no encoder"):
+    with pytest.raises(InputError, match="exists and is not empty"):
         export_bundle(str(source), tmp_path / "other", 8)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        export_bundle(str(source), source, 8)
+    with pytest.raises(InputError, match="'txt'; want 'both', 'image' or 'text'"):
+        mmrl.load(source, towers="txt")  # pyright: ignore[reportArgumentType]
 
 
 def test_unreadable_pictures_and_bare_strings_are_named(source: Path, tmp_path: Path) -> None:
