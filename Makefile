@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that answers and is new enough; python3.11 is what constraints.txt was made with.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
@@ -36,8 +38,7 @@ clean:  ## Remove the virtual environment and what was trained
 	rm -rf $(VENV) runs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "mmrl needs Python 3.11 or newer; found $$($(PYTHON) --version). Install one, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "mmrl needs Python 3.11 or newer. Install one, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV): about two minutes and 6 GB …"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
