@@ -1,4 +1,4 @@
-"""Training: everything that can be refused is refused first, then the parts are built in the order below.
+"""Training: what preflight.py lets through is built in the order below, then stepped, scored and saved.
 
 Shapes: b pairs of this process, C channels, H and W the image's size, L tokens, D the embedding's width, K dims.
 """

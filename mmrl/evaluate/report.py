@@ -7,7 +7,6 @@ from typing import Any
 from rich.table import Table
 
 DIRECTIONS = {"image_to_text": "image→text", "text_to_image": "text→image"}
-_SHORT = str.maketrans({"→": "→\n", " ": " "})  # three lines of heading, so that six columns fit into a terminal
 _KS = ("R@1", "R@5", "R@10")
 
 
@@ -27,7 +26,8 @@ def table(name: str, result: Mapping[str, Any]) -> Table:
     header, *body, by_chance = rows(result)
     shown = Table(title=f"{name}: {result['num_images']:,} images, {result['num_texts']:,} texts; recall in %")
     for column in header:
-        shown.add_column(column.translate(_SHORT).replace(" ", "\n"), justify="right")
+        # Three lines of heading, so that six columns fit into a terminal.
+        shown.add_column(column.replace("→", "→\n").replace(" ", "\n"), justify="right")
     for row in body:
         shown.add_row(*row)
     shown.add_section()
