@@ -85,10 +85,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (grad_BD,) = grads
-        grad_bD = grad_BD.new_empty(grad_BD.shape[0] // dist.get_world_size(), *grad_BD.shape[1:])
-        dist.reduce_scatter_tensor(grad_bD, grad_BD.contiguous())
-        return grad_bD
+        return scatter_sum(grads[0])
 
 
 def gather(rows_bD: torch.Tensor) -> torch.Tensor:
@@ -97,6 +94,20 @@ def gather(rows_bD: torch.Tensor) -> torch.Tensor:
         return rows_bD
     result: torch.Tensor = _Gather.apply(rows_bD)  # pyright: ignore[reportAssignmentType]
     return result
+
+
+def scatter_sum(rows_BD: torch.Tensor) -> torch.Tensor:
+    """Our own rows of the sum over processes, without gradient: (B, …) -> (b, …). B is divided by the world size."""
+    if world().size == 1:
+        return rows_BD
+    rows_bD = rows_BD.new_empty(rows_BD.shape[0] // dist.get_world_size(), *rows_BD.shape[1:])
+    dist.reduce_scatter_tensor(rows_bD, rows_BD.contiguous())
+    return rows_bD
+
+
+def own_rows(b: int) -> slice:
+    """Where this process's b rows are among the gathered ones."""
+    return slice(world().rank * b, (world().rank + 1) * b)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -108,12 +119,21 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over processes of a tensor that has no gradient; a new tensor."""
-    values = values.detach().clone()
-    if world().size > 1:
-        dist.all_reduce(values)
-        values /= world().size
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, without gradient."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum over processes, without gradient."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    if world().size == 1:
+        return values.detach()
+    values = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(values, operation)
     return values
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.multiprocessing
 
 from mmrl import distributed
 from mmrl.losses import reference
-from mmrl.losses.nested_infonce import nested_info_nce
+from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
+from mmrl.losses.nested_sigmoid import nested_sigmoid
 
 DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
 GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
@@ -35,37 +37,146 @@ def _child(rank: int, size: int, work: Callable[[Path], None], folder: Path) -> 
         dist.destroy_process_group()
 
 
-def _towers() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.Tensor, torch.Tensor]:
+class Given(NamedTuple):
+    """What a loss takes, of some rows or of all."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    groups: torch.Tensor
+
+
+Result = tuple[torch.Tensor, dict[int, torch.Tensor]]
+# Ours, and the plain formula.
+LossPair = tuple[Callable[[Given], Result], Callable[[Given], Result]]
+
+
+def _infonce(options: InfoNCEOptions) -> LossPair:
+    def ours(given: Given) -> Result:
+        loss = nested_info_nce(given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, options)
+        return loss.total + 0 * given.bias.sum(), loss.by_dim
+
+    def plain(given: Given) -> Result:
+        total, by_dim = reference.nested_info_nce(
+            given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, **options.model_dump()
+        )
+        return total + 0 * given.bias.sum(), by_dim
+
+    return ours, plain
+
+
+def _sigmoid(same_group: Literal["mask", "positive"]) -> LossPair:
+    def ours(given: Given) -> Result:
+        image, text, scale, bias, groups = given
+        loss = nested_sigmoid(image, text, scale, bias, DIMS, WEIGHTS, groups, same_group)
+        return loss.total, loss.by_dim
+
+    def plain(given: Given) -> Result:
+        image, text, scale, bias, groups = given
+        return reference.nested_sigmoid(image, text, scale, bias, DIMS, WEIGHTS, groups, same_group)
+
+    return ours, plain
+
+
+LOSSES = {
+    "plain": _infonce(InfoNCEOptions()),
+    "all options": _infonce(InfoNCEOptions(same_group="positive", label_smoothing=0.1, distillation=0.5)),
+    "masked options": _infonce(InfoNCEOptions(label_smoothing=0.1, distillation=0.5)),
+    "sigmoid": _sigmoid("mask"),
+    "sigmoid, positives": _sigmoid("positive"),
+}
+
+
+def _parameters() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.Tensor, torch.Tensor]:
     torch.manual_seed(3)
     image, text = torch.nn.Linear(6, 8).double(), torch.nn.Linear(6, 8).double()
-    return image, text, torch.randn(12, 6).double(), torch.randn(12, 6).double()
+    scale = torch.tensor([90.0], dtype=torch.float64, requires_grad=True)
+    return image, text, scale, torch.tensor([-5.0], dtype=torch.float64, requires_grad=True)
 
 
-def _loss_of_my_rows(folder: Path) -> None:
-    world = distributed.world()
-    image, text, x, y = _towers()
-    scale = torch.tensor([20.0], dtype=torch.float64, requires_grad=True)
-    rows = slice(world.rank * 12 // world.size, (world.rank + 1) * 12 // world.size)
-    loss = nested_info_nce(image(x[rows]), text(y[rows]), scale, DIMS, WEIGHTS, GROUPS[rows])
-    loss.total.backward()
-    grads = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale)]
-    averaged = [distributed.mean(grad) for grad in grads if grad is not None]
-    torch.save((loss.total.detach(), loss.by_dim, averaged), folder / f"rank{world.rank}.pt")
+def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(4)
+    return torch.randn(12, 6).double(), torch.randn(12, 6).double()
+
+
+def _losses_of_my_rows(folder: Path) -> None:
+    world, (x, y) = distributed.world(), _inputs()
+    rows = distributed.own_rows(12 // world.size)
+    results = {}
+    for name, (ours, _) in LOSSES.items():
+        image, text, scale, bias = _parameters()
+        total, by_dim = ours(Given(image(x[rows]), text(y[rows]), scale, bias, GROUPS[rows]))
+        total.backward()
+        grads = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
+        averaged = [distributed.total(grad) / world.size for grad in grads if grad is not None]
+        results[name] = total.detach(), by_dim, averaged
+    torch.save(results, folder / f"rank{world.rank}.pt")
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_loss_and_averaged_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
-    run_in_world(size, _loss_of_my_rows, tmp_path)
-    image, text, x, y = _towers()
-    scale = torch.tensor([20.0], dtype=torch.float64, requires_grad=True)
-    total, by_dim = reference.nested_info_nce(image(x), text(y), scale, DIMS, WEIGHTS, GROUPS)
+def test_losses_and_averaged_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
+    run_in_world(size, _losses_of_my_rows, tmp_path)
+    (x, y), results = _inputs(), [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(size)]
+    for name, (_, plain) in LOSSES.items():
+        image, text, scale, bias = _parameters()
+        total, by_dim = plain(Given(image(x), text(y), scale, bias, GROUPS))
+        total.backward()
+        expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
+        for result in results:
+            got_total, got_by_dim, grads = result[name]
+            torch.testing.assert_close(got_total, total.detach())
+            torch.testing.assert_close(got_by_dim, {dim: value.detach() for dim, value in by_dim.items()})
+            torch.testing.assert_close(grads, expected)
+
+
+def _loss_under_ddp(folder: Path) -> None:
+    world, (x, y) = distributed.world(), _inputs()
+    image, text, scale, bias = _parameters()
+    towers = torch.nn.ModuleList([image, text])
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = towers
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return image(x), text(y)
+
+    model, rows = torch.nn.parallel.DistributedDataParallel(Both()), distributed.own_rows(12 // world.size)
+    total, _ = LOSSES["plain"][0](Given(*model(x[rows], y[rows]), scale=scale, bias=bias, groups=GROUPS[rows]))
     total.backward()
-    expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale)]
-    for rank in range(size):
-        got_total, got_by_dim, grads = torch.load(tmp_path / f"rank{rank}.pt")
-        torch.testing.assert_close(got_total, total.detach())
-        torch.testing.assert_close(got_by_dim, {dim: value.detach() for dim, value in by_dim.items()})
-        torch.testing.assert_close(grads, expected)
+    if world.is_main:
+        torch.save([parameter.grad for parameter in towers.parameters()], folder / "grads.pt")
+
+
+def test_gradients_under_ddp_equal_one_process(tmp_path: Path) -> None:
+    run_in_world(2, _loss_under_ddp, tmp_path)
+    image, text, scale, bias = _parameters()
+    x, y = _inputs()
+    LOSSES["plain"][1](Given(image(x), text(y), scale, bias, GROUPS))[0].backward()
+    expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters())]
+    torch.testing.assert_close(torch.load(tmp_path / "grads.pt"), expected)
+
+
+def _count_collectives(folder: Path) -> None:
+    counts = {}
+    for dims in ([8], [1, 2, 3, 4, 5, 8]):
+        image = torch.randn(6, 8, requires_grad=True)
+        text = torch.randn(6, 8, requires_grad=True)
+        with torch.profiler.profile() as profile:
+            nested_info_nce(image, text, 20.0, dims).total.backward()
+        names = [event.name for event in profile.events() or [] if event.name.startswith("gloo:")]
+        counts[len(dims)] = sorted(names)
+    torch.save(counts, folder / f"rank{distributed.world().rank}.pt")
+
+
+def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -> None:
+    run_in_world(2, _count_collectives, tmp_path)
+    counts = torch.load(tmp_path / "rank0.pt")
+    assert counts[1] == counts[6]
+    # One gather and one scattered gradient, both of the texts; the columns' sums, and the scalar of the rows'.
+    assert len(counts[1]) == 4
 
 
 def test_a_world_of_one_needs_no_process_group() -> None:
@@ -73,4 +184,4 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     assert distributed.gather(x) is x
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.from_main(5) == 5
-    assert torch.equal(distributed.mean(x), x)
+    assert torch.equal(distributed.total(x), x)

@@ -1,32 +1,45 @@
-"""The nested symmetric InfoNCE over the global batch.
+"""The nested symmetric InfoNCE over the global batch: all dims in one sweep of tiles, in memory linear in the batch.
 
-Every process computes its own rows of both similarity matrices against the columns of all; the embeddings are gathered
-once, whatever the number of dims. losses/reference.py has the formula to which value and gradient are held.
+Every process computes the similarities of its own images with all texts, each once in the cluster: one all-gather of
+the texts, one reduction of the columns' sums, and backward one reduce-scatter of the texts' gradient, whatever the
+number of dims. losses/reference.py has the formula to which value and gradient are held, losses/sweep.py the sweep.
 
-Shapes: b pairs of this process, B = b * world_size pairs of all, D the embedding's width, d a nested dim, K dims.
+Shapes: b pairs of this process, B = b * world_size pairs of all, D the embedding's width, K dims.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field
+from torch.autograd.function import once_differentiable
 
 from mmrl import distributed
-from mmrl.errors import InputError
-from mmrl.nesting import cut, nesting
+from mmrl.losses import inputs, softmax, sweep
+from mmrl.losses.inputs import Groups, NestedLoss
+from mmrl.losses.softmax import Shift
+from mmrl.losses.sweep import LOG2_E, Block, Targets
+from mmrl.nesting import Nesting, nesting
+from mmrl.settings import Settings
 
-Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+# Exponentials (base 2) of a shared shift stay below 2^_HIGHEST; a row whose sum could fall below 2^_LOWEST, where
+# float32 loses digits, makes its dim take the exact form. Sums of 2^30 terms then still fit float32.
+_HIGHEST, _LOWEST = 80.0, -100.0
 
 
-@dataclass(frozen=True)
-class NestedLoss:
-    """What `nested_info_nce` returns."""
+class InfoNCEOptions(Settings):
+    """Departures from the plain symmetric InfoNCE."""
 
-    total: torch.Tensor
-    """Scalar, the same on every process; its gradient is this process's share (averaged over processes, the whole)."""
-    by_dim: dict[int, torch.Tensor]
-    """Each dim's InfoNCE over the global batch, detached."""
+    same_group: Literal["mask", "positive"] = "mask"
+    """Pairs of one group: left out of the negatives, or positives like the own pair (targets share 1 equally)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """This much of each target is spread over all pairs of its row or column that are not left out."""
+    distillation: float = Field(default=0.0, ge=0)
+    """Weight of KL(softmax of the largest dim, held fixed || softmax of the dim), added to each smaller dim's loss."""
+
+
+PLAIN = InfoNCEOptions()
 
 
 def nested_info_nce(
@@ -36,97 +49,151 @@ def nested_info_nce(
     dims: Sequence[int],
     weights: Sequence[float] | None = None,
     groups: Groups | None = None,
+    options: InfoNCEOptions = PLAIN,
+    check_finite: bool = False,
 ) -> NestedLoss:
     """Equal, in value and gradient, to::
 
         sum(w[d] * info_nce(F.normalize(image[:, :d]), F.normalize(text[:, :d]), scale[d]) for d in dims) / sum(w)
 
-    over the rows of all processes, in the order of ranks.
+    over the rows of all processes, in the order of ranks. Sources: Kusupati et al. 2022 (arXiv 2205.13147), equation
+    1, for the nesting; Radford et al. 2021 (arXiv 2103.00020), figure 3, for the loss.
 
     Args:
         image_BD, text_BD: this process's rows, of any float type, not normalised; row i of one belongs to row i of
-            the other. Equally many on every process. Logits are computed in float32 or wider.
+            the other. Equally many on every process. Logits and their sums are float32, or float64 if these are.
+            A zero vector has zero similarities and, as with `F.normalize`, a finite, very large gradient.
         logit_scale: the multiplier, already exponentiated: a scalar, (1,), or (K,) in the order of `dims`.
         dims: nested dims, in any order.
         weights: one a dim; all equal when left out.
         groups: int64 (b,), or a pair (of the images, of the texts): pairs of one group are no negatives of each
             other; -1 is in no group.
+        options: what else the softmaxes are pulled to.
+        check_finite: look for NaN and infinity in the embeddings first, which waits for the device.
+
+    Time and memory: 4 B^2 D multiply-adds for all dims and all processes together, forward and backward, and per
+    process O(B (D + K)) numbers and some tiles, whose size `sweep.tile_shape` fits to the device.
 
     Raises:
-        InputError: shapes that do not match, dims out of range or repeated, unfit weights.
+        InputError: shapes that do not match, dims out of range or repeated, unfit weights or scales.
     """
-    _check_shapes(image_BD, text_BD, groups)
+    inputs.check(image_BD, text_BD, groups, check_finite)
     nested = nesting(dims, weights, image_BD.shape[1])
-    scale_of_dim = _scale_by_dim(logit_scale, dims, image_BD.device)
-    # Widened first, so that gradients are added up over dims and processes in float32 and rounded at the end.
-    all_image_BD, all_text_BD = distributed.gather(_wide(image_BD)), distributed.gather(_wide(text_BD))
-    world = distributed.world()
-    rows = slice(world.rank * len(image_BD), (world.rank + 1) * len(image_BD))
-    masks = _same_group_masks(groups, rows)
-
-    losses = []
-    for dim in nested.dims:
-        image_Bd, text_Bd = cut(all_image_BD, dim), cut(all_text_BD, dim)
-        losses.append(_info_nce_of_rows(image_Bd, text_Bd, scale_of_dim[dim], rows, masks))
-    losses_K = torch.stack(losses)
-    shares_K = losses_K.new_tensor(nested.shares)
-    global_K = distributed.mean(losses_K)
-    share = (losses_K * shares_K).sum()
-    total = share + ((global_K * shares_K).sum() - share).detach()
-    return NestedLoss(total, dict(zip(nested.dims, global_K.unbind(), strict=True)))
+    scale_K = inputs.by_dim("logit_scale", logit_scale, dims, image_BD)
+    total, by_dim_K = _NestedInfoNCE.apply(image_BD, text_BD, scale_K, nested, groups, options)  # pyright: ignore[reportGeneralTypeIssues]
+    return NestedLoss(total, dict(zip(nested.dims, by_dim_K.unbind(), strict=True)))
 
 
-def _info_nce_of_rows(
-    image_Bd: torch.Tensor,
-    text_Bd: torch.Tensor,
-    scale: torch.Tensor,
-    rows: slice,
-    masks: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """The symmetric InfoNCE's mean over these rows, against all columns."""
-    logits_image_bB = scale * image_Bd[rows] @ text_Bd.T
-    logits_text_bB = scale * text_Bd[rows] @ image_Bd.T
-    if masks is not None:
-        logits_image_bB = logits_image_bB.masked_fill(masks[0], -torch.inf)
-        logits_text_bB = logits_text_bB.masked_fill(masks[1], -torch.inf)
-    labels_b = torch.arange(rows.start, rows.stop, device=image_Bd.device)
-    return (F.cross_entropy(logits_image_bB, labels_b) + F.cross_entropy(logits_text_bB, labels_b)) / 2
+class _NestedInfoNCE(torch.autograd.Function):
+    """Forward keeps the embeddings and the log-sum-exps of rows and columns; backward sweeps once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_bD: torch.Tensor,
+        text_bD: torch.Tensor,
+        scale_K: torch.Tensor,
+        nested: Nesting,
+        groups: Groups | None,
+        options: InfoNCEOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text_BD = distributed.gather(text_bD)
+        block = inputs.strip(image_bD, text_BD, scale_K, nested)
+        block, targets = _with_targets(block, groups, options)
+        own_Kb, distil = inputs.own_logits(block), options.distillation
+        with sweep.fast_products(image_bD.dtype, image_bD.device):
+            shifts = _shifts(block, targets, own_Kb)
+            sums = softmax.sums(block, shifts, targets, gaps=distil > 0)
+
+        # One reduction: the columns' sums, and this process's part of the targets' logits.
+        target_K = (own_Kb * targets.own_n).sum(1) + sums.target_K
+        parts = [sums.column_Km, target_K[:, None]] + ([sums.gap_column_Km] if distil else [])
+        column_sum_KB, all_targets_K1, *gap = distributed.total(torch.cat(parts, 1)).split(
+            [x.shape[1] for x in parts], 1
+        )
+        row_lse_Kb = sums.row_Kn.log2() + _per_dim(shifts, 0, sums.row_Kn)
+        column_lse_KB = column_sum_KB.log2() + _per_dim(shifts, 1, column_sum_KB)
+        rows_Kb = row_lse_Kb
+        if distil:
+            lead_Kb = sums.gap_row_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
+            lead_KB = gap[0] / column_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
+            rows_Kb = rows_Kb + distil * (lead_Kb + lead_KB[:, block.own])
+        sum_K = distributed.total(rows_Kb.sum(1)) + column_lse_KB.sum(1) - all_targets_K1[:, 0]
+        by_dim_K = sum_K / (2 * len(text_BD) * LOG2_E)
+
+        groups_of_strip = () if block.row_group_n is None else (block.row_group_n, block.column_group_m)
+        ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip)
+        ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distil
+        ctx.mark_non_differentiable(by_dim_K)
+        return (by_dim_K * by_dim_K.new_tensor(nested.shares)).sum(), by_dim_K
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's decorator has no types)
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip = ctx.saved_tensors
+        block = inputs.strip(image_bD, text_BD, scale_K, ctx.nested, groups_of_strip)
+        slope = softmax.Softmaxes(ctx.shifts, row_lse_Kb, column_lse_KB, ctx.distillation)
+        # Each process adds its strip's part, and data-parallel training averages them: hence times the world size.
+        factor_K = [share * distributed.world().size / (2 * len(text_BD)) for share in ctx.nested.shares]
+        with sweep.fast_products(image_bD.dtype, image_bD.device):
+            found = sweep.gradients(block, slope, factor_K, ctx.targets, image_bD.shape[1])
+        text_grad_bD = distributed.scatter_sum(found.column_mD)
+        return (
+            found.row_nD.mul_(grads[0]).to(image_bD.dtype),
+            text_grad_bD.mul_(grads[0]).to(text_BD.dtype),
+            (grads[0] * found.scale_K / scale_K).to(scale_K.dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def _wide(embedding_BD: torch.Tensor) -> torch.Tensor:
-    return embedding_BD.float() if embedding_BD.dtype in (torch.float16, torch.bfloat16) else embedding_BD
-
-
-def _same_group_masks(groups: Groups | None, rows: slice) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """True where a column is of the row's group but not its own pair, for both directions: (b, B) each."""
-    if groups is None:
-        return None
-    image_b, text_b = groups if isinstance(groups, tuple) else (groups, groups)
-    image_B, text_B = distributed.gather(image_b), distributed.gather(text_b)
-    own_bB = torch.arange(rows.start, rows.stop, device=image_B.device)[:, None] == torch.arange(
-        len(image_B), device=image_B.device
+def _with_targets(block: Block, groups: Groups | None, options: InfoNCEOptions) -> tuple[Block, Targets]:
+    """The block with its groups, and the targets that groups and options ask for, of both directions together."""
+    like, B, own = block.rows.inverse_norm_Kn, len(block.columns), block.own
+    if groups is None and not options.label_smoothing:
+        return block, Targets(like.new_full((len(block.rows),), 2.0))
+    others_B2 = like.new_zeros(B, 2)
+    if groups is not None:
+        group_B2 = inputs.gather_groups(groups)
+        row_group_n, column_group_m = inputs.groups_of_strip(group_B2, own)
+        block = replace(block, row_group_n=row_group_n, column_group_m=column_group_m)
+        others_B2 = inputs.others_of_the_group(group_B2).to(like)
+    positive, smooth = options.same_group == "positive", options.label_smoothing
+    sharp_B2 = (1 - smooth) / (1 + others_B2) if positive else torch.full_like(others_B2, 1 - smooth)
+    smooth_B2 = torch.full_like(others_B2, smooth / B) if positive else smooth / (B - others_B2)
+    return block, Targets(
+        own_n=sharp_B2[own].sum(1),
+        mask_same_group=not positive,
+        same_group=(sharp_B2[own, 0], sharp_B2[:, 1]) if positive else None,
+        everywhere=(smooth_B2[own, 0], smooth_B2[:, 1]) if smooth else None,
     )
 
-    def same(row_group_b: torch.Tensor, column_group_B: torch.Tensor) -> torch.Tensor:
-        return (row_group_b[:, None] == column_group_B) & (row_group_b >= 0)[:, None] & ~own_bB
 
-    return same(image_b, text_B), same(text_b, image_B)
+def _shifts(block: Block, targets: Targets, own_Kb: torch.Tensor) -> list[Shift]:
+    """One shift for all of a dim's logits where no exponential can overflow and no sum, which has its positive in it,
+    can vanish; else the largest logit of each row and each column. The same choice on every process."""
+    shared = [max(0.0, scale - _HIGHEST) for scale in block.scale_K]
+    shifts: list[Shift] = [*shared]
+    # No logit is below -scale: as a rule this settles it without asking the device or the other processes.
+    if all(-scale >= shift + _LOWEST for scale, shift in zip(block.scale_K, shared, strict=True)):
+        return shifts
+    lowest_K = -distributed.largest(-own_Kb.amin(1))
+    exact = [low < shift + _LOWEST for low, shift in zip(lowest_K.tolist(), shared, strict=True)]
+    if any(exact):
+        row_Kb, column_KB = softmax.maxima(block, exact, targets)
+        column_KB = distributed.largest(column_KB)
+        shifts = [(row_Kb[k], column_KB[k]) if exact[k] else shared[k] for k in range(len(exact))]
+    return shifts
 
 
-def _scale_by_dim(
-    logit_scale: torch.Tensor | float, dims: Sequence[int], device: torch.device
-) -> dict[int, torch.Tensor]:
-    scale = torch.as_tensor(logit_scale, device=device).reshape(-1)
-    if len(scale) not in (1, len(dims)):
-        raise InputError(f"logit_scale: {len(scale)} values for {len(dims)} dims; give one, or one a dim.")
-    return dict(zip(dims, scale.expand(len(dims)), strict=True))
-
-
-def _check_shapes(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None) -> None:
-    if image_BD.ndim != 2 or image_BD.shape != text_BD.shape:
-        raise InputError(
-            f"image_BD, text_BD: shapes {tuple(image_BD.shape)} and {tuple(text_BD.shape)}; both must be (B, D)."
-        )
-    for group in groups if isinstance(groups, tuple) else (groups,):
-        if group is not None and group.shape != image_BD.shape[:1]:
-            raise InputError(f"groups: shape {tuple(group.shape)}; want ({len(image_BD)},), one a pair.")
+def _per_dim(shifts: Sequence[Shift], side: int, like_Kn: torch.Tensor) -> torch.Tensor:
+    """The rows' (0) or the columns' (1) shifts, one tensor for all dims: (K, n)."""
+    return torch.stack(
+        [
+            s[side] if isinstance(s, tuple) else like.new_full(like.shape, s)
+            for s, like in zip(shifts, like_Kn, strict=True)
+        ]
+    )

@@ -1,0 +1,264 @@
+"""The nested loss beside open_clip's, the plain nested formula and sentence-transformers', run by hand:
+
+    pip install --no-deps --target /tmp/extras sentence-transformers scipy scikit-learn joblib
+    pip install --no-deps --target /tmp/extras cloudpickle threadpoolctl narwhals
+    PYTHONPATH=/tmp/extras python tests/benchmarks/loss.py [--batch 8192] [--repeats 5] [--device cuda]
+
+(Without sentence-transformers its row is left out.) Every row is value and gradient of both towers' embeddings, on
+random embeddings of width 512 whose pairs resemble each other. Times: the rows run in turns, forwards and backwards,
+and each shows its median and the median of its ratios to open_clip's single loss within the same turn. `foreign` is
+how many cores other processes used meanwhile: above some 0.1, believe the ratios alone.
+
+Memory: what the process needs at its peak beyond the embeddings and the results of their gradients, each row in a
+process of its own. `--large 65536` measures our loss alone at that batch: time, and the whole process at its peak.
+"""
+
+import argparse
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+
+from mmrl.losses.nested_infonce import nested_info_nce
+
+WIDTH = 512
+DIMS = (32, 64, 128, 256, 512)
+EIGHT_DIMS = (4, 8, 16, 32, 64, 128, 256, 512)
+SCALE = 30.0
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def open_clip_single(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
+    """open_clip's loss at the full dim, as its trainer calls it: on normalised embeddings."""
+    return _clip_loss(image_BD, text_BD)
+
+
+def plain_nested(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
+    """The mean of open_clip's loss over the renormalised prefixes: what one would write by hand."""
+    losses = [_clip_loss(image_BD[:, :dim], text_BD[:, :dim]) for dim in DIMS]
+    return torch.stack(losses).mean()
+
+
+def _clip_loss(image_Bd: torch.Tensor, text_Bd: torch.Tensor) -> torch.Tensor:
+    loss: Any = ClipLoss()(F.normalize(image_Bd, dim=-1), F.normalize(text_Bd, dim=-1), _scale(image_Bd))
+    return loss
+
+
+def sentence_transformers_nested(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
+    """MatryoshkaLoss over the symmetric ranking loss, on a model that only hands out the embeddings."""
+    from sentence_transformers.sentence_transformer.losses import (  # pyright: ignore[reportMissingImports]
+        MatryoshkaLoss,
+        MultipleNegativesRankingLoss,
+    )
+
+    class Towers(torch.nn.Module):
+        def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"sentence_embedding": features["embedding"]}
+
+        def get_embedding_dimension(self) -> int:
+            return WIDTH
+
+    model: Any = Towers()
+    ranking = MultipleNegativesRankingLoss(
+        model, scale=SCALE, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    )
+    nested = MatryoshkaLoss(model, ranking, list(DIMS))
+    labels = torch.zeros(len(image_BD), device=image_BD.device)
+    return nested([{"embedding": image_BD}, {"embedding": text_BD}], labels)
+
+
+def ours(dims: Sequence[int]) -> Loss:
+    """`mmrl.nested_info_nce` at these dims."""
+    return lambda image_BD, text_BD: nested_info_nce(image_BD, text_BD, _scale(image_BD), dims).total
+
+
+def _scale(embedding_BD: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(SCALE, device=embedding_BD.device, requires_grad=True)
+
+
+ROWS: dict[str, tuple[Loss, torch.dtype]] = {
+    "open_clip, dim 512 alone": (open_clip_single, torch.float32),
+    "plain nested (K x ClipLoss)": (plain_nested, torch.float32),
+    "sentence-transformers": (sentence_transformers_nested, torch.float32),
+    "mmrl, 5 dims": (ours(DIMS), torch.float32),
+    "mmrl, dim 512 alone": (ours((WIDTH,)), torch.float32),
+    "mmrl, 8 dims": (ours(EIGHT_DIMS), torch.float32),
+    "mmrl, 5 dims, bf16 inputs": (ours(DIMS), torch.bfloat16),
+}
+BASELINE, FULL = "open_clip, dim 512 alone", "mmrl, 5 dims"
+
+
+def main() -> None:
+    """Measures and prints the tables."""
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        print(_peak_memory(ROWS[arguments.memory_of], arguments))
+        return
+    if arguments.large:
+        _measure_large(arguments)
+        return
+    rows = [name for name in ROWS if name != "sentence-transformers" or _has_sentence_transformers()]
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} threads"
+    print(f"B = {arguments.batch:,}, D = {WIDTH}, dims {list(DIMS)}, {device}; {arguments.repeats} turns")
+    seconds, foreign = _time(rows, arguments)
+    memory = {name: _memory_in_own_process(name, arguments) for name in rows}
+    print(f"\n{'':28} {'ms':>8} {'/ open_clip':>11} {'extra MiB':>10}")
+    for name in rows:
+        ratio = _ratio(seconds, name, BASELINE)
+        print(f"{name:28} {1e3 * statistics.median(seconds[name]):8.0f} {ratio:11.2f} {memory[name] / 2**20:10.0f}")
+    _print_ratios(seconds, memory, arguments)
+    print(f"foreign {foreign:.2f} cores")
+
+
+def _print_ratios(seconds: dict[str, list[float]], memory: dict[str, float], arguments: argparse.Namespace) -> None:
+    print("\nratios of medians within a turn")
+    for of, to in (
+        (FULL, BASELINE),
+        (FULL, "plain nested (K x ClipLoss)"),
+        (FULL, "sentence-transformers"),
+        ("mmrl, 8 dims", "mmrl, dim 512 alone"),
+        ("mmrl, 5 dims, bf16 inputs", FULL),
+    ):
+        if to in seconds:
+            print(f"  time    {of:26} / {to:28} {_ratio(seconds, of, to):.2f}")
+    plain = memory["plain nested (K x ClipLoss)"]
+    print(f"  memory  {FULL:26} / {'plain nested (K x ClipLoss)':28} 1/{plain / max(memory[FULL], 1):.0f}")
+    rate = _ratio(seconds, "the products alone", FULL)
+    flops = 8 * arguments.batch**2 * WIDTH / statistics.median(seconds["the products alone"])
+    print(f"  rate    {FULL:26} / torch.mm of the same tiles   {rate:.2f} (of {flops / 1e9:.0f} GFLOP/s)")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--large", type=int, help="measure our loss alone at this batch")
+    parser.add_argument("--memory-of", choices=list(ROWS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _embeddings(arguments: argparse.Namespace, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shared_BD = torch.randn(batch, WIDTH, generator=generator)
+    pair = [(shared_BD + 2 * torch.randn(batch, WIDTH, generator=generator)).to(arguments.device, dtype) for _ in "it"]
+    return pair[0].requires_grad_(), pair[1].requires_grad_()
+
+
+def _run(loss: Loss, embeddings: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Seconds of one value and gradient."""
+    began = time.perf_counter()
+    torch.autograd.grad(loss(*embeddings), embeddings)
+    if embeddings[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _products_alone(arguments: argparse.Namespace) -> float:
+    """Seconds of the 4 B^2 D multiply-adds that the loss cannot do without, as torch.mm of 1,024-wide tiles."""
+    B, tile = arguments.batch, 1024
+    x_BD, y_BD = (torch.randn(tile, WIDTH, device=arguments.device) for _ in "xy")
+    out_BB = torch.empty(tile, tile, device=arguments.device)
+    began = time.perf_counter()
+    for _ in range((B // tile) ** 2):
+        torch.mm(x_BD, y_BD.T, out=out_BB)
+        torch.mm(x_BD, y_BD.T, out=out_BB)
+        torch.mm(out_BB, y_BD)
+        torch.mm(out_BB.T, x_BD)
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _time(rows: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each row in each turn, and the cores that others used."""
+    embeddings = {dtype: _embeddings(arguments, arguments.batch, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for name in rows:
+        _run(ROWS[name][0], embeddings[ROWS[name][1]])
+    wall, own, everything = time.perf_counter(), sum(os.times()[:2]), _cpu_of_all()
+    for turn in range(arguments.repeats):
+        for name in rows[:: -1 if turn % 2 else 1]:
+            loss, dtype = ROWS[name]
+            seconds[name].append(_run(loss, embeddings[dtype]))
+        seconds["the products alone"].append(_products_alone(arguments))
+    own, everything = sum(os.times()[:2]) - own, _cpu_of_all() - everything
+    return seconds, (everything - own) / (time.perf_counter() - wall)
+
+
+def _ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
+
+
+def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--memory-of", name, "--batch", str(arguments.batch)]
+    command += ["--threads", str(arguments.threads), "--device", arguments.device]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _peak_memory(row: tuple[Loss, torch.dtype], arguments: argparse.Namespace) -> float:
+    """Bytes at the peak beyond the embeddings and their gradients."""
+    loss, dtype = row
+    small = _embeddings(arguments, 256, dtype)
+    _run(loss, small)  # threads, libraries
+    embeddings = _embeddings(arguments, arguments.batch, dtype)
+    gradients = sum(x.numel() * x.element_size() for x in embeddings)
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _run(loss, embeddings)
+        return torch.cuda.max_memory_allocated() - before - gradients
+    before, _ = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    _run(loss, embeddings)
+    _, peak = _resident()
+    return peak - before - gradients
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes of memory that this process holds now and held at its peak. (Linux.)"""
+    status = Path("/proc/self/status").read_text()
+    now, peak = (re.search(rf"{name}:\s+(\d+) kB", status) for name in ("VmRSS", "VmHWM"))
+    assert now is not None and peak is not None, status  # noqa: PT018
+    return int(now[1]) * 1024, int(peak[1]) * 1024
+
+
+def _measure_large(arguments: argparse.Namespace) -> None:
+    seconds = _run(ours(DIMS), _embeddings(arguments, arguments.large, torch.float32))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if arguments.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    print(f"B = {arguments.large:,}: {seconds:.1f} s, the whole process at its peak {peak / 2**30:.2f} GiB")
+
+
+def _has_sentence_transformers() -> bool:
+    try:
+        import sentence_transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
+
+
+def _cpu_of_all() -> float:
+    """CPU seconds that everything on this machine has used. (Linux; NaN elsewhere.)"""
+    if not Path("/proc/stat").exists():
+        return float("nan")
+    user, nice, system, _idle, _wait, irq, soft_irq, *_ = Path("/proc/stat").read_text().split()[1:]
+    return sum(map(int, (user, nice, system, irq, soft_irq))) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()
