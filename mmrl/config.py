@@ -15,6 +15,7 @@ from mmrl.data.stream import DataConfig
 from mmrl.engine import EngineConfig
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.sets import EvaluationConfig
+from mmrl.losses.config import LossConfig
 from mmrl.model.two_tower import ModelConfig
 from mmrl.nesting import NestingConfig
 from mmrl.optim import Duration, OptimConfig
@@ -42,6 +43,7 @@ class Config(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelConfig
     nesting: NestingConfig
+    loss: LossConfig = LossConfig()
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig

@@ -68,7 +68,7 @@ class Engine:
 
     def __call__(
         self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The model's forward, under the configured precision, on the engine's device."""
         return self._engine(image_BCHW.to(self.device), text_BL.to(self.device))
 

@@ -23,6 +23,8 @@ class NestingConfig(Settings):
     """Lengths of the prefixes, in any order, such as [512, 256, 128, 64]."""
     weights: list[float] | None = None
     """One weight a dim, in the order of `dims`; all 1 when left out. The loss is the weighted mean."""
+    dims_per_step: int | None = Field(default=None, ge=1)
+    """So many of the dims are trained at each step, drawn anew, the same on all processes; all when left out."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class Nesting:
 
     dims: tuple[int, ...]
     shares: tuple[float, ...]
+
+    def only(self, places: Sequence[int]) -> "Nesting":
+        """Some of the dims, by their places; their shares sum to 1 again."""
+        total = sum(self.shares[place] for place in places)
+        places = sorted(places)
+        return Nesting(
+            tuple(self.dims[place] for place in places), tuple(self.shares[place] / total for place in places)
+        )
 
 
 def nesting(dims: Sequence[int], weights: Sequence[float] | None, full_dim: int) -> Nesting:

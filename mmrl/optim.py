@@ -52,6 +52,7 @@ class OptimConfig(Settings):
     """Of the text tower's table of tokens, whose rows learn only when their token comes by."""
     lr_projection: float | None = Field(default=None, ge=0)
     lr_logit_scale: float | None = Field(default=None, ge=0)
+    """Of the logit scale, and of the sigmoid loss's bias."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     eps: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -133,6 +134,8 @@ def _settings_of_parameters(
             decays = sum(size > 1 for size in parameter.shape) > 1 and name not in without_decay
             yield f"{side}.{name}", parameter, lr, config.weight_decay if decays else 0.0
     yield "log_logit_scale", model.log_logit_scale, _first(config.lr_logit_scale, config.lr), 0.0
+    if model.logit_bias is not None:
+        yield "logit_bias", model.logit_bias, _first(config.lr_logit_scale, config.lr), 0.0
 
 
 def _first(*values: float | None) -> float:

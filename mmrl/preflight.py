@@ -41,6 +41,12 @@ def prepare(config: Config, world: World) -> Plan:
         )
     width = towers.read_model_cfg(config.model.name)["embed_dim"]
     nested = nesting(config.nesting.dims, config.nesting.weights, width)
+    if (config.nesting.dims_per_step or 0) > len(nested.dims):
+        raise InputError(
+            f"nesting.dims_per_step: {config.nesting.dims_per_step} of {len(nested.dims)} dims; at most all of them."
+        )
+    if config.nesting.dims_per_step and not all(nested.shares):
+        raise InputError("nesting.dims_per_step: a dim of weight 0 could be drawn alone; leave that dim out.")
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)

@@ -27,14 +27,15 @@ from mmrl.distributed import World
 from mmrl.engine import Engine
 from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
-from mmrl.losses.nested_infonce import NestedLoss, nested_info_nce
+from mmrl.losses.config import nested_loss
+from mmrl.losses.inputs import NestedLoss
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.preflight import Plan, prepare
 from mmrl.tracking import Tracker
 
-_DROPOUT_DRAW = 1 << 21
+_DROPOUT_DRAW, _DIMS_DRAW = 1 << 21, 1 << 23
 
 
 def train(config: Config, console: Console | None = None) -> Path:
@@ -60,7 +61,8 @@ class Trainer:
         self.config, self.plan, self.world, self.console = config, plan, world, console
         torch.manual_seed(config.seed)
         built = towers.build(config.model)
-        model = two_tower.from_towers(built, config.model.logit_scale, len(plan.nested.dims))
+        with_bias = config.loss.name == "sigmoid"
+        model = two_tower.from_towers(built, config.model.logit_scale, len(plan.nested.dims), with_bias)
         self._warn_of_batch_norm(model)
         self.stream = Stream(
             plan.reader,
@@ -146,9 +148,15 @@ class Trainer:
         )
         # Dropout, where a tower has any, is a function of (seed, step, rank): a resumed step repeats it.
         torch.manual_seed(int(draws.bits(self.config.seed, self.step_done, self.world.rank, _DROPOUT_DRAW) >> 1))
-        image_bD, text_bD, scale = self.engine(batch.image, batch.text)
+        image_bD, text_bD, scale, bias = self.engine(batch.image, batch.text)
         nested = self.plan.nested
-        loss = nested_info_nce(image_bD, text_bD, scale, nested.dims, nested.shares, batch.group.to(self.engine.device))
+        if self.config.nesting.dims_per_step is not None:
+            places = draws.permutation(len(nested.dims), self.config.seed, self.step_done, _DIMS_DRAW)
+            places = sorted(places[: self.config.nesting.dims_per_step].tolist())
+            nested = nested.only(places)
+            scale = scale if len(scale) == 1 else scale[places]
+            bias = bias if bias is None or len(bias) == 1 else bias[places]
+        loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, batch.group.to(self.engine.device))
         self._stop_unless_finite("the loss", loss.total.item())
         norm = self.engine.step(loss.total)
         self._stop_unless_finite("the gradient's norm", norm)
@@ -236,7 +244,7 @@ class Trainer:
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
         self._list_bad_samples(tracker)
         if tracker:
-            scales = self.engine.model.logit_scale.detach().tolist()
+            scales, bias = self.engine.model.logit_scale.detach().tolist(), self.engine.model.logit_bias
             tracker.log(
                 {
                     "step": self.step_done,
@@ -245,6 +253,7 @@ class Trainer:
                     "loss": loss.total.item(),
                     "loss_by_dim": {str(dim): value.item() for dim, value in loss.by_dim.items()},
                     "logit_scale": scales[0] if len(scales) == 1 else scales,
+                    **({} if bias is None else {"logit_bias": bias.tolist()}),
                     "lr": rate,
                     "grad_norm": norm,
                     "samples_per_second": speed,

@@ -24,7 +24,7 @@ def test_the_logit_scale_is_held_at_100_and_comes_back_under_zero(tiny_model: Pa
     def push(direction: float, steps: int) -> list[float]:
         scales = []
         for _ in range(steps):
-            image_BD, text_BD, scale = engine(pixels, tokens)
+            image_BD, text_BD, scale, _ = engine(pixels, tokens)
             scales.append(scale.item())
             engine.step(direction * scale.sum() + 0 * (image_BD.sum() + text_BD.sum()))
         return scales

@@ -20,6 +20,7 @@ from mmrl import config as configs
 from mmrl import distributed
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import evaluate_model
+from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle
 from mmrl.preflight import prepare
 from mmrl.train import Trainer, train
@@ -174,6 +175,10 @@ def test_fine_tuning_starts_where_the_source_stood(
         ["model.grad_checkpointing=true"],
         ["model.lock_image=true"],
         ["model.logit_scale.per_dim=true", "nesting.weights=[1,2,0.5]"],
+        ["loss.label_smoothing=0.1", "loss.distillation=0.5", "loss.same_group=positive"],
+        ["loss.name=sigmoid", "engine.zero_stage=1"],
+        ["loss.name=sigmoid", "loss.same_group=positive", "model.logit_scale={per_dim: true, bias_init: -5.0}"],
+        ["nesting.dims_per_step=2", "model.logit_scale.per_dim=true"],
         ["train.ema=0.5", "optim.schedule=constant", "optim.cooldown=3 steps"],
         ["optim.layer_decay=0.5", "optim.lr_image=1e-4", "optim.lr_projection=0", "optim.schedule=rsqrt"],
         ["data.workers=2", "tracking.tensorboard=true"],
@@ -189,6 +194,28 @@ def test_every_option_takes_steps_and_resumes(write_config: WriteConfig, overrid
     assert run(path, *overrides, "resume=auto") == folder
     again = weights(folder)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_the_sigmoid_loss_learns_its_bias(write_config: WriteConfig) -> None:
+    folder = run(write_config(), "loss.name=sigmoid", "model.logit_scale.per_dim=true")
+    lines = metrics(folder)
+    assert lines[0]["logit_scale"] == pytest.approx([10, 10, 10], abs=0.1)
+    assert lines[0]["logit_bias"] == pytest.approx([-10, -10, -10], abs=0.01)
+    assert lines[-1]["logit_bias"] != lines[0]["logit_bias"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    export_bundle(str(folder), folder / "cut", 8)
+    assert bundle.load(folder / "cut").model.state_dict()["logit_bias"].shape == (2,)
+
+
+def test_a_step_trains_a_drawn_part_of_the_dims(write_config: WriteConfig) -> None:
+    lines = metrics(run(write_config(), "nesting.dims_per_step=2", "nesting.weights=[1,2,1]"))
+    drawn = [tuple(line["loss_by_dim"]) for line in lines]
+    assert all(len(dims) == 2 for dims in drawn)
+    assert set().union(*drawn) == {"4", "8", "16"}
+    weight = {"4": 2, "8": 1, "16": 1}
+    for line, dims in zip(lines, drawn, strict=True):
+        mean = sum(weight[dim] * line["loss_by_dim"][dim] for dim in dims) / sum(weight[dim] for dim in dims)
+        assert line["loss"] == pytest.approx(mean)
 
 
 def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) -> None:

@@ -30,7 +30,7 @@ from mmrl.nesting import check_dims
 FORMAT, VERSION = "mmrl-bundle", 1
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 _TOKENIZER, _TEXT_MODEL = "tokenizer", "text_model"
-_SCALE = "log_logit_scale"
+_SCALE, _BIAS = "log_logit_scale", "logit_bias"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def load(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
     state = read_weights(folder, manifest)
     encoders = load_encoders(folder, manifest, state, ["image", "text"])
-    model = MatryoshkaCLIP(encoders["image"], encoders["text"], state[_SCALE].exp())
+    model = MatryoshkaCLIP(encoders["image"], encoders["text"], state[_SCALE].exp(), state.get(_BIAS))
     model.load_state_dict(state)  # the scale's logarithm to the bit
     return Bundle(
         model=model.eval(),
@@ -217,9 +217,10 @@ def cut_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
             continue
         for name, axis in axes.items():
             state[f"{side}.tower.{name}"] = state[f"{side}.tower.{name}"].narrow(axis, 0, dim).contiguous()
-    if len(state[_SCALE]) > 1:
-        kept = max(1, len(kept_dims(bundle.nested_dims, dim)))
-        state[_SCALE] = state[_SCALE][:kept]
+    kept = max(1, len(kept_dims(bundle.nested_dims, dim)))
+    for name in (_SCALE, _BIAS):
+        if name in state and len(state[name]) > 1:
+            state[name] = state[name][:kept]
     return state
 
 

@@ -86,6 +86,8 @@ class Towers:
     text: nn.Module
     logit_scale: float
     """The multiplier (already exponentiated) that the towers came with."""
+    logit_bias: float | None
+    """The sigmoid loss's bias, where the towers came with one."""
     embed_dim: int
     image_spec: ImageSpec
     tokenise: TokeniseList
@@ -118,6 +120,7 @@ def build(config: TowersConfig) -> Towers:
         except Exception as error:  # open_clip, torch and timm raise many kinds for a wrong config or file
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"model.name {config.name!r}, model.pretrained {config.pretrained!r}: {reason}") from error
+    state = model.state_dict()
     towers: dict[Side, nn.Module] = {"image": model.visual, "text": model.text}  # pyright: ignore[reportAssignmentType]
     _lock(towers, model_cfg, config)
     if config.grad_checkpointing:
@@ -125,7 +128,8 @@ def build(config: TowersConfig) -> Towers:
     return Towers(
         image=towers["image"],
         text=towers["text"],
-        logit_scale=math.exp(model.state_dict()["logit_scale"]),
+        logit_scale=math.exp(state["logit_scale"]),
+        logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
         embed_dim=model_cfg["embed_dim"],
         image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
         tokenise=TokeniseList(tokenizer),

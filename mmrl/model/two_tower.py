@@ -18,13 +18,21 @@ from mmrl.settings import Settings
 MAX_LOGIT_SCALE = 100.0
 
 
+# Where the sigmoid loss starts (arXiv 2303.15343, section 3.2): most pairs are negatives, and scored so.
+_SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
+
+
 class LogitScaleConfig(Settings):
-    """The multiplier of the similarities, learnt as its logarithm and held at or below 100."""
+    """The multiplier of the similarities, learnt as its logarithm and held at or below 100, and the sigmoid loss's
+    bias."""
 
     init: float | None = Field(default=None, gt=0, le=MAX_LOGIT_SCALE)
-    """Where it starts; left out, where the towers come from (1 / 0.07 for new ones)."""
+    """Where it starts; left out, where the towers come from (1 / 0.07 for new ones; 10 with a new bias)."""
+    bias_init: float | None = None
+    """Where the bias starts; left out, where the towers come from (-10 for those without). Only loss.name: sigmoid
+    has a bias."""
     per_dim: bool = False
-    """One for each nested dim instead of one for all."""
+    """One of each for each nested dim instead of one for all."""
 
 
 class ModelConfig(TowersConfig):
@@ -59,19 +67,28 @@ class MatryoshkaCLIP(nn.Module):
     """Two encoders and a logit scale. It knows pixels and tokens, no loss and no dims: every prefix of what it
     returns is an embedding because the loss makes it so."""
 
-    def __init__(self, image: Encoder, text: Encoder, logit_scale: torch.Tensor, recomputes: bool = False) -> None:
+    def __init__(
+        self,
+        image: Encoder,
+        text: Encoder,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor | None = None,
+        recomputes: bool = False,
+    ) -> None:
         super().__init__()
         self._recomputes = recomputes
         self.image = image
         self.text = text
         # One axis at least: DeepSpeed cannot broadcast a scalar parameter.
         self.log_logit_scale = nn.Parameter(logit_scale.reshape(-1).log())
+        self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.reshape(-1))
 
     def forward(
         self, image_BCHW: torch.Tensor, text_ML: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Image (B, D) and text (M, D) embeddings, not normalised, and the logit scale, (1,) or (K,)."""
-        return self.encode_image(image_BCHW), self.encode_text(text_ML), self.logit_scale
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Image (B, D) and text (M, D) embeddings, not normalised; the logit scale, (1,) or (K,), and such a bias or
+        None."""
+        return self.encode_image(image_BCHW), self.encode_text(text_ML), self.logit_scale, self.logit_bias
 
     def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) -> (B, D)."""
@@ -92,13 +109,17 @@ class MatryoshkaCLIP(nn.Module):
         return clamp_outward(self.log_logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
 
 
-def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int) -> MatryoshkaCLIP:
-    """The model to train."""
-    init = scale.init or towers.logit_scale
+def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bias: bool = False) -> MatryoshkaCLIP:
+    """The model to train; `with_bias` for the sigmoid loss."""
+    new_bias = with_bias and towers.logit_bias is None
+    init = scale.init or (_SIGMOID_SCALE if new_bias else towers.logit_scale)
+    bias_init = scale.bias_init if scale.bias_init is not None else towers.logit_bias
+    count = num_dims if scale.per_dim else 1
     return MatryoshkaCLIP(
         Encoder(towers.image, added_projection(towers.model_cfg, "image"), towers.image_spec.normalise),
         Encoder(towers.text, added_projection(towers.model_cfg, "text")),
-        torch.full((num_dims if scale.per_dim else 1,), init),
+        torch.full((count,), init),
+        torch.full((count,), _SIGMOID_BIAS if bias_init is None else bias_init) if with_bias else None,
         recomputes=towers.grad_checkpointing,
     )
 

@@ -1,11 +1,13 @@
 """The real loading path, on files that the tests make: open_clip names, JSON configs, weights, Hugging Face."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+from conftest import TINY_MODEL
 
 from mmrl.errors import InputError
 from mmrl.model import towers, two_tower
@@ -17,9 +19,28 @@ def test_a_users_json_gives_towers_that_embed(tiny_model: Path) -> None:
     built = towers.build(TowersConfig(name=str(tiny_model)))
     model = two_tower.from_towers(built, LogitScaleConfig(), 3)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    image_BD, text_BD, scale = model(pixels, built.tokenise(["a red square", "x"]))
+    image_BD, text_BD, scale, _ = model(pixels, built.tokenise(["a red square", "x"]))
     assert image_BD.shape == text_BD.shape == (2, 16)
     torch.testing.assert_close(scale, torch.tensor([1 / 0.07]))
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "scale", "bias"),
+    [
+        ({}, LogitScaleConfig(), 10, -10),
+        ({"init_logit_bias": -7.0}, LogitScaleConfig(), 1 / 0.07, -7),
+        ({}, LogitScaleConfig(init=20.0, bias_init=0.0), 20, 0),
+    ],
+)
+def test_the_sigmoid_losses_scale_and_bias_start_where_they_should(
+    tmp_path: Path, extra: dict[str, float], config: LogitScaleConfig, scale: float, bias: float
+) -> None:
+    (tmp_path / "with-bias.json").write_text(json.dumps(TINY_MODEL | extra))
+    built = towers.build(TowersConfig(name=str(tmp_path / "with-bias.json")))
+    model = two_tower.from_towers(built, config, 2, with_bias=True)
+    assert model.logit_scale.item() == pytest.approx(scale)
+    assert model.logit_bias is not None
+    assert model.logit_bias.tolist() == [bias]
 
 
 def test_the_shipped_towers_are_built_by_stock_open_clip() -> None:
@@ -52,7 +73,7 @@ def test_pretrained_files_of_either_open_clip_class_load(
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     tokens = built.tokenise(["a red square", "green"])
     with torch.no_grad():
-        image_BD, text_BD, scale = model(pixels, tokens)
+        image_BD, text_BD, scale, _ = model(pixels, tokens)
         assert torch.equal(image_BD, source.encode_image(built.image_spec.normalise(pixels)))
         assert torch.equal(text_BD, source.encode_text(tokens))
         torch.testing.assert_close(scale, torch.tensor([3.0]).exp())
