@@ -16,12 +16,13 @@ from pydantic import Field
 from torch.autograd.function import once_differentiable
 
 from mmrl import distributed
+from mmrl.errors import InputError
 from mmrl.losses import inputs, softmax, sweep
 from mmrl.losses.inputs import Groups, NestedLoss
 from mmrl.losses.softmax import Shift
 from mmrl.losses.sweep import LOG2_E, Block, Targets
 from mmrl.nesting import Nesting, nesting
-from mmrl.settings import Settings
+from mmrl.settings import Settings, machine
 
 # Exponentials (base 2) of a shared shift stay below 2^_HIGHEST; a row whose sum could fall below 2^_LOWEST, where
 # float32 loses digits, makes its dim take the exact form. Sums of 2^30 terms then still fit float32.
@@ -37,6 +38,9 @@ class InfoNCEOptions(Settings):
     """This much of each target is spread over all pairs of its row or column that are not left out."""
     distillation: float = Field(default=0.0, ge=0)
     """Weight of KL(softmax of the largest dim, held fixed || softmax of the dim), added to each smaller dim's loss."""
+    kernels: Literal["auto", "torch", "triton"] = machine("auto")
+    """Who does the passes between the matrix products: PyTorch's own operations, or fused Triton kernels, which serve
+    the plain loss in float32. 'auto' takes the kernels on a GPU where they serve."""
 
 
 PLAIN = InfoNCEOptions()
@@ -100,10 +104,10 @@ class _NestedInfoNCE(torch.autograd.Function):
         text_BD = distributed.gather(text_bD)
         block = inputs.strip(image_bD, text_BD, scale_K, nested)
         block, targets = _with_targets(block, groups, options)
-        own_Kb, distil = inputs.own_logits(block), options.distillation
+        own_Kb, distil, by_kernel = inputs.own_logits(block), options.distillation, _by_kernel(block, targets, options)
         with sweep.fast_products(image_bD.dtype, image_bD.device):
             shifts = _shifts(block, targets, own_Kb)
-            sums = softmax.sums(block, shifts, targets, gaps=distil > 0)
+            sums = softmax.sums(block, shifts, targets, distil > 0, by_kernel)
 
         # One reduction: the columns' sums, and this process's part of the targets' logits.
         target_K = (own_Kb * targets.own_n).sum(1) + sums.target_K
@@ -124,6 +128,7 @@ class _NestedInfoNCE(torch.autograd.Function):
         groups_of_strip = () if block.row_group_n is None else (block.row_group_n, block.column_group_m)
         ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip)
         ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distil
+        ctx.by_kernel = by_kernel
         ctx.mark_non_differentiable(by_dim_K)
         return (by_dim_K * by_dim_K.new_tensor(nested.shares)).sum(), by_dim_K
 
@@ -138,7 +143,14 @@ class _NestedInfoNCE(torch.autograd.Function):
         # Each process adds its strip's part, and data-parallel training averages them: hence times the world size.
         factor_K = [share * distributed.world().size / (2 * len(text_BD)) for share in ctx.nested.shares]
         with sweep.fast_products(image_bD.dtype, image_bD.device):
-            found = sweep.gradients(block, slope, factor_K, ctx.targets, image_bD.shape[1])
+            found = sweep.gradients(
+                block,
+                slope,
+                factor_K,
+                ctx.targets,
+                image_bD.shape[1],
+                log_sums=(row_lse_Kb, column_lse_KB) if ctx.by_kernel else None,
+            )
         text_grad_bD = distributed.scatter_sum(found.column_mD)
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),
@@ -170,6 +182,29 @@ def _with_targets(block: Block, groups: Groups | None, options: InfoNCEOptions) 
         same_group=(sharp_B2[own, 0], sharp_B2[:, 1]) if positive else None,
         everywhere=(smooth_B2[own, 0], smooth_B2[:, 1]) if smooth else None,
     )
+
+
+def _by_kernel(block: Block, targets: Targets, options: InfoNCEOptions) -> bool:
+    """Whether kernels.py does the passes.
+
+    Raises:
+        InputError: it was asked for by name and cannot.
+    """
+    if options.kernels == "torch" or (options.kernels == "auto" and not block.rows.inverse_norm_Kn.is_cuda):
+        return False
+    like = block.rows.inverse_norm_Kn
+    plain = targets.everywhere is None and targets.same_group is None and not options.distillation
+    served = plain and like.dtype == torch.float32
+    try:
+        from mmrl.losses import kernels
+
+        there = kernels.usable(like.device)
+    except ImportError:
+        there = False
+    if options.kernels == "triton" and not (there and served):
+        missing = "the plain loss in float32 or narrower" if there else "an NVIDIA GPU and the package triton"
+        raise InputError(f"loss.kernels: triton wants {missing}; leave it at 'auto', which takes what serves.")
+    return there and served
 
 
 def _shifts(block: Block, targets: Targets, own_Kb: torch.Tensor) -> list[Shift]:

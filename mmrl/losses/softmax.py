@@ -33,14 +33,17 @@ class Sums:
     gap_column_Km: torch.Tensor
 
 
-def sums(block: Block, shifts: Sequence[Shift], targets: Targets, gaps: bool) -> Sums:
-    """The sweep forward. `gaps` is asked for by distillation."""
+def sums(block: Block, shifts: Sequence[Shift], targets: Targets, gaps: bool, by_kernel: bool) -> Sums:
+    """The sweep forward. `gaps` is asked for by distillation; `by_kernel` lets kernels.py do the passes."""
     K, row_Kn, column_Km = len(shifts), block.rows.inverse_norm_Kn, block.columns.inverse_norm_Kn
     result = Sums(*(torch.zeros_like(x) for x in (row_Kn, column_Km, row_Kn[:, 0], row_Kn, column_Km)))
-    tiles = Tiles(block, targets, buffers=(K if gaps else 1) + 3)
+    tiles = Tiles(block, targets, buffers=1 if by_kernel else (K if gaps else 1) + 3)
     row_sums, column_sums = by_strip(result.row_Kn, tiles.rows), by_strip(result.column_Km, tiles.columns)
     for tile in tiles:
         spare = tile.buffers[-3:]
+        if by_kernel:
+            _add_sums_by_kernel(tile, shifts, row_sums[tile.rows.number], column_sums[tile.columns.number])
+            continue
         for k in tile.products(keep=gaps):
             logits_IJ = tile.logits(k, tile.buffers[k if gaps else 0], out=spare[0])
             if tile.target_IJ is not None:
@@ -51,6 +54,19 @@ def sums(block: Block, shifts: Sequence[Shift], targets: Targets, gaps: bool) ->
             if gaps and k == K - 1:
                 _add_gaps(result, tile, by_row_IJ, by_column_IJ, spare[2])
     return result
+
+
+def _add_sums_by_kernel(
+    tile: Tile, shifts: Sequence[Shift], row_sum_K: Sequence[torch.Tensor], column_sum_K: Sequence[torch.Tensor]
+) -> None:
+    from mmrl.losses import kernels
+
+    for k in tile.products(keep=False):
+        shift = shifts[k]
+        if isinstance(shift, tuple):
+            shift = (shift[0][tile.rows.span], shift[1][tile.columns.span])
+        factors = (tile.rows.factor_K[k][:, 0], tile.columns.factor_K[k])
+        kernels.add_sums(tile.buffers[0], factors, shift, tile.groups, tile.own_shift, row_sum_K[k], column_sum_K[k])
 
 
 def _add_gaps(

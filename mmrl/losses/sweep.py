@@ -112,38 +112,53 @@ class _Strip:
 class Tile:
     """A part of the block, in buffers that all tiles share."""
 
-    def __init__(
-        self, block: Block, targets: Targets, rows: _Strip, columns: _Strip, buffers: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, block: Block, targets: Targets, rows: _Strip, columns: _Strip, buffers: torch.Tensor) -> None:
         self.rows, self.columns = rows, columns
         self._block, self._targets = block, targets
         shape = (rows.span.stop - rows.span.start, columns.span.stop - columns.span.start)
-        self.buffers = [buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers]
-        same_IJ = None if block.row_group_n is None else self._same_group(block.row_group_n, block.column_group_m)
-        self.mask_IJ = same_IJ if targets.mask_same_group else None
-        """True at pairs that are left out; None where there are none."""
-        self.target_IJ = self._targets_beside_own(same_IJ)
-        """Targets but for `Targets.own_n`; None where all are zero."""
+        self.all_buffers = buffers[:, : shape[0] * shape[1]].view(len(buffers), *shape)
+        self.buffers = list(self.all_buffers)
 
-    def _same_group(self, row_group_n: torch.Tensor, column_group_m: torch.Tensor | None) -> torch.Tensor | None:
+    @property
+    def own_shift(self) -> int:
+        """Row i's own pair is column i + this, if that is a column of the tile."""
+        return self.rows.span.start + self._block.offset - self.columns.span.start
+
+    @property
+    def groups(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The groups of the rows and of the columns."""
+        if self._block.row_group_n is None or self._block.column_group_m is None:
+            return None
+        return self._block.row_group_n[self.rows.span], self._block.column_group_m[self.columns.span]
+
+    @functools.cached_property
+    def _same_IJ(self) -> torch.Tensor | None:
         """True at pairs of one group that are no own pairs; None where there are none."""
-        assert column_group_m is not None
-        same_IJ = row_group_n[self.rows.span, None] == column_group_m[self.columns.span]
+        if self.groups is None:
+            return None
+        same_IJ = self.groups[0][:, None] == self.groups[1]
         own = self.own_pairs(same_IJ)
         if own is not None:
             own[1].fill_(False)
         # On a GPU the question would wait for the device, at every tile.
         return same_IJ if same_IJ.is_cuda or same_IJ.any() else None
 
-    def _targets_beside_own(self, same_IJ: torch.Tensor | None) -> torch.Tensor | None:
+    @property
+    def mask_IJ(self) -> torch.Tensor | None:
+        """True at pairs that are left out; None where there are none."""
+        return self._same_IJ if self._targets.mask_same_group else None
+
+    @functools.cached_property
+    def target_IJ(self) -> torch.Tensor | None:
+        """Targets but for `Targets.own_n`; None where all are zero."""
         targets, rows, columns = self._targets, self.rows.span, self.columns.span
         target_IJ = None
         if targets.everywhere is not None:
             target_IJ = targets.everywhere[0][rows, None] + targets.everywhere[1][columns]
             if self.mask_IJ is not None:
                 target_IJ = target_IJ.masked_fill(self.mask_IJ, 0)
-        if targets.same_group is not None and same_IJ is not None:
-            positive_IJ = (targets.same_group[0][rows, None] + targets.same_group[1][columns]) * same_IJ
+        if targets.same_group is not None and self._same_IJ is not None:
+            positive_IJ = (targets.same_group[0][rows, None] + targets.same_group[1][columns]) * self._same_IJ
             target_IJ = positive_IJ if target_IJ is None else target_IJ + positive_IJ
         return target_IJ
 
@@ -153,7 +168,7 @@ class Tile:
         first, last = max(rows.start, columns.start - offset), min(rows.stop, columns.stop - offset)
         if first >= last:
             return None
-        return slice(first, last), tile_IJ.diagonal(rows.start + offset - columns.start)
+        return slice(first, last), tile_IJ.diagonal(self.own_shift)
 
     def products(self, keep: bool = True) -> Iterator[int]:
         """Fills the product of each dim in turn, into buffers 0 … K-1, or all into buffer 0."""
@@ -179,10 +194,12 @@ class Tiles:
         self._block, self._targets = block, targets
         like = block.rows.inverse_norm_Kn
         height, width = tile_shape(len(block.rows), len(block.columns), buffers, like)
-        self._buffers = [like.new_empty(height * width) for _ in range(buffers)]
-        row_factor_Kn1 = (like * like.new_tensor(block.scale_K)[:, None])[:, :, None]
-        self.rows = _strips(block.rows, row_factor_Kn1, height)
-        self.columns = _strips(block.columns, block.columns.inverse_norm_Kn, width)
+        self._buffers = like.new_empty(buffers, height * width)
+        self.row_factor_Kn = like * like.new_tensor(block.scale_K)[:, None]
+        """With the columns' factor, what turns products into logits."""
+        self.rows = _strips(block.rows, self.row_factor_Kn[:, :, None], height)
+        self.column_factor_Km = block.columns.inverse_norm_Kn
+        self.columns = _strips(block.columns, self.column_factor_Km, width)
 
     def __iter__(self) -> Iterator[Tile]:
         for rows in self.rows:
@@ -213,9 +230,9 @@ def tile_shape(n: int, m: int, buffers: int, like: torch.Tensor) -> tuple[int, i
     """Rows and columns of a tile: the largest powers of two whose buffers stay in the fast memory of the device.
 
     On a CPU that is half of the last-level cache (taken for 32 MiB where the system does not tell), so that the
-    elementwise passes do not wait for memory; on a GPU, where starting a kernel is what costs, 1/32 of its memory.
+    elementwise passes do not wait for memory; on a GPU, where starting a kernel is what costs, 1/128 of its memory.
     """
-    budget = torch.cuda.get_device_properties(like.device).total_memory // 32 if like.is_cuda else _cache_bytes() // 2
+    budget = torch.cuda.get_device_properties(like.device).total_memory // 128 if like.is_cuda else _cache_bytes() // 2
     rows = columns = 64
     while 2 * rows * columns * buffers * like.element_size() <= budget and (rows < n or columns < m):
         rows, columns = (rows, 2 * columns) if (columns <= rows and columns < m) or rows >= n else (2 * rows, columns)
@@ -255,19 +272,58 @@ class Gradients:
     """With respect to the logarithms of the scales."""
 
 
-def gradients(block: Block, slope: Slope, factor_K: Sequence[float], targets: Targets, width: int) -> Gradients:
+def gradients(
+    block: Block,
+    slope: Slope,
+    factor_K: Sequence[float],
+    targets: Targets,
+    width: int,
+    log_sums: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Gradients:
     """The sweep backward, which computes the similarities again.
 
     Args:
         slope: what the loss makes of a tile.
         factor_K: the gradient of a logit (base e) for each unit of slope less target.
         width: of the embeddings; what lies beyond the largest dim has no gradient.
+        log_sums: the log-sum-exps of rows and columns, where kernels.py takes the place of `slope`.
     """
     K, wide = len(factor_K), block.rows.inverse_norm_Kn
     row_blocks, column_blocks = ([torch.zeros_like(b) for b in side.blocks] for side in (block.rows, block.columns))
     row_pull_Kn, column_pull_Km = torch.zeros_like(wide), torch.zeros_like(block.columns.inverse_norm_Kn)
     factor_K1 = wide.new_tensor(factor_K)[:, None] / LOG2_E
-    tiles = Tiles(block, targets, buffers=K + 3)
+    tiles = Tiles(block, targets, buffers=K + (3 if log_sums is None else 0))
+    if log_sums is None:
+        weights = _weights_by_passes(tiles, slope, factor_K1, targets, row_pull_Kn, column_pull_Km)
+    else:
+        weights = _weights_by_kernel(tiles, log_sums, factor_K1, row_pull_Kn, column_pull_Km)
+    for tile, k, weight_IJ in weights:
+        rows, columns = tile.rows, tile.columns
+        _add_product(row_blocks[k][rows.span], weight_IJ, columns.narrow_blocks[k])
+        _add_product(column_blocks[k][columns.span], weight_IJ.T, rows.narrow_blocks[k])
+    row_pull_Kn *= factor_K1
+    column_pull_Km *= factor_K1
+    return Gradients(
+        _embedding_gradient(block.rows, row_blocks, row_pull_Kn, width),
+        _embedding_gradient(block.columns, column_blocks, column_pull_Km, width),
+        row_pull_Kn.sum(1),
+    )
+
+
+_Weights = Iterator[tuple[Tile, int, torch.Tensor]]
+"""Of each tile and each block what its embeddings are multiplied with: the gradients of the products of all dims that
+the block is part of, summed up. From the largest dim, valid until the next."""
+
+
+def _weights_by_passes(
+    tiles: Tiles,
+    slope: Slope,
+    factor_K1: torch.Tensor,
+    targets: Targets,
+    row_pull_Kn: torch.Tensor,
+    column_pull_Km: torch.Tensor,
+) -> _Weights:
+    K = len(factor_K1)
     # Logits differ from products by both factors, and so do their gradients, but for the loss's own factor.
     row_slopes = [[x * f for x, f in zip(rows.factor_K, factor_K1, strict=True)] for rows in tiles.rows]
     row_pulls, column_pulls = by_strip(row_pull_Kn, tiles.rows), by_strip(column_pull_Km, tiles.columns)
@@ -286,17 +342,35 @@ def gradients(block: Block, slope: Slope, factor_K: Sequence[float], targets: Ta
             column_pulls[columns.number][k] += logits_IJ.sum(0)
             part_IJ.mul_(columns.factor_K[k]).mul_(row_slopes[rows.number][k])
             if k < K - 1:
-                # A block is part of its own dim and of all larger ones.
                 sum_IJ.add_(part_IJ)
-            _add_product(row_blocks[k][rows.span], sum_IJ, columns.narrow_blocks[k])
-            _add_product(column_blocks[k][columns.span], sum_IJ.T, rows.narrow_blocks[k])
-    row_pull_Kn *= factor_K1
-    column_pull_Km *= factor_K1
-    return Gradients(
-        _embedding_gradient(block.rows, row_blocks, row_pull_Kn, width),
-        _embedding_gradient(block.columns, column_blocks, column_pull_Km, width),
-        row_pull_Kn.sum(1),
-    )
+            yield tile, k, sum_IJ
+
+
+def _weights_by_kernel(
+    tiles: Tiles,
+    log_sums: tuple[torch.Tensor, torch.Tensor],
+    factor_K1: torch.Tensor,
+    row_pull_Kn: torch.Tensor,
+    column_pull_Km: torch.Tensor,
+) -> _Weights:
+    from mmrl.losses import kernels
+
+    K = len(factor_K1)
+    for tile in tiles:
+        rows, columns = tile.rows.span, tile.columns.span
+        for _ in tile.products():
+            pass
+        kernels.write_weights(
+            tile.all_buffers,
+            tile.all_buffers,
+            factors=(tiles.row_factor_Kn[:, rows], tiles.column_factor_Km[:, columns]),
+            log_sums=(log_sums[0][:, rows], log_sums[1][:, columns]),
+            slope_K=factor_K1[:, 0],
+            groups=tile.groups,
+            own=tile.own_shift,
+            pulls=(row_pull_Kn[:, rows], column_pull_Km[:, columns]),
+        )
+        yield from ((tile, k, tile.buffers[k]) for k in reversed(range(K)))
 
 
 def _subtract_targets(part_IJ: torch.Tensor, tile: Tile, targets: Targets) -> None:

@@ -1,0 +1,99 @@
+"""The Triton kernels against the same loss by PyTorch's passes: in Triton's interpreter on a CPU, and compiled, without
+a GPU to run on, for those that they are written for."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="PyTorch brings Triton along on Linux alone")
+
+from mmrl.errors import InputError
+from mmrl.losses import sweep
+from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2]).repeat(10)[:80]
+
+
+@pytest.mark.parametrize("tile", [(80, 80), (70, 33)], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradients_are_those_of_the_passes(
+    tile: tuple[int, int], grouped: bool, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "tile_shape", lambda *_: tile)
+    generator = torch.Generator().manual_seed(0)
+    image_BD = torch.randn(80, 24, generator=generator)
+    # Half of the pairs point away from each other, which at the scale of 100 no shared shift spans.
+    text_BD = torch.where(torch.arange(80)[:, None] % 2 == 0, image_BD, -image_BD)
+    text_BD = text_BD + 0.5 * torch.randn(80, 24, generator=generator)
+    given = [x.to(DEVICE, dtype).requires_grad_() for x in (image_BD, text_BD)]
+    given.append(torch.tensor([scale], device=DEVICE, requires_grad=True))
+    groups = GROUPS.to(DEVICE) if grouped else None
+    results = []
+    for kernels in ("triton", "torch"):
+        options = InfoNCEOptions(kernels=kernels)
+        loss = nested_info_nce(given[0], given[1], given[2], [3, 16, 24], [1, 2, 1], groups, options)
+        results.append((loss.total, loss.by_dim, torch.autograd.grad(loss.total, given)))
+    bound: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    torch.testing.assert_close(results[0], results[1], **bound)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        (InfoNCEOptions(kernels="triton", label_smoothing=0.1), torch.float32),
+        (InfoNCEOptions(kernels="triton", distillation=0.1), torch.float32),
+        (InfoNCEOptions(kernels="triton"), torch.float64),
+    ],
+)
+def test_what_they_do_not_serve_is_refused_by_name(options: InfoNCEOptions, dtype: torch.dtype) -> None:
+    x_BD = torch.eye(4, dtype=dtype, device=DEVICE)
+    with pytest.raises(InputError, match="triton wants the plain loss in float32"):
+        nested_info_nce(x_BD, x_BD, 10.0, [2, 4], options=options)
+
+
+def test_without_a_gpu_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match="triton wants an NVIDIA GPU"):
+        nested_info_nce(torch.eye(4), torch.eye(4), 10.0, [4], options=InfoNCEOptions(kernels="triton"))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mmrl.losses import kernels
+
+floats = {name: "*fp32" for name in (
+    "product row_factor column_factor row_shift column_shift row_sum column_sum products out slope "
+    "row_lse column_lse row_pull column_pull").split()}
+integers = {name: "i32" for name in (
+    "I J own product_stride out_stride row_factor_stride column_factor_stride row_lse_stride column_lse_stride "
+    "row_pull_stride column_pull_stride").split()}
+types = floats | integers | {"shift": "fp32", "row_group": "*i64", "column_group": "*i64"}
+for capability in (80, 90):
+    for shared in (True, False):
+        for masked in (True, False):
+            for kernel in (kernels._sums_kernel, kernels._weights_kernel):
+                constants = {"SHARED": shared, "MASKED": masked, "BLOCK": kernels._BLOCK, "K": 5}
+                names = kernel.arg_names
+                signature = {name: types.get(name, "constexpr") for name in names}
+                fixed = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+                source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+                assert compiled.asm["cubin"], kernel
+                assert compiled.metadata.shared <= 48 * 1024, compiled.metadata
+print("compiled")
+"""
+
+
+def test_they_compile_for_the_gpus_that_they_are_written_for() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
