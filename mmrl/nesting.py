@@ -24,7 +24,8 @@ class NestingConfig(Settings):
     weights: list[float] | None = None
     """One weight a dim, in the order of `dims`; all 1 when left out. The loss is the weighted mean."""
     dims_per_step: int | None = Field(default=None, ge=1)
-    """So many of the dims are trained at each step, drawn anew, the same on all processes; all when left out."""
+    """So many of the dims are trained at each step, drawn anew, the same on all processes; all when left out.
+    Distillation is then from the largest of the drawn."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mmrl.data.samples import SampleReader
 from mmrl.data.stream import open_reader
 from mmrl.distributed import World
 from mmrl.errors import InputError, did_you_mean
+from mmrl.losses.nested_infonce import require_kernels
 from mmrl.model import towers
 from mmrl.nesting import Nesting, check_dims, nesting
 
@@ -46,7 +47,9 @@ def prepare(config: Config, world: World) -> Plan:
             f"nesting.dims_per_step: {config.nesting.dims_per_step} of {len(nested.dims)} dims; at most all of them."
         )
     if config.nesting.dims_per_step and not all(nested.shares):
-        raise InputError("nesting.dims_per_step: a dim of weight 0 could be drawn alone; leave that dim out.")
+        raise InputError("nesting.dims_per_step: a dim of weight 0 would be drawn in vain; leave that dim out.")
+    if config.loss.kernels == "triton":
+        require_kernels(world.device)
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)

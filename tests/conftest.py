@@ -11,7 +11,7 @@ from typing import Any
 # Before torch is imported: more threads than cores make small models many times slower, in children as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The kernels of losses/kernels.py run without a GPU; unset it on a machine that has one.
+# The kernels of losses/kernels.py run without a GPU; set it to 0 on a machine that has one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np

@@ -34,7 +34,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("nesting.dims=[8,8]", "dims: 8 is given twice"),
         ("nesting.weights=[1]", "weights: 1 given for 3 dims"),
         ("nesting.dims_per_step=4", "nesting.dims_per_step: 4 of 3 dims; at most all of them"),
-        ("nesting={dims: [16, 8], weights: [1, 0], dims_per_step: 1}", "a dim of weight 0 could be drawn alone"),
+        ("nesting={dims: [16, 8], weights: [1, 0], dims_per_step: 1}", "a dim of weight 0 would be drawn in vain"),
         ("loss.name=siglip", "loss.name: Input should be 'infonce' or 'sigmoid'; got 'siglip'"),
         ("loss={name: sigmoid, label_smoothing: 0.1}", "label_smoothing and distillation belong to name: infonce"),
         ("train.batchsize=4", "unknown key 'train.batchsize'. Did you mean 'batch_size'?"),

@@ -24,6 +24,8 @@ class LossConfig(InfoNCEOptions):
     def _fit(self) -> Self:
         if self.name == "sigmoid" and (self.label_smoothing or self.distillation):
             raise ValueError("label_smoothing and distillation belong to name: infonce; leave them out")
+        if self.name == "sigmoid" and self.kernels == "triton":
+            raise ValueError("the Triton kernels serve name: infonce; leave kernels out")
         return self
 
 

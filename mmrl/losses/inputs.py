@@ -15,7 +15,8 @@ from mmrl.losses.sweep import LOG2_E, Block
 from mmrl.nesting import Nesting
 
 Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""int64 (b,): equal numbers are one item, -1 is in no group; or a pair of those, of the images and of the texts."""
+"""int64 (b,): equal numbers are one item, negative ones are in no group; or a pair of those, of the images and of the
+texts."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class NestedLoss:
 
 
 def check(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, finite: bool) -> None:
-    """Raises InputError unless the arguments fit each other; with `finite`, also at NaN and infinity."""
+    """Raises InputError unless the arguments fit each other; with `finite`, also at NaN and infinity, anywhere."""
     if image_BD.ndim != 2 or image_BD.shape != text_BD.shape:
         raise InputError(
             f"image_BD, text_BD: shapes {tuple(image_BD.shape)} and {tuple(text_BD.shape)}; both must be (B, D)."
@@ -38,15 +39,22 @@ def check(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, 
         raise InputError(f"image_BD, text_BD: {image_BD.dtype} and {text_BD.dtype}; both must be of one float type.")
     if not len(image_BD):
         raise InputError("image_BD, text_BD: no rows; give at least one pair.")
-    for group in groups if isinstance(groups, tuple) else (groups,):
-        if group is not None and (group.shape != image_BD.shape[:1] or group.dtype != torch.int64):
+    wanted = f"want int64 ({len(image_BD)},), one a pair, or a pair of such, of the images and of the texts"
+    if isinstance(groups, tuple) and len(groups) != 2:
+        raise InputError(f"groups: a tuple of {len(groups)}; {wanted}.")
+    for group in groups if isinstance(groups, tuple) else () if groups is None else (groups,):
+        if not isinstance(group, torch.Tensor):
+            raise InputError(f"groups: a {type(group).__name__}; {wanted}.")
+        if group.shape != image_BD.shape[:1] or group.dtype != torch.int64:
+            raise InputError(f"groups: {group.dtype} of shape {tuple(group.shape)}; {wanted}.")
+    if finite:
+        bad = [len(x) - int(x.isfinite().all(1).sum()) for x in (image_BD, text_BD)]
+        # Raised on all processes, since one alone would leave the others waiting.
+        if distributed.anywhere(any(bad)):
             raise InputError(
-                f"groups: {group.dtype} of shape {tuple(group.shape)}; want int64 ({len(image_BD)},), one a pair."
+                f"image_BD, text_BD: {bad[0]} and {bad[1]} of {len(image_BD)} rows here hold NaN or infinity; all must "
+                "be finite, on every process."
             )
-    for name, embedding_BD in (("image_BD", image_BD), ("text_BD", text_BD)) if finite else ():
-        bad = len(embedding_BD) - int(embedding_BD.isfinite().all(1).sum())
-        if bad:
-            raise InputError(f"{name}: {bad} of {len(embedding_BD)} rows hold NaN or infinity; all must be finite.")
 
 
 def by_dim(name: str, value: torch.Tensor | float, dims: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -60,15 +68,28 @@ def by_dim(name: str, value: torch.Tensor | float, dims: Sequence[int], like: to
     return values.expand(len(dims))[ascending]
 
 
+def positive(scale_K: torch.Tensor) -> list[float]:
+    """The logit scales as numbers.
+
+    Raises:
+        InputError: one is not finite and positive.
+    """
+    scales: list[float] = scale_K.tolist()
+    for scale in scales:
+        if not 0 < scale < float("inf"):
+            raise InputError(f"logit_scale: {scale}; the multiplier must be positive and finite.")
+    return scales
+
+
 def strip(
     image_bD: torch.Tensor,
     text_BD: torch.Tensor,
-    scale_K: torch.Tensor,
+    scales: Sequence[float],
     nested: Nesting,
     groups: Sequence[torch.Tensor] = (),
 ) -> Block:
     """This process's images against all texts; `groups`, if any, are of the images here and of all texts."""
-    scales = [scale * LOG2_E for scale in scale_K.tolist()]
+    scales = [scale * LOG2_E for scale in scales]
     sides = (sweep.side(image_bD, nested.dims), sweep.side(text_BD, nested.dims))
     return Block(*sides, scales, distributed.own_rows(len(image_bD)).start, *groups)
 
@@ -80,8 +101,8 @@ def gather_groups(groups: Groups) -> torch.Tensor:
 
 
 def groups_of_strip(group_B2: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """The groups of the images in `own` and of all texts, where -1 equals nothing."""
-    return group_B2[own, 0].contiguous(), torch.where(group_B2[:, 1] < 0, -2, group_B2[:, 1])
+    """The groups of the images in `own` and of all texts, where negative numbers equal nothing."""
+    return group_B2[own, 0].clamp(min=-1), torch.where(group_B2[:, 1] < 0, -2, group_B2[:, 1])
 
 
 def others_of_the_group(group_B2: torch.Tensor) -> torch.Tensor:

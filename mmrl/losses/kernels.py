@@ -48,10 +48,11 @@ def add_sums(
     shared = not isinstance(shift, tuple)
     row_shift, column_shift = (row_sum_I, column_sum_J) if isinstance(shift, float | int) else shift
     row_group, column_group = groups or (row_sum_I, column_sum_J)
-    _sums_kernel[_grid(I, J)](
-        product_IJ, I, J, own, *factors, shift if shared else 0.0, row_shift, column_shift, row_group, column_group,
-        row_sum_I, column_sum_J, SHARED=shared, MASKED=groups is not None, BLOCK=_BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(product_IJ):  # Triton launches on the current device
+        _sums_kernel[_grid(I, J)](
+            product_IJ, I, J, own, *factors, shift if shared else 0.0, row_shift, column_shift, row_group,
+            column_group, row_sum_I, column_sum_J, SHARED=shared, MASKED=groups is not None, BLOCK=_BLOCK,
+        )  # fmt: skip
 
 
 def write_weights(
@@ -75,13 +76,14 @@ def write_weights(
     """
     K, I, J = products_KIJ.shape
     row_group, column_group = groups or (slope_K, slope_K)
-    _weights_kernel[_grid(I, J)](
-        products_KIJ, products_KIJ.stride(0), out_KIJ, out_KIJ.stride(0), I, J, own, slope_K,
-        factors[0], factors[0].stride(0), factors[1], factors[1].stride(0),
-        log_sums[0], log_sums[0].stride(0), log_sums[1], log_sums[1].stride(0),
-        pulls[0], pulls[0].stride(0), pulls[1], pulls[1].stride(0),
-        row_group, column_group, K=K, MASKED=groups is not None, BLOCK=_BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(products_KIJ):
+        _weights_kernel[_grid(I, J)](
+            products_KIJ, products_KIJ.stride(0), out_KIJ, out_KIJ.stride(0), I, J, own, slope_K,
+            factors[0], factors[0].stride(0), factors[1], factors[1].stride(0),
+            log_sums[0], log_sums[0].stride(0), log_sums[1], log_sums[1].stride(0),
+            pulls[0], pulls[0].stride(0), pulls[1], pulls[1].stride(0),
+            row_group, column_group, K=K, MASKED=groups is not None, BLOCK=_BLOCK,
+        )  # fmt: skip
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:
@@ -141,12 +143,13 @@ def _weights_kernel(
         k = K - 1 - step
         rows = tl.load(row_factor + k * row_factor_stride + i, mask=in_i, other=0.0)
         columns = tl.load(column_factor + k * column_factor_stride + j, mask=in_j, other=0.0)
-        factor = rows[:, None] * columns[None, :]
-        logits = tl.load(products + tl.cast(k, tl.int64) * product_stride + places, mask=inside, other=0.0) * factor
+        logits = tl.load(products + tl.cast(k, tl.int64) * product_stride + places, mask=inside, other=0.0)
+        # In the order of the forward kernel, so that the logits are the very numbers whose exponentials were summed.
+        logits = logits * columns[None, :] * rows[:, None]
         by_row = tl.exp2(logits - tl.load(row_lse + k * row_lse_stride + i, mask=in_i, other=0.0)[:, None])
         by_column = tl.exp2(logits - tl.load(column_lse + k * column_lse_stride + j, mask=in_j, other=0.0)[None, :])
         part = tl.where(kept, by_row + by_column, 0.0) - target
         tl.atomic_add(row_pull + k * row_pull_stride + i, tl.sum(logits * part, 1), mask=in_i)
         tl.atomic_add(column_pull + k * column_pull_stride + j, tl.sum(logits * part, 0), mask=in_j)
-        weight += part * factor * tl.load(slope + k)
+        weight += part * columns[None, :] * rows[:, None] * tl.load(slope + k)
         tl.store(out + tl.cast(k, tl.int64) * out_stride + places, weight, mask=inside)

@@ -1,8 +1,10 @@
 """The nested symmetric InfoNCE over the global batch: all dims in one sweep of tiles, in memory linear in the batch.
 
 Every process computes the similarities of its own images with all texts, each once in the cluster: one all-gather of
-the texts, one reduction of the columns' sums, and backward one reduce-scatter of the texts' gradient, whatever the
-number of dims. losses/reference.py has the formula to which value and gradient are held, losses/sweep.py the sweep.
+the texts, one reduction of the columns' sums and one of the loss, and backward one reduce-scatter of the texts'
+gradient, whatever the number of dims; groups are gathered too, and logits that no shared shift spans cost two
+reductions of their extremes. losses/reference.py has the formula to which value and gradient are held, losses/sweep.py
+the sweep.
 
 Shapes: b pairs of this process, B = b * world_size pairs of all, D the embedding's width, K dims.
 """
@@ -40,7 +42,8 @@ class InfoNCEOptions(Settings):
     """Weight of KL(softmax of the largest dim, held fixed || softmax of the dim), added to each smaller dim's loss."""
     kernels: Literal["auto", "torch", "triton"] = machine("auto")
     """Who does the passes between the matrix products: PyTorch's own operations, or fused Triton kernels, which serve
-    the plain loss in float32. 'auto' takes the kernels on a GPU where they serve."""
+    the plain loss, also with masked groups, in float32 or narrower. 'auto' takes the kernels on a GPU where they
+    serve."""
 
 
 PLAIN = InfoNCEOptions()
@@ -66,12 +69,13 @@ def nested_info_nce(
     Args:
         image_BD, text_BD: this process's rows, of any float type, not normalised; row i of one belongs to row i of
             the other. Equally many on every process. Logits and their sums are float32, or float64 if these are.
-            A zero vector has zero similarities and, as with `F.normalize`, a finite, very large gradient.
-        logit_scale: the multiplier, already exponentiated: a scalar, (1,), or (K,) in the order of `dims`.
+            A zero vector has zero similarities and, as with `F.normalize`, a very large gradient, finite but in
+            float16.
+        logit_scale: the multiplier, already exponentiated, positive: a scalar, (1,), or (K,) in the order of `dims`.
         dims: nested dims, in any order.
         weights: one a dim; all equal when left out.
         groups: int64 (b,), or a pair (of the images, of the texts): pairs of one group are no negatives of each
-            other; -1 is in no group.
+            other; negative numbers are in no group. Given on all processes or on none.
         options: what else the softmaxes are pulled to.
         check_finite: look for NaN and infinity in the embeddings first, which waits for the device.
 
@@ -102,33 +106,30 @@ class _NestedInfoNCE(torch.autograd.Function):
         options: InfoNCEOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text_BD = distributed.gather(text_bD)
-        block = inputs.strip(image_bD, text_BD, scale_K, nested)
+        scales = inputs.positive(scale_K)
+        block = inputs.strip(image_bD, text_BD, scales, nested)
         block, targets = _with_targets(block, groups, options)
         own_Kb, distil, by_kernel = inputs.own_logits(block), options.distillation, _by_kernel(block, targets, options)
-        with sweep.fast_products(image_bD.dtype, image_bD.device):
+        with sweep.own_precision(image_bD.dtype, image_bD.device):
             shifts = _shifts(block, targets, own_Kb)
             sums = softmax.sums(block, shifts, targets, distil > 0, by_kernel)
 
-        # One reduction: the columns' sums, and this process's part of the targets' logits.
-        target_K = (own_Kb * targets.own_n).sum(1) + sums.target_K
-        parts = [sums.column_Km, target_K[:, None]] + ([sums.gap_column_Km] if distil else [])
-        column_sum_KB, all_targets_K1, *gap = distributed.total(torch.cat(parts, 1)).split(
-            [x.shape[1] for x in parts], 1
-        )
+        parts = [sums.column_Km] + ([sums.gap_column_Km] if distil else [])
+        column_sum_KB, *gap = distributed.total(torch.cat(parts, 1)).split(len(text_BD), 1)
         row_lse_Kb = sums.row_Kn.log2() + _per_dim(shifts, 0, sums.row_Kn)
         column_lse_KB = column_sum_KB.log2() + _per_dim(shifts, 1, column_sum_KB)
-        rows_Kb = row_lse_Kb
+        # Row by row, so that large logits cancel before they are summed up.
+        rows_Kb = (row_lse_Kb - own_Kb) + (column_lse_KB[:, block.own] - own_Kb) + own_Kb * (2 - targets.own_n)
         if distil:
             lead_Kb = sums.gap_row_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
             lead_KB = gap[0] / column_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
             rows_Kb = rows_Kb + distil * (lead_Kb + lead_KB[:, block.own])
-        sum_K = distributed.total(rows_Kb.sum(1)) + column_lse_KB.sum(1) - all_targets_K1[:, 0]
-        by_dim_K = sum_K / (2 * len(text_BD) * LOG2_E)
+        by_dim_K = distributed.total(rows_Kb.sum(1) - sums.target_K) / (2 * len(text_BD) * LOG2_E)
 
         groups_of_strip = () if block.row_group_n is None else (block.row_group_n, block.column_group_m)
         ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip)
         ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distil
-        ctx.by_kernel = by_kernel
+        ctx.by_kernel, ctx.scales = by_kernel, scales
         ctx.mark_non_differentiable(by_dim_K)
         return (by_dim_K * by_dim_K.new_tensor(nested.shares)).sum(), by_dim_K
 
@@ -138,18 +139,17 @@ class _NestedInfoNCE(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip = ctx.saved_tensors
-        block = inputs.strip(image_bD, text_BD, scale_K, ctx.nested, groups_of_strip)
-        slope = softmax.Softmaxes(ctx.shifts, row_lse_Kb, column_lse_KB, ctx.distillation)
         # Each process adds its strip's part, and data-parallel training averages them: hence times the world size.
         factor_K = [share * distributed.world().size / (2 * len(text_BD)) for share in ctx.nested.shares]
-        with sweep.fast_products(image_bD.dtype, image_bD.device):
+        log_sums = (row_lse_Kb, column_lse_KB)
+        with sweep.own_precision(image_bD.dtype, image_bD.device):
             found = sweep.gradients(
-                block,
-                slope,
+                inputs.strip(image_bD, text_BD, ctx.scales, ctx.nested, groups_of_strip),
+                softmax.Softmaxes(ctx.shifts, *log_sums, ctx.distillation),
                 factor_K,
                 ctx.targets,
                 image_bD.shape[1],
-                log_sums=(row_lse_Kb, column_lse_KB) if ctx.by_kernel else None,
+                log_sums=log_sums if ctx.by_kernel else None,
             )
         text_grad_bD = distributed.scatter_sum(found.column_mD)
         return (
@@ -184,27 +184,35 @@ def _with_targets(block: Block, groups: Groups | None, options: InfoNCEOptions) 
     )
 
 
+def require_kernels(device: torch.device) -> None:
+    """Raises InputError where Triton kernels cannot run."""
+    if not _kernels_run(device):
+        raise InputError("loss.kernels: triton wants an NVIDIA GPU and the package triton; leave it at 'auto'.")
+
+
+def _kernels_run(device: torch.device) -> bool:
+    try:
+        from mmrl.losses import kernels
+    except ImportError:
+        return False
+    return kernels.usable(device)
+
+
 def _by_kernel(block: Block, targets: Targets, options: InfoNCEOptions) -> bool:
     """Whether kernels.py does the passes.
 
     Raises:
         InputError: it was asked for by name and cannot.
     """
-    if options.kernels == "torch" or (options.kernels == "auto" and not block.rows.inverse_norm_Kn.is_cuda):
-        return False
     like = block.rows.inverse_norm_Kn
     plain = targets.everywhere is None and targets.same_group is None and not options.distillation
     served = plain and like.dtype == torch.float32
-    try:
-        from mmrl.losses import kernels
-
-        there = kernels.usable(like.device)
-    except ImportError:
-        there = False
-    if options.kernels == "triton" and not (there and served):
-        missing = "the plain loss in float32 or narrower" if there else "an NVIDIA GPU and the package triton"
-        raise InputError(f"loss.kernels: triton wants {missing}; leave it at 'auto', which takes what serves.")
-    return there and served
+    if options.kernels != "triton":
+        return options.kernels == "auto" and like.is_cuda and served and _kernels_run(like.device)
+    require_kernels(like.device)
+    if not served:
+        raise InputError("loss.kernels: triton serves the plain loss in float32 or narrower; leave it at 'auto'.")
+    return True
 
 
 def _shifts(block: Block, targets: Targets, own_Kb: torch.Tensor) -> list[Shift]:
@@ -212,7 +220,7 @@ def _shifts(block: Block, targets: Targets, own_Kb: torch.Tensor) -> list[Shift]
     can vanish; else the largest logit of each row and each column. The same choice on every process."""
     shared = [max(0.0, scale - _HIGHEST) for scale in block.scale_K]
     shifts: list[Shift] = [*shared]
-    # No logit is below -scale: as a rule this settles it without asking the device or the other processes.
+    # No logit is below -scale: up to a scale of 62 this settles it without asking the device or the other processes.
     if all(-scale >= shift + _LOWEST for scale, shift in zip(block.scale_K, shared, strict=True)):
         return shifts
     lowest_K = -distributed.largest(-own_Kb.amin(1))

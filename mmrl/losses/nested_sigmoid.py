@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mmrl import distributed
+from mmrl.errors import InputError
 from mmrl.losses import inputs, sweep
 from mmrl.losses.inputs import Groups, NestedLoss
 from mmrl.losses.sweep import LOG2_E, Block, Targets, Tile, Tiles
@@ -50,6 +51,8 @@ def nested_sigmoid(
     nested = nesting(dims, weights, image_BD.shape[1])
     scale_K = inputs.by_dim("logit_scale", logit_scale, dims, image_BD)
     bias_K = inputs.by_dim("logit_bias", logit_bias, dims, image_BD)
+    if same_group not in ("mask", "positive"):
+        raise InputError(f"same_group: {same_group!r}; allowed: 'mask', 'positive'.")
     positive = same_group == "positive"
     total, by_dim_K = _NestedSigmoid.apply(image_BD, text_BD, scale_K, bias_K, nested, groups, positive)  # pyright: ignore[reportGeneralTypeIssues]
     return NestedLoss(total, dict(zip(nested.dims, by_dim_K.unbind(), strict=True)))
@@ -75,14 +78,15 @@ class _NestedSigmoid(torch.autograd.Function):
             group_B2 = inputs.gather_groups(groups)
             both = inputs.groups_of_strip(group_B2, own)
             positives += int(inputs.others_of_the_group(group_B2)[own, 0].sum()) if positive else 0
-        block, targets = _block(image_bD, text_BD, scale_K, nested, both, positive)
+        scales = inputs.positive(scale_K)
+        block, targets = _block(image_bD, text_BD, scales, nested, both, positive)
         biases = [bias * LOG2_E for bias in bias_K.tolist()]
-        with sweep.fast_products(image_bD.dtype, image_bD.device):
+        with sweep.own_precision(image_bD.dtype, image_bD.device):
             loss_K = _losses(block, biases, targets)
         by_dim_K = distributed.total(loss_K) / len(text_BD)
         ctx.save_for_backward(image_bD, text_BD, scale_K, *both)
         ctx.nested, ctx.biases, ctx.bias_dtype = nested, biases, bias_K.dtype
-        ctx.positive, ctx.positives = positive, positives
+        ctx.positive, ctx.positives, ctx.scales = positive, positives, scales
         ctx.mark_non_differentiable(by_dim_K)
         return (by_dim_K * by_dim_K.new_tensor(nested.shares)).sum(), by_dim_K
 
@@ -92,10 +96,10 @@ class _NestedSigmoid(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         image_bD, text_BD, scale_K, *both = ctx.saved_tensors
-        block, targets = _block(image_bD, text_BD, scale_K, ctx.nested, both, ctx.positive)
+        block, targets = _block(image_bD, text_BD, ctx.scales, ctx.nested, both, ctx.positive)
         slope = _Sigmoids(ctx.biases, like=block.rows.inverse_norm_Kn)
         factor_K = [share * distributed.world().size / len(text_BD) for share in ctx.nested.shares]
-        with sweep.fast_products(image_bD.dtype, image_bD.device):
+        with sweep.own_precision(image_bD.dtype, image_bD.device):
             found = sweep.gradients(block, slope, factor_K, targets, image_bD.shape[1])
         text_grad_bD = distributed.scatter_sum(found.column_mD)
         bias_grad_K = (slope.total_K - ctx.positives) * slope.total_K.new_tensor(factor_K)
@@ -113,13 +117,13 @@ class _NestedSigmoid(torch.autograd.Function):
 def _block(
     image_bD: torch.Tensor,
     text_BD: torch.Tensor,
-    scale_K: torch.Tensor,
+    scales: Sequence[float],
     nested: Nesting,
     both: Sequence[torch.Tensor],
     positive: bool,
 ) -> tuple[Block, Targets]:
     """This process's strip, and its targets: 1 at own pairs and, with `positive`, at all pairs of one group."""
-    block = inputs.strip(image_bD, text_BD, scale_K, nested, both)
+    block = inputs.strip(image_bD, text_BD, scales, nested, both)
     row_n, column_m = block.rows.inverse_norm_Kn[0], block.columns.inverse_norm_Kn[0]
     of_group = (torch.ones_like(row_n), torch.zeros_like(column_m)) if positive and both else None
     return block, Targets(torch.ones_like(row_n), mask_same_group=not positive, same_group=of_group)

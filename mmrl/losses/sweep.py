@@ -59,7 +59,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def prefix_products(x_blocks: Sequence[torch.Tensor], y_blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Each row's dot product with the same row of the other, for every prefix: (K, n)."""
-    return torch.stack([torch.linalg.vecdot(x, y) for x, y in zip(x_blocks, y_blocks, strict=True)]).cumsum(0)
+    # Not vecdot, which autocast would narrow.
+    return torch.stack([(x * y).sum(1) for x, y in zip(x_blocks, y_blocks, strict=True)]).cumsum(0)
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,7 @@ def gradients(
         weights = _weights_by_kernel(tiles, log_sums, factor_K1, row_pull_Kn, column_pull_Km)
     for tile, k, weight_IJ in weights:
         rows, columns = tile.rows, tile.columns
+        weight_IJ = weight_IJ.to(rows.narrow_blocks[k].dtype)
         _add_product(row_blocks[k][rows.span], weight_IJ, columns.narrow_blocks[k])
         _add_product(column_blocks[k][columns.span], weight_IJ.T, rows.narrow_blocks[k])
     row_pull_Kn *= factor_K1
@@ -386,7 +388,7 @@ def _add_product(into_Id: torch.Tensor, weight_IJ: torch.Tensor, block_Jd: torch
     if block_Jd.dtype == into_Id.dtype:
         into_Id.addmm_(weight_IJ, block_Jd)
     else:
-        into_Id.add_(weight_IJ.to(block_Jd.dtype) @ block_Jd)
+        into_Id.add_(weight_IJ @ block_Jd)
 
 
 def _embedding_gradient(side: Side, grad_blocks: list[torch.Tensor], pull_Kn: torch.Tensor, width: int) -> torch.Tensor:
@@ -406,15 +408,18 @@ def _embedding_gradient(side: Side, grad_blocks: list[torch.Tensor], pull_Kn: to
 
 
 @contextlib.contextmanager
-def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Lets a GPU's float32 products of half-precision numbers run on the units made for those, which lose nothing of
-    them and sum in float32. Products of float32 embeddings are left to the user's settings."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
+def own_precision(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Keeps autocast out, and lets a GPU's float32 products of half-precision embeddings run on the units made for
+    those: forward they lose nothing, backward they round the weights to tf32's 10 bits, and all sums are float32.
+    Products of float32 embeddings are left to the user's settings."""
     settings = torch.backends.cuda.matmul
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or settings.fp32_precision == "tf32":
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
     before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         settings.fp32_precision = before

@@ -44,6 +44,22 @@ def test_value_and_gradients_are_those_of_the_passes(
     torch.testing.assert_close(results[0], results[1], **bound)
 
 
+def test_aligned_pairs_are_as_exact_as_by_the_passes() -> None:
+    """At a small loss its gradient is a difference of near-equals: the same logits must come again backward."""
+    generator = torch.Generator().manual_seed(0)
+    image_BD = torch.randn(128, 24, generator=generator)
+    text_BD = image_BD + 0.3 * torch.randn(128, 24, generator=generator)
+    given = [x.to(DEVICE).requires_grad_() for x in (image_BD, text_BD)]
+    true = [x.detach().double().requires_grad_() for x in given]
+    truth = torch.autograd.grad(nested_info_nce(true[0], true[1], 100.0, [8, 24]).total, true)
+    errors = {}
+    for kernels in ("triton", "torch"):
+        loss = nested_info_nce(given[0], given[1], 100.0, [8, 24], options=InfoNCEOptions(kernels=kernels))
+        grads = torch.autograd.grad(loss.total, given)
+        errors[kernels] = max((grad - true).abs().max().item() for grad, true in zip(grads, truth, strict=True))
+    assert errors["triton"] <= 4 * errors["torch"]
+
+
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
@@ -54,7 +70,7 @@ def test_value_and_gradients_are_those_of_the_passes(
 )
 def test_what_they_do_not_serve_is_refused_by_name(options: InfoNCEOptions, dtype: torch.dtype) -> None:
     x_BD = torch.eye(4, dtype=dtype, device=DEVICE)
-    with pytest.raises(InputError, match="triton wants the plain loss in float32"):
+    with pytest.raises(InputError, match="triton serves the plain loss in float32"):
         nested_info_nce(x_BD, x_BD, 10.0, [2, 4], options=options)
 
 

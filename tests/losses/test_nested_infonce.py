@@ -190,6 +190,60 @@ def test_zero_vectors_stay_finite() -> None:
         torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_at_its_lower_bound_is_a_constant() -> None:
+    image_BD, text_BD = embeddings(torch.float64)
+    with torch.no_grad():
+        image_BD[2] *= 1e-13
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    loss = nested_info_nce(image_BD, text_BD, scale, [3, 16])
+    grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale])
+    total, _, true_grads = of_reference(image_BD, text_BD, scale, torch.float64, [3, 16])
+    torch.testing.assert_close(loss.total, total, **CLOSE[torch.float64])
+    torch.testing.assert_close(grads, true_grads, **CLOSE[torch.float64])
+
+
+def test_a_masked_pair_is_no_rows_largest_logit() -> None:
+    """Own pairs that point away from each other, beside a masked pair that is equal: its logit would be the shift."""
+    image_BD, _ = embeddings(torch.float32, rows=2)
+    text_BD = -image_BD.detach().flip(0) * torch.tensor([[1.0], [-1.0]])
+    groups = torch.zeros(2, dtype=torch.int64)
+    loss = nested_info_nce(image_BD, text_BD, 300.0, [16], groups=groups)
+    total, _, _ = of_reference(
+        image_BD, text_BD.requires_grad_(), torch.tensor(300.0), torch.float64, [16], None, groups
+    )
+    torch.testing.assert_close(loss.total.double(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_negative_groups_are_none() -> None:
+    image_BD, text_BD = embeddings(torch.float64)
+    groups = torch.tensor([-3, -2, -1, 4, 4, -2, -2, 0, -3])
+    loss = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=groups)
+    alike = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=groups.clamp(min=-1))
+    total, _, _ = of_reference(image_BD, text_BD, torch.tensor(20.0), torch.float64, [4, 16], None, groups)
+    torch.testing.assert_close(loss.total, total)
+    assert torch.equal(loss.total, alike.total)
+
+
+def test_the_value_does_not_drown_in_large_logits() -> None:
+    """Nearly perfect pairs at the largest scale: logits of a hundred whose differences are the loss."""
+    image_BD, noise_BD = embeddings(torch.float32, rows=256, width=32)
+    text_BD = (image_BD + 0.3 * noise_BD).detach().requires_grad_()
+    loss = nested_info_nce(image_BD, text_BD, 100.0, [16, 32])
+    total, _, _ = of_reference(image_BD, text_BD, torch.tensor(100.0), torch.float64, [16, 32])
+    assert loss.total.item() == pytest.approx(total.item(), abs=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_it_changes_nothing(dtype: torch.dtype) -> None:
+    image_BD, text_BD = embeddings(torch.float32)
+    with torch.autocast("cpu", dtype):
+        inside = nested_info_nce(image_BD, text_BD, 20.0, [4, 16])
+        grads = torch.autograd.grad(inside.total, [image_BD, text_BD])
+    outside = nested_info_nce(image_BD, text_BD, 20.0, [4, 16])
+    assert torch.equal(inside.total, outside.total)
+    assert all(map(torch.equal, grads, torch.autograd.grad(outside.total, [image_BD, text_BD])))
+
+
 def test_columns_beyond_the_largest_dim_have_no_gradient() -> None:
     image_BD, text_BD = embeddings(torch.float32)
     loss = nested_info_nce(image_BD, text_BD, 20.0, [4, 10])
@@ -287,14 +341,19 @@ def test_temporaries_grow_linearly_with_the_batch(monkeypatch: pytest.MonkeyPatc
         ({"text_BD": torch.ones(9, 16, dtype=torch.int64)}, "both must be of one float type"),
         ({"image_BD": torch.ones(0, 16), "text_BD": torch.ones(0, 16)}, "at least one pair"),
         ({"logit_scale": torch.ones(3)}, "logit_scale: 3 values for 1 dims"),
+        ({"logit_scale": 0.0}, "logit_scale: 0.0; the multiplier must be positive and finite"),
+        ({"logit_scale": -100.0}, "logit_scale: -100.0; the multiplier must be positive"),
         ({"weights": [0.0]}, "not all zero"),
         ({"weights": [-1.0]}, "not negative"),
         ({"weights": [1.0, 1.0]}, "2 given for 1 dims"),
         ({"groups": torch.zeros(4, dtype=torch.int64)}, r"groups: torch.int64 of shape \(4,\); want int64 \(9,\)"),
         ({"groups": torch.zeros(9)}, "groups: torch.float32"),
+        ({"groups": [1] * 9}, "groups: a list; want int64"),
+        ({"groups": (GROUPS, GROUPS, GROUPS)}, "groups: a tuple of 3; want int64"),
+        ({"groups": (None, GROUPS)}, "groups: a NoneType; want int64"),
         (
             {"text_BD": torch.full((9, 16), torch.nan), "check_finite": True},
-            "text_BD: 9 of 9 rows hold NaN or infinity",
+            "0 and 9 of 9 rows here hold NaN or infinity",
         ),
     ],
 )
