@@ -13,7 +13,7 @@ RUN := runs/quickstart
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 6 minutes on 2 cores)
+quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 7 minutes on 2 cores)
 	$(BIN)/mmrl train configs/quickstart.yaml resume=auto
 	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
 	rm -rf $(RUN)/encoder-64 $(RUN)/embeddings $(RUN)/index
