@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 # Before torch is imported: more threads than cores make small models many times slower, in children as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The indexes of the tests' shards are kept apart from the user's, and go with the tests.
+os.environ["MMRL_CACHE"] = tempfile.mkdtemp(prefix="mmrl-tests-")
 # The kernels of losses/kernels.py run without a GPU; set it to 0 on a machine that has one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -41,6 +45,10 @@ def drawing(number: int, size: int = 32) -> tuple[Image.Image, str, str]:
     }
     canvas[area[shape]] = COLOURS[colour]
     return Image.fromarray(canvas), f"a {colour} {shape} number {number}", f"{colour} {shape}"
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["MMRL_CACHE"], ignore_errors=True)
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -136,3 +144,15 @@ def write_config(tmp_path: Path, shards: Path, tiny_model: Path) -> Callable[...
         return path
 
     return write
+
+
+@pytest.fixture
+def narrow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss's gradient products in bfloat16 on any machine, since they round more than float32's."""
+    monkeypatch.setattr("mmrl.losses.sweep.multiplies_bfloat16", lambda _: True)
+
+
+@pytest.fixture
+def wide_products(monkeypatch: pytest.MonkeyPatch, narrow_products: None) -> None:
+    """What a processor without bfloat16 products does."""
+    monkeypatch.setattr("mmrl.losses.sweep.multiplies_bfloat16", lambda _: False)

@@ -69,14 +69,15 @@ def by_dim(name: str, value: torch.Tensor | float, dims: Sequence[int], like: to
 
 
 def positive(scale_K: torch.Tensor) -> list[float]:
-    """The logit scales as numbers.
+    """The logit scales as numbers. NaN may pass: like a NaN embedding it comes from a run gone wrong, and makes the
+    loss NaN.
 
     Raises:
         InputError: one is not finite and positive.
     """
     scales: list[float] = scale_K.tolist()
     for scale in scales:
-        if not 0 < scale < float("inf"):
+        if scale <= 0 or scale == float("inf"):
             raise InputError(f"logit_scale: {scale}; the multiplier must be positive and finite.")
     return scales
 

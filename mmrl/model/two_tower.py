@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmrl.model.towers import Side, Towers, TowersConfig, projection_axes
 from mmrl.settings import Settings
 
-MAX_LOGIT_SCALE = 100.0
+MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.01, 100.0
 
 
 # Where the sigmoid loss starts (arXiv 2303.15343, section 3.2): most pairs are negatives, and scored so.
@@ -23,10 +23,10 @@ _SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
 
 
 class LogitScaleConfig(Settings):
-    """The multiplier of the similarities, learnt as its logarithm and held at or below 100, and the sigmoid loss's
-    bias."""
+    """The multiplier of the similarities, learnt as its logarithm and held within 0.01 and 100, and the sigmoid
+    loss's bias."""
 
-    init: float | None = Field(default=None, gt=0, le=MAX_LOGIT_SCALE)
+    init: float | None = Field(default=None, ge=MIN_LOGIT_SCALE, le=MAX_LOGIT_SCALE)
     """Where it starts; left out, where the towers come from (1 / 0.07 for new ones; 10 with a new bias)."""
     bias_init: float | None = None
     """Where the bias starts; left out, where the towers come from (-10 for those without). Only loss.name: sigmoid
@@ -105,8 +105,8 @@ class MatryoshkaCLIP(nn.Module):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """The multiplier, at most 100: (1,) or (K,)."""
-        return clamp_outward(self.log_logit_scale, math.log(MAX_LOGIT_SCALE)).exp()
+        """The multiplier, within 0.01 and 100: (1,) or (K,)."""
+        return clamp_outward(self.log_logit_scale, math.log(MIN_LOGIT_SCALE), math.log(MAX_LOGIT_SCALE)).exp()
 
 
 def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bias: bool = False) -> MatryoshkaCLIP:
@@ -136,23 +136,25 @@ def added_projection(model_cfg: dict[str, Any], side: Side, dim: int | None = No
 
 class _ClampOutward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, most: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, least: float, most: float) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.most = most
-        return x.clamp(max=most)
+        ctx.limits = least, most
+        return x.clamp(least, most)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = grads
         (x,) = ctx.saved_tensors
-        # Descent moves against the gradient: a negative one at the limit would push further out.
-        return torch.where((x >= ctx.most) & (grad < 0), torch.zeros_like(grad), grad), None
+        least, most = ctx.limits
+        # Descent moves against the gradient: a negative one at the upper limit would push further out.
+        outward = ((x >= most) & (grad < 0)) | ((x <= least) & (grad > 0))
+        return torch.where(outward, torch.zeros_like(grad), grad), None, None
 
 
-def clamp_outward(x: torch.Tensor, most: float) -> torch.Tensor:
-    """min(x, most) that lets x come back: at the limit only the gradient that points outward is dropped.
+def clamp_outward(x: torch.Tensor, least: float, most: float) -> torch.Tensor:
+    """x held within [least, most] that lets it come back: at a limit only the gradient that points outward is dropped.
 
     Clamping in the forward pass is what holds under ZeRO, where an in-place clamp of the parameter is undone by the
     next step from the optimiser's own copy.
     """
-    return _ClampOutward.apply(x, most)  # pyright: ignore[reportReturnType]
+    return _ClampOutward.apply(x, least, most)  # pyright: ignore[reportReturnType]

@@ -14,6 +14,8 @@ from mmrl.errors import InputError
 from mmrl.losses import reference, sweep
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 
+pytestmark = pytest.mark.usefixtures("narrow_products")
+
 GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2])
 TEXT_GROUPS = torch.tensor([3, 3, -1, 7, 5, -1, 7, 1, 1])
 OPTIONS = [
@@ -131,6 +133,11 @@ def test_errs_no_more_than_the_plain_formula_in_the_same_precision(dtype: torch.
         assert error(grad, truth) <= error(plain, truth) + rounding
 
 
+@pytest.mark.usefixtures("wide_products")
+def test_bfloat16_on_a_processor_without_its_products_errs_no_more_either() -> None:
+    test_errs_no_more_than_the_plain_formula_in_the_same_precision(torch.bfloat16, 30.0, 200)
+
+
 def test_gradcheck() -> None:
     image_BD, text_BD = embeddings(torch.float64, rows=5, width=6)
     scale_K = torch.tensor([3.0, 9.0], dtype=torch.float64, requires_grad=True)
@@ -173,6 +180,11 @@ def test_every_range_of_logits_is_exact(scale: float) -> None:
     for grad, plain, truth in zip(grads, plain_grads, true_grads, strict=True):
         plain_error = (plain - truth).abs().max()
         assert (grad - truth).abs().max() <= 2 * plain_error + 2e-6 * truth.abs().max()
+
+
+def test_a_scale_gone_wrong_makes_the_loss_nan_as_an_embedding_does() -> None:
+    image_BD, text_BD = torch.randn(2, 9, 16)
+    assert nested_info_nce(image_BD, text_BD, torch.tensor(torch.nan), [4, 16]).total.isnan()
 
 
 def test_zero_vectors_stay_finite() -> None:

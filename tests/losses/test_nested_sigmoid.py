@@ -12,6 +12,8 @@ from mmrl.errors import InputError
 from mmrl.losses import reference, sweep
 from mmrl.losses.nested_sigmoid import nested_sigmoid
 
+pytestmark = pytest.mark.usefixtures("narrow_products")
+
 GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2])
 TEXT_GROUPS = torch.tensor([3, 3, -1, 7, 5, -1, 7, 1, 1])
 DIMS, WEIGHTS = [3, 8, 16], [0.5, 1.0, 2.0]
