@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmrl.checkpoint import CheckpointConfig
-from mmrl.data.stream import DataConfig
+from mmrl.data.sources import DataConfig
 from mmrl.engine import EngineConfig
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.sets import EvaluationConfig

@@ -70,7 +70,7 @@ class Engine:
         self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The model's forward, under the configured precision, on the engine's device."""
-        return self._engine(image_BCHW.to(self.device), text_BL.to(self.device))
+        return self._engine(image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True))
 
     def step(self, loss: torch.Tensor) -> float:
         """Backward, averaged over processes; clip; one optimiser step. Returns the gradient's norm before clipping."""

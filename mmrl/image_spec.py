@@ -3,23 +3,15 @@
 Shapes: C = 3 colour channels, H and W the spec's size in pixels, B pictures.
 """
 
-import io
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from mmrl.decode import to_tensor
 from mmrl.errors import InputError
-
-# A picture of more pixels than this is refused, not decoded: 64 megapixels are above any camera that a catalogue
-# sees, and far below what a crafted file can unfold to.
-MAX_PIXELS = 64_000_000
-# Named, because Pillow would also open formats that start other programs, such as EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +65,9 @@ class ImageSpec:
             fill_color=fill_color,
         )
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """The whole picture, fitted: uint8 (C, H, W)."""
-        picture_CHW = to_tensor(image)
+    def pixels(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
+        """The whole picture, RGB of Pillow or uint8 (C, any height, any width), fitted: uint8 (C, H, W)."""
+        picture_CHW = to_tensor(picture) if isinstance(picture, Image.Image) else picture
         height, width = picture_CHW.shape[1:]
         if (height, width) == (self.height, self.width):
             return picture_CHW
@@ -97,40 +89,6 @@ class ImageSpec:
             [-m / s for m, s in zip(self.mean, self.std, strict=True)], device=pixels_BCHW.device
         ).view(-1, 1, 1)
         return torch.addcmul(shift_C11, pixels_BCHW.float(), scale_C11)
-
-
-def decode(data: bytes) -> Image.Image:
-    """An image file's bytes -> RGB picture, turned upright by its EXIF orientation.
-
-    Raises:
-        ValueError: not a picture in one of FORMATS, damaged, or of more than MAX_PIXELS.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damage that it gets over
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
-            return upright_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"no picture in any of the formats {', '.join(FORMATS)}") from None
-    except ValueError:
-        raise
-    except Exception as error:  # Pillow's decoders and EXIF reader let many kinds through on damaged files
-        raise ValueError(f"damaged picture ({error})") from error
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow picture of any mode -> RGB, upright."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB picture -> uint8 (C, H, W) with channels-last memory, which the uint8 resize is fast on."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize(picture_CHW: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from mmrl import distributed
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
 from mmrl.data.samples import SampleReader
-from mmrl.data.stream import open_reader
+from mmrl.data.sources import open_reader, open_training_set
 from mmrl.distributed import World
 from mmrl.errors import InputError, did_you_mean
 from mmrl.losses.nested_infonce import require_kernels
@@ -53,9 +53,10 @@ def prepare(config: Config, world: World) -> Plan:
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)
-    reader = open_reader(config.data.train, config.data.fields)
+    reader = open_training_set(config.data)
     evaluation_readers = {
-        name: open_reader(one.shards, one.fields or config.data.fields) for name, one in config.evaluation.sets.items()
+        name: open_reader(one.shards, one.fields or config.data.fields, config.data.remote, config.data.allow_pipe)
+        for name, one in config.evaluation.sets.items()
     }
     try:
         resume_from, refusal = open_run(config) if world.is_main else None, None

@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from mmrl import distributed, optim
 from mmrl.checkpoint import Checkpoints, read_state
 from mmrl.config import Config
 from mmrl.data import draws
-from mmrl.data.shards import Problem
+from mmrl.data.index import Problem, account
 from mmrl.data.stream import Batch, Stream
 from mmrl.distributed import World
 from mmrl.engine import Engine
@@ -33,7 +34,7 @@ from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.preflight import Plan, prepare
-from mmrl.tracking import Tracker
+from mmrl.tracking import BAD_SAMPLES, Tracker
 
 _DROPOUT_DRAW, _DIMS_DRAW = 1 << 21, 1 << 23
 
@@ -74,6 +75,7 @@ class Trainer:
             image=built.image_spec,
             text=built.tokenise,
             config=config.data,
+            pin_memory=world.device.type == "cuda",
         )
         self.engine = Engine(
             model,
@@ -93,7 +95,8 @@ class Trainer:
         self.best = -math.inf
         # What the shards themselves lack counts from the start; every process has found the same.
         self._unlisted: list[Problem] = list(plan.reader.problems) if world.is_main else []
-        self._bad, self._seen = 0, 0
+        self._bad: Counter[str] = Counter()
+        self._seen = 0
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
 
@@ -115,9 +118,12 @@ class Trainer:
     def _loop(self, tracker: Tracker | None, stop: "Stop") -> None:
         if self.config.evaluation.at_start and not self.step_done and self.evaluate(tracker):
             self._save(tracker, is_best=True)
-        clock, batches = _Clock(self.step_done), self.stream.forever()
+        clock, batches, epoch = _Clock(self.step_done), self.stream.forever(), self.stream.epoch
         while self.step_done < self.total:
             loss, norm, rate = self.step(next(batches))
+            if self.stream.epoch != epoch:
+                epoch = self.stream.epoch
+                self._tell_bad_samples(tracker, epoch)
             last = self.step_done == self.total
             if tracker:
                 tracker.advance(self.step_done)
@@ -236,7 +242,8 @@ class Trainer:
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
         self._unlisted = []
-        self._bad, self._seen = state["bad"], self.step_done * self.config.train.batch_size // self.world.size
+        self._bad = Counter(state["bad"])
+        self._seen = self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
             self.ema.module.load_state_dict(bundle.read_weights(checkpoint, bundle.read_manifest(checkpoint)))
             self.ema.n_averaged.fill_(self.step_done)
@@ -257,7 +264,7 @@ class Trainer:
                     "lr": rate,
                     "grad_norm": norm,
                     "samples_per_second": speed,
-                    "bad_samples": self._bad,
+                    "bad_samples": self._bad.total(),
                 }
             )
         self._check_bad_share()
@@ -265,18 +272,27 @@ class Trainer:
     def _list_bad_samples(self, tracker: Tracker | None) -> None:
         problems = [problem for share in distributed.gather_objects(self._unlisted) for problem in share]
         self._unlisted = []
-        self._bad += len(problems)
+        self._bad.update(problem.kind for problem in problems)
         if tracker:
             tracker.bad_samples(self.step_done, [dataclasses.asdict(problem) for problem in problems])
 
+    def _tell_bad_samples(self, tracker: Tracker | None, epochs: int) -> None:
+        self._list_bad_samples(tracker)
+        if tracker and self._bad:
+            tracker.say(f"Epoch {epochs:,} is over; skipped so far: {account(self._bad)}; listed in {self._bad_list}")
+
     def _check_bad_share(self) -> None:
-        seen = max(self._seen * self.world.size, 1000)
-        if self._bad > self.config.data.max_bad_fraction * seen:
+        seen = self._seen * self.world.size
+        if self._bad.total() > self.config.data.max_bad_fraction * max(seen, 1000):
             raise RunStopped(
-                f"{self._bad:,} of {self._seen * self.world.size:,} samples were bad, more than "
-                f"data.max_bad_fraction {self.config.data.max_bad_fraction:.2%} allows; "
-                f"{self.config.run}/bad_samples.jsonl lists them with their reasons."
+                f"{self._bad.total():,} of {seen:,} samples were bad, more than data.max_bad_fraction "
+                f"{self.config.data.max_bad_fraction:.2%} allows: {account(self._bad)}. "
+                f"{self._bad_list} lists them with their reasons."
             )
+
+    @property
+    def _bad_list(self) -> str:
+        return f"{self.config.run}/{BAD_SAMPLES}"
 
     def _introduce(self, tracker: Tracker) -> None:
         count = sum(p.numel() for p in self.engine.model.parameters())

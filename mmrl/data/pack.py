@@ -23,11 +23,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmrl.data.index import Problem
 from mmrl.data.pairs import STORED, FolderPairs, Pair, TablePairs
-from mmrl.data.shards import Problem
 from mmrl.data.tables import KINDS, Table
+from mmrl.decode import decode
 from mmrl.errors import InputError
-from mmrl.image_spec import decode
 
 BAD_SAMPLES = "bad_samples.jsonl"
 _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

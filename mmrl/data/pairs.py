@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig
-from mmrl.data.shards import Problem
 from mmrl.data.tables import Row, Table
 from mmrl.errors import InputError, did_you_mean
 

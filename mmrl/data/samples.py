@@ -7,22 +7,27 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
 from pydantic import Field
 
-from mmrl.data.shards import Problem, ShardIndex
+from mmrl.data.index import Problem, Shard
+from mmrl.data.order import Share
+from mmrl.data.recent import Recent
+from mmrl.data.stores import Store, is_remote
+from mmrl.decode import decode_pixels
 from mmrl.errors import InputError, did_you_mean
-from mmrl.image_spec import decode
 from mmrl.settings import Settings
 
 # How many samples of a set are looked at before training, to tell a wrong field name from a rare gap.
 _PREFLIGHT_SAMPLES = 64
 NO_GROUP = -1
+_Members = dict[str, tuple[int, int]]
 
 
 class FieldsConfig(Settings):
@@ -58,20 +63,74 @@ class BadSample(Exception):
         self.problem = problem
 
 
-class SampleReader:
-    """Random access to all samples of a set, numbered in the order of its shards."""
+@dataclass(frozen=True)
+class Source:
+    """Shards that belong together."""
 
-    def __init__(self, indexes: Sequence[ShardIndex], fields: FieldsConfig) -> None:
-        self.fields = fields
-        self.samples_of_shard = [len(index) for index in indexes]
-        self.problems = [problem for index in indexes for problem in index.problems]
-        self._indexes = list(indexes)
-        self._ends = np.cumsum(self.samples_of_shard)
-        self._root = Path(os.path.commonpath([index.path.resolve().parent for index in indexes]))
-        self._preflight()
+    shards: Sequence[Shard]
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+    repeat: float = 1.0
+    name: str = ""
+    """Begins the names of its samples, where there are several sources."""
+
+    @cached_property
+    def share(self) -> Share:
+        """What it gives to an epoch."""
+        return Share([shard.samples for shard in self.shards], self.repeat)
+
+    @cached_property
+    def root(self) -> str:
+        """The folder, or the part of the address, that all its shards lie below."""
+        folders = [_absolute(shard.location).rpartition("/")[0] for shard in self.shards]
+        # Not commonpath, which makes one slash of the two in an address.
+        return os.path.commonprefix([f"{folder}/" for folder in folders]).rpartition("/")[0] + "/"  # noqa: RUF071
+
+
+# Indexes and open files that a process keeps at hand; a window of the order reads that many shards at most, mostly.
+_INDEXES, _FILES = 256, 64
+
+
+class SampleReader:
+    """Random access to all samples of a set, numbered in the order of its sources and their shards."""
+
+    def __init__(self, sources: Sequence[Source], store: Store) -> None:
+        self.sources, self.store = list(sources), store
+        self.shares = [source.share for source in sources]
+        self._shards = [shard for source in sources for shard in source.shards]
+        self._source_of_shard = np.repeat(np.arange(len(sources)), [len(source.shards) for source in sources])
+        self.problems = [problem for shard in self._shards for problem in shard.problems]
+        self._ends = np.cumsum([shard.samples for shard in self._shards])
+        self._open_none()
+        for source, first in zip(sources, np.cumsum([0, *(share.total for share in self.shares)]), strict=False):
+            self._preflight(source, int(first))
+
+    def _open_none(self) -> None:
+        self._indexes = Recent(_INDEXES, lambda shard: self._shards[shard].load())
+        self._files = Recent(_FILES, self._open, close=os.close)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Files stay behind where a worker process is spawned."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_indexes", "_files")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_none()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this set from another one: its shards' names, their sizes, how often they are seen."""
+        facts = [
+            [
+                source.name,
+                source.repeat,
+                [[shard.location[len(source.root) :], shard.samples] for shard in source.shards],
+            ]
+            for source in self.sources
+        ]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
     def read(self, number: int) -> Sample:
         """Sample `number`.
@@ -81,106 +140,147 @@ class SampleReader:
         """
         try:
             return self._parse(*self._locate(number))
-        except (ValueError, OSError, RecursionError) as error:
-            raise BadSample(self.problem(number, str(error))) from error
+        except UnicodeError as error:
+            reason = f"text that is not UTF-8 ({error})"
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = f"metadata that is not JSON ({error})"
+        except OSError as error:
+            reason = f"shard out of reach ({error})"
+        except ValueError as error:
+            reason = str(error)
+        raise BadSample(self.problem(number, reason))
 
-    def read_picture(self, number: int) -> tuple[Sample, Image.Image]:
-        """Sample `number` and its picture, decoded.
+    def read_picture(self, number: int, least: tuple[int, int] | None = None) -> tuple[Sample, torch.Tensor]:
+        """Sample `number` and its picture, uint8 (C, H, W); `least` as `image_spec.decode_pixels` has it.
 
         Raises:
             BadSample: as `read`, or a picture that cannot be decoded.
         """
         sample = self.read(number)
         try:
-            return sample, decode(sample.image)
+            return sample, decode_pixels(sample.image, least)
         except ValueError as error:
-            raise BadSample(self.problem(number, f"image: {error}")) from error
+            raise BadSample(self.problem(number, str(error))) from error
 
     def problem(self, number: int, reason: str) -> Problem:
         """A reason against sample `number`, with its shard and key."""
-        index, row = self._locate(number)
-        return Problem(str(index.path), index.keys[row], reason)
+        shard, row = self._locate(number)
+        return Problem(self._shards[shard].location, self._indexes[shard].key(row), reason)
 
-    def _locate(self, number: int) -> tuple[ShardIndex, int]:
+    def fetch_ahead(self, numbers: Iterable[int]) -> None:
+        """Starts to fetch the remote shards that hold these samples."""
+        self.store.fetch_ahead(self._shards[self._locate(number)[0]].location for number in numbers)
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether any shard has to be fetched."""
+        return any(is_remote(shard.location) for shard in self._shards)
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """The shard of a sample and its row there."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return self._indexes[shard], number - int(self._ends[shard]) + self.samples_of_shard[shard]
+        return shard, number - int(self._ends[shard]) + self._shards[shard].samples
 
-    def _parse(self, index: ShardIndex, row: int) -> Sample:
-        members = index.members(row)
-        image = next((members[kind] for kind in self.fields.image if kind in members), None)
+    def _open(self, shard: int) -> int:
+        """Raises OSError where the shard cannot be had, or is another one by now."""
+        location, index = self._shards[shard].location, self._indexes[shard]
+        path = self.store.local(location)
+        if not index.tar.fits(path):
+            raise OSError("the shard is not the one that was indexed any more; start again, or restore it")
+        return os.open(path, os.O_RDONLY)
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        data = os.pread(self._files[shard], size, offset)
+        if len(data) != size:
+            raise ValueError("the shard ends before this member does")
+        return data
+
+    def _parse(self, shard: int, row: int) -> Sample:
+        index, source = self._indexes[shard], self.sources[self._source_of_shard[shard]]
+        fields, members = source.fields, index.members(row)
+        image = next((members[kind] for kind in fields.image if kind in members), None)
         if image is None:
-            raise ValueError(f"no image (none of .{', .'.join(self.fields.image)})")
-        metadata = self._metadata(index.path, members)
-        captions = self._captions(index.path, members, metadata)
+            raise ValueError(f"no image (none of .{', .'.join(fields.image)})")
+        metadata = self._metadata(shard, fields, members)
+        captions = self._captions(shard, fields, members, metadata)
         if not captions:
             raise ValueError("no caption, or only empty ones")
-        group = metadata.get(self.fields.group) or None
+        name = f"{_absolute(self._shards[shard].location)[len(source.root) :]}/{index.key(row)}"
+        if len(self.sources) > 1:
+            name = f"{source.name}/{name}"
+        group = metadata.get(fields.group) or None
+        if group is None and source.repeat > 1:  # two copies of a sample are no negatives of each other
+            group = f"the sample {name}"
         return Sample(
-            name=f"{index.path.resolve().relative_to(self._root)}/{index.keys[row]}",
-            image=_read(index.path, *image),
+            name=name,
+            image=self._bytes(shard, *image),
             captions=captions,
             group=NO_GROUP if group is None else group_number(str(group)),
         )
 
-    def _metadata(self, path: Path, members: dict[str, tuple[int, int]]) -> dict[str, object]:
-        if self.fields.metadata not in members:
+    def _metadata(self, shard: int, fields: FieldsConfig, members: _Members) -> dict[str, Any]:
+        if fields.metadata not in members:
             return {}
-        metadata = json.loads(_read(path, *members[self.fields.metadata]))
+        metadata = json.loads(self._bytes(shard, *members[fields.metadata]))
         if not isinstance(metadata, dict):
-            raise ValueError(f".{self.fields.metadata} holds no JSON object")
+            raise ValueError(f".{fields.metadata} holds no JSON object")
         return metadata
 
-    def _captions(self, path: Path, members: dict[str, tuple[int, int]], metadata: dict[str, object]) -> list[str]:
+    def _captions(self, shard: int, fields: FieldsConfig, members: _Members, metadata: dict[str, Any]) -> list[str]:
         """The plain caption first, then those of the JSON that differ from it; stripped, never empty."""
         captions = []
-        if self.fields.text in members:
-            captions.append(_read(path, *members[self.fields.text]).decode())
-        listed = metadata.get(self.fields.captions, [])
+        if fields.text in members:
+            captions.append(self._bytes(shard, *members[fields.text]).decode())
+        listed = metadata.get(fields.captions, [])
         captions += [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
         # JSON can hold half of a surrogate pair, which is no text and stops some tokenizers: that raises here.
         stripped = [caption.encode().decode().strip() for caption in captions if isinstance(caption, str)]
         return list(dict.fromkeys(caption for caption in stripped if caption))
 
-    def _preflight(self) -> None:
+    def _preflight(self, source: Source, first: int) -> None:
         """A field that no sample has is a mistake in the config, not a hundred million bad samples."""
-        present = sorted({kind for index in self._indexes for kind in index.extensions})
-        where = f"in {len(self._indexes)} shards such as {self._indexes[0].path}"
-        if not set(self.fields.image) & set(present):
+        fields = source.fields
+        present = sorted({kind for shard in source.shards for kind in shard.extensions})
+        where = f"in {len(source.shards)} shards such as {source.shards[0].location}"
+        if not set(fields.image) & set(present):
             raise InputError(
-                f"fields.image: no sample {where} has .{' or .'.join(self.fields.image)}; "
+                f"fields.image: no sample {where} has .{' or .'.join(fields.image)}; "
                 f"the members there are .{', .'.join(present)}."
             )
         for name in ("text", "metadata"):
-            kind = getattr(self.fields, name)
-            if name in self.fields.model_fields_set and kind not in present:
+            kind = getattr(fields, name)
+            if name in fields.model_fields_set and kind not in present:
                 raise InputError(f"fields.{name}: no sample {where} has .{kind}.{did_you_mean(kind, present)}")
-        self._preflight_captions(where)
+        self._preflight_captions(source, first, where)
 
-    def _preflight_captions(self, where: str) -> None:
-        count = min(len(self), _PREFLIGHT_SAMPLES)
+    def _preflight_captions(self, source: Source, first: int, where: str) -> None:
+        fields, total = source.fields, source.share.total
         keys: set[str] = set()
         captioned = 0
-        for number in np.linspace(0, len(self) - 1, count).astype(int):
+        # Remote shards are not fetched for this: the first one alone, which a run needs anyway.
+        looked_at = source.shards[0].samples if self.is_remote else total
+        count = min(looked_at, _PREFLIGHT_SAMPLES)
+        for number in first + np.linspace(0, looked_at - 1, count).astype(int):
             with contextlib.suppress(BadSample):
                 captioned += bool(self.read(int(number)).captions)
-            keys |= self._metadata_keys(int(number))
+            keys |= self._metadata_keys(int(number), fields)
         for name in ("captions", "group"):
-            key = getattr(self.fields, name)
-            if name in self.fields.model_fields_set and key not in keys:
+            key = getattr(fields, name)
+            if name in fields.model_fields_set and key not in keys:
                 raise InputError(
                     f"fields.{name}: none of {count} samples {where} has {key!r} in its JSON." + did_you_mean(key, keys)
                 )
         if not captioned:
             raise InputError(
                 f"fields.text, fields.captions: none of {count} samples {where} can be used with a caption in "
-                f".{self.fields.text} or under {self.fields.captions!r} in .{self.fields.metadata}; "
+                f".{fields.text} or under {fields.captions!r} in .{fields.metadata}; "
                 "run with the names that your shards use."
             )
 
-    def _metadata_keys(self, number: int) -> set[str]:
-        index, row = self._locate(number)
+    def _metadata_keys(self, number: int, fields: FieldsConfig) -> set[str]:
+        shard, row = self._locate(number)
         try:
-            return set(self._metadata(index.path, index.members(row)))
+            return set(self._metadata(shard, fields, self._indexes[shard].members(row)))
         except (ValueError, OSError, RecursionError):
             return set()
 
@@ -190,9 +290,5 @@ def group_number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
-def _read(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb", buffering=0) as raw:
-        data = os.pread(raw.fileno(), size, offset)
-    if len(data) != size:
-        raise ValueError("the shard ends before this member does")
-    return data
+def _absolute(location: str) -> str:
+    return location if is_remote(location) else os.path.abspath(location)  # noqa: PTH100 (a string, for speed)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mmrl.data.index import Problem
 from mmrl.data.samples import BadSample, SampleReader
-from mmrl.data.shards import Problem
 from mmrl.image_spec import ImageSpec
 
 

@@ -6,57 +6,32 @@ the rows of one batch that fall to one process; a worker is handed (epoch, posit
 Shapes: B rows of this process, M captions, C channels, H and W the image's size, L tokens of a text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import AfterValidator, Field
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmrl.data import draws
-from mmrl.data.samples import BadSample, FieldsConfig, Sample, SampleReader
-from mmrl.data.shards import EpochOrder, Problem, expand, index_shards
-from mmrl.data.transforms import Augmentation, AugmentConfig
-from mmrl.errors import InputError
+from mmrl.data.index import Problem
+from mmrl.data.order import EpochOrder
+from mmrl.data.samples import BadSample, Sample, SampleReader
+from mmrl.data.shards import Spec
+from mmrl.data.sources import DataConfig, open_training_set
+from mmrl.data.transforms import Augmentation
+from mmrl.errors import InputError, RunStopped
 from mmrl.image_spec import ImageSpec
-from mmrl.settings import Settings, machine
 
 Tokenise = Callable[[list[str]], torch.Tensor]
-# A sample, and its picture where one is wanted.
-_Loaded = tuple[Sample, Image.Image | None]
+# A sample, and its picture, uint8 (C, H, W) of its own size, where one is wanted.
+_Loaded = tuple[Sample, torch.Tensor | None]
 _CAPTION_DRAW = 1 << 20
 # A bad sample's place goes to the same row of the next batch; after so many in turn the data is at fault.
 _MOST_REPLACEMENTS = 100
-
-
-def _check_probabilities(values: list[float] | None) -> list[float] | None:
-    if values is not None and (not values or min(values) < 0 or sum(values) <= 0):
-        raise ValueError("probabilities must not be negative, and not all zero")
-    return values
-
-
-class DataConfig(Settings):
-    """Where the training samples come from, and how they become batches."""
-
-    train: str | list[str]
-    """Shards: a tar, a brace pattern, a folder, a list file (@shards.txt), `starter:train`, or a list of these."""
-    fields: FieldsConfig = FieldsConfig()
-    captions: Annotated[list[float] | None, AfterValidator(_check_probabilities)] = None
-    """Probabilities of a sample's first, second, … caption; those beyond the list share the last one's. Uniform when
-    left out. Drawn anew each epoch."""
-    augment: AugmentConfig = AugmentConfig()
-    shuffle_window: int = Field(default=16384, ge=1)
-    """Samples are shuffled within windows of so many, across neighbouring shards."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Training stops when more than this share of the samples seen is bad; the first 1,000 count as if all seen."""
-    cache: bool = machine(False)
-    """Keep decoded pictures in memory, each loader its own: for sets that fit there and are seen many times."""
-    workers: int = machine(0, ge=0)
-    """Worker processes that load ahead, for each training process; 0 loads in the training process itself."""
 
 
 @dataclass
@@ -74,6 +49,11 @@ class Batch:
     bad: list[Problem] = field(default_factory=list)
     """What was skipped to fill these rows."""
 
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from without waiting; DataLoader asks for it."""
+        image, text = (x.pin_memory() if isinstance(x, torch.Tensor) else x for x in (self.image, self.text))
+        return replace(self, image=image, text=text, group=self.group.pin_memory())
+
 
 class Stream:
     """Batches of a set of shards; see `stream`."""
@@ -90,21 +70,23 @@ class Stream:
         image: ImageSpec | Callable[[Image.Image], Any] | None = None,
         text: Tokenise | None = None,
         config: DataConfig | None = None,
+        pin_memory: bool = False,
     ) -> None:
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
             raise InputError(
                 f"batch_size {batch_size}, rank {rank} of {world_size}: want batch_size >= 1, rank < world."
             )
-        if len(reader) < self.global_batch_size:
+        self.samples = sum(share.per_epoch for share in reader.shares)
+        if self.samples < self.global_batch_size:
             raise InputError(
-                f"batch_size: the shards hold {len(reader)} samples, fewer than one global batch of "
+                f"batch_size: the shards hold {self.samples} samples, fewer than one global batch of "
                 f"{self.global_batch_size}; lower train.batch_size or add shards."
             )
         self.seed, self.epoch, self.position = seed, 0, 0
-        self.samples = len(reader)
-        self._workers = num_workers
-        self._work = _BatchWork(reader, batch_size, rank, world_size, seed, image, text, config or DataConfig(train=""))
+        self._data = reader.fingerprint
+        self._workers, self._pin_memory = num_workers, pin_memory
+        self._work = _BatchWork(reader, batch_size, rank, world_size, seed, image, text, config or DataConfig())
         self._loader: DataLoader[Batch | InputError] | None = None
         self._plan = _Plan()
 
@@ -121,7 +103,7 @@ class Stream:
         """Epoch after epoch, without a pause of the workers in between."""
         yield from self._batches(epochs=None)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch that it gave: small, JSON, the same on all ranks.
 
         It holds no rank, world size or number of workers, and another world may go on from it.
@@ -132,9 +114,10 @@ class Stream:
             "position": self.position,
             "samples": self.samples,
             "global_batch_size": self.global_batch_size,
+            "data": self._data,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the batch at which `state` was taken.
 
         Raises:
@@ -146,6 +129,11 @@ class Stream:
                     f"stream: {name} was {state[name]} when this state was saved and is {getattr(self, name)} now; "
                     "resume with the same shards, seed and global batch size."
                 )
+        if state["data"] != self._data:
+            raise InputError(
+                "stream: the shards have other names or sizes, or another order, than when this state was saved; "
+                "resume with the same shards."
+            )
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _batches(self, epochs: int | None) -> Iterator[Batch]:
@@ -157,16 +145,30 @@ class Stream:
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 prefetch_factor=4 if self._workers else None,
+                pin_memory=self._pin_memory,
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
         self._plan.start(self.epoch, self.position, step, usable, epochs)
-        for batch in self._loader:
+        for batch in self._watched(iter(self._loader)):
             if isinstance(batch, InputError):
                 raise batch
             self.position += step
             if self.position >= usable:
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
+
+    def _watched(self, batches: Iterator[Batch | InputError]) -> Iterator[Batch | InputError]:
+        """Says in one sentence that a worker was killed, which DataLoader tells in a traceback."""
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._loader = None
+            raise RunStopped(
+                f"data: a loader process was killed from outside ({str(error).splitlines()[0]}); most often memory ran "
+                f"out: lower data.workers (now {self._workers}) or train.batch_size, then resume."
+            ) from None
 
 
 class _Plan(Sampler[tuple[int, int]]):
@@ -203,7 +205,9 @@ class _BatchWork(Dataset[Batch | InputError]):
         self._image, self._text = image, text
         self._augmentation = Augmentation(config.augment, image) if isinstance(image, ImageSpec) else None
         self._order: tuple[int, EpochOrder] | None = None
+        self._least = self._augmentation.least_source() if self._augmentation and config.scaled_decode else None
         self._cache: dict[int, _Loaded] = {}
+        self._asked_ahead: tuple[int, int] | None = None
 
     def __getitem__(self, request: tuple[int, int]) -> Batch | InputError:
         """An error is handed over as a value: raised in a worker, its sentence would come wrapped in a traceback."""
@@ -214,41 +218,50 @@ class _BatchWork(Dataset[Batch | InputError]):
 
     def _batch(self, epoch: int, position: int) -> Batch:
         bad: list[Problem] = []
-        samples_B, loaded = self._fill(epoch, position, bad)
-        texts = self._choose_captions(epoch, samples_B, [sample.captions for sample, _ in loaded])
+        self._fetch_ahead(epoch, position)
+        numbers_B, loaded = self._fill(epoch, position, bad)
+        texts = self._choose_captions(epoch, numbers_B, [sample.captions for sample, _ in loaded])
         return Batch(
             keys=[sample.name for sample, _ in loaded],
-            image=self._finish_images(epoch, samples_B, loaded),
+            image=self._finish_images(epoch, numbers_B, loaded),
             text=texts if self._text is None else self._text(texts),
             group=torch.tensor([sample.group for sample, _ in loaded]),
             bad=bad,
         )
 
     def _fill(self, epoch: int, position: int, bad: list[Problem]) -> tuple[np.ndarray, list[_Loaded]]:
-        """The samples at our rows' positions; in the place of a bad one, that of the same row of a later batch.
+        """The numbers at our rows' positions and their samples; in the place of a bad one, that of the same row of a
+        later batch.
 
         So it is filled without asking another process, and not by a sample of this batch where there are others.
         """
         order, places_B, loaded = self._epoch_order(epoch), position + self._rows, []
-        samples_B = order.samples(places_B)
-        for row in range(len(samples_B)):
+        numbers_B = order.numbers(places_B)
+        for row in range(len(numbers_B)):
             for attempt in range(1, _MOST_REPLACEMENTS + 1):
-                one = self._load(int(samples_B[row]), bad)
+                one = self._load(int(numbers_B[row]) % len(self._reader), bad)
                 if one is not None:
                     loaded.append(one)
                     break
-                samples_B[row] = order.samples(np.array([self._place_of_reserve(places_B[row], attempt)]))[0]
+                reserve = self._place_of_reserve(places_B[row], attempt, order.length)
+                numbers_B[row] = order.numbers(np.array([reserve]))[0]
             else:
                 raise InputError(
                     f"data: {_MOST_REPLACEMENTS} samples in a row are bad, lastly {bad[-1].shard} {bad[-1].key}: "
                     f"{bad[-1].reason}. Check the shards."
                 )
-        return samples_B, loaded
+        return numbers_B, loaded
 
-    def _place_of_reserve(self, place: int, attempt: int) -> int:
+    def _fetch_ahead(self, epoch: int, position: int) -> None:
+        window = position // self._config.shuffle_window
+        if self._reader.is_remote and self._asked_ahead != (epoch, window):
+            self._asked_ahead = epoch, window
+            ahead = self._epoch_order(epoch).ahead(position, self._config.remote.read_ahead)
+            self._reader.fetch_ahead(ahead % len(self._reader))
+
+    def _place_of_reserve(self, place: int, attempt: int, length: int) -> int:
         """Batch after batch; one further after each time round the epoch, so that every sample has its turn."""
-        step, length = self._global_batch_size, len(self._reader)
-        ahead = attempt * step
+        ahead = attempt * self._global_batch_size
         return place + ahead + ahead // length
 
     def _load(self, number: int, bad: list[Problem]) -> _Loaded | None:
@@ -258,7 +271,7 @@ class _BatchWork(Dataset[Batch | InputError]):
         try:
             if self._image is None:
                 return self._reader.read(number), None
-            sample, picture = self._reader.read_picture(number)
+            sample, picture = self._reader.read_picture(number, self._least)
         except BadSample as error:
             bad.append(error.problem)
             return None
@@ -266,21 +279,22 @@ class _BatchWork(Dataset[Batch | InputError]):
             self._cache[number] = replace(sample, image=b""), picture
         return sample, picture
 
-    def _finish_images(self, epoch: int, samples_B: np.ndarray, loaded: list[_Loaded]) -> Any:
+    def _finish_images(self, epoch: int, numbers_B: np.ndarray, loaded: list[_Loaded]) -> Any:
         if self._image is None:
             return [sample.image for sample, _ in loaded]
-        pictures = [picture for _, picture in loaded if picture is not None]
+        pictures = [picture_CHW for _, picture_CHW in loaded if picture_CHW is not None]
         if self._augmentation is None:
             assert callable(self._image)
-            return [self._image(picture) for picture in pictures]
-        drawn_BP = self._augmentation.draw(self._seed, epoch, samples_B)
+            return [self._image(Image.fromarray(picture_CHW.permute(1, 2, 0).numpy())) for picture_CHW in pictures]
+        drawn_BP = self._augmentation.draw(self._seed, epoch, numbers_B)
         fitted = [
-            self._augmentation.pixels(picture, drawn_P) for picture, drawn_P in zip(pictures, drawn_BP, strict=True)
+            self._augmentation.pixels(picture_CHW, drawn_P)
+            for picture_CHW, drawn_P in zip(pictures, drawn_BP, strict=True)
         ]
         return self._augmentation.change(torch.stack(fitted), drawn_BP)
 
-    def _choose_captions(self, epoch: int, samples_B: np.ndarray, captions: list[list[str]]) -> list[str]:
-        drawn_B = draws.uniform(self._seed, epoch, samples_B, _CAPTION_DRAW)
+    def _choose_captions(self, epoch: int, numbers_B: np.ndarray, captions: list[list[str]]) -> list[str]:
+        drawn_B = draws.uniform(self._seed, epoch, numbers_B, _CAPTION_DRAW)
         return [
             choices[pick_caption(len(choices), self._config.captions, drawn)]
             for choices, drawn in zip(captions, drawn_B, strict=True)
@@ -289,7 +303,7 @@ class _BatchWork(Dataset[Batch | InputError]):
     def _epoch_order(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order[0] != epoch:
             window = self._config.shuffle_window
-            self._order = epoch, EpochOrder(self._reader.samples_of_shard, self._seed, epoch, window)
+            self._order = epoch, EpochOrder(self._reader.shares, self._seed, epoch, window)
         return self._order[1]
 
 
@@ -304,13 +318,8 @@ def pick_caption(count: int, probabilities: list[float] | None, drawn: float) ->
     return min(int(np.searchsorted(np.cumsum(shares) / sum(shares), drawn, side="right")), count - 1)
 
 
-def open_reader(shards: str | Path | Sequence[str | Path], fields: FieldsConfig | None = None) -> SampleReader:
-    """The samples of a shard spec, after every check that can be made before long work starts."""
-    return SampleReader(index_shards(expand(shards)), fields or FieldsConfig())
-
-
 def stream(
-    shards: str | Path | Sequence[str | Path],
+    shards: Spec | DataConfig,
     batch_size: int,
     seed: int = 0,
     rank: int = 0,
@@ -322,7 +331,8 @@ def stream(
     """Image-text batches from WebDataset shards, each epoch in another order, resumable at any batch.
 
     Args:
-        shards: a tar, a brace pattern, a folder, a list file (`@shards.txt`), or a list of these.
+        shards: a tar, a brace pattern, a folder, a list file (`@shards.txt`), an address of one of these, or a list of
+            these; or a DataConfig, which has all that a training run's `data:` section can say.
         batch_size: rows of this process; the global batch is batch_size * world_size.
         image: an ImageSpec gives uint8 (B, C, H, W); a callable takes each RGB picture; None leaves the bytes.
         text: a callable on a caption; None leaves the strings.
@@ -333,8 +343,10 @@ def stream(
     Raises:
         InputError: shards missing, empty or no tar; fields that no sample has; fewer samples than one batch.
     """
+    if not isinstance(shards, DataConfig):
+        shards = DataConfig(train=str(shards) if isinstance(shards, str | Path) else [str(one) for one in shards])
     return Stream(
-        open_reader(shards),
+        open_training_set(shards),
         batch_size,
         seed=seed,
         rank=rank,
@@ -342,6 +354,7 @@ def stream(
         num_workers=num_workers,
         image=image,
         text=None if text is None else _EachText(text),
+        config=shards,
     )
 
 

@@ -12,11 +12,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pydantic import AfterValidator, Field
 
 from mmrl.data import draws
-from mmrl.image_spec import ImageSpec, resize, to_tensor
+from mmrl.image_spec import ImageSpec, resize
 from mmrl.settings import Settings
 
 
@@ -78,13 +77,21 @@ class Augmentation:
         """The random numbers of these samples in this epoch: (B, P)."""
         return draws.uniform(seed, epoch, _DRAW, samples_B[:, None], np.arange(_COUNT))
 
-    def pixels(self, image: Image.Image, drawn_P: np.ndarray) -> torch.Tensor:
-        """RGB picture -> uint8 (C, H, W): the random crop where there is one, else the spec's own fit."""
+    def pixels(self, picture_CHW: torch.Tensor, drawn_P: np.ndarray) -> torch.Tensor:
+        """uint8 (C, any height, any width) -> uint8 (C, H, W): the random crop where there is one, else the spec's own
+        fit."""
         if self.config.random_resized_crop is None:
-            return self.spec.pixels(image)
-        top, left, height, width = self._crop_box(image.height, image.width, drawn_P)
-        crop_CHW = to_tensor(image)[:, top : top + height, left : left + width]
+            return self.spec.pixels(picture_CHW)
+        _, full_h, full_w = picture_CHW.shape
+        top, left, height, width = self._crop_box(full_h, full_w, drawn_P)
+        crop_CHW = picture_CHW[:, top : top + height, left : left + width]
         return resize(crop_CHW, self.spec.height, self.spec.width, self.spec.interpolation)
+
+    def least_source(self) -> tuple[int, int]:
+        """Height and width above which a source has more detail than is kept: half as much again as the smallest crop
+        needs, at which a reduced JPEG's pixels are still within some 48 dB of the whole one's."""
+        smallest = math.sqrt(self.config.random_resized_crop[0] * 3 / 4) if self.config.random_resized_crop else 1.0
+        return math.ceil(1.5 * self.spec.height / smallest), math.ceil(1.5 * self.spec.width / smallest)
 
     def _crop_box(self, height: int, width: int, drawn_P: np.ndarray) -> tuple[int, int, int, int]:
         least, most = self.config.random_resized_crop or [1.0, 1.0]

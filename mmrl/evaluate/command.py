@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmrl import distributed
-from mmrl.data.stream import open_reader
+from mmrl.data.sources import open_reader
 from mmrl.errors import InputError
 from mmrl.evaluate import report, sets
 from mmrl.model import bundle

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 
 from mmrl import distributed
+from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig, SampleReader
 from mmrl.data.sequential import WholeBatch, read_whole
-from mmrl.data.shards import Problem
 from mmrl.errors import InputError
 from mmrl.evaluate.retrieval import as_json, chance, retrieval
 from mmrl.image_spec import ImageSpec

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmrl.decode import decode_pixels, to_tensor, upright_rgb
 from mmrl.errors import InputError
-from mmrl.image_spec import ImageSpec, decode, upright_rgb
+from mmrl.image_spec import ImageSpec
 from mmrl.model import bundle
 from mmrl.model.towers import Side, TokeniseList
 from mmrl.model.two_tower import Encoder
@@ -50,7 +51,7 @@ class LoadedEncoder:
         """
         chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         return self._encode(
-            "image", (torch.stack([self.image_spec.pixels(_open(image)) for image in chunk]) for chunk in chunks)
+            "image", (torch.stack([self.image_spec.pixels(_pixels(image)) for image in chunk]) for chunk in chunks)
         )
 
     def encode_pixels(self, pixels_NCHW: torch.Tensor, batch_size: int = 64) -> np.ndarray:
@@ -132,11 +133,11 @@ def load(
     )
 
 
-def _open(image: Picture) -> Image.Image:
+def _pixels(image: Picture) -> torch.Tensor:
     if isinstance(image, Image.Image):
-        return upright_rgb(image)
+        return to_tensor(upright_rgb(image))
     try:
-        return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+        return decode_pixels(image if isinstance(image, bytes) else Path(image).read_bytes())
     except (OSError, ValueError) as error:
         name = f"{len(image)} bytes" if isinstance(image, bytes) else image
         raise InputError(f"image {name}: {error}") from None

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mmrl
+from mmrl.data.index import Problem
 from mmrl.data.samples import BadSample, SampleReader
-from mmrl.data.shards import Problem
-from mmrl.data.stream import open_reader
+from mmrl.data.sources import open_reader
 from mmrl.data.tables import arrow
 from mmrl.errors import InputError
 from mmrl.export.encoder import LoadedEncoder, load
@@ -179,15 +179,15 @@ def _embedded(reader: SampleReader, encoder: LoadedEncoder, batch_size: int, bad
         pictures = []
         for number in range(start, batch.end):
             try:
-                sample, image = reader.read_picture(number)
+                sample, picture_CHW = reader.read_picture(number)
             except BadSample as error:
                 bad.append(error.problem)
                 continue
-            pictures.append(encoder.image_spec.pixels(image))
+            pictures.append(encoder.image_spec.pixels(picture_CHW))
             batch.keys.append(sample.name)
             batch.captions.append(sample.captions)
             batch.groups.append(sample.group)
-            batch.thumbnails.append(thumbnail(image))
+            batch.thumbnails.append(thumbnail(Image.fromarray(picture_CHW.permute(1, 2, 0).numpy())))
         if pictures:
             batch.embeddings.append(encoder.encode_pixels(torch.stack(pictures), batch_size))
         yield batch

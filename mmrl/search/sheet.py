@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mmrl.decode import decode
 from mmrl.errors import InputError
-from mmrl.image_spec import decode
 
 _SIDE, _PAD, _GAP, _MARGIN = 160, 12, 14, 24
 _COLUMNS = 5

@@ -24,7 +24,7 @@ from mmrl.data.pack import BAD_SAMPLES, pack
 from mmrl.data.pairs import safe_key
 from mmrl.data.samples import NO_GROUP, group_number
 from mmrl.data.sequential import read_whole
-from mmrl.data.stream import open_reader
+from mmrl.data.sources import open_reader
 from mmrl.errors import InputError
 from mmrl.image_spec import ImageSpec
 

@@ -1,3 +1,6 @@
+import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -5,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import drawing, encoded, sample_members, write_tar
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import mmrl
 from mmrl.data.samples import FieldsConfig, group_number
 from mmrl.data.sequential import read_whole
-from mmrl.data.stream import Batch, DataConfig, Stream, open_reader, pick_caption
+from mmrl.data.sources import DataConfig, open_reader, open_training_set
+from mmrl.data.stream import Batch, Stream, pick_caption
 from mmrl.data.transforms import AugmentConfig
-from mmrl.errors import InputError
+from mmrl.errors import InputError, RunStopped
 from mmrl.image_spec import ImageSpec
 
 SPEC = ImageSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -120,6 +126,120 @@ def test_an_epoch_resumed_in_another_world_still_sees_each_sample_once(shards: P
         seen += [batch.keys for batch in resumed]
     assert max(Counter(key for keys in seen for key in keys).values()) == 1
     assert sum(map(len, seen)) == 48
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    world=st.integers(1, 5),
+    other_world=st.integers(1, 5),
+    rows=st.integers(1, 4),
+    stop_after=st.integers(0, 40),
+    window=st.integers(1, 50),
+    repeat=st.sampled_from([1.0, 0.5, 2.0]),
+)
+def test_each_sample_once_an_epoch_whatever_the_division_and_wherever_it_stops(
+    counts: list[int],
+    world: int,
+    other_world: int,
+    rows: int,
+    stop_after: int,
+    window: int,
+    repeat: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = small_shards(tmp_path_factory, counts)
+    data = DataConfig.model_validate({"sources": [{"shards": str(folder), "repeat": repeat}], "shuffle_window": window})
+    batch = world * other_world * rows
+
+    def streams(world: int) -> list[Stream]:
+        reader = open_training_set(data)
+        return [Stream(reader, batch // world, seed=7, rank=r, world_size=world, config=data) for r in range(world)]
+
+    if sum(share.per_epoch for share in open_training_set(data).shares) < batch:
+        with pytest.raises(InputError, match="fewer than one global batch"):
+            streams(world)
+        return
+    uninterrupted = streams(1)[0]
+    steps = 2 * uninterrupted.batches_per_epoch
+    whole = uninterrupted.forever()
+    expected = [next(whole).keys for _ in range(steps)]
+    stop_after = min(stop_after, steps - 1)
+    first = streams(world)
+    running = [one.forever() for one in first]
+    got = [[key for rank in running for key in next(rank).keys] for _ in range(stop_after)]
+    states = [json.loads(json.dumps(one.state_dict())) for one in first]
+    assert all(state == states[0] for state in states)
+    second = streams(other_world)
+    for one in second:
+        one.load_state_dict(states[0])
+    running = [one.forever() for one in second]
+    got += [[key for rank in running for key in next(rank).keys] for _ in range(steps - stop_after)]
+    assert got == expected
+    for epoch in range(2):
+        batches = expected[epoch * steps // 2 : (epoch + 1) * steps // 2]
+        times = Counter(key for keys in batches for key in keys)
+        assert max(times.values()) <= max(1, repeat)
+        assert sum(times.values()) == uninterrupted.batches_per_epoch * batch
+
+
+def small_shards(factory: pytest.TempPathFactory, counts: list[int]) -> Path:
+    folder, first = factory.mktemp("small"), 0
+    for shard, count in enumerate(counts):
+        members = [(f"{n}.{kind}", b"x") for n in range(first, first + count) for kind in ("jpg", "txt")]
+        write_tar(folder / f"{shard:03}.tar", members)
+        first += count
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
+def test_one_shard_feeds_many_workers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = small_shards(tmp_path_factory, [50])
+    seen = [key for rank in range(4) for batch in mmrl.stream(folder, 3, rank=rank, world_size=4, num_workers=6)
+            for key in batch.keys]  # fmt: skip
+    assert len(seen) == len(set(seen)) == 48
+
+
+def test_a_killed_worker_is_one_sentence_and_no_hang(shards: Path) -> None:
+    stream = make(shards, workers=2)
+    batches = stream.forever()
+    next(batches)
+    assert stream._loader is not None
+    os.kill(stream._loader._iterator._workers[0].pid, signal.SIGKILL)  # pyright: ignore
+    with pytest.raises(RunStopped, match=r"a loader process was killed from outside .* lower data.workers \(now 2\)"):
+        list(zip(range(100), batches, strict=False))
+    # What was given before counts, and the stream goes on after it.
+    position = stream.state_dict()["position"]
+    assert_equal(next(stream.forever()), list(make(shards))[position // 12])
+
+
+def test_large_jpegs_may_be_decoded_small(tmp_path: Path) -> None:
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("jpg", encoded(drawing(n)[0].resize((640, 480), Image.Resampling.BICUBIC), "JPEG")),
+                           ("txt", b"a caption"))
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    for crop in (None, [0.8, 1.0]):
+        batches = [
+            next(iter(Stream(open_reader(path), 4, image=SPEC, config=DataConfig(
+                scaled_decode=scaled, augment=AugmentConfig(random_resized_crop=crop)))))
+            for scaled in (False, True)
+        ]  # fmt: skip
+        assert batches[0].keys == batches[1].keys
+        difference = batches[0].image.float() - batches[1].image.float()
+        assert difference.abs().max() > 0
+        assert 10 * torch.log10(255**2 / difference.square().mean()) > 40
+
+
+def test_the_data_of_a_state_must_be_the_same(shards: Path, tmp_path: Path) -> None:
+    state = make(shards).state_dict()
+    for number, name in ((0, "part-2.tar"), (1, "part-0.tar"), (2, "part-1.tar")):
+        (tmp_path / f"part-{number}.tar").write_bytes((shards / name).read_bytes())
+    with pytest.raises(InputError, match="the shards have other names or sizes"):
+        make(tmp_path).load_state_dict(state)
+    assert len(json.dumps(state)) < 200
 
 
 def test_a_state_of_another_batch_size_or_seed_is_refused(shards: Path) -> None:

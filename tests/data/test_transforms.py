@@ -4,6 +4,7 @@ import torch
 from conftest import drawing
 
 from mmrl.data.transforms import Augmentation, AugmentConfig
+from mmrl.decode import to_tensor
 from mmrl.image_spec import ImageSpec
 
 SPEC = ImageSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -61,7 +62,7 @@ def test_brightness_scales_and_stays_in_range() -> None:
 @pytest.mark.parametrize("size", [32, 100])
 def test_random_crop_keeps_its_share_and_the_specs_size(size: int) -> None:
     augmentation = Augmentation(AugmentConfig(random_resized_crop=[0.4, 0.6]), SPEC)
-    picture = drawing(2, 100)[0].resize((size, size * 2))
+    picture = to_tensor(drawing(2, 100)[0].resize((size, size * 2)))
     crops = []
     for drawn_P in augmentation.draw(3, 1, np.arange(50)):
         assert augmentation.pixels(picture, drawn_P).shape == (3, 32, 32)

@@ -161,7 +161,7 @@ def test_what_is_no_encoder_or_a_damaged_one_is_explained(source: Path, tmp_path
 def test_unreadable_pictures_and_bare_strings_are_named(source: Path, tmp_path: Path) -> None:
     encoder = mmrl.load(source)
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"bad.jpg: no picture in any of the formats"):
+    with pytest.raises(InputError, match=r"bad.jpg: no picture in a known format"):
         encoder.encode_images([tmp_path / "bad.jpg"])
     with pytest.raises(InputError, match="want a list of texts"):
         encoder.encode_texts("a red square")

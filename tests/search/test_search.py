@@ -159,7 +159,7 @@ def test_bad_samples_are_counted_listed_and_shown(
 
 def test_pictures_that_are_all_bad_leave_nothing_that_could_be_indexed(place: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "bad.tar", [("a.png", b"no picture"), ("a.txt", b"x")])
-    with pytest.raises(InputError, match=r"no picture in .* can be used, such as a: image"):
+    with pytest.raises(InputError, match=r"no picture in .* can be used, such as a: no picture in a known format"):
         embed_pictures(str(place / "model"), str(tmp_path / "bad.tar"), tmp_path / "e", quiet=True)
     assert [path.name for path in (tmp_path / "e").iterdir()] == [embed.BAD_SAMPLES]
     embed_pictures(str(place / "model"), str(place / "pictures.tar"), tmp_path / "e", quiet=True)

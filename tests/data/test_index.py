@@ -1,0 +1,134 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import sample_members, write_tar
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from mmrl.data import index as indexing
+from mmrl.data.index import SUFFIX, ShardIndex, index_shard, load_index, open_shards, save_index
+from mmrl.data.stores import Store, StoreConfig
+from mmrl.errors import InputError
+
+
+def keys(index: ShardIndex) -> list[str]:
+    return [index.key(row) for row in range(len(index))]
+
+
+def store(folder: Path) -> Store:
+    return Store(StoreConfig(folder=str(folder)))
+
+
+def test_the_index_groups_members_as_webdataset_does(shards: Path) -> None:
+    path = shards / "part-0.tar"
+    index = index_shard(path)
+    with path.open("rb") as file:
+        tar_bytes: Any = file
+        theirs = list(group_by_keys({**member, "__url__": ""} for member in tar_file_iterator(tar_bytes)))
+    assert keys(index) == [sample["__key__"] for sample in theirs]
+    raw = path.read_bytes()
+    for row, sample in enumerate(theirs):
+        mine = {kind: raw[offset : offset + size] for kind, (offset, size) in index.members(row).items()}
+        assert mine == {kind: data for kind, data in sample.items() if not kind.startswith("__")}
+
+
+def test_a_tar_cut_short_keeps_what_is_whole_and_says_so(shards: Path, tmp_path: Path) -> None:
+    whole = (shards / "part-0.tar").read_bytes()
+    index = index_shard(shards / "part-0.tar")
+    inside = index.members(10)["png"][0] + 5
+    at_an_edge = index.members(10)["png"][0] - 512
+    in_a_header = at_an_edge + 100
+    for number, cut in enumerate((inside, at_an_edge, in_a_header)):
+        path = tmp_path / f"cut-{number}.tar"
+        path.write_bytes(whole[:cut])
+        short = index_shard(path)
+        assert keys(short) == keys(index)[:10]
+        ((key, reason),) = short.problems
+        assert key == ""
+        assert reason.startswith(("truncated tar", "damaged tar"))
+
+
+def test_duplicate_keys_are_listed_and_left_out(tmp_path: Path) -> None:
+    members = [*sample_members(1), *sample_members(2), *sample_members(1)]
+    index = index_shard(write_tar(tmp_path / "twice.tar", members))
+    assert keys(index) == ["00001", "00002"]
+    assert index.problems == [("00001", "duplicate key in this shard")]
+
+
+def test_files_that_are_no_shards_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.tar").write_text("hello " * 1000)
+    (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
+    write_tar(tmp_path / "empty.tar", [])
+    for name, says in (("text", "is not a plain tar file"), ("zipped", "decompress it"), ("empty", "holds no sample")):
+        with pytest.raises(InputError, match=rf"{name}.tar.* {says}"):
+            open_shards([str(tmp_path / f"{name}.tar")], store(tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_tar_is_read_as_far_as_it_goes_or_refused(seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    whole = b"".join(write_tar(tmp_path / "whole.tar", (m for n in range(6) for m in sample_members(n))).read_bytes()
+                     for _ in "1")  # fmt: skip
+    data = bytearray(whole[: rng.integers(1, len(whole))] if seed % 2 else whole)
+    headers = [offset for offset in range(0, len(data), 512) if data[offset + 257 : offset + 262] == b"ustar"]
+    for _ in range(3):  # most flips in headers, where they matter
+        start = int(rng.choice(headers)) if headers and rng.random() < 0.8 else int(rng.integers(len(data)))
+        data[min(start + int(rng.integers(512)), len(data) - 1)] ^= 1 << int(rng.integers(8))
+    path = tmp_path / "damaged.tar"
+    path.write_bytes(data)
+    try:
+        index = index_shard(path)
+    except InputError:
+        return
+    assert len(index) == 6 or index.problems or keys(index) != [f"{n:05}" for n in range(6)]
+    for row in range(len(index)):
+        assert all(offset + size <= len(data) for offset, size in index.members(row).values())
+
+
+def test_an_index_is_stored_whole_and_read_again(shards: Path, tmp_path: Path) -> None:
+    index = index_shard(write_tar(tmp_path / "a.tar", [*sample_members(1), ("\udcff.png", b""), *sample_members(1)]))
+    save_index(index, tmp_path / "a.index")
+    again = load_index(tmp_path / "a.index")
+    assert keys(again) == keys(index) == ["00001", "\udcff"]
+    assert again.problems == index.problems
+    assert again.members(0) == index.members(0)
+    assert again.tar == index.tar
+
+
+def test_an_index_is_made_on_first_sight_and_then_used(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locations = [str(path) for path in sorted(shards.glob("*.tar"))]
+    first = open_shards(locations, store(tmp_path))
+    assert [shard.samples for shard in first] == [20, 17, 11]
+    assert not list(shards.glob("*.index"))  # the data's own folder is left as it is
+    monkeypatch.setattr(indexing, "index_shard", None)
+    assert open_shards(locations, store(tmp_path)) == first
+
+
+def test_an_index_beside_the_shard_comes_first_unless_it_is_of_another_tar(shards: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "a.tar"
+    shutil.copy(shards / "part-0.tar", tar)
+    beside = tmp_path / f"a.tar{SUFFIX}"
+    save_index(index_shard(tar), beside)
+    (shard,) = open_shards([str(tar)], store(tmp_path / "cache"))
+    assert shard.stored == beside
+    # Of the same size, as tars easily are: only the headers tell.
+    data = tar.read_bytes()
+    write_tar(tar, [m for number in range(100, 120) for m in sample_members(number)])
+    tar.write_bytes(tar.read_bytes().ljust(len(data), b"\0")[: len(data)])
+    (shard,) = open_shards([str(tar)], store(tmp_path / "cache"))
+    assert shard.load().key(0) == "00100"
+    for damage in (b"", b"no index", beside.read_bytes()[:100]):
+        beside.write_bytes(damage)
+        (shard,) = open_shards([str(tar)], store(tmp_path / "cache"))
+        assert shard.load().key(0) == "00100"
+
+
+def test_without_a_place_to_write_the_index_stays_in_memory(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (shard,) = open_shards([str(shards / "part-1.tar")], store(tmp_path / "file"))
+    assert shard.stored is None
+    assert len(shard.load()) == 17

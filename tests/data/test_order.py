@@ -1,0 +1,82 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmrl.data import draws
+from mmrl.data.order import EpochOrder, Share
+
+
+def numbers(shares: list[Share], epoch: int = 0, window: int = 16) -> np.ndarray:
+    order = EpochOrder(shares, seed=5, epoch=epoch, window=window)
+    return order.numbers(np.arange(order.length))
+
+
+@pytest.mark.parametrize("counts", [[7], [5, 1, 30], [100] * 20])
+@pytest.mark.parametrize("window", [1, 16, 10_000])
+def test_an_epoch_holds_each_sample_once_in_an_order_of_its_own(counts: list[int], window: int) -> None:
+    everywhere = np.arange(sum(counts))
+    epochs = [numbers([Share(counts)], epoch, window) for epoch in range(3)]
+    for order in epochs:
+        assert sorted(order.tolist()) == everywhere.tolist()
+    assert epochs[0].tolist() != epochs[1].tolist() != epochs[2].tolist()
+    # Any part of the order is found without the rest.
+    again = EpochOrder([Share(counts)], seed=5, epoch=1, window=window)
+    assert again.numbers(everywhere[3:6]).tolist() == epochs[1][3:6].tolist()
+    assert again.numbers(everywhere[:2] + sum(counts)).tolist() == epochs[1][:2].tolist()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([0.1, 0.5, 1, 1.7, 3])),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 60),
+)
+def test_each_source_comes_as_often_as_it_should(sources: list[tuple[list[int], float]], window: int) -> None:
+    shares = [Share(counts, repeat) for counts, repeat in sources]
+    total = sum(share.total for share in shares)
+    seen: Counter[int] = Counter()
+    epochs = 10
+    for epoch in range(epochs):
+        order = numbers(shares, epoch, window)
+        assert len(set(order.tolist())) == len(order)  # every appearance has a number of its own
+        seen.update((order % total).tolist())
+    first = 0
+    for share in shares:
+        times = [seen[sample] for sample in range(first, first + share.total)]
+        assert sum(times) == epochs * share.per_epoch
+        assert max(times) - min(times) <= 1
+        first += share.total
+
+
+def test_half_a_source_is_the_other_half_next_time() -> None:
+    first, second = (set(numbers([Share([30, 10], 0.5)], epoch).tolist()) for epoch in range(2))
+    assert len(first) == len(second) == 20
+    assert not first & second
+
+
+def test_what_is_read_ahead_is_what_comes() -> None:
+    counts = [10] * 50
+    order = EpochOrder([Share(counts)], seed=1, epoch=0, window=40)
+    for position in (0, 100, 333):
+        ahead = {int(number) // 10 for number in order.ahead(position, 4)}
+        coming = {int(number) // 10 for number in order.numbers(np.arange(position, position + 20))}
+        place = (position + order._turn) % order.length
+        in_this_window = 40 - place % 40
+        assert {int(n) // 10 for n in order.numbers(np.arange(position, position + min(in_this_window, 20)))} <= ahead
+        assert len(ahead) <= 6 + 4
+        assert coming
+
+
+def test_draws_are_even_and_do_not_depend_on_their_company() -> None:
+    numbers = draws.uniform(1, 2, np.arange(20_000))
+    assert abs(numbers.mean() - 0.5) < 0.01
+    assert abs(np.histogram(numbers, 10)[0] / 2000 - 1).max() < 0.1
+    assert draws.uniform(1, 2, np.array([77]))[0] == numbers[77]
+    assert draws.uniform(1, 3, 77) != numbers[77]
+    assert sorted(draws.permutation(50, 9).tolist()) == list(range(50))
