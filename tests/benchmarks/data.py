@@ -1,0 +1,238 @@
+"""The stream beside open_clip's own pipeline, and what resuming and long runs cost; run by hand on a quiet machine:
+
+    python tests/benchmarks/data.py [decode] [workers] [resume] [memory] [pack] [check]     (all, when none is named)
+
+decode    samples a second of one core, tar -> 224-pixel training crops: open_clip's transforms on its WebDataset
+          pipeline, our stream (uint8, which is normalised on the device; and with that done by the same core), and
+          the decoder and the resize alone on the same bytes in memory. Turns alternate.
+workers   two worker processes beside one, the consumer idle.
+resume    1,000,000 small samples in 100 shards: from nothing to the first batch, at the start and at 90 % of an epoch,
+          with the index there; and the size of the state.
+memory    resident memory of all loader processes together over 20 epochs with persistent workers.
+pack      `mmrl pack` beside the loop that reads the files and writes them into a tar, and that makes them smaller.
+check     `mmrl check` without decoding: bytes a second of one worker.
+
+Photos are drawn: smooth waves with grain, about 500 x 400, JPEG of quality 90, some 65 KB each.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from mmrl.data.sources import DataConfig, open_training_set
+from mmrl.data.stream import Stream
+from mmrl.data.transforms import AugmentConfig
+from mmrl.decode import decode_pixels
+from mmrl.image_spec import ImageSpec
+
+SPEC = ImageSpec(height=224, width=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+CROP = [0.9, 1.0]
+BATCH = 64
+
+
+def photo(number: int) -> bytes:
+    """A JPEG of about 500 x 400."""
+    rng = np.random.default_rng(number)
+    height, width = 400 + number % 17, 500 - number % 13
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [128 + 90 * np.sin(x / rng.uniform(10, 40) + y / rng.uniform(10, 40)) for _ in range(3)]
+    grain = rng.normal(0, 6, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray((np.stack(waves, -1) + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, shards: int, samples: int, picture: Callable[[int], bytes]) -> None:
+    """Shards of KEY.jpg + KEY.txt."""
+    folder.mkdir(exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(folder / f"shard-{shard:04}.tar", "w") as tar:
+            for number in range(shard * samples, (shard + 1) * samples):
+                for name, data in (("jpg", picture(number)), ("txt", f"photo number {number}".encode())):
+                    info = tarfile.TarInfo(f"{number:08}.{name}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def photos(place: Path, shards: int = 4, samples: int = 256) -> Path:
+    """A folder of shards of photos, 64 of them different."""
+    folder = place / "photos"
+    if not folder.exists():
+        some = [photo(number) for number in range(64)]
+        write_shards(folder, shards, samples, lambda number: some[number % 64])
+    return folder
+
+
+def our_stream(folder: Path, workers: int = 0, image: ImageSpec | None = SPEC, batch: int = BATCH) -> Stream:
+    """The stream as training has it."""
+    config = DataConfig(train=str(folder), augment=AugmentConfig(random_resized_crop=CROP), workers=workers)
+    return Stream(open_training_set(config), batch, num_workers=workers, image=image, config=config)
+
+
+def measure_decode(place: Path, turns: int = 5) -> None:
+    """One core each."""
+    import webdataset as wds
+
+    folder = photos(place)
+    transform = image_transform_v2(
+        PreprocessCfg(224, "RGB", SPEC.mean, SPEC.std, "bicubic"),
+        is_train=True,
+        aug_cfg=AugmentationCfg(scale=(0.9, 1.0)),
+    )
+    some = [photo(number) for number in range(64)]
+
+    def open_clips() -> int:
+        # As open_clip.data.get_wds_dataset builds it, in one process.
+        pipeline = wds.DataPipeline(  # pyright: ignore[reportAttributeAccessIssue]
+            wds.SimpleShardList(sorted(map(str, folder.glob("*.tar")))),
+            wds.tarfile_to_samples(),
+            wds.shuffle(512),
+            wds.decode("pilrgb"),
+            wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+            wds.map_dict(image=transform),
+            wds.to_tuple("image", "text"),
+            wds.batched(BATCH, partial=False),
+        )
+        return sum(len(texts) for _, texts in pipeline)
+
+    def ours() -> int:
+        return sum(len(batch.keys) for batch in our_stream(folder))
+
+    def ours_normalised() -> int:
+        return sum(len(SPEC.normalise(batch.image)) for batch in our_stream(folder))
+
+    def bare() -> int:
+        for number in range(1024):
+            pixels_CHW = decode_pixels(some[number % 64])
+            crop_CHW = pixels_CHW[:, 8:-8, 8:-8]
+            F.interpolate(crop_CHW[None], size=(224, 224), mode="bicubic", antialias=True)
+        return 1024
+
+    rows: dict[str, Callable[[], int]] = {
+        "open_clip": open_clips,
+        "mmrl": ours,
+        "mmrl, normalised there too": ours_normalised,
+        "decoder and resize alone": bare,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(turns + 1):
+        for name, run in rows.items():
+            began = time.perf_counter()
+            count = run()
+            if turn:
+                rates[name].append(count / (time.perf_counter() - began))
+    for name, values in rates.items():
+        print(f"decode   {name:26} {statistics.median(values):7.0f} samples/s a core")
+    for of, to in (
+        ("mmrl", "open_clip"),
+        ("mmrl, normalised there too", "open_clip"),
+        ("mmrl", "decoder and resize alone"),
+    ):
+        print(f"decode   {of:26} / {to:26} {ratio(rates[of], rates[to]):.2f}")
+
+
+def measure_workers(place: Path, turns: int = 3) -> None:
+    """The second epoch of persistent workers, so that their start does not count."""
+    folder = photos(place)
+    streams = {workers: our_stream(folder, workers) for workers in (1, 2)}
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(turns + 1):
+        for workers, stream in streams.items():
+            began = time.perf_counter()
+            count = sum(len(batch.keys) for batch in stream)
+            if turn:
+                rates[workers].append(count / (time.perf_counter() - began))
+    for workers, values in rates.items():
+        print(f"workers  {workers}                        {statistics.median(values):9.0f} samples/s")
+    print(f"workers  two / one                  {ratio(rates[2], rates[1]):7.2f}")
+
+
+def measure_resume(place: Path) -> None:
+    """In one process, as a restarted run would."""
+    folder = place / "million"
+    print("resume   writing 1,000,000 samples …", flush=True)
+    write_shards(folder, 100, 10_000, lambda number: b"%d" % number)
+    began = time.perf_counter()
+    stream = our_stream(folder, image=None, batch=256)
+    print(f"resume   first sight, all indexed   {time.perf_counter() - began:7.1f} s")
+    state = stream.state_dict()
+    print(f"resume   the state                  {len(json.dumps(state)):7} bytes")
+    for share in (0.0, 0.9):
+        began = time.perf_counter()
+        stream = our_stream(folder, image=None, batch=256)
+        position = int(share * stream.batches_per_epoch) * 256
+        stream.load_state_dict({**state, "epoch": 1, "position": position})
+        next(iter(stream))
+        print(f"resume   first batch at {share:3.0%}         {time.perf_counter() - began:7.2f} s")
+
+
+def measure_memory(place: Path, epochs: int = 20) -> None:
+    """Proportional set size: shared pages count once."""
+    folder = photos(place)
+    stream = our_stream(folder, workers=2)
+    for epoch in range(epochs):
+        for _ in stream:
+            pass
+        if epoch in (0, 1, 4, 9, epochs - 1):
+            print(f"memory   after epoch {epoch + 1:3}            {_memory_of_all():7.0f} MiB", flush=True)
+
+
+def _memory_of_all() -> float:
+    """MiB of this process and its children. (Linux.)"""
+    me, total = os.getpid(), 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        pid = int(stat.parent.name)
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if me in (pid, parent):
+                line = next(line for line in (stat.parent / "smaps_rollup").read_text().splitlines() if "Pss:" in line)
+                total += int(line.split()[1])
+        except OSError:
+            continue
+    return total / 1024
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """The median of the turns' own ratios."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+MEASURES: dict[str, Callable[[Path], Any]] = {
+    "decode": measure_decode,
+    "workers": measure_workers,
+    "resume": measure_resume,
+    "memory": measure_memory,
+}
+
+
+def main() -> None:
+    """Runs what is named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", nargs="*", choices=[*MEASURES, []], default=[])
+    parser.add_argument("--place", type=Path, help="folder for the generated shards; a temporary one when left out")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="mmrl-benchmark-") as temporary:
+        os.environ["MMRL_CACHE"] = f"{temporary}/cache"
+        for what in arguments.what or MEASURES:
+            MEASURES[what](arguments.place or Path(temporary))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
