@@ -84,7 +84,8 @@ def pack(
     ],
     out: Annotated[Path, typer.Argument(help="New folder for the shards")],
     image_column: Annotated[
-        str | None, typer.Option(help="Column of paths; image, image_path, path, … by default")
+        str | None,
+        typer.Option(help="Column of paths (image, image_path, path, … by default) or, if named, of URLs to fetch"),
     ] = None,
     caption_column: Annotated[
         list[str] | None, typer.Option(help="May be repeated; caption, captions, text and title by default")
@@ -92,10 +93,15 @@ def pack(
     group_column: Annotated[str | None, typer.Option(help="Names the item: one item is no negative of itself")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     max_side: Annotated[int | None, typer.Option(min=1, help="Make larger pictures this small, as JPEG")] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Of pictures equal byte for byte keep the first, lose the others' captions")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at work; one a core by default")] = None,
     as_json: Json = False,
 ) -> None:
-    """Pack image-text pairs of your own into shards."""
+    """Pack image-text pairs of your own into shards. Stopped, the same command goes on where it stood."""
     from mmrl.data import pack as packing
+    from mmrl.data.workers import usable_cores
 
     result = packing.pack(
         source,
@@ -105,6 +111,8 @@ def pack(
         group_column=group_column,
         samples_per_shard=samples_per_shard,
         max_side=max_side,
+        dedup=dedup,
+        workers=workers or usable_cores(),
         quiet=as_json,
     )
     if as_json:

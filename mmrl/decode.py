@@ -55,6 +55,11 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def to_picture(pixels_CHW: torch.Tensor) -> Image.Image:
+    """uint8 (C, H, W) -> RGB picture."""
+    return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A Pillow picture of any mode -> RGB, upright."""
     image = ImageOps.exif_transpose(image)
@@ -70,18 +75,18 @@ def _by_pillow(data: bytes, least: tuple[int, int] | None) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
-                    f"too large a picture ({image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed)"
+                    f"too large a picture: {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed"
                 )
             reduction = _reduction(image.height, image.width, least)
             if reduction > 1:
                 image.draft(None, (image.width // reduction, image.height // reduction))
             return upright_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"no picture in a known format ({', '.join(FORMATS)})") from None
+        raise ValueError(f"no picture in a known format: it is none of {', '.join(FORMATS)}") from None
     except ValueError:
         raise
     except Exception as error:  # Pillow's decoders and EXIF reader let many kinds through on damaged files
-        raise ValueError(f"damaged picture ({error})") from error
+        raise ValueError(f"damaged picture: {error}") from error
 
 
 def _by_simplejpeg(data: bytes, least: tuple[int, int] | None) -> Any:

@@ -45,8 +45,8 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """What such problems are counted by: the reason without its details."""
-        return self.reason.partition(" (")[0]
+        """What such problems are counted by: a reason is "KIND: details", or a kind alone."""
+        return self.reason.partition(":")[0]
 
 
 def account(count_of_kind: Counter[str], most: int = 3) -> str:
@@ -189,10 +189,10 @@ def _opened(location: str, stored: Path, tar: Path | None) -> Shard | None:
         if not stored.exists():
             return None
         with _facts(stored) as (facts, _):
-            if tar is not None and not TarMark(**json.loads(facts["tar"])).fits(tar):
+            if tar is not None and not TarMark(**facts["tar"]).fits(tar):
                 return None
-            problems = [Problem(location, key, reason) for key, reason in json.loads(facts["problems"])]
-            return Shard(location, int(facts["samples"]), json.loads(facts["extensions"]), problems, stored)
+            problems = [Problem(location, key, reason) for key, reason in facts["problems"]]
+            return Shard(location, facts["samples"], facts["extensions"], problems, stored)
     except (OSError, ValueError):
         return None
 
@@ -226,20 +226,20 @@ def index_shard(path: Path) -> ShardIndex:
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > length:
-                    cut = f"truncated tar (the file ends inside {member.name})"
+                    cut = f"truncated tar: the file ends inside {member.name}"
                     break
                 builder.add(member.name, member.offset_data, member.size)
                 end = member.offset_data + member.size
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else tarfile keeps them all
             else:
-                cut = None if _ends_properly(path, tar.offset) else "truncated tar (no end-of-archive mark)"
+                cut = None if _ends_properly(path, tar.offset) else "truncated tar: no end-of-archive mark"
     except OSError:
         raise
     except Exception as error:  # damaged headers make tarfile raise many kinds
         if not builder.has_members:
             hint = "; decompress it first" if _is_gzip(path) else ""
             raise InputError(f"shards: {path} is not a plain tar file ({error}){hint}.") from error
-        cut = f"damaged tar ({error}; its last {length - end:,} bytes cannot be read)"
+        cut = f"damaged tar: {error}; its last {length - end:,} bytes cannot be read"
     if cut:
         builder.problem("", cut)
     return builder.finish(path)
@@ -279,13 +279,13 @@ class _IndexBuilder:
             self._key = key
             self._skipping = key in self._seen
             if self._skipping:
-                self.problem(key, "duplicate key in this shard")
+                self.problem(key, "duplicate key: it stands in this shard before; the first is used")
             self._seen.add(key)
         if self._skipping:
             return
         kind = self._kinds.setdefault(extension.lower(), len(self._kinds))
         if kind in (k for k, _, _ in self._members[self._first[-1] :]):
-            self.problem(key, f"two members of one extension (.{extension}; the first is used)")
+            self.problem(key, f"two members of one extension: .{extension}; the first is used")
             return
         self._members.append((kind, offset, size))
 
@@ -328,13 +328,13 @@ def save_index(index: ShardIndex, path: Path) -> None:
         OSError: it cannot be written there.
     """
     facts = {
-        "format": _FORMAT,
-        "samples": str(len(index)),
-        "extensions": json.dumps(index.extensions),
-        "problems": json.dumps(index.problems),
-        "tar": json.dumps(asdict(index.tar)),
+        "samples": len(index),
+        "extensions": index.extensions,
+        "problems": index.problems,
+        "tar": asdict(index.tar),
     }
-    _write(path, save({name: getattr(index, name) for name in _ARRAYS}, facts))
+    # One entry: several would come in another order each time.
+    _write(path, save({name: getattr(index, name) for name in _ARRAYS}, {_FORMAT: json.dumps(facts)}))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -354,14 +354,14 @@ def load_index(path: Path) -> ShardIndex:
     with _facts(path) as (facts, file):
         return ShardIndex(
             **{name: file.get_tensor(name) for name in _ARRAYS},
-            extensions=json.loads(facts["extensions"]),
-            tar=TarMark(**json.loads(facts["tar"])),
-            problems=[(key, reason) for key, reason in json.loads(facts["problems"])],
+            extensions=facts["extensions"],
+            tar=TarMark(**facts["tar"]),
+            problems=[(key, reason) for key, reason in facts["problems"]],
         )
 
 
 @contextlib.contextmanager
-def _facts(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
+def _facts(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """What an index says of itself, and its arrays, unread.
 
     Raises:
@@ -369,9 +369,9 @@ def _facts(path: Path) -> Iterator[tuple[dict[str, str], Any]]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != _FORMAT:
+            facts = (file.metadata() or {}).get(_FORMAT)
+            if facts is None:
                 raise ValueError(f"{path} is no index of this version")
-            yield facts, file
+            yield json.loads(facts), file
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is a damaged index ({error})") from None

@@ -1,14 +1,17 @@
 """A user's folder or table -> image-text pairs: where each picture lies, what is said of it, what its key will be."""
 
+import hashlib
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from mmrl.data.fetch import is_address
 from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig
 from mmrl.data.tables import Row, Table
@@ -27,7 +30,8 @@ class Pair:
 
     origin: str
     key: str
-    image: Path
+    image: Path | str
+    """A file, or an http(s) address as text."""
     captions: list[str]
     group: str | None
 
@@ -56,14 +60,22 @@ class FolderPairs:
     def __len__(self) -> int:
         return len(self._images) + len(self._alone)
 
-    def __iter__(self) -> Iterator[Pair | Problem]:
-        for stem, path in self._images:
+    def fingerprint(self) -> dict[str, Any]:
+        """By what a folder is known again: its files' names, since to look into all of them would take long."""
+        names = [stem + path.suffix for stem, path in self._images]
+        names += [stem + path.suffix for stem, files in self._texts.items() for path in files.values()]
+        digest = hashlib.blake2b(os.fsencode("\n".join(sorted(names))), digest_size=8)
+        return {"count of files": len(names), "hash of file names": digest.hexdigest()}
+
+    def after(self, position: int) -> Iterator[Pair | Problem]:
+        """What follows the first `position` of them."""
+        for stem, path in self._images[position:]:
             try:
                 captions, group = self._said_of(self._texts.get(stem, {}))
                 yield Pair("", safe_key(stem), path, captions, group)
             except (ValueError, OSError) as error:
                 yield Problem("", safe_key(stem), f"unreadable text: {error}")
-        for stem in self._alone:
+        for stem in self._alone[max(0, position - len(self._images)) :]:
             names = " and ".join(path.name for path in self._texts[stem].values())
             yield Problem("", safe_key(stem), f"missing image: no picture beside {names}")
 
@@ -107,6 +119,8 @@ class TablePairs:
 
     def __init__(self, table: Table, image: str | None, captions: Sequence[str], group: str | None) -> None:
         self._table = table
+        # The permission to fetch: nothing goes out into the network for a column that nobody named.
+        self._may_fetch = image is not None
         self._image = self._choose("image-column", [image] if image else [], IMAGE_COLUMNS)[0]
         self._captions = self._choose("caption-column", captions, CAPTION_COLUMNS)
         self._group = None if group is None else self._choose("group-column", [group], ())[0]
@@ -128,10 +142,17 @@ class TablePairs:
     def __len__(self) -> int:
         return self._table.count
 
-    def __iter__(self) -> Iterator[Pair | Problem]:
+    def fingerprint(self) -> dict[str, Any]:
+        """By what a table is known again."""
+        status = self._table.path.stat()
+        return {"size of the table": status.st_size, "time of the table": status.st_mtime_ns}
+
+    def after(self, position: int) -> Iterator[Pair | Problem]:
+        """What follows the first `position` of them."""
         used = {self._image, *self._captions, *([self._group] if self._group else [])}
         for row in self._table.rows(sorted(used)):
-            yield self._pair(row)
+            if row.number > position:
+                yield self._pair(row)
 
     def _pair(self, row: Row) -> Pair | Problem:
         origin, place = str(self._table.path), f"row {row.number}"
@@ -143,9 +164,16 @@ class TablePairs:
         if not isinstance(image, str):
             return Problem(origin, place, f"missing image: {self._image} holds no path but a {type(image).__name__}")
         if "://" in image:
-            return Problem(origin, place, f"missing image: {image} is an address; fetch the pictures first")
+            image = image.strip()
+            if not is_address(image):
+                return Problem(origin, place, f"missing image: {image} is neither a path nor an http(s) address")
+            if not self._may_fetch:
+                reason = f"missing image: {image} is an address; name its column by --image-column to fetch it"
+                return Problem(origin, place, reason)
         captions = [caption for column in self._captions for caption in _texts_of(row.values.get(column))]
         group = _group_of(row.values.get(self._group)) if self._group else None
+        if is_address(image):
+            return Pair(origin, _key_of_address(image), image, captions, group)
         return Pair(origin, self._key(image), self._table.path.parent / image, captions, group)
 
     def _key(self, image: str) -> str:
@@ -153,7 +181,19 @@ class TablePairs:
         path, root = Path(image), self._table.path.parent.absolute()
         if path.is_absolute():
             path = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        return safe_key("/".join(part for part in path.with_suffix("").parts if part != ".."))
+        return _key_of(path)
+
+
+def _key_of_address(address: str) -> str:
+    try:
+        return _key_of(PurePosixPath(unquote(urlsplit(address).path)))
+    except ValueError:  # half a pair of brackets in the host: bad anyway, so all of it may be its name
+        return safe_key(address)
+
+
+def _key_of(path: PurePath) -> str:
+    parts = [*path.parts[:-1], path.stem]
+    return safe_key("/".join(part for part in parts if part not in (path.anchor, "..")))
 
 
 def _texts_of(value: Any) -> list[str]:

@@ -141,11 +141,11 @@ class SampleReader:
         try:
             return self._parse(*self._locate(number))
         except UnicodeError as error:
-            reason = f"text that is not UTF-8 ({error})"
+            reason = f"text not UTF-8: {error}"
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"metadata that is not JSON ({error})"
+            reason = f"metadata not JSON: {error}"
         except OSError as error:
-            reason = f"shard out of reach ({error})"
+            reason = f"shard out of reach: {error}"
         except ValueError as error:
             reason = str(error)
         raise BadSample(self.problem(number, reason))
@@ -192,7 +192,7 @@ class SampleReader:
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         data = os.pread(self._files[shard], size, offset)
         if len(data) != size:
-            raise ValueError("the shard ends before this member does")
+            raise ValueError("truncated tar: the shard ends before this member does")
         return data
 
     def _parse(self, shard: int, row: int) -> Sample:
@@ -200,11 +200,11 @@ class SampleReader:
         fields, members = source.fields, index.members(row)
         image = next((members[kind] for kind in fields.image if kind in members), None)
         if image is None:
-            raise ValueError(f"no image (none of .{', .'.join(fields.image)})")
+            raise ValueError(f"no image: none of .{', .'.join(fields.image)}")
         metadata = self._metadata(shard, fields, members)
         captions = self._captions(shard, fields, members, metadata)
         if not captions:
-            raise ValueError("no caption, or only empty ones")
+            raise ValueError("no caption: none, or only empty ones")
         name = f"{_absolute(self._shards[shard].location)[len(source.root) :]}/{index.key(row)}"
         if len(self.sources) > 1:
             name = f"{source.name}/{name}"
@@ -223,7 +223,7 @@ class SampleReader:
             return {}
         metadata = json.loads(self._bytes(shard, *members[fields.metadata]))
         if not isinstance(metadata, dict):
-            raise ValueError(f".{fields.metadata} holds no JSON object")
+            raise ValueError(f"metadata not JSON: .{fields.metadata} holds no object")
         return metadata
 
     def _captions(self, shard: int, fields: FieldsConfig, members: _Members, metadata: dict[str, Any]) -> list[str]:

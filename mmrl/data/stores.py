@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from mmrl.data.fetch import opener
 from mmrl.errors import InputError
 from mmrl.settings import Settings, machine
 
@@ -282,7 +283,7 @@ def _opened(location: str, have: int, timeout: float) -> Iterator[tuple[IO[bytes
 def _http(location: str, have: int, timeout: float) -> Iterator[tuple[IO[bytes], _Span]]:
     request = urllib.request.Request(location, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310 (http alone comes here)
+        with opener().open(request, timeout=timeout) as answer:
             length = answer.headers.get("Content-Length")
             start = have if answer.status == 206 else 0
             yield answer, _Span(start, None if length is None else start + int(length))

@@ -23,6 +23,7 @@ from mmrl.data.samples import BadSample, Sample, SampleReader
 from mmrl.data.shards import Spec
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.transforms import Augmentation
+from mmrl.decode import to_picture
 from mmrl.errors import InputError, RunStopped
 from mmrl.image_spec import ImageSpec
 
@@ -285,7 +286,7 @@ class _BatchWork(Dataset[Batch | InputError]):
         pictures = [picture_CHW for _, picture_CHW in loaded if picture_CHW is not None]
         if self._augmentation is None:
             assert callable(self._image)
-            return [self._image(Image.fromarray(picture_CHW.permute(1, 2, 0).numpy())) for picture_CHW in pictures]
+            return [self._image(to_picture(picture_CHW)) for picture_CHW in pictures]
         drawn_BP = self._augmentation.draw(self._seed, epoch, numbers_B)
         fitted = [
             self._augmentation.pixels(picture_CHW, drawn_P)

@@ -26,6 +26,7 @@ from mmrl.data.index import Problem
 from mmrl.data.samples import BadSample, SampleReader
 from mmrl.data.sources import open_reader
 from mmrl.data.tables import arrow
+from mmrl.decode import to_picture
 from mmrl.errors import InputError
 from mmrl.export.encoder import LoadedEncoder, load
 from mmrl.model import bundle
@@ -187,7 +188,7 @@ def _embedded(reader: SampleReader, encoder: LoadedEncoder, batch_size: int, bad
             batch.keys.append(sample.name)
             batch.captions.append(sample.captions)
             batch.groups.append(sample.group)
-            batch.thumbnails.append(thumbnail(Image.fromarray(picture_CHW.permute(1, 2, 0).numpy())))
+            batch.thumbnails.append(thumbnail(to_picture(picture_CHW)))
         if pictures:
             batch.embeddings.append(encoder.encode_pixels(torch.stack(pictures), batch_size))
         yield batch

@@ -16,6 +16,7 @@ Photos are drawn: smooth waves with grain, about 500 x 400, JPEG of quality 90, 
 """
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -40,6 +41,7 @@ from mmrl.data.transforms import AugmentConfig
 from mmrl.decode import decode_pixels
 from mmrl.image_spec import ImageSpec
 
+wds: Any = importlib.import_module("webdataset")  # its names come from everywhere, which type checkers do not see
 SPEC = ImageSpec(height=224, width=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 CROP = [0.9, 1.0]
 BATCH = 64
@@ -86,8 +88,6 @@ def our_stream(folder: Path, workers: int = 0, image: ImageSpec | None = SPEC, b
 
 def measure_decode(place: Path, turns: int = 5) -> None:
     """One core each."""
-    import webdataset as wds
-
     folder = photos(place)
     transform = image_transform_v2(
         PreprocessCfg(224, "RGB", SPEC.mean, SPEC.std, "bicubic"),
@@ -98,7 +98,7 @@ def measure_decode(place: Path, turns: int = 5) -> None:
 
     def open_clips() -> int:
         # As open_clip.data.get_wds_dataset builds it, in one process.
-        pipeline = wds.DataPipeline(  # pyright: ignore[reportAttributeAccessIssue]
+        pipeline = wds.DataPipeline(
             wds.SimpleShardList(sorted(map(str, folder.glob("*.tar")))),
             wds.tarfile_to_samples(),
             wds.shuffle(512),

@@ -54,7 +54,7 @@ def test_duplicate_keys_are_listed_and_left_out(tmp_path: Path) -> None:
     members = [*sample_members(1), *sample_members(2), *sample_members(1)]
     index = index_shard(write_tar(tmp_path / "twice.tar", members))
     assert keys(index) == ["00001", "00002"]
-    assert index.problems == [("00001", "duplicate key in this shard")]
+    assert index.problems == [("00001", "duplicate key: it stands in this shard before; the first is used")]
 
 
 def test_files_that_are_no_shards_are_refused(tmp_path: Path) -> None:

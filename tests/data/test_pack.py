@@ -1,86 +1,37 @@
 """A user's pictures into shards: what goes in comes out of the stream, and what cannot is told."""
 
-import builtins
-import csv
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from conftest import drawing, encoded
+from pack_sources import Rows, bad_lines, members, picture_folder, put, write_csv
 from PIL import Image
 
 import mmrl
-from mmrl.data.pack import BAD_SAMPLES, pack
+from mmrl.data.pack import pack
 from mmrl.data.pairs import safe_key
 from mmrl.data.samples import NO_GROUP, group_number
 from mmrl.data.sequential import read_whole
 from mmrl.data.sources import open_reader
-from mmrl.errors import InputError
+from mmrl.data.writer import BAD_SAMPLES
 from mmrl.image_spec import ImageSpec
 
 SPEC = ImageSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-Rows = list[dict[str, Any]]
 
 
 def tokens(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[len(text), sum(map(ord, text))] for text in texts])
 
 
-def put(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def members(out: Path) -> dict[str, bytes]:
-    """All files in all shards, in order."""
-    found = {}
-    for shard in sorted(out.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                assert file is not None
-                assert member.name not in found
-                found[member.name] = file.read()
-    return found
-
-
-def bad_lines(out: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (out / BAD_SAMPLES).read_text().splitlines()]
-
-
 # ------------------------------------------------------------------------------------------------ what comes out
-
-
-def picture_folder(folder: Path) -> dict[str, bytes]:
-    """Six pictures in all manners that a folder may say things of them; key -> the picture's bytes."""
-    pictures = {}
-    kinds = ["PNG", "JPEG", "WEBP", "JPEG", "PNG", "PNG"]
-    names = ["a.png", "sub/b.JPG", "sub/deep er/c.v2.webp", "d.jpeg", "e.png", "f.png"]
-    for number, (name, kind) in enumerate(zip(names, kinds, strict=True)):
-        data = encoded(drawing(number)[0], kind)
-        path = put(folder / name, data)
-        pictures[safe_key(str(Path(name).with_suffix("")))] = data
-        caption, group = drawing(number)[1:]
-        if number < 4:
-            put(path.with_suffix(".txt"), f" {caption}\n")
-        if number in (2, 4):
-            put(path.with_suffix(".json"), json.dumps({"captions": [caption, f"{caption}, é"], "group": group}))
-        if number == 3:
-            put(path.with_suffix(".json"), json.dumps({"group": 7, "licence": "mine"}))
-    put(folder / "f.json", json.dumps({"caption": "as img2dataset has it"}))
-    put(folder / ".hidden.png", b"")
-    return pictures
 
 
 def test_a_folder_comes_back_from_the_stream(tmp_path: Path) -> None:
@@ -88,7 +39,9 @@ def test_a_folder_comes_back_from_the_stream(tmp_path: Path) -> None:
     result = pack(tmp_path / "in", tmp_path / "out", samples_per_shard=4, quiet=True)
     assert result["samples"] == 6
     assert [Path(shard).name for shard in result["shards"]] == ["shard-000000.tar", "shard-000001.tar"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["shard-000000.tar", "shard-000001.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "shard-000000.tar", "shard-000000.tar.index", "shard-000001.tar", "shard-000001.tar.index",
+    ]  # fmt: skip
     (batch,) = mmrl.stream(tmp_path / "out", batch_size=6)
     image_of = {key.rpartition("/")[2]: data for key, data in zip(batch.keys, batch.image, strict=True)}
     assert image_of == pictures
@@ -125,13 +78,6 @@ def test_json_is_there_only_where_it_says_more_than_the_text(tmp_path: Path) -> 
     assert {name for name in found if name.endswith(".json")} == {"d.json", "e.json", "sub_deep_er_c_v2.json"}
     assert json.loads(found["d.json"]) == {"group": "7"}
     assert json.loads(found["e.json"])["captions"][0] == found["e.txt"].decode()
-
-
-def write_csv(path: Path, rows: Rows, separator: str = ",") -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_jsonl(path: Path, rows: Rows) -> None:
@@ -206,6 +152,15 @@ def test_keys_are_made_safe_and_unique(tmp_path: Path) -> None:
     assert [*texts.values()] == [row["text"] for row in rows]
 
 
+def test_a_key_may_be_long_and_of_any_letters(tmp_path: Path) -> None:
+    for name in ("a" * 30, "товар"):
+        put(tmp_path / "in" / "/".join([name] * 6) / "x.png", encoded(drawing(0)[0]))
+        put(tmp_path / "in" / "/".join([name] * 6) / "x.txt", name)
+    pack(tmp_path / "in", tmp_path / "out", quiet=True)
+    (batch,) = mmrl.stream(tmp_path / "out", batch_size=2)
+    assert {key.rpartition("/")[2] for key in batch.keys} == {("a" * 30 + "_") * 6 + "x", "товар_" * 6 + "x"}
+
+
 def test_a_key_does_not_depend_on_how_a_file_system_spells_letters() -> None:
     assert safe_key("cafe\u0301/日本 1") == safe_key("caf\u00e9/日本 1") == "café_日本_1"
     assert safe_key("\udcff") == "_"
@@ -252,6 +207,25 @@ def test_max_side_makes_only_larger_pictures_smaller(tmp_path: Path) -> None:
         image = Image.open(io.BytesIO(found[name]))
         assert (image.format, image.size) == ("JPEG", size)
         assert not image.getexif()
+
+
+def test_of_equal_pictures_dedup_keeps_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = encoded(drawing(0)[0]), encoded(drawing(1)[0])
+    for name, data in (("a", one), ("b", other), ("c", one), ("sub/d", one)):
+        put(tmp_path / "in" / f"{name}.png", data)
+        if name != "a":  # without a caption it is not packed, so it takes nobody's place
+            put(tmp_path / "in" / f"{name}.txt", name)
+    pack(tmp_path / "in", tmp_path / "all")
+    assert "1 samples show a picture that another one shows as well" in capsys.readouterr().out
+    result = pack(tmp_path / "in", tmp_path / "out", dedup=True)
+    assert result["bad"] == {"no caption": 1, "duplicate": 1}
+    assert {line["key"]: line["reason"] for line in bad_lines(tmp_path / "out")}["sub_d"] == (
+        "duplicate: the picture of c, byte for byte"
+    )
+    assert [*members(tmp_path / "out")] == ["b.png", "b.txt", "c.png", "c.txt"]
+    assert "as well" not in capsys.readouterr().out
+    pack(tmp_path / "in", tmp_path / "small", dedup=True, max_side=20, quiet=True)
+    assert [*members(tmp_path / "small")] == ["b.jpg", "b.txt", "c.jpg", "c.txt"]
 
 
 def test_two_runs_on_two_clocks_give_equal_bytes(tmp_path: Path) -> None:
@@ -315,20 +289,22 @@ def test_bad_rows_of_a_table_are_listed_with_the_table(tmp_path: Path) -> None:
         "a.png,",
         "a.png",
         "a.png,a, b",
-        "https://example.org/a.png,x",
+        "https://example.invalid/a.png,x",
+        "file:///etc/hostname,x",
         "folder.png,x",
         f"{'n' * 300}.png,x",
     ]
     table = put(tmp_path / "t.csv", "\n".join(lines))
     result = pack(table, tmp_path / "out", quiet=True)
     assert result["samples"] == 1
-    assert result["bad"] == {"missing image": 5, "no caption": 2, "broken row": 1}
+    assert result["bad"] == {"missing image": 6, "no caption": 2, "broken row": 1}
     listed = bad_lines(tmp_path / "out")
     assert {line["shard"] for line in listed} == {str(table)}
     reasons = {line["key"]: line["reason"] for line in listed}
     assert reasons["row 3"] == "missing image: image is empty"
     assert reasons["row 6"] == "broken row: 3 cells for 2 columns"
-    assert "is an address; fetch the pictures first" in reasons["row 7"]
+    assert "is an address; name its column by --image-column to fetch it" in reasons["row 7"]
+    assert "is neither a path nor an http(s) address" in reasons["row 8"]
 
 
 def test_lines_that_are_no_json_object_are_bad_rows(tmp_path: Path) -> None:
@@ -350,123 +326,3 @@ def test_a_picture_that_many_rows_share_is_pointed_out(tmp_path: Path, capsys: p
     assert "as well" not in capsys.readouterr().out
     (batch,) = mmrl.stream(tmp_path / "grouped", batch_size=3)
     assert batch.group.tolist() == [group_number("a.png")] * 3
-
-
-# ------------------------------------------------------------------------------------------------ mistakes
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    put(tmp_path / "a.png", encoded(drawing(0)[0]))
-    return put(tmp_path / "t.csv", "image,caption,product\na.png,x,p\n")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_column": "imag"}, r"image-column: .*t\.csv has no column 'imag'\. Did you mean 'image'\?"),
-        ({"caption_columns": ["capton"]}, r"caption-column: .*'capton'\. Did you mean 'caption'\?"),
-        ({"group_column": "xyz"}, r"group-column: .*'xyz'\. Allowed: caption, image, product\."),
-        ({"samples_per_shard": 0}, r"samples-per-shard: 0 .* at least 1"),
-        ({"max_side": 0}, r"max-side: 0 .* at least 1"),
-    ],
-)
-def test_a_wrong_option_is_named(table: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        pack(table, tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.xlsx", "", r"no table that can be read; give \.csv, \.tsv, \.jsonl, \.parquet or a folder"),
-        ("t.csv", "", r"has no rows"),
-        ("t.csv", "image,caption\n", r"has no rows"),
-        ("t.csv", "picture,caption\na,b\n", r"has none of image, .*; its columns are picture, caption\. Name one"),
-        ("t.csv", "image,words\na,b\n", r"caption-column: .* has none of caption, "),
-        ("t.csv", 'image,caption\na.png,"x\nb.png,y\n', r"line 3: .*put texts .* in quotes"),
-        ("t.csv", "image,caption\na.png,é\n".encode("latin-1"), r"not UTF-8 text; save it as UTF-8"),
-        ("t.parquet", "image,caption", r"not a readable Parquet file"),
-        ("t.jsonl", '{"image": "gone.png", "text": "x"}', r"nothing in .* can be packed: 1 missing image; listed in"),
-        ("in/readme.md", "", r"holds no picture \(\.jpg, "),
-    ],
-)
-def test_a_source_that_will_not_do(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    put(tmp_path / name, content)
-    with pytest.raises(InputError, match=message):
-        pack(tmp_path / Path(name).parts[0], tmp_path / "out", quiet=True)
-
-
-def test_a_source_that_is_not_there_and_a_column_of_a_folder(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist; give a folder of pictures or a table"):
-        pack(tmp_path / "gone", tmp_path / "out")
-    with pytest.raises(InputError, match="is a folder; only a table has columns"):
-        pack(tmp_path, tmp_path / "out", image_column="image")
-
-
-def test_out_must_be_new_or_empty(table: Path, tmp_path: Path) -> None:
-    put(tmp_path / "out" / "thesis.tex", "mine")
-    with pytest.raises(InputError, match=r"out already holds thesis\.tex; name a new or empty folder"):
-        pack(table, tmp_path / "out")
-    with pytest.raises(InputError, match="cannot be made a folder"):
-        pack(table, table)
-    pack(table, tmp_path / "first", quiet=True)
-    with pytest.raises(InputError, match=r"already holds shard-000000\.tar"):
-        pack(table, tmp_path / "first")
-
-
-def test_a_failed_attempt_leaves_only_its_list_and_can_be_repeated(table: Path, tmp_path: Path) -> None:
-    bad = put(tmp_path / "bad.csv", "image,caption\ngone.png,x\n")
-    put(tmp_path / "out" / "shard-000000.tar.partial", "killed here")
-    with pytest.raises(InputError, match="nothing in"):
-        pack(bad, tmp_path / "out", quiet=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [BAD_SAMPLES]
-    pack(table, tmp_path / "out", quiet=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shard-000000.tar"]
-
-
-def test_an_interruption_leaves_no_shard(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table.write_text("image,caption\na.png,x\na.png,y\n")
-    calls = iter([None])
-
-    def decode(data: bytes) -> Image.Image:
-        if next(calls, "second") == "second":
-            raise KeyboardInterrupt
-        return Image.open(io.BytesIO(data))
-
-    monkeypatch.setattr("mmrl.data.pack.decode", decode)
-    with pytest.raises(KeyboardInterrupt):
-        pack(table, tmp_path / "out", quiet=True)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path / "t.parquet", "")
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"needs pyarrow.*pip install 'mmrl-clip\[search\]'"):
-        pack(tmp_path / "t.parquet", tmp_path / "out")
-
-
-def test_the_command(table: Path, tmp_path: Path) -> None:
-    code = "from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
-    mmrl_pack = [sys.executable, "-c", code, "pack"]
-    good = subprocess.run(
-        [*mmrl_pack, table, tmp_path / "out", "--caption-column", "caption", "--caption-column", "product", "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert json.loads(good.stdout)["columns"]["captions"] == ["caption", "product"]
-    assert json.loads(members(tmp_path / "out")["a.json"])["captions"] == ["x", "p"]
-    wrong = subprocess.run(
-        [*mmrl_pack, table, tmp_path / "o", "--group-column", "x"], capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("mmrl: group-column: ")
-    assert "Traceback" not in wrong.stderr

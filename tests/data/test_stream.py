@@ -328,7 +328,7 @@ def test_bad_samples_are_replaced_and_listed_on_any_division(tmp_path: Path) -> 
     for _ in range(12):
         listed |= {problem.key: problem.reason for problem in next(epochs).bad}
     assert listed.keys() == {"corrupt", "halved", "noimage", "silent", "latin", "badjson"}
-    assert "no image (none of .jpg, .jpeg, .png, .webp)" in listed["noimage"]
+    assert "no image: none of .jpg, .jpeg, .png, .webp" in listed["noimage"]
     assert "caption" in listed["silent"]
 
 
