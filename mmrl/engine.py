@@ -16,6 +16,7 @@ from pydantic import Field
 
 from mmrl import distributed
 from mmrl.errors import InputError
+from mmrl.hardware import multiplies_bfloat16
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.settings import Settings, machine
 
@@ -23,8 +24,9 @@ from mmrl.settings import Settings, machine
 class EngineConfig(Settings):
     """How a step is carried out."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs matrix products and convolutions in bfloat16; weights, optimiser and loss stay float32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16 runs matrix products and convolutions in bfloat16; weights, optimiser and loss stay float32. auto is bf16
+    where all processes' devices have such products, else fp32: without, they are many times slower."""
     zero_stage: int = machine(0, ge=0, le=2)
     """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well."""
     compile: bool = machine(False)
@@ -46,6 +48,9 @@ class Engine:
     ) -> None:
         deepspeed = _import_deepspeed()
         world = distributed.world()
+        self.precision = config.precision
+        if config.precision == "auto":
+            self.precision = "fp32" if distributed.anywhere(not multiplies_bfloat16(world.device)) else "bf16"
         if world.device.type == "cpu":
             _keep_freed_memory()
         if config.compile:
@@ -54,7 +59,7 @@ class Engine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
-            config=deepspeed_config(config, clip_norm, micro_batch, world.size),
+            config=deepspeed_config(config, clip_norm, micro_batch, world.size, self.precision),
             dist_init_required=False,
         )
         if world.size == 1 and config.zero_stage == 0:
@@ -131,7 +136,7 @@ class Engine:
 
 
 def deepspeed_config(
-    config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int
+    config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str
 ) -> dict[str, Any]:
     """DeepSpeed's dict for ours."""
     return {
@@ -142,7 +147,7 @@ def deepspeed_config(
         "gradient_clipping": clip_norm if clip_norm and config.zero_stage else 0.0,
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }

@@ -301,7 +301,7 @@ class Trainer:
             f"{self.config.model.name}: {count / 1e6:.1f} M parameters, nested dims {list(self.plan.nested.dims)}",
             f"{self.stream.samples:,} pairs, {self.stream.batches_per_epoch:,} steps an epoch of "
             f"{self.config.train.batch_size:,} (another {tail} left out each epoch), {self.total:,} steps; "
-            f"{self.world.size} process(es) on {self.world.device.type}, {self.config.engine.precision}",
+            f"{self.world.size} process(es) on {self.world.device.type}, {self.engine.precision}",
         )
         problems = self.plan.reader.problems
         if problems:

@@ -149,6 +149,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConf
         run(path)
 
 
+@pytest.mark.parametrize(("has_products", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_what_the_machine_is_good_at(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, has_products: bool, precision: str
+) -> None:
+    monkeypatch.setattr("mmrl.engine.multiplies_bfloat16", lambda _: has_products)
+    config = configs.load(write_config(), ["engine.precision=auto", "train.duration=1"])
+    trainer = Trainer(config, prepare(config, distributed.start()), distributed.world(), Console(quiet=True))
+    assert trainer.engine.precision == precision
+
+
 def test_fine_tuning_starts_where_the_source_stood(
     write_config: WriteConfig, tiny_model: Path, tmp_path: Path, shards: Path
 ) -> None:

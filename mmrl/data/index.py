@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -149,7 +151,7 @@ def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
     # Each process begins elsewhere, and looks again whether another one has been there.
     missing = [i for i, shard in enumerate(found) if shard is None]
     start = int(draws.bits(os.getpid()) % np.uint64(len(missing))) if missing else 0
-    for i in missing[start:] + missing[:start]:
+    for i in _shown(missing[start:] + missing[:start]):
         found[i] = _find(locations[i], store) or _make(locations[i], store)
     shards = [shard for shard in found if shard is not None]
     for shard in shards:
@@ -158,6 +160,15 @@ def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
                 f"shards: {shard.location} holds no sample (KEY.jpg + KEY.txt …); remove it from the list."
             )
     return shards
+
+
+def _shown(missing: list[int]) -> Iterator[int]:
+    """Under a progress bar, where somebody looks: a million samples take a minute."""
+    console = Console(stderr=True)
+    is_seen = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    columns = (TextColumn("indexing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not is_seen) as progress:
+        yield from progress.track(missing)
 
 
 def _find(location: str, store: Store) -> Shard | None:

@@ -22,6 +22,8 @@ from typing import Protocol
 
 import torch
 
+from mmrl.hardware import multiplies_bfloat16
+
 LOG2_E = math.log2(math.e)
 # As in torch.nn.functional.normalize, so that a zero vector stays a zero vector.
 _SMALLEST_NORM = 1e-12
@@ -49,17 +51,8 @@ def side(embedding_nD: torch.Tensor, dims: Sequence[int]) -> Side:
     given = [block.contiguous() for block in embedding_nD[:, : dims[-1]].split(widths, dim=1)]
     blocks = [block.to(wide_dtype(embedding_nD.dtype)) for block in given]
     norms_Kn = prefix_products(blocks, blocks).sqrt()
-    narrow = given if embedding_nD.dtype == torch.bfloat16 and multiplies_bfloat16(embedding_nD.device.type) else blocks
+    narrow = given if embedding_nD.dtype == torch.bfloat16 and multiplies_bfloat16(embedding_nD.device) else blocks
     return Side(blocks, 1 / norms_Kn.clamp_min(_SMALLEST_NORM), narrow)
-
-
-def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether a device has bfloat16 products of its own. A CPU without them takes 5 to 30 times as long for one as for
-    float32's."""
-    if device_type != "cpu":
-        return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none to tell
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from mmrl.data.pack import pack
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.stream import Stream
 from mmrl.data.transforms import AugmentConfig
-from mmrl.decode import decode_pixels
+from mmrl.decode import decode_pixels, to_picture
 from mmrl.image_spec import ImageSpec
 
 wds: Any = importlib.import_module("webdataset")  # its names come from everywhere, which type checkers do not see
@@ -188,8 +189,44 @@ def measure_memory(place: Path, epochs: int = 20) -> None:
     for epoch in range(epochs):
         for _ in stream:
             pass
-        if epoch in (0, 1, 4, 9, epochs - 1):
+        if epoch in (0, 1, 4, 9, 14, epochs - 1):
             print(f"memory   after epoch {epoch + 1:3}            {_memory_of_all():7.0f} MiB", flush=True)
+
+
+def measure_pack(place: Path, turns: int = 3) -> None:
+    """One worker. The bare loops read, decode (and shrink) each picture and write it into a tar."""
+    folder = place / "files"
+    folder.mkdir(exist_ok=True)
+    for number in range(256):
+        (folder / f"{number:04}.jpg").write_bytes(photo(number % 64))
+        (folder / f"{number:04}.txt").write_text(f"photo number {number}")
+
+    def bare(max_side: int | None) -> None:
+        with tarfile.open(place / "bare.tar", "w") as tar:
+            for path in sorted(folder.glob("*.jpg")):
+                data = path.read_bytes()
+                pixels_CHW = decode_pixels(data)
+                if max_side is not None:
+                    picture, buffer = to_picture(pixels_CHW), io.BytesIO()
+                    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+                    picture.save(buffer, "JPEG", quality=92)
+                    data = buffer.getvalue()
+                for name, content in ((path.name, data), (f"{path.stem}.txt", path.with_suffix(".txt").read_bytes())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+    for max_side in (None, 256):
+        ratios = []
+        for turn in range(turns + 1):
+            began = time.perf_counter()
+            bare(max_side)
+            middle = time.perf_counter()
+            pack(folder, place / f"packed-{max_side}-{turn}", max_side=max_side, quiet=True)
+            if turn:
+                ratios.append((middle - began) / (time.perf_counter() - middle))
+        what = "as they are" if max_side is None else f"made smaller, {max_side}"
+        print(f"pack     {what:26} {statistics.median(ratios):7.2f} of the bare loop's speed")
 
 
 def _memory_of_all() -> float:
@@ -217,6 +254,7 @@ MEASURES: dict[str, Callable[[Path], Any]] = {
     "workers": measure_workers,
     "resume": measure_resume,
     "memory": measure_memory,
+    "pack": measure_pack,
 }
 
 

@@ -332,6 +332,44 @@ def test_bad_samples_are_replaced_and_listed_on_any_division(tmp_path: Path) -> 
     assert "caption" in listed["silent"]
 
 
+def test_a_shard_that_vanishes_or_changes_is_skipped_and_listed(shards: Path, tmp_path: Path) -> None:
+    for path in shards.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    stream = make(tmp_path)
+    stream._work._reader._open_none()  # as a worker that has not come to them
+    (tmp_path / "part-2.tar").unlink()
+    changed = (tmp_path / "part-1.tar").read_bytes()
+    (tmp_path / "part-1.tar").write_bytes(changed[:512].replace(b"00020", b"00099") + changed[512:])
+    problems = [problem for batch in stream for problem in batch.bad]
+    assert len({problem.key for problem in problems}) == 17 + 11
+    assert {problem.kind for problem in problems} == {"shard out of reach"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damage_anywhere_costs_samples_but_never_the_epoch(shards: Path, tmp_path: Path, seed: int) -> None:
+    """Bits flipped all over the shards: what is lost is listed, and what is whole is read."""
+    rng = np.random.default_rng(seed)
+    keys = {key.rpartition("/")[2] for batch in mmrl.stream(str(shards), 1) for key in batch.keys}
+    for path in shards.glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        for place in rng.integers(0, len(data), 4):
+            data[place] ^= 1 << rng.integers(8)
+        (tmp_path / path.name).write_bytes(data)
+    try:
+        reader = open_reader(tmp_path)
+    except InputError:  # the first header of a shard is hit
+        return
+    seen: set[str] = set()
+    listed = {problem.key for problem in reader.problems}
+    stream = Stream(reader, 4, image=SPEC, config=DataConfig(max_bad_fraction=1.0))
+    for _ in range(2):
+        for batch in stream:
+            seen |= {key.rpartition("/")[2] for key in batch.keys}
+            listed |= {problem.key for problem in batch.bad}
+    assert seen
+    assert not keys - seen or listed
+
+
 @pytest.mark.parametrize(("good", "bad", "batch"), [(12, 6, 9), (20, 3, 12)])
 def test_a_small_set_finds_a_reserve_for_every_bad_sample(tmp_path: Path, good: int, bad: int, batch: int) -> None:
     members = [m for number in range(good) for m in sample_members(number)]
