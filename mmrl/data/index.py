@@ -51,6 +51,14 @@ class Problem:
         return self.reason.partition(":")[0]
 
 
+class NotATar(InputError):
+    """A file that is no shard; `reason` tells why, without its name."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"shards: {path} is {reason}.")
+        self.reason = reason
+
+
 def account(count_of_kind: Counter[str], most: int = 3) -> str:
     """The commonest kinds of problems and how many of each: "12 damaged picture, 3 no caption and 2 others"."""
     shown = [f"{count:,} {kind}" for kind, count in count_of_kind.most_common(most)]
@@ -222,13 +230,24 @@ def _make(location: str, store: Store) -> Shard:
     return Shard(location, len(index), index.extensions, problems, kept)
 
 
+def keep_index(index: ShardIndex, location: str, store: Store, beside: bool = False) -> None:
+    """Stores the index of a shard where training looks for it: beside the shard, if it is to be there and the shard is
+    a local one; else in the cache folder.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    own_place = beside and not is_remote(location)
+    save_index(index, Path(location + SUFFIX) if own_place else _kept(location, store))
+
+
 def index_shard(path: Path) -> ShardIndex:
     """Reads a tar's headers. Members that follow each other under one key (the name up to its first dot, as
     WebDataset has it) are one sample. Where the tar is cut short or damaged, what is whole before is kept and the
     loss is recorded among the problems.
 
     Raises:
-        InputError: the file is no plain tar at all.
+        NotATar: the file is no plain tar at all.
     """
     builder, length, cut, end = _IndexBuilder(), path.stat().st_size, None, 0
     try:
@@ -249,7 +268,7 @@ def index_shard(path: Path) -> ShardIndex:
     except Exception as error:  # damaged headers make tarfile raise many kinds
         if not builder.has_members:
             hint = "; decompress it first" if _is_gzip(path) else ""
-            raise InputError(f"shards: {path} is not a plain tar file ({error}){hint}.") from error
+            raise NotATar(path, f"not a plain tar file: {error}{hint}") from error
         cut = f"damaged tar: {error}; its last {length - end:,} bytes cannot be read"
     if cut:
         builder.problem("", cut)

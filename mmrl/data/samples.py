@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,6 @@ from mmrl.settings import Settings
 # How many samples of a set are looked at before training, to tell a wrong field name from a rare gap.
 _PREFLIGHT_SAMPLES = 64
 NO_GROUP = -1
-_Members = dict[str, tuple[int, int]]
 
 
 class FieldsConfig(Settings):
@@ -53,6 +52,62 @@ class Sample:
     image: bytes
     captions: list[str]
     group: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a sample's members hold."""
+
+    image: bytes
+    captions: list[str]
+    """The plain one first, then those of the JSON that differ from it; stripped, never empty."""
+    group: str | None
+
+
+# What the functions below raise on a sample that cannot be used; `reason_of` words it.
+UNUSABLE = (ValueError, OSError, RecursionError)
+
+
+def parse(fields: FieldsConfig, kinds: Collection[str], read: Callable[[str], bytes]) -> Parts:
+    """A sample's parts, from the extensions that it has and what reads the member of one.
+
+    Raises:
+        one of UNUSABLE: no image, no usable caption, text that is not UTF-8, JSON that does not parse; or what `read`
+            raises.
+    """
+    image = next((kind for kind in fields.image if kind in kinds), None)
+    if image is None:
+        raise ValueError(f"no image: none of .{', .'.join(fields.image)}")
+    metadata = parse_metadata(fields, kinds, read)
+    captions = [read(fields.text).decode()] if fields.text in kinds else []
+    listed = metadata.get(fields.captions, [])
+    captions += [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
+    # JSON can hold half of a surrogate pair, which is no text and stops some tokenizers: that raises here.
+    stripped = [caption.encode().decode().strip() for caption in captions if isinstance(caption, str)]
+    usable = list(dict.fromkeys(caption for caption in stripped if caption))
+    if not usable:
+        raise ValueError("only empty captions" if stripped else "no caption")
+    group = metadata.get(fields.group) or None
+    return Parts(read(image), usable, None if group is None else str(group))
+
+
+def parse_metadata(fields: FieldsConfig, kinds: Collection[str], read: Callable[[str], bytes]) -> dict[str, Any]:
+    """A sample's JSON object, empty where it has none. Raises as `parse`."""
+    if fields.metadata not in kinds:
+        return {}
+    metadata = json.loads(read(fields.metadata))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata not JSON: .{fields.metadata} holds no object")
+    return metadata
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a sample cannot be used, of what `parse` raised."""
+    if isinstance(error, UnicodeError):
+        return f"text not UTF-8: {error}"
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return f"metadata not JSON: {error}"
+    return f"shard out of reach: {error}" if isinstance(error, OSError) else str(error)
 
 
 class BadSample(Exception):
@@ -140,15 +195,8 @@ class SampleReader:
         """
         try:
             return self._parse(*self._locate(number))
-        except UnicodeError as error:
-            reason = f"text not UTF-8: {error}"
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"metadata not JSON: {error}"
-        except OSError as error:
-            reason = f"shard out of reach: {error}"
-        except ValueError as error:
-            reason = str(error)
-        raise BadSample(self.problem(number, reason))
+        except UNUSABLE as error:
+            raise BadSample(self.problem(number, reason_of(error))) from None
 
     def read_picture(self, number: int, least: tuple[int, int] | None = None) -> tuple[Sample, torch.Tensor]:
         """Sample `number` and its picture, uint8 (C, H, W); `least` as `image_spec.decode_pixels` has it.
@@ -197,45 +245,20 @@ class SampleReader:
 
     def _parse(self, shard: int, row: int) -> Sample:
         index, source = self._indexes[shard], self.sources[self._source_of_shard[shard]]
-        fields, members = source.fields, index.members(row)
-        image = next((members[kind] for kind in fields.image if kind in members), None)
-        if image is None:
-            raise ValueError(f"no image: none of .{', .'.join(fields.image)}")
-        metadata = self._metadata(shard, fields, members)
-        captions = self._captions(shard, fields, members, metadata)
-        if not captions:
-            raise ValueError("no caption: none, or only empty ones")
+        members = index.members(row)
+        parts = parse(source.fields, members, lambda kind: self._bytes(shard, *members[kind]))
         name = f"{_absolute(self._shards[shard].location)[len(source.root) :]}/{index.key(row)}"
         if len(self.sources) > 1:
             name = f"{source.name}/{name}"
-        group = metadata.get(fields.group) or None
+        group = parts.group
         if group is None and source.repeat > 1:  # two copies of a sample are no negatives of each other
             group = f"the sample {name}"
         return Sample(
             name=name,
-            image=self._bytes(shard, *image),
-            captions=captions,
-            group=NO_GROUP if group is None else group_number(str(group)),
+            image=parts.image,
+            captions=parts.captions,
+            group=NO_GROUP if group is None else group_number(group),
         )
-
-    def _metadata(self, shard: int, fields: FieldsConfig, members: _Members) -> dict[str, Any]:
-        if fields.metadata not in members:
-            return {}
-        metadata = json.loads(self._bytes(shard, *members[fields.metadata]))
-        if not isinstance(metadata, dict):
-            raise ValueError(f"metadata not JSON: .{fields.metadata} holds no object")
-        return metadata
-
-    def _captions(self, shard: int, fields: FieldsConfig, members: _Members, metadata: dict[str, Any]) -> list[str]:
-        """The plain caption first, then those of the JSON that differ from it; stripped, never empty."""
-        captions = []
-        if fields.text in members:
-            captions.append(self._bytes(shard, *members[fields.text]).decode())
-        listed = metadata.get(fields.captions, [])
-        captions += [listed] if isinstance(listed, str) else listed if isinstance(listed, list) else []
-        # JSON can hold half of a surrogate pair, which is no text and stops some tokenizers: that raises here.
-        stripped = [caption.encode().decode().strip() for caption in captions if isinstance(caption, str)]
-        return list(dict.fromkeys(caption for caption in stripped if caption))
 
     def _preflight(self, source: Source, first: int) -> None:
         """A field that no sample has is a mistake in the config, not a hundred million bad samples."""
@@ -280,8 +303,9 @@ class SampleReader:
     def _metadata_keys(self, number: int, fields: FieldsConfig) -> set[str]:
         shard, row = self._locate(number)
         try:
-            return set(self._metadata(shard, fields, self._indexes[shard].members(row)))
-        except (ValueError, OSError, RecursionError):
+            members = self._indexes[shard].members(row)
+            return set(parse_metadata(fields, members, lambda kind: self._bytes(shard, *members[kind])))
+        except UNUSABLE:
             return set()
 
 

@@ -13,17 +13,22 @@ from mmrl.errors import InputError
 Spec = str | Path | Sequence[str | Path]
 
 
-def expand(shards: Spec, allow_pipe: bool = False) -> list[str]:
+def expand(shards: Spec, allow_pipe: bool = False, keep_missing: bool = False) -> list[str]:
     """The shards that a spec names, as paths and addresses. A spec is a tar, a brace pattern, a folder, a list file
     (`@shards.txt`), the shipped set (`starter:train`), an address of one of these (https://, s3://, gs:// …), or a list
     of specs.
+
+    Args:
+        keep_missing: local files that do not exist are among the answer, as long as any other does.
 
     Raises:
         InputError: a named file is missing or no tar, a pattern matches fewer files than it names, nothing is named, a
             store is unknown, a `pipe:` is not allowed.
     """
     specs = [shards] if isinstance(shards, str | Path) else list(shards)
-    locations = [location for spec in specs for location in _expand_one(str(spec), allow_pipe)]
+    locations = [location for spec in specs for location in _expand_one(str(spec), allow_pipe, keep_missing)]
+    if keep_missing and not any(is_remote(location) or Path(location).is_file() for location in locations):
+        return expand(shards, allow_pipe)  # nothing is there at all: that is the spec's mistake, and is told as such
     if not locations:
         raise InputError(f"shards: {shards!r} names no file; give a tar, a pattern, a folder or @list.txt.")
     most_named, times = Counter(locations).most_common(1)[0]
@@ -35,7 +40,7 @@ def expand(shards: Spec, allow_pipe: bool = False) -> list[str]:
     return locations
 
 
-def _expand_one(spec: str, allow_pipe: bool) -> list[str]:
+def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
     if spec.startswith("starter:"):
         return [str(path) for path in starter.shards(spec.removeprefix("starter:"))]
     if spec.startswith("@"):
@@ -43,7 +48,8 @@ def _expand_one(spec: str, allow_pipe: bool) -> list[str]:
         if not listing.is_file():
             raise InputError(f"shards: the list file {listing} does not exist.")
         lines = [line.strip() for line in listing.read_text().splitlines()]
-        return [one for line in lines if line and not line.startswith("#") for one in _expand_one(line, allow_pipe)]
+        specs = [line for line in lines if line and not line.startswith("#")]
+        return [one for inner in specs for one in _expand_one(inner, allow_pipe, keep_missing)]
     if is_remote(spec):
         check_location(spec, allow_pipe)
         named = list(braceexpand.braceexpand(spec))
@@ -55,7 +61,7 @@ def _expand_one(spec: str, allow_pipe: bool) -> list[str]:
             raise InputError(f"shards: the folder {spec} holds no .tar file.")
         return found
     paths = [Path(name) for name in braceexpand.braceexpand(spec)]
-    missing = [path for path in paths if not path.is_file()]
+    missing = [] if keep_missing else [path for path in paths if not path.is_file()]
     if missing and len(paths) == 1:
         raise InputError(f"shards: {missing[0]} does not exist.")
     if missing:

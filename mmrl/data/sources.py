@@ -73,16 +73,8 @@ def open_training_set(config: DataConfig) -> SampleReader:
     """All that a config trains on.
 
     Raises:
-        InputError: as open_reader; or both `train` and `sources` are given, or two sources have one name.
+        InputError: as open_reader and named_sources.
     """
-    if not config.sources:
-        return open_reader(config.train, config.fields, config.remote, config.allow_pipe)
-    if config.train:
-        raise InputError("data.train: given beside data.sources; put its shards among the sources and leave it out.")
-    names = [str(number) if one.name is None else one.name for number, one in enumerate(config.sources)]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise InputError(f"data.sources: two are called {repeated!r}; give each a name of its own.")
     files = Store(config.remote)
     return SampleReader(
         [
@@ -90,9 +82,26 @@ def open_training_set(config: DataConfig) -> SampleReader:
                 open_shards(expand(one.shards, config.allow_pipe), files),
                 one.fields or config.fields,
                 one.repeat,
-                name,
+                one.name or "",
             )
-            for one, name in zip(config.sources, names, strict=True)
+            for one in named_sources(config)
         ],
         files,
     )
+
+
+def named_sources(config: DataConfig) -> list[SourceConfig]:
+    """The sources of a config, each with its name, which is empty where there is `train` alone.
+
+    Raises:
+        InputError: both `train` and `sources` are given, or two sources have one name.
+    """
+    if not config.sources:
+        return [SourceConfig(shards=config.train, name="")]
+    if config.train:
+        raise InputError("data.train: given beside data.sources; put its shards among the sources and leave it out.")
+    names = [str(number) if one.name is None else one.name for number, one in enumerate(config.sources)]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(f"data.sources: two are called {repeated!r}; give each a name of its own.")
+    return [one.model_copy(update={"name": name}) for one, name in zip(config.sources, names, strict=True)]

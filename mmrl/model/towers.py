@@ -55,6 +55,22 @@ class TokeniseList:
     def __call__(self, texts: list[str]) -> torch.Tensor:
         return self.tokenizer(texts)
 
+    @property
+    def context_length(self) -> int:
+        """So many tokens of a text are read; the others are cut off."""
+        return self.tokenizer.context_length
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """The tokens of each text with the marks around it, before anything is cut off."""
+        from open_clip import tokenizer as kinds
+
+        if isinstance(self.tokenizer, kinds.SimpleTokenizer):
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        adds_marks = self.tokenizer.tokenizer_mode != "clips"  # which come from open_clip there, three of them
+        clean = [self.tokenizer.clean_fn(text) for text in texts]
+        ids = self.tokenizer.tokenizer(clean, add_special_tokens=adds_marks, verbose=False)["input_ids"]
+        return [len(one) + (0 if adds_marks else 3) for one in ids]
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the tokenizer's files; returns what `load_tokenise` needs beside them.
 
@@ -136,6 +152,29 @@ def build(config: TowersConfig) -> Towers:
         model_cfg=model_cfg,
         grad_checkpointing=config.grad_checkpointing,
     )
+
+
+def tokenise_of(name: str) -> TokeniseList:
+    """The tokenizer of a model config, without its towers.
+
+    Raises:
+        InputError: as read_model_cfg; or a Hugging Face tokenizer that cannot be had.
+    """
+    import open_clip
+
+    read_model_cfg(name)
+    with _quiet():
+        try:
+            return TokeniseList(open_clip.get_tokenizer(_register(name)))
+        except Exception as error:  # transformers raises many kinds
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"model.name {name!r}: its tokenizer cannot be had ({reason}).") from error
+
+
+def input_side(model_cfg: dict[str, Any]) -> int:
+    """The shorter side of the pictures that a model takes, in pixels."""
+    size = model_cfg["vision_cfg"].get("image_size", 224)
+    return size if isinstance(size, int) else min(size)
 
 
 def read_model_cfg(name: str) -> dict[str, Any]:

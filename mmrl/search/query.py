@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmrl import sheet
 from mmrl.errors import InputError
 from mmrl.export.encoder import load
 from mmrl.nesting import check_dims
-from mmrl.search import sheet
 from mmrl.search.embed import identify
 from mmrl.search.index import Index, Item, open_index
 
@@ -119,7 +119,7 @@ def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
 
 
 def _tile(hit: Hit) -> sheet.Tile:
-    return sheet.Tile(hit.item.thumbnail, f"{hit.rank}", f"{hit.score:.3f}", hit.item.captions[0])
+    return sheet.Tile(hit.item.thumbnail, f"{hit.rank}.", f"{hit.score:.3f}", hit.item.captions[0])
 
 
 def _as_json(hit: Hit) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from conftest import drawing, encoded, sample_members, write_tar
 from PIL import Image
 
 import mmrl
+from mmrl import sheet
 from mmrl.data.samples import NO_GROUP, group_number
 from mmrl.errors import InputError
 from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
-from mmrl.search import embed, sheet
+from mmrl.search import embed
 from mmrl.search import index as indexes
 from mmrl.search.embed import embed_pictures
 from mmrl.search.index import Index, open_index, write_index

@@ -1,4 +1,4 @@
-"""A contact sheet: a query, and below it the pictures found, each with its place, score and caption.
+"""A contact sheet: a title, and below it pictures, each with two short notes and a caption.
 
 Lengths are pixels.
 """
@@ -14,7 +14,6 @@ from mmrl.decode import decode
 from mmrl.errors import InputError
 
 _SIDE, _PAD, _GAP, _MARGIN = 160, 12, 14, 24
-_COLUMNS = 5
 _CAPTION_LINES, _LINE = 3, 18
 _TITLE_SIZE, _NOTE_SIZE, _TEXT_SIZE = 24, 14, 13
 _QUERY_SIDE = 72
@@ -26,38 +25,42 @@ _TILE_HEIGHT = _SIDE + 2 * _PAD + 28  # and its caption's lines
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture found."""
+    """One picture of the sheet."""
 
-    thumbnail: bytes
-    rank: str
-    score: str
+    picture: bytes
+    left: str
+    """Below the picture at the left, such as its place or key."""
+    right: str
     caption: str
 
 
-def check(path: Path) -> None:
-    """Raises InputError unless a sheet can be written to `path`: known before an encoder is loaded for it."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"picture: {path} has no ending of a picture; name it FILE.png.")
+def check(path: Path, option: str = "picture") -> None:
+    """Raises InputError unless a sheet can be written to `path`: known before long work is done for it. The message
+    names the command's `option`."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{option}: {path} has no ending of a picture; name it FILE.png.")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"picture: {path} is a folder or lies in one that does not exist; name a file elsewhere.")
+        raise InputError(f"{option}: {path} is a folder or lies in one that does not exist; name a file elsewhere.")
 
 
-def write(path: Path, title: str, note: str, tiles: Sequence[Tile], query: Path | None = None) -> None:
-    """Draws the sheet; with a `query` picture that one stands beside the title.
+def write(
+    path: Path, title: str, note: str, tiles: Sequence[Tile], query: Path | None = None, columns: int = 5
+) -> None:
+    """Draws the sheet, so many tiles a row; with a `query` picture that one stands beside the title.
 
     Raises:
         InputError: the file cannot be written.
     """
-    image = draw(title, note, tiles, query)
+    image = draw(title, note, tiles, query, columns)
     try:
         image.save(path)
     except OSError as error:
-        raise InputError(f"picture: {path} cannot be written ({error}).") from None
+        raise InputError(f"the sheet {path} cannot be written ({error}).") from None
 
 
-def draw(title: str, note: str, tiles: Sequence[Tile], query: Path | None = None) -> Image.Image:
+def draw(title: str, note: str, tiles: Sequence[Tile], query: Path | None = None, columns: int = 5) -> Image.Image:
     """The sheet as an RGB picture."""
-    columns = min(_COLUMNS, max(3, len(tiles)))  # three at least, so that the title has room
+    columns = min(columns, max(3, len(tiles)))  # three at least, so that the title has room
     rows = -(-len(tiles) // columns)
     width = 2 * _MARGIN + columns * _TILE_WIDTH + (columns - 1) * _GAP
     indent = 0 if query is None else _QUERY_SIDE + _GAP
@@ -87,10 +90,12 @@ def _fill_tile(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, caption: list[str], left: int, top: int
 ) -> None:
     right = left + _TILE_WIDTH
-    _paste(sheet, decode(tile.thumbnail), left + _PAD, top + _PAD, _SIDE)
+    _paste(sheet, decode(tile.picture), left + _PAD, top + _PAD, _SIDE)
     below = top + _PAD + _SIDE + 10
-    pen.text((left + _PAD, below), f"{tile.rank}.", _ACCENT, _font(_TEXT_SIZE, bold=True))
-    pen.text((right - _PAD, below), tile.score, _FAINT, _font(_TEXT_SIZE), anchor="ra")
+    bold, plain = _font(_TEXT_SIZE, bold=True), _font(_TEXT_SIZE)
+    room = _SIDE - round(plain.getlength(tile.right)) - _GAP
+    pen.text((left + _PAD, below), _wrapped(tile.left, bold, room, most=1)[0], _ACCENT, bold)
+    pen.text((right - _PAD, below), tile.right, _FAINT, plain, anchor="ra")
     for number, line in enumerate(caption):
         pen.text((left + _PAD, below + 22 + number * _LINE), line, _INK, _font(_TEXT_SIZE))
 
