@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from mmrl.data.check import check
 from mmrl.data.pack import pack
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.stream import Stream
@@ -197,7 +198,7 @@ def measure_pack(place: Path, turns: int = 3) -> None:
     """One worker. The bare loops read, decode (and shrink) each picture and write it into a tar."""
     folder = place / "files"
     folder.mkdir(exist_ok=True)
-    for number in range(256):
+    for number in range(1024):
         (folder / f"{number:04}.jpg").write_bytes(photo(number % 64))
         (folder / f"{number:04}.txt").write_text(f"photo number {number}")
 
@@ -229,6 +230,17 @@ def measure_pack(place: Path, turns: int = 3) -> None:
         print(f"pack     {what:26} {statistics.median(ratios):7.2f} of the bare loop's speed")
 
 
+def measure_check(place: Path) -> None:
+    """Random bytes of 60 KB: nothing is decoded."""
+    folder, rng = place / "random", np.random.default_rng(0)
+    write_shards(folder, 4, 2048, lambda _: rng.bytes(60_000))
+    for _ in range(3):
+        began = time.perf_counter()
+        result = check(str(folder), decode=False, workers=1, quiet=True)
+        size = sum(one.bytes for one in result.sets)
+        print(f"check    without decoding          {size / 1e6 / (time.perf_counter() - began):8.0f} MB/s")
+
+
 def _memory_of_all() -> float:
     """MiB of this process and its children. (Linux.)"""
     me, total = os.getpid(), 0
@@ -255,6 +267,7 @@ MEASURES: dict[str, Callable[[Path], Any]] = {
     "resume": measure_resume,
     "memory": measure_memory,
     "pack": measure_pack,
+    "check": measure_check,
 }
 
 
