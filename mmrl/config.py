@@ -28,6 +28,9 @@ class TrainConfig(Settings):
 
     batch_size: int = Field(ge=2)
     """The global batch: all of it, over all processes, are each other's negatives."""
+    micro_batch: int | None = machine(None, ge=1)
+    """So many pairs of a process are in memory with their activations at once, for a second forward; all of its share
+    of the batch when left out. What is learnt is the same."""
     duration: Duration
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Keep a moving average of the weights with this decay a step, and evaluate and export it; off when left out."""

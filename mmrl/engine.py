@@ -3,6 +3,7 @@
 DeepSpeed's config is a dict made here from ours; no JSON file is written.
 """
 
+import copy
 import ctypes
 import logging
 import math
@@ -17,6 +18,7 @@ from pydantic import Field
 from mmrl import distributed
 from mmrl.errors import InputError
 from mmrl.hardware import multiplies_bfloat16
+from mmrl.model.towers import Side
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.settings import Settings, machine
 
@@ -27,8 +29,8 @@ class EngineConfig(Settings):
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """bf16 runs matrix products and convolutions in bfloat16; weights, optimiser and loss stay float32. auto is bf16
     where all processes' devices have such products, else fp32: without, they are many times slower."""
-    zero_stage: int = machine(0, ge=0, le=2)
-    """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well."""
+    zero_stage: int = machine(0, ge=0, le=3)
+    """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well, 3 weights as well."""
     compile: bool = machine(False)
     """torch.compile for both towers: minutes at the start, faster steps. Wants a C++ compiler."""
     timeout_minutes: float = Field(default=30.0, gt=0, json_schema_extra={"machine": True})
@@ -56,6 +58,7 @@ class Engine:
         if config.compile:
             model.image.tower.compile()
             model.text.tower.compile()
+        self._whole = copy.deepcopy(model) if config.zero_stage == 3 else None
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
@@ -68,18 +71,43 @@ class Engine:
         self.model = model
         self.device = world.device
         self._zero_stage = config.zero_stage
+        self._gathered = deepspeed.zero.GatheredParameters
         # Without ZeRO, DeepSpeed clips but does not tell the norm.
         self._clip_here = (clip_norm or math.inf) if config.zero_stage == 0 else None
 
-    def __call__(
-        self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def __call__(self, image_BCHW: torch.Tensor | None, text_BL: torch.Tensor | None) -> Any:
         """The model's forward, under the configured precision, on the engine's device."""
-        return self._engine(image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True))
+        return self._engine(
+            *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
+        )
 
-    def step(self, loss: torch.Tensor) -> float:
-        """Backward, averaged over processes; clip; one optimiser step. Returns the gradient's norm before clipping."""
+    @property
+    def whole_model(self) -> MatryoshkaCLIP:
+        """The model with all its weights, to evaluate and to save: as of the last `refresh` where ZeRO divides them."""
+        return self._whole or self.model
+
+    def refresh(self) -> None:
+        """Brings `whole_model` up to date; called on every process."""
+        if self._whole is None:
+            return
+        with torch.no_grad():
+            for whole, divided in zip(self._whole.parameters(), self.model.parameters(), strict=True):
+                with self._gathered([divided]):
+                    whole.copy_(divided)
+            for whole, buffer in zip(self._whole.buffers(), self.model.buffers(), strict=True):
+                whole.copy_(buffer)
+
+    def trains(self, side: Side) -> bool:
+        """Whether anything of a tower is learnt."""
+        return any(parameter.requires_grad for parameter in getattr(self.model, side).parameters())
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds to the gradients; averages them over processes at the `last` one before a step."""
+        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
+
+    def step(self) -> float:
+        """Clips, and makes one optimiser step. Returns the gradient's norm before clipping."""
         if self._clip_here is None:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())

@@ -26,6 +26,8 @@ class Plan:
     reader: SampleReader
     evaluation_readers: dict[str, SampleReader]
     evaluation_dims: list[int]
+    accumulation: int
+    """Micro-batches of a step, on each process."""
     resume_from: Path | None
 
 
@@ -39,6 +41,18 @@ def prepare(config: Config, world: World) -> Plan:
         raise InputError(
             f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
             f"take a multiple of {world.size}."
+        )
+    share = config.train.batch_size // world.size
+    micro_batch = config.train.micro_batch or share
+    if share % micro_batch:
+        fitting = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+        raise InputError(
+            f"train.micro_batch: a process's share of the batch, {share}, cannot be divided into parts of "
+            f"{micro_batch}; take {fitting}."
+        )
+    if config.train.ema is not None and config.engine.zero_stage == 3:
+        raise InputError(
+            "train.ema: wants all weights in one place, which ZeRO stage 3 divides; take engine.zero_stage=2."
         )
     width = towers.read_model_cfg(config.model.name)["embed_dim"]
     nested = nesting(config.nesting.dims, config.nesting.weights, width)
@@ -67,7 +81,7 @@ def prepare(config: Config, world: World) -> Plan:
     resume_from, refusal = distributed.from_main((resume_from, refusal))
     if refusal:
         raise InputError(refusal)
-    return Plan(nested, reader, evaluation_readers, evaluation_dims, resume_from)
+    return Plan(nested, reader, evaluation_readers, evaluation_dims, share // micro_batch, resume_from)
 
 
 def _check_best(config: Config, dims: list[int]) -> None:

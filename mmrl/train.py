@@ -9,8 +9,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import distributed, optim
+from mmrl import accumulation, distributed, optim
 from mmrl.checkpoint import Checkpoints, read_state
 from mmrl.config import Config
 from mmrl.data import draws
@@ -76,13 +78,14 @@ class Trainer:
             text=built.tokenise,
             config=config.data,
             pin_memory=world.device.type == "cuda",
+            micro_batch=config.train.micro_batch,
         )
         self.engine = Engine(
             model,
             optim.build(model, built.model_cfg, config.optim),
             config.engine,
             config.optim.clip_norm,
-            config.train.batch_size // world.size,
+            config.train.batch_size // world.size // plan.accumulation,
         )
         self.ema = None if config.train.ema is None else _ema(model, config.train.ema)
         self.encoder: Bundle = bundle.of_towers(self._best_known(), built, plan.nested.dims)
@@ -120,7 +123,7 @@ class Trainer:
             self._save(tracker, is_best=True)
         clock, batches, epoch = _Clock(self.step_done), self.stream.forever(), self.stream.epoch
         while self.step_done < self.total:
-            loss, norm, rate = self.step(next(batches))
+            loss, norm, rate = self.step(list(islice(batches, self.plan.accumulation)))
             if self.stream.epoch != epoch:
                 epoch = self.stream.epoch
                 self._tell_bad_samples(tracker, epoch)
@@ -143,8 +146,8 @@ class Trainer:
                     "Go on with the same command and resume=auto."
                 )
 
-    def step(self, batch: Batch) -> tuple[NestedLoss, float, float]:
-        """One optimiser step on one global batch; the only place where weights change.
+    def step(self, parts: Sequence[Batch]) -> tuple[NestedLoss, float, float]:
+        """One optimiser step on one global batch, given as micro-batches; the only place where weights change.
 
         Returns: the loss, the gradient's norm, the learning rate.
         """
@@ -152,9 +155,29 @@ class Trainer:
             self.engine.optimizer,
             optim.lr_factor(self.config.optim, self.step_done, self.total, self.warmup, self.cooldown),
         )
-        # Dropout, where a tower has any, is a function of (seed, step, rank): a resumed step repeats it.
-        torch.manual_seed(int(draws.bits(self.config.seed, self.step_done, self.world.rank, _DROPOUT_DRAW) >> 1))
-        image_bD, text_bD, scale, bias = self.engine(batch.image, batch.text)
+        group_b = torch.cat([part.group for part in parts]).to(self.engine.device)
+        micro_batches = [(part.image, part.text) for part in parts]
+        loss = accumulation.backward(self.engine, micro_batches, partial(self._loss, group_b), self._seed_dropout)
+        norm = self.engine.step()
+        self._stop_unless_finite("the gradient's norm", norm)
+        if self.ema is not None:
+            self.ema.update_parameters(self.engine.model)
+        self.step_done += 1
+        for part in parts:
+            self._unlisted += part.bad
+            self._seen += len(part.keys)
+        return loss, norm, rate
+
+    def _loss(
+        self,
+        group_b: torch.Tensor,
+        image_bD: torch.Tensor,
+        text_bD: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> NestedLoss:
+        """The loss of the global batch, on the dims of this step. It stops the run where it is not finite."""
+        self._scale, self._bias = scale.detach(), None if bias is None else bias.detach()
         nested = self.plan.nested
         if self.config.nesting.dims_per_step is not None:
             places = draws.permutation(len(nested.dims), self.config.seed, self.step_done, _DIMS_DRAW)
@@ -162,16 +185,15 @@ class Trainer:
             nested = nested.only(places)
             scale = scale if len(scale) == 1 else scale[places]
             bias = bias if bias is None or len(bias) == 1 else bias[places]
-        loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, batch.group.to(self.engine.device))
+        loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, group_b)
         self._stop_unless_finite("the loss", loss.total.item())
-        norm = self.engine.step(loss.total)
-        self._stop_unless_finite("the gradient's norm", norm)
-        if self.ema is not None:
-            self.ema.update_parameters(self.engine.model)
-        self.step_done += 1
-        self._unlisted += batch.bad
-        self._seen += len(batch.keys)
-        return loss, norm, rate
+        return loss
+
+    def _seed_dropout(self, part: int) -> None:
+        """Dropout, where a tower has any, is a function of (seed, step, rank, micro-batch): it is the same in both
+        forwards of a step, and in a step that is repeated after a resume."""
+        names = (self.config.seed, self.step_done, self.world.rank, part, _DROPOUT_DRAW)
+        torch.manual_seed(int(draws.bits(*names) >> 1))
 
     def _stop_unless_finite(self, what: str, value: float) -> None:
         """Before anything is saved; the values are the same on every process, so all of them stop."""
@@ -196,8 +218,10 @@ class Trainer:
 
     def score_sets(self) -> dict[str, dict[str, Any]]:
         """Each named set's scores at every dim. All processes embed; the main one has the scores."""
+        self.engine.refresh()
         model = self.encoder.model
-        was_training = model.training
+        was_training, home = model.training, next(model.parameters()).device
+        model.to(self.world.device)
         model.eval()
         results: dict[str, dict[str, Any]] = {}
         for name, reader in self.plan.evaluation_readers.items():
@@ -206,7 +230,7 @@ class Trainer:
             embedded = sets.embed(reader, model, encoder.image_spec, encoder.tokenise, captions=captions)
             if self.world.is_main:
                 results[name] = sets.score(embedded, self.plan.evaluation_dims)
-        model.train(was_training)
+        model.train(was_training).to(home)
         return results
 
     def _show(self, tracker: Tracker, results: dict[str, dict[str, Any]]) -> None:
@@ -224,6 +248,7 @@ class Trainer:
 
     def _save(self, tracker: Tracker | None, is_best: bool) -> None:
         self._list_bad_samples(tracker)  # the stream's position goes beyond them
+        self.engine.refresh()
         state = {
             "step": self.step_done,
             "engine": self.engine.layout,
@@ -251,7 +276,7 @@ class Trainer:
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
         self._list_bad_samples(tracker)
         if tracker:
-            scales, bias = self.engine.model.logit_scale.detach().tolist(), self.engine.model.logit_bias
+            scales, bias = self._scale.tolist(), self._bias
             tracker.log(
                 {
                     "step": self.step_done,
@@ -295,7 +320,7 @@ class Trainer:
         return f"{self.config.run}/{BAD_SAMPLES}"
 
     def _introduce(self, tracker: Tracker) -> None:
-        count = sum(p.numel() for p in self.engine.model.parameters())
+        count = sum(p.numel() for p in self.engine.whole_model.parameters())
         tail = self.stream.samples % self.stream.global_batch_size
         tracker.say(
             f"{self.config.model.name}: {count / 1e6:.1f} M parameters, nested dims {list(self.plan.nested.dims)}",
@@ -321,7 +346,7 @@ class Trainer:
 
     def _best_known(self) -> MatryoshkaCLIP:
         """The weights to evaluate and to store: the moving average where there is one."""
-        return self.engine.model if self.ema is None else self.ema.module  # pyright: ignore[reportReturnType]
+        return self.engine.whole_model if self.ema is None else self.ema.module  # pyright: ignore[reportReturnType]
 
     def _steps(self, duration: int | str) -> int:
         return optim.steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)

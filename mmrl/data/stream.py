@@ -72,6 +72,7 @@ class Stream:
         text: Tokenise | None = None,
         config: DataConfig | None = None,
         pin_memory: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
@@ -87,7 +88,10 @@ class Stream:
         self.seed, self.epoch, self.position = seed, 0, 0
         self._data = reader.fingerprint
         self._workers, self._pin_memory = num_workers, pin_memory
-        self._work = _BatchWork(reader, batch_size, rank, world_size, seed, image, text, config or DataConfig())
+        self._parts = batch_size // (micro_batch or batch_size)
+        self._work = _BatchWork(
+            reader, batch_size, self._parts, rank, world_size, seed, image, text, config or DataConfig()
+        )
         self._loader: DataLoader[Batch | InputError] | None = None
         self._plan = _Plan()
 
@@ -101,7 +105,8 @@ class Stream:
         yield from self._batches(epochs=1)
 
     def forever(self) -> Iterator[Batch]:
-        """Epoch after epoch, without a pause of the workers in between."""
+        """Epoch after epoch, without a pause of the workers in between; with `micro_batch`, each batch in so many
+        parts."""
         yield from self._batches(epochs=None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,11 +154,12 @@ class Stream:
                 pin_memory=self._pin_memory,
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
-        self._plan.start(self.epoch, self.position, step, usable, epochs)
-        for batch in self._watched(iter(self._loader)):
+        self._plan.start(self.epoch, self.position, step, usable, epochs, self._parts)
+        for number, batch in enumerate(self._watched(iter(self._loader)), start=1):
             if isinstance(batch, InputError):
                 raise batch
-            self.position += step
+            if number % self._parts == 0:
+                self.position += step
             if self.position >= usable:
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
@@ -172,27 +178,28 @@ class Stream:
             ) from None
 
 
-class _Plan(Sampler[tuple[int, int]]):
-    """Which batches come next: (epoch, position) of the first sample of each."""
+class _Plan(Sampler[tuple[int, int, int]]):
+    """Which batches come next: (epoch, position) of the first sample of each, and the part of it."""
 
-    def start(self, epoch: int, position: int, step: int, usable: int, epochs: int | None) -> None:
-        self._first, self._step, self._usable = (epoch, position), step, usable
+    def start(self, epoch: int, position: int, step: int, usable: int, epochs: int | None, parts: int) -> None:
+        self._first, self._step, self._usable, self._parts = (epoch, position), step, usable, parts
         self._last_epoch = None if epochs is None else epoch + epochs - 1
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         epoch, position = self._first
         while self._last_epoch is None or epoch <= self._last_epoch:
-            yield from ((epoch, p) for p in range(position, self._usable, self._step))
+            yield from ((epoch, p, n) for p in range(position, self._usable, self._step) for n in range(self._parts))
             epoch, position = epoch + 1, 0
 
 
 class _BatchWork(Dataset[Batch | InputError]):
-    """(epoch, position) -> this process's rows of that batch. The same in every worker."""
+    """(epoch, position, part) -> that part of this process's rows of the batch. The same in every worker."""
 
     def __init__(
         self,
         reader: SampleReader,
         batch_size: int,
+        parts: int,
         rank: int,
         world_size: int,
         seed: int,
@@ -201,7 +208,7 @@ class _BatchWork(Dataset[Batch | InputError]):
         config: DataConfig,
     ) -> None:
         self._reader, self._seed, self._config = reader, seed, config
-        self._rows = np.arange(batch_size) + rank * batch_size
+        self._rows_of_part = (np.arange(batch_size) + rank * batch_size).reshape(parts, -1)
         self._global_batch_size = batch_size * world_size
         self._image, self._text = image, text
         self._augmentation = Augmentation(config.augment, image) if isinstance(image, ImageSpec) else None
@@ -210,17 +217,17 @@ class _BatchWork(Dataset[Batch | InputError]):
         self._cache: dict[int, _Loaded] = {}
         self._asked_ahead: tuple[int, int] | None = None
 
-    def __getitem__(self, request: tuple[int, int]) -> Batch | InputError:
+    def __getitem__(self, request: tuple[int, int, int]) -> Batch | InputError:
         """An error is handed over as a value: raised in a worker, its sentence would come wrapped in a traceback."""
         try:
             return self._batch(*request)
         except InputError as error:
             return error
 
-    def _batch(self, epoch: int, position: int) -> Batch:
+    def _batch(self, epoch: int, position: int, part: int) -> Batch:
         bad: list[Problem] = []
         self._fetch_ahead(epoch, position)
-        numbers_B, loaded = self._fill(epoch, position, bad)
+        numbers_B, loaded = self._fill(epoch, position + self._rows_of_part[part], bad)
         texts = self._choose_captions(epoch, numbers_B, [sample.captions for sample, _ in loaded])
         return Batch(
             keys=[sample.name for sample, _ in loaded],
@@ -230,13 +237,13 @@ class _BatchWork(Dataset[Batch | InputError]):
             bad=bad,
         )
 
-    def _fill(self, epoch: int, position: int, bad: list[Problem]) -> tuple[np.ndarray, list[_Loaded]]:
-        """The numbers at our rows' positions and their samples; in the place of a bad one, that of the same row of a
+    def _fill(self, epoch: int, places_B: np.ndarray, bad: list[Problem]) -> tuple[np.ndarray, list[_Loaded]]:
+        """The numbers at these positions and their samples; in the place of a bad one, that of the same row of a
         later batch.
 
         So it is filled without asking another process, and not by a sample of this batch where there are others.
         """
-        order, places_B, loaded = self._epoch_order(epoch), position + self._rows, []
+        order, loaded = self._epoch_order(epoch), []
         numbers_B = order.numbers(places_B)
         for row in range(len(numbers_B)):
             for attempt in range(1, _MOST_REPLACEMENTS + 1):

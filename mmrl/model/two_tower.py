@@ -63,6 +63,9 @@ class Encoder(nn.Module):
         return x if self.projection is None else self.projection(x)
 
 
+Outputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+
+
 class MatryoshkaCLIP(nn.Module):
     """Two encoders and a logit scale. It knows pixels and tokens, no loss and no dims: every prefix of what it
     returns is an embedding because the loss makes it so."""
@@ -83,12 +86,12 @@ class MatryoshkaCLIP(nn.Module):
         self.log_logit_scale = nn.Parameter(logit_scale.reshape(-1).log())
         self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.reshape(-1))
 
-    def forward(
-        self, image_BCHW: torch.Tensor, text_ML: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Image (B, D) and text (M, D) embeddings, not normalised; the logit scale, (1,) or (K,), and such a bias or
-        None."""
-        return self.encode_image(image_BCHW), self.encode_text(text_ML), self.logit_scale, self.logit_bias
+    def forward(self, image_BCHW: torch.Tensor | None, text_ML: torch.Tensor | None) -> Outputs:
+        """Image (B, D) and text (M, D) embeddings, not normalised, None for None; the logit scale, (1,) or (K,), and
+        such a bias or None."""
+        image_BD = None if image_BCHW is None else self.encode_image(image_BCHW)
+        text_MD = None if text_ML is None else self.encode_text(text_ML)
+        return image_BD, text_MD, self.logit_scale, self.logit_bias
 
     def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) -> (B, D)."""

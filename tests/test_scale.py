@@ -1,0 +1,170 @@
+"""What is learnt does not depend on how the work is divided: ZeRO stages, micro-batches, processes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmrl import config as configs
+from mmrl import distributed, optim
+from mmrl.data.sources import open_training_set
+from mmrl.data.stream import Stream
+from mmrl.errors import InputError
+from mmrl.losses import reference
+from mmrl.model import towers, two_tower
+from mmrl.preflight import prepare
+from mmrl.train import train
+
+WriteConfig = Callable[..., Path]
+STEPS = 20
+# Runs several configs in one world, since what takes time is the imports.
+SCRIPT = """
+import sys
+from rich.console import Console
+from mmrl import config as configs
+from mmrl.train import train
+for case in sys.argv[2:]:
+    train(configs.load(sys.argv[1], case.split()), Console(quiet=True))
+"""
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Adam blows up the rounding of a gradient that is truly zero, as that of attention's key bias is."""
+    state = load_file(run / "checkpoints" / "last" / "model.safetensors")
+    return {name: tensor for name, tensor in state.items() if "in_proj_bias" not in name}
+
+
+def plain_run(path: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training in plain PyTorch: one process, no DeepSpeed, the reference's formula."""
+    config = configs.load(path)
+    torch.manual_seed(config.seed)
+    built = towers.build(config.model)
+    model = two_tower.from_towers(built, config.model.logit_scale, 1)
+    optimizer = optim.build(model, built.model_cfg, config.optim)
+    stream = Stream(
+        open_training_set(config.data),
+        config.train.batch_size,
+        seed=config.seed,
+        image=built.image_spec,
+        text=built.tokenise,
+        config=config.data,
+    )
+    batches, values = stream.forever(), []
+    for step in range(STEPS):
+        optim.set_lr(optimizer, optim.lr_factor(config.optim, step, STEPS, 2, 0))
+        batch = next(batches)
+        image_BD, text_BD, scale, _ = model(batch.image, batch.text)
+        assert image_BD is not None
+        assert text_BD is not None
+        total, _ = reference.nested_info_nce(image_BD, text_BD, scale, [4, 8, 16], groups=batch.group)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or 1e9)
+        optimizer.step()
+        values.append(total.item())
+    return values, {name: tensor for name, tensor in model.state_dict().items() if "in_proj_bias" not in name}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_zero_stages_micro_batches_and_processes_learn_the_same(
+    write_config: WriteConfig, tmp_path: Path, processes: int
+) -> None:
+    path = write_config(train={"batch_size": 12, "duration": STEPS}, evaluation={})
+    cases = [(stage, micro) for stage in range(4) for micro in (None, 12 // processes // 4)]
+    arguments = [
+        f"run={tmp_path}/zero{stage}-{micro} engine.zero_stage={stage} train.micro_batch={micro or 12 // processes}"
+        for stage, micro in cases
+    ]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(script), str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    values, weights = plain_run(path)
+    for stage, micro in cases:
+        run = tmp_path / f"zero{stage}-{micro}"
+        assert losses(run) == pytest.approx(values, abs=2e-5), (stage, micro)
+        torch.testing.assert_close(final_weights(run), weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.name=sigmoid"],
+        ["model.lock_image=true"],
+        ["model.lock_text=true", "model.logit_scale.per_dim=true", "engine.zero_stage=3"],
+        ["model.grad_checkpointing=true", "loss.label_smoothing=0.1"],
+        ["nesting.dims_per_step=2", "data.workers=1", "engine.zero_stage=1"],
+    ],
+    ids=" ".join,
+)
+def test_micro_batches_change_nothing_with_any_option(
+    write_config: WriteConfig, tmp_path: Path, overrides: list[str]
+) -> None:
+    path = write_config(evaluation={})
+    whole = train(configs.load(path, [*overrides, f"run={tmp_path}/whole"]))
+    parts = train(configs.load(path, [*overrides, f"run={tmp_path}/parts", "train.micro_batch=4"]))
+    assert losses(parts) == pytest.approx(losses(whole), abs=2e-5)
+    torch.testing.assert_close(final_weights(parts), final_weights(whole), rtol=0, atol=1e-4)
+
+
+def test_dropout_is_the_same_in_both_forwards(write_config: WriteConfig, tmp_path: Path, tiny_model: Path) -> None:
+    """With patch dropout, the second forward's embeddings must be those that the loss saw: the model learns to fit one
+    batch as well as without micro-batches, and a resumed step repeats the drawn patches."""
+    values = json.loads(tiny_model.read_text())
+    values["vision_cfg"]["patch_dropout"] = 0.5
+    (tmp_path / "dropout.json").write_text(json.dumps(values))
+    path = write_config(model={"name": str(tmp_path / "dropout.json")}, evaluation={}, checkpoint={"every": "4 steps"})
+    seen: list[torch.Tensor] = []
+
+    def remember(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if module.training:
+            seen.append(output.detach().clone())
+
+    original = towers.build
+
+    def build(config: towers.TowersConfig) -> towers.Towers:
+        built = original(config)
+        built.image.register_forward_hook(remember)
+        return built
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(towers, "build", build)
+        folder = train(configs.load(path, ["train.micro_batch=4"]))
+    assert len(seen) == 8 * 2 * 3
+    for step in range(8):
+        first, second = seen[6 * step : 6 * step + 3], seen[6 * step + 3 : 6 * step + 6]
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+        assert not torch.equal(first[0], first[1])
+    before = losses(folder)
+    last = folder / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to("step-4")
+    train(configs.load(path, ["train.micro_batch=4", "resume=auto"]))
+    assert losses(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.micro_batch=5"], r"train.micro_batch: a process's share of the batch, 12, cannot .* of 5; take 4"),
+        (["train.micro_batch=24"], r"cannot be divided into parts of 24; take 12"),
+        (["train.ema=0.9", "engine.zero_stage=3"], r"train.ema: .* take engine.zero_stage=2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_run(
+    write_config: WriteConfig, overrides: list[str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        prepare(configs.load(write_config(), overrides), distributed.start())
+    assert not (tmp_path / "run").exists()
