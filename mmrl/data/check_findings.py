@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmrl.data.check_shard import TWICE, Picture, ShardFacts, Tally, Tokens
-from mmrl.data.index import Problem, open_shards
+from mmrl.data.index import Problem
+from mmrl.data.opening import open_shards
 from mmrl.data.samples import NO_GROUP
 from mmrl.data.stores import Store
 from mmrl.errors import InputError

@@ -14,7 +14,8 @@ from typing import IO
 
 import numpy as np
 
-from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard, keep_index
+from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
+from mmrl.data.opening import keep_index
 from mmrl.data.samples import NO_GROUP, UNUSABLE, FieldsConfig, group_number, parse, reason_of
 from mmrl.data.stores import Store, is_remote
 from mmrl.decode import decode_pixels

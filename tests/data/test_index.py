@@ -7,8 +7,9 @@ import pytest
 from conftest import sample_members, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from mmrl.data import index as indexing
-from mmrl.data.index import SUFFIX, ShardIndex, index_shard, load_index, open_shards, save_index
+from mmrl.data import opening
+from mmrl.data.index import SUFFIX, ShardIndex, index_shard, load_index, save_index
+from mmrl.data.opening import open_shards
 from mmrl.data.stores import Store, StoreConfig
 from mmrl.errors import InputError
 
@@ -104,7 +105,7 @@ def test_an_index_is_made_on_first_sight_and_then_used(
     first = open_shards(locations, store(tmp_path))
     assert [shard.samples for shard in first] == [20, 17, 11]
     assert not list(shards.glob("*.index"))  # the data's own folder is left as it is
-    monkeypatch.setattr(indexing, "index_shard", None)
+    monkeypatch.setattr(opening, "index_shard", None)
     assert open_shards(locations, store(tmp_path)) == first
 
 
