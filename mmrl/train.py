@@ -25,7 +25,7 @@ from mmrl.checkpoint import Checkpoints, read_state
 from mmrl.config import Config
 from mmrl.data import draws
 from mmrl.data.index import Problem, account
-from mmrl.data.stream import Batch, Stream
+from mmrl.data.stream import Batch, Stream, killed_worker
 from mmrl.distributed import World
 from mmrl.engine import Engine
 from mmrl.errors import RunStopped
@@ -53,7 +53,13 @@ def train(config: Config, console: Console | None = None) -> Path:
     plan = prepare(config, world)
     with _stop_on_signals() as stop:
         trainer = Trainer(config, plan, world, console)
-        trainer.run(stop)
+        try:
+            trainer.run(stop)
+        except RuntimeError as error:
+            stopped = killed_worker(error)
+            if stopped is None:
+                raise
+            raise stopped from None
     return Path(config.run)
 
 

@@ -169,13 +169,22 @@ class Stream:
         try:
             yield from batches
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            stopped = killed_worker(error)
+            if stopped is None:
                 raise
             self._loader = None
-            raise RunStopped(
-                f"data: a loader process was killed from outside ({str(error).splitlines()[0]}); most often memory ran "
-                f"out: lower data.workers (now {self._workers}) or train.batch_size, then resume."
-            ) from None
+            raise stopped from None
+
+
+def killed_worker(error: RuntimeError) -> RunStopped | None:
+    """What to tell where DataLoader found one of its processes dead, which it says by a RuntimeError at whatever line
+    the main process is; None for any other error."""
+    if isinstance(error, RunStopped) or "DataLoader worker" not in str(error):
+        return None
+    return RunStopped(
+        f"data: a loader process was killed from outside ({str(error).splitlines()[0]}); most often memory ran out: "
+        "lower data.workers or train.batch_size, then resume."
+    )
 
 
 class _Plan(Sampler[tuple[int, int, int]]):
