@@ -56,7 +56,10 @@ def train(config: Config, console: Console | None = None) -> Path:
         try:
             trainer.run(stop)
         except RuntimeError as error:
-            raise killed_worker(error) or error from None
+            stopped = killed_worker(error)
+            if stopped is None:
+                raise
+            raise stopped from None
     return Path(config.run)
 
 

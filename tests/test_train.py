@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from conftest import sample_members, write_tar
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -147,6 +148,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConf
     path = write_config(optim={"lr": 1e30, "clip_norm": None}, checkpoint={"every": "1 steps"})
     with pytest.raises(RunStopped, match=r"Step 2: the loss is nan. The last good .* is .*step-1; lower optim.lr"):
         run(path)
+
+
+_WITH_A_KILLED_LOADER = """
+import os, signal, sys
+from mmrl import cli
+from mmrl.train import Trainer
+step = Trainer.step
+def killing(self, parts):
+    if self.step_done == 2:
+        os.kill(self.stream._loader._iterator._workers[0].pid, signal.SIGKILL)
+    return step(self, parts)
+Trainer.step = killing
+cli.main()
+"""
+
+
+def test_a_killed_loader_process_is_one_sentence_and_no_hang(write_config: WriteConfig, tmp_path: Path) -> None:
+    """In a process of its own: DataLoader tells of it at whatever line the main process is."""
+    script = tmp_path / "killed_loader.py"
+    script.write_text(_WITH_A_KILLED_LOADER)
+    path = write_config(evaluation={}, data={"train": str(tmp_path), "workers": 2})
+    write_tar(tmp_path / "a.tar", [m for number in range(48) for m in sample_members(number)])
+    command = [sys.executable, str(script), "train", str(path), "train.duration=500", "checkpoint.every=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "mmrl: data: a loader process was killed from outside (" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("has_products", "precision"), [(True, "bf16"), (False, "fp32")])

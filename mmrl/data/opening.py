@@ -63,6 +63,12 @@ class Shard:
             raise OSError(f"the index {self.stored} is of another shard than at the start; start again")
         return index
 
+    def forget(self) -> None:
+        """Removes an index from the cache folder that does not fit a remote shard any more. One of a local shard is
+        held against the tar at each start anyway."""
+        if self.stored is not None and is_remote(self.location):
+            self.stored.unlink(missing_ok=True)
+
 
 def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
     """Finds the index of each shard, or makes it. Several processes that do so at once divide the work.
@@ -78,7 +84,7 @@ def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
         missing = missing[start:] + missing[:start]
         # Fetching is waiting, scanning is not.
         over = pool.map if any(is_remote(locations[i]) for i in missing) else map
-        made = over(lambda i: _find(locations[i], store) or _make(locations[i], store), missing)
+        made = over(lambda location: _find(location, store) or _make(location, store), [locations[i] for i in missing])
         for i, shard in zip(missing, _shown("indexing shards", made, len(missing)), strict=True):
             found[i] = shard
     shards = [shard for shard in found if shard is not None]

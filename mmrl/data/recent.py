@@ -22,6 +22,10 @@ class Recent(Generic[Value]):
         self._values: OrderedDict[int, Value] = OrderedDict()
         self._size = 0
 
+    def __del__(self) -> None:
+        for value in self._values.values():
+            self._close(value)
+
     def __getitem__(self, number: int) -> Value:
         if number in self._values:
             self._values.move_to_end(number)

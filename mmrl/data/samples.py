@@ -248,6 +248,7 @@ class SampleReader:
             file = self.store.open(location)
         if not mark.fits(file):
             os.close(file)
+            self._shards[shard].forget()
             raise OSError("it is not the shard that was indexed any more; start again to index it anew, or restore it")
         return file
 

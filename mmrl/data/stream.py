@@ -8,7 +8,7 @@ Shapes: B rows of this process, M captions, C channels, H and W the image's size
 
 import hashlib
 import json
-import signal
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -183,7 +183,7 @@ class Stream:
 def killed_worker(error: RuntimeError) -> RunStopped | None:
     """What to tell where DataLoader found one of its processes dead, which it says by a RuntimeError at whatever line
     the main process is; None for any other error."""
-    if "DataLoader worker" not in str(error):
+    if isinstance(error, RunStopped) or "DataLoader worker" not in str(error):
         return None
     return RunStopped(
         f"data: a loader process was killed from outside ({str(error).splitlines()[0]}); most often memory ran out: "
@@ -192,10 +192,9 @@ def killed_worker(error: RuntimeError) -> RunStopped | None:
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach all processes; the trainer still wants a batch for its last step, and
-    ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C, and SIGTERM in many batch systems, reach the whole process group; the trainer still wants a batch for its
+    last step, and ends its workers itself: by SIGTERM, which therefore is not ignored."""
+    os.setsid()
 
 
 def _fingerprint(config: DataConfig) -> str:
