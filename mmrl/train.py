@@ -21,7 +21,8 @@ from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmrl import accumulation, distributed, optim
-from mmrl.checkpoint import Checkpoints, read_state
+from mmrl import checkpoint as checkpoints
+from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
 from mmrl.data import draws
 from mmrl.data.index import Problem, account
@@ -147,10 +148,12 @@ class Trainer:
                 if last or stopping or is_best or self.step_done % self.save_every == 0:
                     self._save(tracker, is_best)
             if stopping and not last:
+                self.checkpoints.finish()
                 raise RunStopped(
                     f"Stopped by {stop.name} at step {self.step_done:,} of {self.total:,}; all is saved. "
                     "Go on with the same command and resume=auto."
                 )
+        self.checkpoints.finish()
 
     def step(self, parts: Sequence[Batch]) -> tuple[NestedLoss, float, float]:
         """One optimiser step on one global batch, given as micro-batches; the only place where weights change.
@@ -257,18 +260,16 @@ class Trainer:
         self.engine.refresh()
         state = {
             "step": self.step_done,
-            "engine": self.engine.layout,
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "bad": self._bad,
         }
-        path = self.checkpoints.save(self.step_done, self.encoder, self.engine, state)
-        if is_best and self.world.is_main:
-            self.checkpoints.mark_best(path)
+        self.checkpoints.save(self.step_done, self.encoder, self.engine, state, is_best)
 
     def _resume(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        self.engine.load(checkpoint / "training", state["engine"])
+        saved = checkpoints.read(checkpoint)
+        self.engine.load(saved.training_weights, saved.moments)
+        state = saved.state
         self.stream.load_state_dict(state["stream"])
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
@@ -276,7 +277,7 @@ class Trainer:
         self._bad = Counter(state["bad"])
         self._seen = self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
-            self.ema.module.load_state_dict(bundle.read_weights(checkpoint, bundle.read_manifest(checkpoint)))
+            self.ema.module.load_state_dict(saved.encoder_weights)
             self.ema.n_averaged.fill_(self.step_done)
 
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
