@@ -21,6 +21,7 @@ from mmrl.hardware import multiplies_bfloat16
 from mmrl.model.towers import Side
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.settings import Settings, machine
+from mmrl.timing import StepClock
 
 
 class EngineConfig(Settings):
@@ -82,6 +83,7 @@ class Engine:
             self._engine.enable_backward_allreduce = False
         self.model = model
         self.device = world.device
+        self.clock = StepClock(world.device)
         self._zero_stage = config.zero_stage
         self._gathered = deepspeed.zero.GatheredParameters
         # Without ZeRO, DeepSpeed clips but does not tell the norm.
@@ -89,9 +91,10 @@ class Engine:
 
     def __call__(self, image_BCHW: torch.Tensor | None, text_BL: torch.Tensor | None) -> Any:
         """The model's forward, under the configured precision, on the engine's device."""
-        return self._engine(
-            *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
-        )
+        with self.clock.part("towers"):
+            return self._engine(
+                *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
+            )
 
     @property
     def whole_model(self) -> MatryoshkaCLIP:
@@ -115,17 +118,19 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds to the gradients; averages them over processes at the `last` one before a step."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        with self.clock.part("backward"):
+            self._engine.set_gradient_accumulation_boundary(last)
+            self._engine.backward(loss)
 
     def step(self) -> float:
         """Clips, and makes one optimiser step. Returns the gradient's norm before clipping."""
-        if self._clip_here is None:
+        with self.clock.part("optimizer"):
+            if self._clip_here is None:
+                self._engine.step()
+                return float(self._engine.get_global_grad_norm())
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here)
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here)
-        self._engine.step()
-        return norm.item()
+            return norm.item()
 
     def moments(self) -> dict[str, torch.Tensor]:
         """The optimiser's state as whole tensors by name, on the main process; called on every process."""

@@ -117,6 +117,21 @@ def _kill_at(path: Path, folder: Path, step: int, number: signal.Signals) -> sub
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+MEASURED = ("samples_per_second", "seconds_per_step", "peak_memory")
+
+
+def test_a_run_tells_where_its_time_and_memory_go(write_config: WriteConfig, tmp_path: Path) -> None:
+    folder = run(write_config(evaluation={}), "train.micro_batch=4", "tracking.profile=true", "tracking.log_every=2")
+    for line in metrics(folder):
+        spent = line["seconds_per_step"]
+        assert spent.keys() == {"data", "towers", "loss", "backward", "optimizer"}
+        assert 0 < sum(spent.values()) <= 12 / line["samples_per_second"]
+        assert line["peak_memory"] > 1e8
+    trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 3
+
+
 def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
     sections = {"train": {"batch_size": 12, "duration": "60 steps", "ema": 0.9}, "checkpoint": {"every": "7 steps"}}
     whole = run(write_config(**sections))
@@ -128,7 +143,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     stripped = [
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in metrics(folder)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics(folder)]
         for folder in (whole, tmp_path / "killed")
     ]
     assert stripped[0] == stripped[1]
