@@ -105,10 +105,11 @@ def rotate(
     as_json: Json = False,
 ) -> None:
     """Make a trained encoder cuttable without training: whole vectors compare as before, a prefix says most of it."""
+    from mmrl import distributed
     from mmrl.export.rotate import rotate_model
 
     manifest = rotate_model(model, shards, out, _dims(dims), validate, keep, samples, captions, quiet=as_json)
-    if as_json:
+    if as_json and distributed.world().is_main:
         print(json.dumps(manifest, indent=2))
 
 

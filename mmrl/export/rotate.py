@@ -4,17 +4,11 @@ One orthogonal matrix, found from the embeddings of pictures and texts together,
 similarity of whole vectors stays what it was; every prefix becomes what uncentred principal component analysis of both
 modalities keeps in so many numbers.
 
-Two choices, and why:
-- The vectors are made unit vectors first, since it is their directions that are compared: a long one would otherwise
-  count more than a short one.
-- Pictures and texts weigh one half each, however many texts a picture has: the same matrix serves both, and neither
-  may be better kept because there is more of it.
-
 Shapes: N pictures or texts, D the embedding's width.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,63 +16,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mmrl import distributed, nesting
-from mmrl.data.index import Problem
 from mmrl.data.samples import SampleReader
-from mmrl.data.sequential import WholeBatch, read_whole
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
 from mmrl.evaluate.sets import Embedded
+from mmrl.export import moments
+from mmrl.export.moments import Moments
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 
 # An orthogonal matrix changes no similarity; what is left is the rounding of weights and products in float32.
 WORST_ERROR = 1e-6
-# The set is read in parts of so many neighbouring samples. They are the same whatever the number of processes.
-PART = 256
 _LEAST_DIM = 8  # of the dims that a model gets which has none
 _LEAST_GAIN = 1e-4  # in mean mAP: what two decimals of a per cent show
 _ENOUGH = 10  # samples for each number of the embedding, below which a note is due
 
 Result = dict[str, Any]
-
-
-class SecondMoment:
-    """The mean of x xᵀ over unit rows x, in one pass, over all processes.
-
-    The sums are kept in integers, which add up to the same bits in any order: any number of processes finds the same
-    rotation. 2**-44 is their unit, so a part's sum is rounded less than float64 rounds a sum of a thousand such parts.
-    """
-
-    _UNIT = 2.0**-44
-    _LOW_BITS = 32
-
-    def __init__(self, dim: int, device: torch.device) -> None:
-        self._high_DD = torch.zeros(dim, dim, dtype=torch.int64, device=device)
-        self._low_DD = torch.zeros_like(self._high_DD)
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, rows_ND: torch.Tensor) -> None:
-        """Takes some rows in, of any length; fewer than 2**18 at a time."""
-        assert len(rows_ND) < 1 << 18, "the sum would not fit into 63 bits"
-        unit_ND = F.normalize(rows_ND.double(), dim=-1)
-        sum_DD = (unit_ND.T @ unit_ND / self._UNIT).round().long()
-        self._high_DD += sum_DD >> self._LOW_BITS
-        self._low_DD += sum_DD & ((1 << self._LOW_BITS) - 1)
-        self._count += len(rows_ND)
-
-    def count(self) -> int:
-        """The rows of all processes."""
-        return int(distributed.total(self._count))
-
-    def mean(self) -> torch.Tensor:
-        """Over the rows of all processes: float64 (D, D)."""
-        high_DD, low_DD = distributed.total(self._high_DD), distributed.total(self._low_DD)
-        return (high_DD.double() * 2.0**self._LOW_BITS + low_DD.double()) * self._UNIT / self.count()
 
 
 def rotate_model(
@@ -121,23 +78,22 @@ def rotate_model(
     _check_keep(whole, keep)
     _check_count(shards, len(reader), whole.dim)
     _tell_before(console, model, whole, keep, validate)
-    moment_DD, facts, bad = _moments(model, whole, reader, samples, captions, console)
-    _check_count(shards, facts["images"], whole.dim)
-    _tell_after(console, facts["images"], whole.dim, bad)
-    judged = None
-    if validation is None:
-        rotation_DD, kept = nesting.principal_rotation(moment_DD, keep or 0), keep or 0
-    else:
+    found = moments.of_set(model, whole, reader, samples, captions, console)
+    _check_count(shards, found.images, whole.dim)
+    _tell_after(console, whole.dim, found)
+    kept, judged = keep or 0, None
+    if validation is not None:
         candidates = [0, *(d for d in whole.nested_dims if d < whole.dim)] if keep is None else [keep]
-        turns = {kept: nesting.principal_rotation(moment_DD, kept) for kept in candidates}
+        turns = {kept: nesting.principal_rotation(found.moment_DD, kept) for kept in candidates}
         kept, judged = _judge(whole, turns, validation, dims, captions, console)
-        rotation_DD = turns[kept]
+    rotation_DD = nesting.principal_rotation(found.moment_DD, kept)
     about = {
         "moments": "mean of x x^T over unit vectors, uncentred; pictures and texts weigh one half each",
-        **facts,
+        "images": found.images,
+        "texts": found.texts,
         "kept_as_they_were": kept,
-        "effective_rank": nesting.effective_rank(moment_DD),
-        "share_of_second_moment": _shares(rotation_DD, moment_DD, dims),
+        "effective_rank": nesting.effective_rank(found.moment_DD),
+        "share_of_second_moment": _shares(rotation_DD, found.moment_DD, dims),
         **({} if judged is None else {"validation": {"shards": validate, **judged}}),
     }
     manifest, refusal = distributed.from_main(
@@ -203,84 +159,17 @@ def _tell_before(console: Console, model: str, whole: Bundle, keep: int | None, 
         )
 
 
-def _tell_after(console: Console, count: int, dim: int, bad: list[Problem]) -> None:
-    if bad:
-        console.print(f"{len(bad):,} bad samples left out, such as {bad[0].key}: {bad[0].reason}", markup=False)
-    if count < _ENOUGH * dim:
+def _tell_after(console: Console, dim: int, found: Moments) -> None:
+    if found.bad:
+        first = found.bad[0]
+        console.print(f"{len(found.bad):,} bad samples left out, such as {first.key}: {first.reason}", markup=False)
+    if found.images < _ENOUGH * dim:
         console.print(
-            f"Note: {count:,} samples for {dim:,} directions: the weakest of them are chance. {_ENOUGH * dim:,} are "
-            "better.",
+            f"Note: {found.images:,} samples for {dim:,} directions: the weakest of them are chance. "
+            f"{_ENOUGH * dim:,} are better.",
             soft_wrap=True,
             highlight=False,
         )
-
-
-# ------------------------------------------------------------------------------------------------ the one pass
-
-
-@torch.inference_mode()
-def _moments(
-    model: str, whole: Bundle, reader: SampleReader, samples: int | None, captions: int | None, console: Console
-) -> tuple[torch.Tensor, dict[str, int], list[Problem]]:
-    """The mean of both modalities' second moments, float64 (D, D); what it was found from; bad samples."""
-    world = distributed.world()
-    of_images, of_texts = (SecondMoment(whole.dim, world.device) for _ in range(2))
-    bad = list(reader.problems) if world.is_main else []
-    broken: list[str] = []
-    with _progress(console) as progress:
-        parts = _own_parts(len(reader), samples)
-        task = progress.add_task("embedding", total=len(parts) * PART)
-        for batch in _read(whole, reader, parts, captions):
-            progress.advance(task, PART)
-            bad += batch.bad
-            if not batch.keys:
-                continue
-            image_ND, text_ND = _embed(whole, batch)
-            if not (image_ND.isfinite().all() and text_ND.isfinite().all()):
-                broken.append(batch.keys[0])
-                break
-            of_images.add(image_ND)
-            of_texts.add(text_ND)
-    shares = distributed.gather_objects((broken, bad))
-    broken = [key for share, _ in shares for key in share]
-    bad = [problem for _, share in shares for problem in share]
-    if broken:
-        raise InputError(
-            f"model: {model} gives vectors that are not finite, near {broken[0]}; its weights are damaged: train or "
-            "export it again."
-        )
-    counts = {"images": of_images.count(), "texts": of_texts.count()}
-    if not all(counts.values()):
-        raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
-    return (of_images.mean() + of_texts.mean()) / 2, counts, bad
-
-
-def _own_parts(count: int, samples: int | None) -> list[tuple[int, int]]:
-    """This process's share of the set's parts, each as (its number, how many there are)."""
-    parts = -(-count // PART)
-    wanted = parts if samples is None else min(parts, -(-samples // PART))
-    world = distributed.world()
-    own = range(wanted * world.rank // world.size, wanted * (world.rank + 1) // world.size)
-    return [(parts * i // wanted, parts) for i in own]
-
-
-def _read(
-    whole: Bundle, reader: SampleReader, parts: Sequence[tuple[int, int]], captions: int | None
-) -> Iterator[WholeBatch]:
-    for part, count in parts:
-        yield from read_whole(
-            reader, whole.image_spec, whole.tokenise, batch_size=PART, captions=captions, rank=part, world_size=count
-        )
-
-
-def _embed(encoder: Bundle, batch: WholeBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    device = distributed.world().device
-    return encoder.model.encode_image(batch.image_BCHW.to(device)), encoder.model.encode_text(batch.text_ML.to(device))
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 # ------------------------------------------------------------------------------------------------ validation
@@ -302,7 +191,7 @@ def _judge(
     Raises:
         RunStopped: none is better than no rotation.
     """
-    with _progress(console) as progress:
+    with moments.progress_bar(console) as progress:
         task = progress.add_task("validating", total=len(validation))
         embedded = sets.embed(
             validation,
@@ -368,7 +257,7 @@ def _before_and_after(before: Result, after: Result, kept: int) -> Table:
 
 def _shares(rotation_DD: torch.Tensor, moment_DD: torch.Tensor, dims: Sequence[int]) -> dict[str, float]:
     """How much of the mean squared length (1, of unit vectors) each prefix keeps."""
-    kept_D = (rotation_DD @ moment_DD.cpu() @ rotation_DD.T).diagonal()
+    kept_D = (rotation_DD @ moment_DD @ rotation_DD.T).diagonal()
     return {str(dim): float(kept_D[:dim].sum() / kept_D.sum()) for dim in dims}
 
 
@@ -423,9 +312,8 @@ def _source(model: str, whole: Bundle) -> Result:
 def _worst_difference(whole: Bundle, turned: Bundle, reader: SampleReader) -> float:
     """The greatest change of a similarity among the pictures and texts of the first part that has any."""
     turned.model.to(distributed.world().device)
-    parts = -(-len(reader) // PART)
-    batch = next(batch for batch in _read(whole, reader, [(i, parts) for i in range(parts)], None) if batch.keys)
-    old, new = (_similarities(*_embed(encoder, batch)) for encoder in (whole, turned))
+    batch = next(batch for batch in moments.read(whole, reader) if batch.keys)
+    old, new = (_similarities(*moments.embed(encoder, batch)) for encoder in (whole, turned))
     return float((old - new).abs().max())
 
 

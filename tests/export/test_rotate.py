@@ -18,10 +18,11 @@ from mmrl.config import load as load_config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import evaluate_model
-from mmrl.export import rotate
+from mmrl.export import moments
 from mmrl.export.bundles import export_bundle
 from mmrl.export.encoder import LoadedEncoder
-from mmrl.export.rotate import SecondMoment, rotate_model
+from mmrl.export.moments import SecondMoment
+from mmrl.export.rotate import rotate_model
 from mmrl.model import bundle
 from mmrl.train import train
 
@@ -265,7 +266,7 @@ def test_any_number_of_processes_writes_the_same_bits(
 ) -> None:
     from test_distributed import run_in_world
 
-    monkeypatch.setattr(rotate, "PART", 7)  # seven parts of the 48 samples
+    monkeypatch.setattr(moments, "PART", 7)  # seven parts of the 48 samples
     hashes = set()
     for size in (1, 2, 3):
         folder = tmp_path / str(size)
@@ -283,10 +284,10 @@ def test_any_number_of_processes_writes_the_same_bits(
 def test_a_part_of_the_samples_is_spread_over_the_shards(
     plain: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rotate, "PART", 8)
+    monkeypatch.setattr(moments, "PART", 8)
     manifest = rotate_model(str(plain), str(shards), tmp_path / "out", samples=20)
     assert manifest["rotation"]["images"] == 24
-    assert [part for part, _ in rotate._own_parts(48, 20)] == [0, 2, 4]
+    assert [part for part, _ in moments.own_parts(48, 20)] == [0, 2, 4]
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
