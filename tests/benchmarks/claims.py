@@ -38,6 +38,7 @@ from rich.console import Console
 from mmrl import config as configs
 from mmrl import nesting
 from mmrl.config import Config
+from mmrl.data import starter
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
@@ -280,7 +281,7 @@ def full_plan(world: Path, cache: Path, seeds: list[int]) -> Plan:
     if not (world / "NOTICE").is_file():
         raise InputError(f"world: {world} is not whole; build it: python tests/benchmarks/world.py {world}")
     dims = sorted(configs.load(RECIPE).nesting.dims, reverse=True)
-    starter = World(
+    small = World(
         "starter",
         "starter:train",
         {"test-artist": "starter:test-artist", "test-concepts": "starter:test-concepts"},
@@ -291,15 +292,17 @@ def full_plan(world: Path, cache: Path, seeds: list[int]) -> Plan:
         {name: str(world / name) for name in ("test-artist", "test-concepts")},
         ("data.captions=[0.35, 0.35, 0.3]", "train.duration=3000 steps"),
     )
-    return Plan([starter, larger], dims, seeds, cache)
+    return Plan([small, larger], dims, seeds, cache)
 
 
 def tiny_plan(cache: Path) -> Plan:
     """The same way on a few pictures and steps. The pictures are validation ones: no test set is opened for it."""
     pictures, concepts = "starter:val-pictures", "starter:val-concepts"
+    both = str(starter.folder() / "val-{pictures,concepts}.tar")
+    small = "nesting.dims=[256, 8]"
     worlds = [
-        World("starter", pictures, {"test-artist": concepts}, ("nesting.dims=[256, 8]", "nesting.weights=[1, 0.1]")),
-        World("world", concepts, {"test-artist": pictures}, ("nesting.dims=[256, 8]", "nesting.weights=null")),
+        World("starter", both, {"test-artist": concepts}, (small, "nesting.weights=[1, 0.1]")),
+        World("world", both, {"test-artist": pictures}, (small, "nesting.weights=null")),
     ]
     overrides = ("train.duration=3 steps", "train.batch_size=16", "optim.warmup=1 steps", "tracking.log_every=1")
     return Plan(worlds, [256, 8], [0, 1], cache, overrides)

@@ -45,7 +45,8 @@ class Embeddings:
     def save(self, path: Path) -> None:
         """Whole or not at all."""
         beside = path.with_name(f".{path.name}")
-        np.savez(beside.open("wb"), image=self.image_ND, text=self.text_ND, group=self.group_N)
+        with beside.open("wb") as file:
+            np.savez(file, image=self.image_ND, text=self.text_ND, group=self.group_N)
         beside.replace(path)
 
     @staticmethod
