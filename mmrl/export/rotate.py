@@ -203,6 +203,7 @@ def _judge(
         )
     before = sets.score(embedded, dims)
     after = {kept: sets.score(_turned(embedded, rotation_DD), dims) for kept, rotation_DD in turns.items()}
+    before, after = distributed.from_main((before, after))  # one verdict, whatever the machines round
     best = max(after, key=lambda kept: _mean_map(after[kept]))
     helps = _mean_map(after[best]) >= _mean_map(before) + _LEAST_GAIN
     for kept, scores in after.items():
@@ -280,7 +281,7 @@ def _write(
     try:
         manifest = bundle.save(turned, beside, bundle.rotated_state(whole, rotation_DD), _source(model, whole))
         worst = _worst_difference(whole, bundle.load(beside), reader)
-        if worst > WORST_ERROR:
+        if not worst <= WORST_ERROR:
             return None, f"{model} turned differs from itself by {worst:.1e} in its similarities; nothing was written."
         manifest["rotation"] = about
         manifest["contract"] = {

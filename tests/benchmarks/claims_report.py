@@ -93,7 +93,8 @@ def per_query(embeddings: Embeddings, dim: int, direction: str) -> tuple[np.ndar
     if direction == "image_to_image":
         np.fill_diagonal(positive_QG, False)
     count_Q = positive_QG.sum(1)
-    best_first_QP = -np.sort(-np.where(positive_QG, score_QG, -np.inf), axis=1)[:, : max(1, count_Q.max())]
+    mine_QG = torch.from_numpy(np.where(positive_QG, score_QG, -np.inf))
+    best_first_QP = mine_QG.topk(max(1, int(count_Q.max())), dim=1).values.numpy()
     place_QP = np.stack(
         [n + (other_QG >= best_first_QP[:, n - 1, None]).sum(1) for n in range(1, best_first_QP.shape[1] + 1)], axis=1
     ).astype(float)
