@@ -38,7 +38,6 @@ from rich.console import Console
 from mmrl import config as configs
 from mmrl import nesting
 from mmrl.config import Config
-from mmrl.data import starter
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
@@ -51,6 +50,11 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "configs" / "quickstart.yaml"
 CURVE_POINTS = 6
 _DONE = "done.json"
+_TINY_TOWERS = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -296,16 +300,23 @@ def full_plan(world: Path, cache: Path, seeds: list[int]) -> Plan:
 
 
 def tiny_plan(cache: Path) -> Plan:
-    """The same way on a few pictures and steps. The pictures are validation ones: no test set is opened for it."""
+    """The same way with toy towers, on a few steps. The pictures are validation ones: no test set is opened for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "towers.json").write_text(json.dumps(_TINY_TOWERS))
     pictures, concepts = "starter:val-pictures", "starter:val-concepts"
-    both = str(starter.folder() / "val-{pictures,concepts}.tar")
-    small = "nesting.dims=[256, 8]"
+    small = "nesting.dims=[64, 8]"
     worlds = [
-        World("starter", both, {"test-artist": concepts}, (small, "nesting.weights=[1, 0.1]")),
-        World("world", both, {"test-artist": pictures}, (small, "nesting.weights=null")),
+        World("starter", pictures, {"test-artist": concepts}, (small, "nesting.weights=[1, 0.1]")),
+        World("world", concepts, {"test-artist": pictures}, (small, "nesting.weights=null")),
     ]
-    overrides = ("train.duration=3 steps", "train.batch_size=16", "optim.warmup=1 steps", "tracking.log_every=1")
-    return Plan(worlds, [256, 8], [0, 1], cache, overrides)
+    overrides = (
+        f"model.name={cache / 'towers.json'}",
+        "train.duration=3 steps",
+        "train.batch_size=16",
+        "optim.warmup=1 steps",
+        "tracking.log_every=1",
+    )
+    return Plan(worlds, [64, 8], [0, 1], cache, overrides)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
