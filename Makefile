@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-all lint claims clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,12 @@ lint: $(VENV)/.installed  ## Ruff, pyright, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+claims: runs/world/NOTICE  ## Train and measure every rival of nesting, write tests/benchmarks/claims (a day on 2 cores; resumable)
+	$(BIN)/python tests/benchmarks/claims.py --world runs/world
+
+runs/world/NOTICE: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/world.py runs/world
 
 clean:  ## Remove the virtual environment and what was trained
 	rm -rf $(VENV) runs

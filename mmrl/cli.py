@@ -82,6 +82,38 @@ def export(
 
 
 @app.command()
+def rotate(
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
+    shards: Annotated[
+        str, typer.Argument(help="Shards of your own, ten samples or more for each number of the vectors")
+    ],
+    out: Annotated[Path, typer.Argument(help="New folder for the encoder")],
+    dims: Annotated[
+        str | None, typer.Option(help="What it is to be cut to, such as 512,128; halves down to 8 when left out")
+    ] = None,
+    validate: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Show recall before and after on these; write only what is better"),
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=0, help="Leave the first so many numbers as they are, such as trained dims")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Read about so many, spread over the shards; all when left out")
+    ] = None,
+    captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a trained encoder cuttable without training: whole vectors compare as before, a prefix says most of it."""
+    from mmrl import distributed
+    from mmrl.export.rotate import rotate_model
+
+    manifest = rotate_model(model, shards, out, _dims(dims), validate, keep, samples, captions, quiet=as_json)
+    if as_json and distributed.world().is_main:
+        print(json.dumps(manifest, indent=2))
+
+
+@app.command()
 def pack(
     source: Annotated[
         Path, typer.Argument(help="Folder of pictures with KEY.txt or KEY.json, or CSV|TSV|JSONL|Parquet")

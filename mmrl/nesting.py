@@ -1,6 +1,7 @@
 """The idea of the project: an embedding each of whose prefixes is an embedding.
 
-This is the only place that cuts a prefix, so that training, evaluation and export cut alike.
+This is the only place that cuts a prefix, so that training, evaluation and export cut alike. An embedding that was not
+trained so can be turned (`principal_rotation`), so that its prefixes hold as much of it as so many numbers can.
 
 Shapes: N rows (of any number of leading axes), D full dim, d a nested dim, K number of nested dims.
 """
@@ -84,3 +85,36 @@ def cut(embedding_ND: torch.Tensor, dim: int) -> torch.Tensor:
     if prefix_Nd.dtype in (torch.float16, torch.bfloat16):
         prefix_Nd = prefix_Nd.float()
     return F.normalize(prefix_Nd, dim=-1)
+
+
+def principal_rotation(moment_DD: torch.Tensor, keep: int = 0) -> torch.Tensor:
+    """The orthogonal matrix R that moves what matters to the front: R x begins with the principal components of x.
+
+    Its rows are the eigenvectors of `moment_DD`, the mean of x xᵀ, the strongest first: uncentred principal component
+    analysis. R is orthogonal, so the similarity of any two vectors is what it was; and the first d numbers of R x
+    keep more of the mean squared length than any other d directions would, for every d at once (Eckart and Young
+    1936). Of the two signs of a direction the one is taken that makes its largest entry positive.
+
+    Args:
+        keep: leave the first so many numbers alone, and turn the others among themselves: every prefix up to that
+            length is what it was.
+
+    Returns: float64 (D, D), on the CPU.
+    """
+    moment_DD = moment_DD.double().cpu()
+    rest = moment_DD[keep:, keep:]
+    directions = torch.linalg.eigh((rest + rest.T) / 2).eigenvectors.T.flip(0)
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    rotation_DD = torch.eye(len(moment_DD), dtype=torch.float64)
+    rotation_DD[keep:, keep:] = directions * largest.sign()
+    return rotation_DD
+
+
+def effective_rank(moment_DD: torch.Tensor) -> float:
+    """How many dims an embedding really fills: exp of the entropy of its second moment's eigenvalues, from 1 to D.
+
+    Source: Roy and Vetterli 2007, The effective rank, of the squared singular values.
+    """
+    share_D = torch.linalg.eigvalsh(moment_DD.double().cpu()).clamp(min=0)
+    share_D = share_D / share_D.sum()
+    return float(torch.special.entr(share_D).sum().exp())

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mmrl.errors import InputError
-from mmrl.nesting import cut, nesting
+from mmrl.nesting import cut, effective_rank, nesting, principal_rotation
 
 
 def test_dims_are_sorted_with_their_weights() -> None:
@@ -34,3 +34,26 @@ def test_cut_renormalises_the_prefix_in_float32() -> None:
     x_ND = torch.randn(5, 16).bfloat16()
     assert torch.equal(cut(x_ND, 4), F.normalize(x_ND.float()[:, :4], dim=-1))
     assert torch.equal(cut(torch.zeros(1, 4), 2), torch.zeros(1, 2))
+
+
+def test_a_rotation_moves_the_principal_components_to_the_front() -> None:
+    x_ND = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 1
+    rotation = principal_rotation(x_ND.T @ x_ND / 200)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(6, dtype=torch.float64))
+    directions = torch.linalg.svd(x_ND).Vh
+    torch.testing.assert_close((rotation @ directions.T).abs(), torch.eye(6, dtype=torch.float64))
+    assert (rotation.gather(1, rotation.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_a_rotation_keeps_the_first_numbers_that_it_is_told_to() -> None:
+    x_ND = torch.randn(200, 6, dtype=torch.float64)
+    rotation = principal_rotation(x_ND.T @ x_ND, keep=2)
+    assert torch.equal(rotation[:2], torch.eye(6, dtype=torch.float64)[:2])
+    assert torch.equal(rotation[2:, 2:], principal_rotation(x_ND[:, 2:].T @ x_ND[:, 2:]))
+    assert not rotation[2:, :2].any()
+
+
+def test_the_effective_rank_counts_the_dims_that_are_filled() -> None:
+    assert effective_rank(torch.eye(8) / 8) == pytest.approx(8)
+    assert effective_rank(torch.diag(torch.tensor([1.0, 0, 0]))) == pytest.approx(1)
+    assert effective_rank(torch.diag(torch.tensor([0.5, 0.25, 0.25]))) == pytest.approx(2**1.5)

@@ -209,19 +209,37 @@ def cut_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
     """
     check_dims([dim], bundle.dim, "dim")
     state = bundle.state()
-    for side in ("image", "text"):
-        axes = towers.projection_axes(bundle.model_cfg, side)
-        if axes is None:
-            name = f"{side}.projection.weight"
-            state[name] = state[name][:dim].contiguous()
-            continue
-        for name, axis in axes.items():
-            state[f"{side}.tower.{name}"] = state[f"{side}.tower.{name}"].narrow(axis, 0, dim).contiguous()
+    for name, axis in embedding_axes(bundle.model_cfg).items():
+        state[name] = state[name].narrow(axis, 0, dim).contiguous()
     kept = max(1, len(kept_dims(bundle.nested_dims, dim)))
     for name in (_SCALE, _BIAS):
         if name in state and len(state[name]) > 1:
             state[name] = state[name][:kept]
     return state
+
+
+def rotated_state(bundle: Bundle, rotation_DD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of the encoder whose vectors are `rotation_DD @ x` for every vector x of this one; float64 (D, D)."""
+    state = bundle.state()
+    for name, axis in embedding_axes(bundle.model_cfg).items():
+        turned = rotation_DD @ state[name].double().movedim(axis, 0)
+        state[name] = turned.movedim(0, axis).to(state[name].dtype).contiguous()
+    for name in (_SCALE, _BIAS):
+        if name in state:  # one of each dim's: the prefixes that they were learnt for are gone, but for the last
+            state[name] = state[name][-1:]
+    return state
+
+
+def embedding_axes(model_cfg: dict[str, Any]) -> dict[str, int]:
+    """The weights of both towers that end in the embedding, each with the axis that runs along it."""
+    axes: dict[str, int] = {}
+    for side in ("image", "text"):
+        own = towers.projection_axes(model_cfg, side)
+        if own is None:
+            axes[f"{side}.projection.weight"] = 0
+        else:
+            axes |= {f"{side}.tower.{name}": axis for name, axis in own.items()}
+    return axes
 
 
 def kept_dims(nested_dims: Sequence[int], dim: int) -> tuple[int, ...]:

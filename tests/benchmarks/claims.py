@@ -1,0 +1,357 @@
+"""Does nesting keep its promises? Trains and evaluates every rival on two real sets, and writes the page of results.
+
+    python tests/benchmarks/claims.py --world DIR [--seeds 0,1,2] [--cache runs/claims] [--out tests/benchmarks/claims]
+
+DIR is what tests/benchmarks/world.py built. It takes hours on two cores (each run is announced, with its place among
+all), and may be stopped at any time: the same command goes on where it stood, since every run lies in the cache under
+the hash of its config. The arms, all of the same towers, data, steps and schedule (configs/quickstart.yaml):
+
+    plain           the loss at the full dim alone                                   trained
+    plain, d only   the loss at one smaller dim alone, a model for each              trained
+    truncated       plain, cut
+    rotated         plain, turned by `mmrl rotate` on the training set, cut
+    PCA             plain, by principal components of both modalities, each centred by its own training mean
+    nested, equal   all dims with equal weights                                      trained
+    nested          all dims with the weights of configs/quickstart.yaml             trained
+    nested, rotated the last, turned by `mmrl rotate`
+
+The test sets are opened here alone, on each run's last checkpoint: nothing is chosen by them. `--tiny` walks the same
+way in a minute, on a handful of pictures and steps, to test the way; its page says that it is no result.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import claims_report
+import numpy as np
+import torch
+import torch.nn.functional as F
+from claims_report import Embeddings
+from rich.console import Console
+
+from mmrl import config as configs
+from mmrl import nesting
+from mmrl.config import Config
+from mmrl.data.sources import open_reader
+from mmrl.errors import InputError, RunStopped
+from mmrl.evaluate import sets
+from mmrl.export.rotate import rotate_model
+from mmrl.model import bundle
+from mmrl.settings import learning_values
+from mmrl.train import train
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = ROOT / "configs" / "quickstart.yaml"
+CURVE_POINTS = 6
+_DONE = "done.json"
+_TINY_TOWERS = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set: what is trained on, what is tested on, for how long."""
+
+    name: str
+    train: str
+    tests: dict[str, str]
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be run."""
+
+    worlds: list[World]
+    dims: list[int]
+    """Descending; the first is the full dim."""
+    seeds: list[int]
+    cache: Path
+    overrides: tuple[str, ...] = ()
+    curves: bool = True
+
+    def arms(self) -> dict[str, list[str]]:
+        """The trained arms, each with what it changes in the recipe."""
+        full, *smaller = self.dims
+        shown = json.dumps(self.dims)
+        return {
+            "plain": [f"nesting.dims=[{full}]", "nesting.weights=null"],
+            **{f"plain, {dim} only": [f"nesting.dims=[{dim}]", "nesting.weights=null"] for dim in smaller},
+            "nested, equal": [f"nesting.dims={shown}", "nesting.weights=null"],
+            "nested": [],
+        }
+
+
+@dataclass
+class Run:
+    """One training: its config, and where it lies."""
+
+    world: World
+    arm: str
+    seed: int
+    config: Config
+    curve: bool = field(default=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run)
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last"
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def plan_runs(plan: Plan) -> list[Run]:
+    """Every training, seed by seed, so that an early stop leaves whole seeds."""
+    runs = []
+    for seed in plan.seeds:
+        for world in plan.worlds:
+            for arm, changes in plan.arms().items():
+                curve = plan.curves and not arm.endswith("only")
+                config = _config(plan, world, changes, seed, curve)
+                name = f"{world.name}-{arm}-seed{seed}".replace(", ", "-").replace(" ", "-")
+                place = plan.cache / f"{name}-{_hash(config)}"
+                runs.append(Run(world, arm, seed, config.model_copy(update={"run": str(place)}), curve))
+    return runs
+
+
+def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: bool) -> Config:
+    overrides = [
+        f"seed={seed}",
+        f"data.train={world.train}",
+        "resume=auto",
+        "evaluation={every: 1000000 steps}",  # nothing is chosen, so nothing is looked at on the way
+        *plan.overrides,
+        *world.overrides,
+        *changes,
+    ]
+    config = configs.load(RECIPE, overrides)
+    steps = int(str(config.train.duration).split()[0])
+    every = max(1, -(-steps // CURVE_POINTS)) if curve else steps
+    checkpoint = config.checkpoint.model_copy(update={"every": f"{every} steps", "keep": CURVE_POINTS + 1})
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def _hash(config: Config) -> str:
+    """Of all that decides what is learnt."""
+    text = json.dumps(learning_values(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def train_all(runs: Sequence[Run], console: Console) -> None:
+    """Whatever is not finished yet."""
+    for number, run in enumerate(runs, 1):
+        if (run.folder / _DONE).exists():
+            continue
+        console.rule(f"run {number} of {len(runs)}: {run.world.name}, {run.arm}, seed {run.seed}")
+        train(run.config, console)
+        measure(run, console)
+        _tidy(run)
+
+
+def _tidy(run: Run) -> None:
+    """Keeps the last encoder alone: what resuming and the curve needed is done with."""
+    last = run.last.resolve()
+    for checkpoint in (run.folder / "checkpoints").glob("step-*"):
+        if checkpoint.resolve() != last:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(last / "training", ignore_errors=True)
+    (run.folder / _DONE).write_text(json.dumps({"finished": True}))
+
+
+# ------------------------------------------------------------------------------------------------ embedding
+
+
+def measure(run: Run, console: Console) -> None:
+    """Embeds the test sets by the run's last encoder, and what follows from it without training."""
+    embed_tests(run, run.last, "")
+    if run.curve:
+        for checkpoint in sorted((run.folder / "checkpoints").glob("step-*")):
+            first = next(iter(run.world.tests))
+            embed_tests(run, checkpoint, f"{checkpoint.name}-", only=first)
+    if run.arm in ("plain", "nested"):
+        turned = run.folder / "rotated"
+        if not turned.exists():
+            dims = sorted(configs.load(RECIPE).nesting.dims)
+            width = bundle.open_model(run.last).dim
+            dims = [dim for dim in dims if dim <= width]
+            rotate_model(str(run.last), run.world.train, turned, dims=dims, captions=1, quiet=True)
+        embed_tests(run, turned, "rotated-")
+    if run.arm == "plain":
+        _fit_pca(run)
+    console.print(f"measured {run.folder.name}")
+
+
+def embed_tests(run: Run, encoder: Path, prefix: str, only: str | None = None) -> None:
+    """Writes the embeddings of the test sets beside the run, unless they are there."""
+    for name, shards in run.world.tests.items():
+        path = run.folder / f"{prefix}{name}.npz"
+        if not path.exists() and only in (None, name):
+            _embed(encoder, shards).save(path)
+
+
+def _embed(encoder: Path, shards: str) -> Embeddings:
+    opened = bundle.open_model(encoder)
+    found = sets.embed(open_reader(shards), opened.model, opened.image_spec, opened.tokenise, captions=1)
+    image_ND, text_ND = (F.normalize(rows.double(), dim=-1).float().numpy() for rows in (found.image_ND, found.text_MD))
+    return Embeddings(image_ND, text_ND, found.image_group_N.numpy())
+
+
+def _fit_pca(run: Run) -> None:
+    """Principal components of unit vectors, both modalities together, each centred by its own mean: embeddings of the
+    test sets in that basis."""
+    paths = {name: run.folder / f"pca-{name}.npz" for name in run.world.tests}
+    if all(path.exists() for path in paths.values()):
+        return
+    trained = _embed(run.last, run.world.train)
+    means = [rows.astype(np.float64).mean(0) for rows in (trained.image_ND, trained.text_ND)]
+    moments = [
+        (rows - mean).T @ (rows - mean) / len(rows)
+        for rows, mean in zip((trained.image_ND, trained.text_ND), means, strict=True)
+    ]
+    rotation = nesting.principal_rotation(torch.from_numpy(sum(moments) / 2)).numpy()
+    for name, path in paths.items():
+        plain = Embeddings.load(run.folder / f"{name}.npz")
+        image, text = (
+            ((rows - mean) @ rotation.T).astype(np.float32)
+            for rows, mean in zip((plain.image_ND, plain.text_ND), means, strict=True)
+        )
+        Embeddings(image, text, plain.group_N).save(path)
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+
+
+def curves(runs: Sequence[Run], world: World, test: str) -> dict[str, dict[int, list[Embeddings]]]:
+    """Arm → step → one of each seed."""
+    found: dict[str, dict[int, list[Embeddings]]] = {}
+    for run in runs:
+        if run.world.name == world.name and run.curve:
+            for path in run.folder.glob(f"step-*-{test}.npz"):
+                step = int(path.name.split("-")[1])
+                found.setdefault(run.arm, {}).setdefault(step, []).append(Embeddings.load(path))
+    return {arm: dict(sorted(steps.items())) for arm, steps in found.items()}
+
+
+def compared(plan: Plan, runs: Sequence[Run], world: World, test: str) -> Iterator[tuple[str, int, list[Embeddings]]]:
+    """(arm, dim, one of each seed): the arms as they are shown."""
+
+    def of(arm: str, prefix: str = "") -> list[Embeddings]:
+        mine = [run for run in runs if run.world.name == world.name and run.arm == arm]
+        return [Embeddings.load(run.folder / f"{prefix}{test}.npz") for run in mine]
+
+    full = plan.dims[0]
+    shown = {
+        "truncated": of("plain"),
+        "rotated": of("plain", "rotated-"),
+        "PCA": of("plain", "pca-"),
+        "nested, equal": of("nested, equal"),
+        "nested": of("nested"),
+        "nested, rotated": of("nested", "rotated-"),
+    }
+    for dim in plan.dims:
+        yield "plain, d only", dim, of("plain" if dim == full else f"plain, {dim} only")
+        for arm, embeddings in shown.items():
+            yield arm, dim, embeddings
+
+
+def ranks(runs: Sequence[Run], world: World) -> dict[str, Any]:
+    """What the plain models' rotations tell of the world: effective rank and the share that each prefix keeps."""
+    mine = [run for run in runs if run.world.name == world.name and run.arm == "plain"]
+    told = [bundle.read_manifest(run.folder / "rotated")["rotation"] for run in mine]
+    return {
+        "effective_rank": [one["effective_rank"] for one in told],
+        "share_of_second_moment": [one["share_of_second_moment"] for one in told],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def full_plan(world: Path, cache: Path, seeds: list[int]) -> Plan:
+    """What is published."""
+    if not (world / "NOTICE").is_file():
+        raise InputError(f"world: {world} is not whole; build it: python tests/benchmarks/world.py {world}")
+    dims = sorted(configs.load(RECIPE).nesting.dims, reverse=True)
+    small = World(
+        "starter",
+        "starter:train",
+        {"test-artist": "starter:test-artist", "test-concepts": "starter:test-concepts"},
+    )
+    larger = World(
+        "world",
+        str(world / "train"),
+        {name: str(world / name) for name in ("test-artist", "test-concepts")},
+        ("data.captions=[0.35, 0.35, 0.3]", "train.duration=3000 steps"),
+    )
+    return Plan([small, larger], dims, seeds, cache)
+
+
+def tiny_plan(cache: Path) -> Plan:
+    """The same way with toy towers, on a few steps. The pictures are validation ones: no test set is opened for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "towers.json").write_text(json.dumps(_TINY_TOWERS))
+    pictures, concepts = "starter:val-pictures", "starter:val-concepts"
+    small = "nesting.dims=[64, 8]"
+    worlds = [
+        World("starter", pictures, {"test-artist": concepts}, (small, "nesting.weights=[1, 0.1]")),
+        World("world", concepts, {"test-artist": pictures}, (small, "nesting.weights=null")),
+    ]
+    overrides = (
+        f"model.name={cache / 'towers.json'}",
+        "train.duration=3 steps",
+        "train.batch_size=16",
+        "optim.warmup=1 steps",
+        "tracking.log_every=1",
+    )
+    return Plan(worlds, [64, 8], [0, 1], cache, overrides)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train and evaluate every rival of nesting; write the results.")
+    parser.add_argument("--world", type=Path, default=Path("runs/world"), help="what world.py built")
+    parser.add_argument("--cache", type=Path, default=Path("runs/claims"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "claims", help="folder of the page")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--tiny", action="store_true", help="test the way; no result")
+    given = parser.parse_args(arguments)
+    console = Console()
+    try:
+        if given.tiny:
+            plan, out = tiny_plan(given.cache / "tiny"), given.cache / "tiny" / "page"
+        else:
+            plan = full_plan(given.world, given.cache, [int(seed) for seed in given.seeds.split(",")])
+            out = given.out
+        runs = plan_runs(plan)
+        left = sum(not (run.folder / _DONE).exists() for run in runs)
+        console.print(f"{len(runs)} runs, {left} of them to do; the same command goes on where it was stopped")
+        train_all(runs, console)
+    except (InputError, RunStopped) as error:
+        parser.exit(2 if isinstance(error, InputError) else 1, f"{error}\n")
+    results = {
+        world.name: {
+            "tests": {test: list(compared(plan, runs, world, test)) for test in world.tests},
+            "curves": curves(runs, world, next(iter(world.tests))),
+            "ranks": ranks(runs, world),
+        }
+        for world in plan.worlds
+    }
+    page = claims_report.write(out, results, plan.dims, plan.seeds, tiny=given.tiny)
+    console.print(f"Written: {page}")
+
+
+if __name__ == "__main__":
+    main()
