@@ -14,7 +14,7 @@ from mmrl.evaluate.retrieval import chance
 def brute_force(query: np.ndarray, gallery: np.ndarray, positive: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
     """Straight from the definitions: rank = 1 + the non-positives that score as high or higher."""
     hits: dict[int, list[bool]] = {k: [] for k in ks}
-    precision, gain, best = [], [], []
+    precision, r_precision, gain, best = [], [], [], []
     for q in range(len(query)):
         if not positive[q].any():
             continue
@@ -26,14 +26,19 @@ def brute_force(query: np.ndarray, gallery: np.ndarray, positive: np.ndarray, ks
         for k in ks:
             hits[k].append(places[0] <= k)
         precision.append(np.mean([(n + 1) / place for n, place in enumerate(places)]))
+        within = [(n + 1) / place for n, place in enumerate(places) if place <= len(places)]
+        r_precision.append(sum(within) / len(places))
         ideal = sum(1 / math.log2(n + 2) for n in range(min(len(places), 10)))
         gain.append(sum(1 / math.log2(place + 1) for place in places if place <= 10) / ideal)
     scores = {f"R@{k}": float(np.mean(hits[k])) for k in ks}
     return {
         **scores,
         "mAP": float(np.mean(precision)),
+        "mAP@R": float(np.mean(r_precision)),
         "nDCG@10": float(np.mean(gain)),
+        "MRR": float(np.mean([1 / place for place in best])),
         "median_rank": float(np.median(best)),
+        "mean_rank": float(np.mean(best)),
     }
 
 
@@ -79,7 +84,7 @@ def test_no_group_is_nobodys_group() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(50, 8), torch.randn(50, 8)
     whole = mmrl.retrieval(x, y, dims=[8, 4])
-    monkeypatch.setattr("mmrl.evaluate.retrieval._CHUNK_ELEMENTS", 170)
+    monkeypatch.setattr("mmrl.evaluate.tiles._CPU_TILE", 64)
     assert mmrl.retrieval(x, y, dims=[8, 4]) == whole
 
 
