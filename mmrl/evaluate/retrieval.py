@@ -173,17 +173,23 @@ def checked(name: str, matrix: Array) -> torch.Tensor:
     return matrix
 
 
-def chance(query_group_Q: torch.Tensor, gallery_group_G: torch.Tensor, ks: Sequence[int]) -> Scores:
-    """Expected R@K of a random order: 1 - C(G - P, K) / C(G, K) for a query with P positives among G."""
-    values, counts = gallery_group_G.unique(return_counts=True)
-    count_of = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    positives_Q = np.array([count for group in query_group_Q.tolist() if (count := count_of.get(group))])
-    total = len(gallery_group_G)
+def chance(
+    query_group_Q: torch.Tensor, gallery_group_G: torch.Tensor, ks: Sequence[int], same_rows: bool = False
+) -> Scores:
+    """Expected R@K of a random order: 1 - C(G - P, K) / C(G, K) for a query with P positives among G. With `same_rows`
+    a query is left out of its own gallery."""
+    values, place = gallery_group_G.unique(return_inverse=True)
+    count = torch.cat([place.bincount(minlength=len(values)), torch.zeros(1, dtype=torch.int64)])
+    found_Q = torch.searchsorted(values, query_group_Q).clamp_max(len(values) - 1)
+    positives = count[torch.where(values[found_Q] == query_group_Q, found_Q, len(values))] - int(same_rows)
+    # Few counts of positives differ, so that K as large as the gallery costs little.
+    count_u, queries_u = positives[positives > 0].unique(return_counts=True)
+    total = len(gallery_group_G) - int(same_rows)
     scores = {}
     for k in ks:
         drawn = np.arange(min(k, total))
-        miss_Q = np.prod(np.clip((total - positives_Q[:, None] - drawn) / (total - drawn), 0, 1), axis=1)
-        scores[f"R@{k}"] = float(1 - miss_Q.mean())
+        miss_u = np.prod(np.clip((total - count_u.numpy()[:, None] - drawn) / (total - drawn), 0, 1), axis=1)
+        scores[f"R@{k}"] = float(1 - np.average(miss_u, weights=queries_u.numpy()))
     return scores
 
 
