@@ -1,7 +1,7 @@
 """Sets of every kind, from what lies on disk to what retrieval.json says."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from conftest import drawing, encoded, write_tar
+from rich.console import Console
 from test_distributed import run_in_world
 
+from mmrl import config as configs
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError
 from mmrl.evaluate import sets, zeroshot
@@ -26,6 +28,7 @@ from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
+from mmrl.train import train
 
 CLASSES = ["red", "green", "blue", "grey"]
 
@@ -270,6 +273,23 @@ def test_large_sets_are_sampled_by_shard(shards: Path) -> None:
     drawn = draw_shards(reader, 12)
     assert len(drawn) in (17, 20, 31, 28)
     assert len(drawn) == len(draw_shards(open_reader(str(shards)), 12))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_is_judged_by_some_shards_as_mmrl_eval_would(write_config: Callable[..., Path], stage: int) -> None:
+    overrides = ["evaluation.most_samples=12", "train.duration=2 steps", f"engine.zero_stage={stage}"]
+    config = configs.load(write_config(), overrides)
+    folder = train(config, Console(quiet=True))
+    found = json.loads((folder / "retrieval.json").read_text())["sets"]["val"]
+    reader = draw_shards(open_reader(config.evaluation.sets["val"].shards), 12)
+    assert found["drawn"] == {"samples": len(reader), "of": 48}
+    last = bundle.load(folder / "checkpoints" / "last")
+    embedded = sets.embed(reader, last.model, last.image_spec, last.tokenise, captions=1)
+    again = sets.score(embedded, [16, 4, 8])
+    assert found["dims"].keys() == again["dims"].keys()
+    for dim, ways in again["dims"].items():
+        for way, scores in ways.items():
+            assert found["dims"][dim][way] == pytest.approx(scores, abs=1e-4)
 
 
 def _evaluate_in_a_world(folder: Path) -> None:
