@@ -9,18 +9,19 @@ import logging
 import math
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmrl import distributed
-from mmrl.errors import InputError
+from mmrl.fragments import Fragment, fragment_of, gather_moments, scatter_moments
 from mmrl.hardware import multiplies_bfloat16
 from mmrl.model.towers import Side
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.settings import Settings, machine
+from mmrl.timing import StepClock
 
 
 class EngineConfig(Settings):
@@ -31,10 +32,22 @@ class EngineConfig(Settings):
     where all processes' devices have such products, else fp32: without, they are many times slower."""
     zero_stage: int = machine(0, ge=0, le=3)
     """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well, 3 weights as well."""
+    offload: bool = machine(False)
+    """Keeps the optimiser's state in the host's memory and steps there, where a GPU is too small; wants ZeRO."""
     compile: bool = machine(False)
     """torch.compile for both towers: minutes at the start, faster steps. Wants a C++ compiler."""
     timeout_minutes: float = Field(default=30.0, gt=0, json_schema_extra={"machine": True})
     """How long a process waits for the others before it gives up."""
+    deepspeed: dict[str, Any] = machine({})
+    """Merged over what DeepSpeed is given, for those who know it, such as {zero_optimization: {reduce_bucket_size:
+    1_000_000}}; what contradicts other fields is refused."""
+
+    @model_validator(mode="after")
+    def _contradict_nothing(self) -> "EngineConfig":
+        if self.offload and not self.zero_stage:
+            raise ValueError("offload: ZeRO moves the optimiser's state; take zero_stage 1, 2 or 3 with it")
+        _merged(_derived(self, None, 1, 1, "fp32"), self.deepspeed)
+        return self
 
 
 class Engine:
@@ -70,6 +83,7 @@ class Engine:
             self._engine.enable_backward_allreduce = False
         self.model = model
         self.device = world.device
+        self.clock = StepClock(world.device)
         self._zero_stage = config.zero_stage
         self._gathered = deepspeed.zero.GatheredParameters
         # Without ZeRO, DeepSpeed clips but does not tell the norm.
@@ -77,9 +91,10 @@ class Engine:
 
     def __call__(self, image_BCHW: torch.Tensor | None, text_BL: torch.Tensor | None) -> Any:
         """The model's forward, under the configured precision, on the engine's device."""
-        return self._engine(
-            *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
-        )
+        with self.clock.part("towers"):
+            return self._engine(
+                *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
+            )
 
     @property
     def whole_model(self) -> MatryoshkaCLIP:
@@ -103,78 +118,109 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds to the gradients; averages them over processes at the `last` one before a step."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        with self.clock.part("backward"):
+            self._engine.set_gradient_accumulation_boundary(last)
+            self._engine.backward(loss)
 
     def step(self) -> float:
         """Clips, and makes one optimiser step. Returns the gradient's norm before clipping."""
-        if self._clip_here is None:
+        with self.clock.part("optimizer"):
+            if self._clip_here is None:
+                self._engine.step()
+                return float(self._engine.get_global_grad_norm())
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here)
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here)
-        self._engine.step()
-        return norm.item()
+            return norm.item()
 
-    def save(self, folder: Path) -> None:
-        """Writes optimiser state and weights in DeepSpeed's own files; called on every process.
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state as whole tensors by name, on the main process; called on every process."""
+        shapes = {name: parameter.shape for name, parameter in self._whole_parameters()}
+        divided = self._zero_stage > 0 and distributed.world().size > 1
+        return gather_moments(shapes, self._fragments(), self._base_optimizer, divided)
 
-        Raises:
-            OSError: this process could not write; only after it has met the others wherever DeepSpeed waits for all.
-        """
-        writer, problems = self._engine.checkpoint_engine, []
-        write = writer.save
+    def load(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+        """Goes on from whole tensors: the model's state and what `moments` gave, of any ZeRO stage and world size."""
+        self._load_weights(weights)
+        fragments = self._fragments()
+        if self._zero_stage:
+            for name, fragment in fragments.items():
+                if fragment is not None:
+                    fragment.write(fragment.holder.data, weights[name])
+        if moments:
+            scatter_moments(moments, fragments, self._base_optimizer)
 
-        def guarded(*arguments: Any, **named: Any) -> None:
-            try:
-                write(*arguments, **named)
-            except Exception as error:  # torch reports a full disk as a RuntimeError
-                problems.append(error)
+    @torch.no_grad()
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        if self._whole is None:
+            self.model.load_state_dict(weights)
+            return
+        self._whole.load_state_dict(weights)
+        for whole, divided in zip(self._whole.parameters(), self.model.parameters(), strict=True):
+            with self._gathered([divided], modifier_rank=0):
+                divided.copy_(whole)
+        for whole, buffer in zip(self._whole.buffers(), self.model.buffers(), strict=True):
+            buffer.copy_(whole)
 
-        writer.save = guarded
-        try:
-            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
-        finally:
-            writer.save = write
-        if problems:
-            raise OSError(str(problems[0]).splitlines()[0]) from problems[0]
+    def _whole_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those that learn, by name, in their whole shapes."""
+        return ((name, p) for name, p in self.whole_model.named_parameters() if p.requires_grad)
+
+    def _fragments(self) -> dict[str, Fragment | None]:
+        return {
+            name: fragment_of(parameter, self.optimizer, self._zero_stage)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
 
     @property
-    def layout(self) -> dict[str, int]:
-        """How the optimiser's state lies in the files, for `load`."""
-        return {"zero_stage": self._zero_stage, "world_size": distributed.world().size}
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """torch's own, which DeepSpeed wraps under ZeRO."""
+        return self.optimizer.optimizer if self._zero_stage else self.optimizer
 
-    def load(self, folder: Path, layout: dict[str, int]) -> None:
-        """Reads what `save` wrote. DeepSpeed unpickles: only ever called on the user's own run folder.
 
-        Raises:
-            InputError: the files are of another ZeRO stage, or, above stage 0, of another world size.
-        """
-        then, now = layout, self.layout
-        if (then["zero_stage"] > 0) != (now["zero_stage"] > 0):
-            raise InputError(
-                f"engine.zero_stage: this run was saved at stage {then['zero_stage']} and cannot go on at stage "
-                f"{now['zero_stage']}; resume at the stage that it was saved at."
-            )
-        if now["zero_stage"] and then["world_size"] != now["world_size"]:
-            raise InputError(
-                f"resume: at ZeRO stage {now['zero_stage']} this run goes on on {then['world_size']} processes, as it "
-                f"was saved; there are {now['world_size']}."
-            )
-        self._engine.load_checkpoint(str(folder), tag="engine")
+# What would change the learning behind the back of our own fields, or be read by nobody.
+_NOT_ALLOWED = {"optimizer", "scheduler", "fp16", "bf16", "amp", "prescale_gradients", "checkpoint"}
 
 
 def deepspeed_config(
     config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str
 ) -> dict[str, Any]:
     """DeepSpeed's dict for ours."""
+    return _merged(_derived(config, clip_norm, micro_batch, world_size, precision), config.deepspeed)
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
+    """Ours with what the user adds. Raises ValueError where that contradicts ours."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = f"{path}.{key}"
+        if key in _NOT_ALLOWED:
+            raise ValueError(f"{name} cannot be set here; optim and engine.precision decide it")
+        if isinstance(value, dict):
+            merged[key] = _merged(ours.get(key, {}), value, name)
+        elif key in ours and ours[key] != value:
+            raise ValueError(f"{name}: {value!r} contradicts {ours[key]!r}, which other fields of the config decide")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _derived(
+    config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str
+) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": micro_batch * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         # Left out, DeepSpeed clips at 1.0; without ZeRO, `Engine.step` clips.
         "gradient_clipping": clip_norm if clip_norm and config.zero_stage else 0.0,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # Its own optimiser for the host wants a compiler; torch's fused AdamW does the same.
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

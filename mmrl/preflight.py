@@ -1,5 +1,7 @@
 """Before a run: everything that can be refused is refused here, in seconds, and the run folder is opened."""
 
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +71,7 @@ def prepare(config: Config, world: World) -> Plan:
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)
-    reader = open_training_set(config.data)
-    whole_sets = {
-        name: open_reader(one.shards, one.fields or config.data.fields, config.data.remote, config.data.allow_pipe)
-        for name, one in config.evaluation.sets.items()
-    }
+    reader, whole_sets = _same_everywhere(lambda: _open_data(config))
     evaluation_readers = {name: draw_shards(one, config.evaluation.most_samples) for name, one in whole_sets.items()}
     evaluation_samples = {name: len(one) for name, one in whole_sets.items()}
     try:
@@ -94,6 +92,37 @@ def prepare(config: Config, world: World) -> Plan:
         accumulation=share // micro_batch,
         resume_from=resume_from,
     )
+
+
+def _open_data(config: Config) -> tuple[SampleReader, dict[str, SampleReader]]:
+    data = config.data
+    return open_training_set(data), {
+        name: open_reader(one.shards, one.fields or data.fields, data.remote, data.allow_pipe)
+        for name, one in config.evaluation.sets.items()
+    }
+
+
+def _same_everywhere(
+    open_data: Callable[[], tuple[SampleReader, dict[str, SampleReader]]],
+) -> tuple[SampleReader, dict[str, SampleReader]]:
+    """Every process opens the data for itself; one that cannot, or finds other shards than the main one, stops all."""
+    opened, refusal, found = None, None, []
+    try:
+        opened = open_data()
+        found = [opened[0].fingerprint, *(reader.fingerprint for reader in opened[1].values())]
+    except InputError as error:
+        refusal = str(error)
+    told = distributed.gather_objects((refusal, found, socket.gethostname()))
+    for rank, (refused, fingerprints, host) in enumerate(told):
+        if refused:
+            raise InputError(refused if len(told) == 1 else f"{refused} (On process {rank}, host {host}.)")
+        if fingerprints != told[0][1]:
+            raise InputError(
+                f"data: process {rank} on {host} finds other shards, or other contents in them, than process 0 on "
+                f"{told[0][2]}; give every host the same files."
+            )
+    assert opened is not None
+    return opened
 
 
 def _check_best(config: Config, dims: list[int]) -> None:

@@ -24,6 +24,8 @@ class TrackingConfig(Settings):
     """Steps between two lines of metrics.jsonl."""
     tensorboard: bool = machine(False)
     """Also write TensorBoard's event files to RUN/tensorboard."""
+    profile: bool = machine(False)
+    """Trace steps 4 to 6 after the start, to RUN/profile/rank-N.json (chrome://tracing or Perfetto)."""
 
 
 class Tracker:

@@ -5,12 +5,8 @@ Shapes: b pairs of this process, C channels, H and W the image's size, L tokens,
 
 import dataclasses
 import math
-import signal
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +17,8 @@ from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmrl import accumulation, distributed, optim
-from mmrl.checkpoint import Checkpoints, read_state
+from mmrl import checkpoint as checkpoints
+from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
 from mmrl.data import draws
 from mmrl.data.index import Problem, account
@@ -36,6 +33,8 @@ from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.preflight import Plan, prepare
+from mmrl.stopping import Stop, stop_on_signals
+from mmrl.timing import Pacer, Trace, peak_memory
 from mmrl.tracking import BAD_SAMPLES, Tracker
 
 _DROPOUT_DRAW, _DIMS_DRAW = 1 << 21, 1 << 23
@@ -51,7 +50,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     console = console or Console()
     world = distributed.start(config.engine.timeout_minutes * 60)
     plan = prepare(config, world)
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         trainer = Trainer(config, plan, world, console)
         try:
             trainer.run(stop)
@@ -108,8 +107,9 @@ class Trainer:
         self._seen = 0
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
+        self._measured = self.step_done
 
-    def run(self, stop: "Stop") -> None:
+    def run(self, stop: Stop) -> None:
         """Step, log, evaluate, save; until the end or a signal."""
         if not self.world.is_main:
             self._loop(None, stop)
@@ -124,12 +124,16 @@ class Trainer:
             which = "best" if config.evaluation.best else "last"
             tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}")
 
-    def _loop(self, tracker: Tracker | None, stop: "Stop") -> None:
+    def _loop(self, tracker: Tracker | None, stop: Stop) -> None:
         if self.config.evaluation.at_start and not self.step_done and self.evaluate(tracker):
             self._save(tracker, is_best=True)
-        clock, batches, epoch = _Clock(self.step_done), self.stream.forever(), self.stream.epoch
+        clock, batches, epoch = Pacer(self.step_done), self.stream.forever(), self.stream.epoch
+        trace = Trace(Path(self.config.run) / "profile", self.world.rank, self.config.tracking.profile)
         while self.step_done < self.total:
-            loss, norm, rate = self.step(list(islice(batches, self.plan.accumulation)))
+            with self.engine.clock.part("data"):
+                parts = list(islice(batches, self.plan.accumulation))
+            loss, norm, rate = self.step(parts)
+            trace.step()
             if self.stream.epoch != epoch:
                 epoch = self.stream.epoch
                 self._tell_bad_samples(tracker, epoch)
@@ -147,10 +151,13 @@ class Trainer:
                 if last or stopping or is_best or self.step_done % self.save_every == 0:
                     self._save(tracker, is_best)
             if stopping and not last:
+                self.checkpoints.finish()
                 raise RunStopped(
                     f"Stopped by {stop.name} at step {self.step_done:,} of {self.total:,}; all is saved. "
                     "Go on with the same command and resume=auto."
                 )
+        trace.stop()
+        self.checkpoints.finish()
 
     def step(self, parts: Sequence[Batch]) -> tuple[NestedLoss, float, float]:
         """One optimiser step on one global batch, given as micro-batches; the only place where weights change.
@@ -191,7 +198,8 @@ class Trainer:
             nested = nested.only(places)
             scale = scale if len(scale) == 1 else scale[places]
             bias = bias if bias is None or len(bias) == 1 else bias[places]
-        loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, group_b)
+        with self.engine.clock.part("loss"):
+            loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, group_b)
         self._stop_unless_finite("the loss", loss.total.item())
         return loss
 
@@ -205,6 +213,7 @@ class Trainer:
         """Before anything is saved; the values are the same on every process, so all of them stop."""
         if math.isfinite(value):
             return
+        self.checkpoints.finish()
         last = self.checkpoints.last()
         remedy = f"The last good checkpoint is {last}" if last else "No checkpoint was written before it"
         raise RunStopped(
@@ -258,18 +267,16 @@ class Trainer:
         self.engine.refresh()
         state = {
             "step": self.step_done,
-            "engine": self.engine.layout,
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "bad": self._bad,
         }
-        path = self.checkpoints.save(self.step_done, self.encoder, self.engine, state)
-        if is_best and self.world.is_main:
-            self.checkpoints.mark_best(path)
+        self.checkpoints.save(self.step_done, self.encoder, self.engine, state, is_best)
 
     def _resume(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        self.engine.load(checkpoint / "training", state["engine"])
+        saved = checkpoints.read(checkpoint)
+        self.engine.load(saved.training_weights, saved.moments)
+        state = saved.state
         self.stream.load_state_dict(state["stream"])
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
@@ -277,11 +284,12 @@ class Trainer:
         self._bad = Counter(state["bad"])
         self._seen = self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
-            self.ema.module.load_state_dict(bundle.read_weights(checkpoint, bundle.read_manifest(checkpoint)))
+            self.ema.module.load_state_dict(saved.encoder_weights)
             self.ema.n_averaged.fill_(self.step_done)
 
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
         self._list_bad_samples(tracker)
+        measures = self._measures()
         if tracker:
             scales, bias = self._scale.tolist(), self._bias
             tracker.log(
@@ -296,10 +304,20 @@ class Trainer:
                     "lr": rate,
                     "grad_norm": norm,
                     "samples_per_second": speed,
+                    **measures,
                     "bad_samples": self._bad.total(),
                 }
             )
         self._check_bad_share()
+
+    def _measures(self) -> dict[str, Any]:
+        """Where the time of a step went since the last line, the mean over processes; the most memory that any held."""
+        mine = self.engine.clock.take(), peak_memory(self.engine.device)
+        everyone = distributed.gather_objects(mine)
+        parts = sorted({part for seconds, _ in everyone for part in seconds})
+        times, self._measured = (self.step_done - self._measured) * len(everyone), self.step_done
+        means = {part: sum(seconds.get(part, 0.0) for seconds, _ in everyone) / times for part in parts}
+        return {"seconds_per_step": means, "peak_memory": max(memory for _, memory in everyone)}
 
     def _list_bad_samples(self, tracker: Tracker | None) -> None:
         problems = [problem for share in distributed.gather_objects(self._unlisted) for problem in share]
@@ -367,48 +385,3 @@ class Trainer:
 
 def _ema(model: MatryoshkaCLIP, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-class _Clock:
-    """Steps a second since the last time that it was asked, less the pauses."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._since = step, time.monotonic()
-
-    def steps_per_second(self, step: int) -> float:
-        now = time.monotonic()
-        rate = (step - self._step) / (now - self._since)
-        self._step, self._since = step, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._since += time.monotonic() - began
-
-
-class Stop:
-    """Whether a signal has asked the run to end after its present step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.name = ""
-
-    def __call__(self, number: int, _frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
-        self.asked, self.name = True, signal.Signals(number).name
-        print(f"\n{self.name}: stopping after this step …", file=sys.stderr)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM let the step finish and a checkpoint be written."""
-    stop = Stop()
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

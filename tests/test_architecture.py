@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mmrl"
     [
         (r"torch\.distributed(?!\.py)|torch\._C\._distributed", "distributed.py"),
         (r"\bpickle\b|torch\.load\(|weights_only=False", None),
-        (r"os\.system|shell=True|(?<![.\w])(eval|exec)\(", "data/stores.py"),  # pipe:, where data.allow_pipe is set
+        (r"os\.system|shell=True|(?<![.\w])(eval|exec)\(", "data/transport.py"),  # pipe:, where data.allow_pipe is set
     ],
     ids=["torch.distributed", "no pickles", "no shell"],
 )

@@ -84,12 +84,7 @@ def test_zero_stages_micro_batches_and_processes_learn_the_same(
         f"run={tmp_path}/zero{stage}-{micro} engine.zero_stage={stage} train.micro_batch={micro or 12 // processes}"
         for stage, micro in cases
     ]
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    start(path, processes, tmp_path / "script.py", *arguments)
     values, weights = plain_run(path)
     for stage, micro in cases:
         run = tmp_path / f"zero{stage}-{micro}"
@@ -116,6 +111,49 @@ def test_micro_batches_change_nothing_with_any_option(
     parts = train(configs.load(path, [*overrides, f"run={tmp_path}/parts", "train.micro_batch=4"]))
     assert losses(parts) == pytest.approx(losses(whole), abs=2e-5)
     torch.testing.assert_close(final_weights(parts), final_weights(whole), rtol=0, atol=1e-4)
+
+
+def start(path: Path, processes: int, script: Path, *arguments: str) -> None:
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(script), str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def as_far_as(run: Path, step: int) -> None:
+    """As if the run had been lost after this step."""
+    last = run / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to(f"step-{step}")
+
+
+def test_a_run_goes_on_at_any_stage(write_config: WriteConfig, tmp_path: Path) -> None:
+    """Momentum carries what came before, so a moment that is lost or put elsewhere shows in the losses."""
+    sections = {"train": {"batch_size": 12, "duration": STEPS}, "checkpoint": {"every": 4, "keep": 9}, "evaluation": {}}
+    whole = train(configs.load(write_config(**sections), [f"run={tmp_path}/whole", "data.workers=0"]))
+    path = write_config(**sections)
+    for done, stage, offload in ((0, 2, False), (4, 0, False), (8, 3, True), (12, 1, True), (16, 3, False)):
+        if done:
+            as_far_as(tmp_path / "run", done)
+        overrides = [f"engine.zero_stage={stage}", f"engine.offload={offload}", "resume=auto"]
+        train(configs.load(path, overrides))
+        assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=2e-5), stage
+        torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(whole), rtol=0, atol=1e-4)
+
+
+def test_a_run_goes_on_at_another_stage_in_another_world(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(
+        train={"batch_size": 12, "duration": STEPS}, evaluation={}, checkpoint={"every": 5, "keep": 9}, resume="auto"
+    )
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    whole = train(configs.load(path, [f"run={tmp_path}/whole"]))
+    for done, processes, stage in ((0, 2, 3), (5, 1, 1), (10, 3, 2), (15, 2, 3)):
+        if done:
+            as_far_as(run, done)
+        start(path, processes, script, f"engine.zero_stage={stage}")
+        assert losses(run) == pytest.approx(losses(whole), abs=2e-5), (processes, stage)
+    torch.testing.assert_close(final_weights(run), final_weights(whole), rtol=0, atol=1e-4)
 
 
 def test_dropout_is_the_same_in_both_forwards(write_config: WriteConfig, tmp_path: Path, tiny_model: Path) -> None:
@@ -160,6 +198,9 @@ def test_dropout_is_the_same_in_both_forwards(write_config: WriteConfig, tmp_pat
         (["train.micro_batch=5"], r"train.micro_batch: a process's share of the batch, 12, cannot .* of 5; take 4"),
         (["train.micro_batch=24"], r"cannot be divided into parts of 24; take 12"),
         (["train.ema=0.9", "engine.zero_stage=3"], r"train.ema: .* take engine.zero_stage=2"),
+        (["engine.offload=true"], r"engine.*offload: ZeRO moves .*; take zero_stage 1, 2 or 3"),
+        (["engine.deepspeed={zero_optimization: {stage: 1}}"], r"deepspeed.zero_optimization.stage: 1 contradicts 0"),
+        (["engine.deepspeed={fp16: {enabled: true}}"], r"deepspeed.fp16 cannot be set here"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_run(

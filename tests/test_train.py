@@ -117,6 +117,21 @@ def _kill_at(path: Path, folder: Path, step: int, number: signal.Signals) -> sub
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+MEASURED = ("samples_per_second", "seconds_per_step", "peak_memory")
+
+
+def test_a_run_tells_where_its_time_and_memory_go(write_config: WriteConfig, tmp_path: Path) -> None:
+    folder = run(write_config(evaluation={}), "train.micro_batch=4", "tracking.profile=true", "tracking.log_every=2")
+    for line in metrics(folder):
+        spent = line["seconds_per_step"]
+        assert spent.keys() == {"data", "towers", "loss", "backward", "optimizer"}
+        assert 0 < sum(spent.values()) <= 12 / line["samples_per_second"]
+        assert line["peak_memory"] > 1e8
+    trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 3
+
+
 def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
     sections = {"train": {"batch_size": 12, "duration": "60 steps", "ema": 0.9}, "checkpoint": {"every": "7 steps"}}
     whole = run(write_config(**sections))
@@ -128,7 +143,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     stripped = [
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in metrics(folder)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics(folder)]
         for folder in (whole, tmp_path / "killed")
     ]
     assert stripped[0] == stripped[1]
@@ -270,10 +285,10 @@ _WITH_A_FULL_DISK = """
 import resource, sys
 from mmrl import checkpoint, cli
 write = checkpoint.Checkpoints._write
-def limited(self, partial, step, *rest):
-    if step > 3:  # from here on no file may grow beyond what a manifest needs
+def limited(self, partial, snapshot):
+    if snapshot.step > 3:  # from here on no file may grow beyond what a manifest needs
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    write(self, partial, step, *rest)
+    write(self, partial, snapshot)
 checkpoint.Checkpoints._write = limited
 cli.main()
 """
@@ -306,12 +321,14 @@ def test_a_start_that_is_not_surpassed_is_the_best(write_config: WriteConfig) ->
     assert (folder / "checkpoints" / "best").resolve().name == "step-0"
 
 
-@pytest.mark.parametrize(("first", "then"), [(0, 1), (2, 0)])
-def test_another_zero_stage_is_refused_in_a_sentence(write_config: WriteConfig, first: int, then: int) -> None:
+def test_a_damaged_checkpoint_is_named_before_training(write_config: WriteConfig) -> None:
     path = write_config(evaluation={}, checkpoint={"every": "4 steps"})
-    go_back_to(run(path, f"engine.zero_stage={first}"), "step-4")
-    with pytest.raises(InputError, match=f"saved at stage {first} and cannot go on at stage {then}"):
-        run(path, f"engine.zero_stage={then}", "resume=auto")
+    folder = run(path)
+    moments = folder / "checkpoints" / "last" / "training" / "optimizer.safetensors"
+    moments.write_bytes(moments.read_bytes()[:1000])
+    go_back_to(folder, "step-8")
+    with pytest.raises(InputError, match=r"resume: .*step-8 is damaged or of an older version .*; remove it"):
+        run(path, "resume=auto", "train.duration=8 steps")
 
 
 def test_a_run_folder_is_never_mixed(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from mmrl.data import check_report
 from mmrl.data.check_findings import CheckResult, Findings, Plan, SetFacts, find_duplicates
 from mmrl.data.check_report import counted
 from mmrl.data.check_shard import CUT_SHORT, ShardFacts, Tokens, Work, check_shard
-from mmrl.data.index import Problem, account, open_shards
+from mmrl.data.index import Problem, account
+from mmrl.data.opening import open_shards
 from mmrl.data.samples import FieldsConfig, SampleReader, Source
 from mmrl.data.shards import Spec, expand
 from mmrl.data.sources import DataConfig, SourceConfig, named_sources

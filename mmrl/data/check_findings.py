@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mmrl.data.check_shard import TWICE, Picture, ShardFacts, Tally, Tokens
-from mmrl.data.index import Problem, open_shards
+from mmrl.data.check_shard import LEFT_OUT, Picture, ShardFacts, Tally, Tokens
+from mmrl.data.index import Problem
+from mmrl.data.opening import open_shards
 from mmrl.data.samples import NO_GROUP
 from mmrl.data.stores import Store
 from mmrl.errors import InputError
@@ -165,7 +166,7 @@ class CheckResult:
     examples: list[Problem]
     """The first few of each kind."""
     bad_samples: int
-    """Skipped by training, or left out of the index as second copies of a key."""
+    """Skipped by training, or left out of the index: second copies of a key, samples that a cut tar ends in."""
     bad_share: float
     max_bad_fraction: float
     plan: Plan | None
@@ -210,7 +211,8 @@ class Findings:
     @property
     def bad_share(self) -> float:
         """Of all samples, with those that the index leaves out."""
-        samples = sum(facts.samples for some in self.of_set for facts in some) + self.bad[TWICE]
+        samples = sum(facts.samples for some in self.of_set for facts in some)
+        samples += sum(self.bad[kind] for kind in LEFT_OUT)
         return self.bad.total() / max(samples, 1)
 
 

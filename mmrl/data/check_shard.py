@@ -14,13 +14,16 @@ from typing import IO
 
 import numpy as np
 
-from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard, keep_index
+from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
+from mmrl.data.opening import keep_index
 from mmrl.data.samples import NO_GROUP, UNUSABLE, FieldsConfig, group_number, parse, reason_of
 from mmrl.data.stores import Store, is_remote
 from mmrl.decode import decode_pixels
 
 # Kinds of problems that are told apart here and in check.py.
-NO_SAMPLE, CUT_SHORT, TWICE = "no sample in this shard", ("truncated tar", "damaged tar"), "duplicate key"
+NO_SAMPLE, CUT_SHORT = "no sample in this shard", ("truncated tar", "damaged tar")
+# Samples that the index leaves out.
+LEFT_OUT = ("duplicate key", "cut sample")
 _PIECE = 1 << 20
 # Captions are handed to the tokenizer so many at a time.
 _TEXTS = 512
@@ -126,7 +129,7 @@ def check_shard(location: str, fields: FieldsConfig, work: Work) -> ShardFacts:
             facts.samples, facts.size = len(index), os.fstat(raw.fileno()).st_size
             for key, reason in index.problems:
                 facts.note(key, reason)
-            facts.tally.bad[TWICE] += sum(problem.kind == TWICE for problem in facts.problems)
+            facts.tally.bad.update(problem.kind for problem in facts.problems if problem.kind in LEFT_OUT)
             facts.tally.extensions.update(_extensions(index))
             _Reading(facts, fields, work, raw, index).all_samples()
     except NotATar as error:

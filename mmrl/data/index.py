@@ -13,28 +13,23 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mmrl.data import draws
-from mmrl.data.stores import Store, cache_name, is_remote
 from mmrl.errors import InputError
 
 SUFFIX = ".index"
 _FORMAT = "mmrl-index-1"
-_BLOCK = 512
+BLOCK = 512
 # So many headers, spread over the tar, tell whether an index is of this tar.
 _PROBES = 6
-_THREADS = 8
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,17 @@ def account(count_of_kind: Counter[str], most: int = 3) -> str:
     return ", ".join(shown) + (f" and {rest:,} others" if rest else "")
 
 
+def header_size(header: bytes) -> int | None:
+    """The size of a member by its header; -1 where it is none, None where the header tells it in another way."""
+    field = header[124:136]
+    if field[0] & 0x80:
+        return None
+    try:
+        return int(field.rstrip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return -1
+
+
 @dataclass(frozen=True)
 class TarMark:
     """What tells a tar from another one without reading it whole: its size, and some of its headers, which hold names,
@@ -77,22 +83,21 @@ class TarMark:
     digest: str
 
     @classmethod
-    def of(cls, path: Path, headers: list[int]) -> "TarMark":
-        """The mark of a tar as it is now."""
+    def of(cls, file: int, headers: list[int]) -> "TarMark":
+        """The mark of a tar, open for reading, as it is now."""
         digest = hashlib.blake2b(digest_size=16)
-        with path.open("rb", buffering=0) as raw:
-            for offset in headers:
-                digest.update(os.pread(raw.fileno(), _BLOCK, offset))
-            return cls(os.fstat(raw.fileno()).st_size, headers, digest.hexdigest())
+        for offset in headers:
+            digest.update(os.pread(file, BLOCK, offset))
+        return cls(os.fstat(file).st_size, headers, digest.hexdigest())
 
-    def fits(self, path: Path) -> bool:
-        """Whether that file is this tar."""
-        return TarMark.of(path, self.headers) == self
+    def fits(self, file: int) -> bool:
+        """Whether that open file is this tar."""
+        return TarMark.of(file, self.headers) == self
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where each sample's members lie in one tar; arrays alone, so that worker processes share their memory.
+    """Where each sample's members lie in one tar, as arrays, some 90 bytes a sample.
 
     Sample i has the members first[i] … first[i+1]-1; member m has extension extensions[kind[m]] and the bytes
     offset[m] … offset[m]+size[m]-1.
@@ -123,128 +128,10 @@ class ShardIndex:
         return {self.extensions[self.kind[m]]: (int(self.offset[m]), int(self.size[m])) for m in span}
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A shard of which the index is at hand."""
-
-    location: str
-    samples: int
-    extensions: list[str]
-    problems: list[Problem]
-    stored: Path | None
-    """The index's file."""
-    index: ShardIndex | None = None
-    """The index itself, where it could be written nowhere."""
-
-    def load(self) -> ShardIndex:
-        """The index.
-
-        Raises:
-            OSError: its file has gone.
-        """
-        if self.index is not None:
-            return self.index
-        assert self.stored is not None
-        return load_index(self.stored)
-
-
-def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
-    """Finds the index of each shard, or makes it. Several processes that do so at once divide the work.
-
-    Raises:
-        InputError: a shard is out of reach or no tar, or holds no sample.
-    """
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda location: _find(location, store), locations))
-    # Each process begins elsewhere, and looks again whether another one has been there.
-    missing = [i for i, shard in enumerate(found) if shard is None]
-    start = int(draws.bits(os.getpid()) % np.uint64(len(missing))) if missing else 0
-    for i in _shown(missing[start:] + missing[:start]):
-        found[i] = _find(locations[i], store) or _make(locations[i], store)
-    shards = [shard for shard in found if shard is not None]
-    for shard in shards:
-        if not shard.samples:
-            raise InputError(
-                f"shards: {shard.location} holds no sample (KEY.jpg + KEY.txt …); remove it from the list."
-            )
-    return shards
-
-
-def _shown(missing: list[int]) -> Iterator[int]:
-    """Under a progress bar, where somebody looks: a million samples take a minute."""
-    console = Console(stderr=True)
-    is_seen = console.is_terminal and os.environ.get("RANK", "0") == "0"
-    columns = (TextColumn("indexing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not is_seen) as progress:
-        yield from progress.track(missing)
-
-
-def _find(location: str, store: Store) -> Shard | None:
-    kept = _kept(location, store)
-    if is_remote(location):
-        return _opened(location, kept, None) or _from_beside(location, kept, store)
-    tar = Path(location)
-    beside = tar.with_name(tar.name + SUFFIX)
-    return _opened(location, beside, tar) or _opened(location, kept, tar)
-
-
-def _kept(location: str, store: Store) -> Path:
-    return store.folder.parent / "index" / (cache_name(location) + SUFFIX)
-
-
-def _from_beside(location: str, kept: Path, store: Store) -> Shard | None:
-    """The index that lies beside a remote shard, kept from now on."""
-    data = store.small(location + SUFFIX)
-    if data is None:
-        return None
-    with contextlib.suppress(OSError):
-        _write(kept, data)
-    return _opened(location, kept, None)
-
-
-def _opened(location: str, stored: Path, tar: Path | None) -> Shard | None:
-    """The shard by an index file; None where that is absent, damaged or of another tar than this one."""
-    try:
-        if not stored.exists():
-            return None
-        with _facts(stored) as (facts, _):
-            if tar is not None and not TarMark(**facts["tar"]).fits(tar):
-                return None
-            problems = [Problem(location, key, reason) for key, reason in facts["problems"]]
-            return Shard(location, facts["samples"], facts["extensions"], problems, stored)
-    except (OSError, ValueError):
-        return None
-
-
-def _make(location: str, store: Store) -> Shard:
-    try:
-        index = index_shard(store.local(location))
-    except OSError as error:
-        raise InputError(f"shards: {location} cannot be read ({error}).") from None
-    kept = _kept(location, store)
-    problems = [Problem(location, key, reason) for key, reason in index.problems]
-    try:
-        save_index(index, kept)
-    except OSError:  # a full or read-only disk: it stays in memory
-        return Shard(location, len(index), index.extensions, problems, None, index)
-    return Shard(location, len(index), index.extensions, problems, kept)
-
-
-def keep_index(index: ShardIndex, location: str, store: Store, beside: bool = False) -> None:
-    """Stores the index of a shard where training looks for it: beside the shard, if it is to be there and the shard is
-    a local one; else in the cache folder.
-
-    Raises:
-        OSError: it cannot be written there.
-    """
-    own_place = beside and not is_remote(location)
-    save_index(index, Path(location + SUFFIX) if own_place else _kept(location, store))
-
-
 def index_shard(path: Path) -> ShardIndex:
     """Reads a tar's headers. Members that follow each other under one key (the name up to its first dot, as
-    WebDataset has it) are one sample. Where the tar is cut short or damaged, what is whole before is kept and the
-    loss is recorded among the problems.
+    WebDataset has it) are one sample. Where the tar is cut short or damaged, the samples that are whole before that
+    are kept, and the loss is recorded among the problems.
 
     Raises:
         NotATar: the file is no plain tar at all.
@@ -253,16 +140,21 @@ def index_shard(path: Path) -> ShardIndex:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if member.size < 0:  # which tarfile would step back by, for ever
+                    raise tarfile.ReadError(f"{member.name} has a size below 0")
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > length:
                     cut = f"truncated tar: the file ends inside {member.name}"
+                    builder.drop_unfinished(member.name)
                     break
                 builder.add(member.name, member.offset_data, member.size)
                 end = member.offset_data + member.size
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else tarfile keeps them all
             else:
-                cut = None if _ends_properly(path, tar.offset) else "truncated tar: no end-of-archive mark"
+                cut = _cut_at(path, tar.offset)
+                if cut and not cut.startswith(_BEYOND):
+                    builder.drop_unfinished()
     except OSError:
         raise
     except Exception as error:  # damaged headers make tarfile raise many kinds
@@ -270,21 +162,44 @@ def index_shard(path: Path) -> ShardIndex:
             hint = "; decompress it first" if _is_gzip(path) else ""
             raise NotATar(path, f"not a plain tar file: {error}{hint}") from error
         cut = f"damaged tar: {error}; its last {length - end:,} bytes cannot be read"
+        builder.drop_unfinished()
     if cut:
         builder.problem("", cut)
     return builder.finish(path)
 
 
-def _ends_properly(path: Path, offset: int) -> bool:
-    """A whole archive ends in blocks of zeros; a cut at the edge of a member raises nothing in any reader."""
+_BEYOND = "data beyond the end of the tar"
+
+
+def _cut_at(path: Path, offset: int) -> str | None:
+    """What is wrong with the end of a tar of which tarfile read no further than `offset`. A whole one ends there in
+    blocks of zeros; a cut at the edge of a member, or a damaged header, raises nothing in any reader."""
     with path.open("rb") as raw:
         raw.seek(offset)
-        return raw.read(_BLOCK) == bytes(_BLOCK)
+        rest = path.stat().st_size - offset
+        block = raw.read(BLOCK)
+        if len(block) < BLOCK:
+            return "truncated tar: no end-of-archive mark"
+        if any(block):
+            return f"damaged tar: no header at byte {offset:,}; its last {rest:,} bytes cannot be read"
+        while piece := raw.read(_PIECE):
+            if any(piece):
+                return f"{_BEYOND}: its last {rest:,} bytes are not read; tars are not joined by cat"
+    return None
 
 
 def _is_gzip(path: Path) -> bool:
     with path.open("rb") as raw:
         return raw.read(2) == b"\x1f\x8b"
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """A member's key and extension; ('', '') where it is no sample's."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not dot or not stem:
+        return "", ""
+    return (f"{folder}/{stem}" if folder else stem), extension
 
 
 class _IndexBuilder:
@@ -299,11 +214,9 @@ class _IndexBuilder:
         self._skipping = False
 
     def add(self, name: str, offset: int, size: int) -> None:
-        folder, _, base = name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not dot or not stem:
+        key, extension = _key_of(name)
+        if not key:
             return  # not a sample's member: README, hidden files
-        key = f"{folder}/{stem}" if folder else stem
         if key != self._key:
             self._close()
             self._key = key
@@ -318,6 +231,15 @@ class _IndexBuilder:
             self.problem(key, f"two members of one extension: .{extension}; the first is used")
             return
         self._members.append((kind, offset, size))
+
+    def drop_unfinished(self, next_name: str | None = None) -> None:
+        """Leaves out the sample that was being read, unless a member of another one is known to follow it."""
+        if self._key is None or (next_name is not None and _key_of(next_name)[0] != self._key):
+            return
+        if not self._skipping:
+            del self._members[self._first[-1] :]
+            self.problem(self._key, "cut sample: the tar ends or is damaged within it or right behind it")
+        self._key = None
 
     @property
     def has_members(self) -> bool:
@@ -335,6 +257,8 @@ class _IndexBuilder:
         self._close()
         kind, offset, size = np.array(self._members, np.int64).reshape(-1, 3).T
         probes = np.unique(np.linspace(0, len(offset) - 1, _PROBES).astype(int)) if len(offset) else []
+        with path.open("rb", buffering=0) as raw:
+            mark = TarMark.of(raw.fileno(), [int(offset[m]) - BLOCK for m in probes])
         return ShardIndex(
             key_bytes=np.frombuffer(b"".join(self._keys), np.uint8),
             key_end=np.array([*itertools.accumulate(map(len, self._keys))], np.int64),
@@ -343,7 +267,7 @@ class _IndexBuilder:
             offset=np.ascontiguousarray(offset),
             size=np.ascontiguousarray(size),
             extensions=list(self._kinds),
-            tar=TarMark.of(path, [int(offset[m]) - _BLOCK for m in probes]),
+            tar=mark,
             problems=self.problems,
         )
 
@@ -351,8 +275,8 @@ class _IndexBuilder:
 _ARRAYS = ("key_bytes", "key_end", "first", "kind", "offset", "size")
 
 
-def save_index(index: ShardIndex, path: Path) -> None:
-    """Writes an index, whole or not at all.
+def save_index(index: ShardIndex, path: Path, modified: int | None = None) -> None:
+    """Writes an index, whole or not at all; `modified` is the tar's time, where that tells it from a later one.
 
     Raises:
         OSError: it cannot be written there.
@@ -362,12 +286,14 @@ def save_index(index: ShardIndex, path: Path) -> None:
         "extensions": index.extensions,
         "problems": index.problems,
         "tar": asdict(index.tar),
+        "modified": modified,
     }
     # One entry: several would come in another order each time.
-    _write(path, save({name: getattr(index, name) for name in _ARRAYS}, {_FORMAT: json.dumps(facts)}))
+    write_whole(path, save({name: getattr(index, name) for name in _ARRAYS}, {_FORMAT: json.dumps(facts)}))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     beside.write_bytes(data)
@@ -381,17 +307,36 @@ def load_index(path: Path) -> ShardIndex:
         OSError: it is not there.
         ValueError: it is damaged, or of another version.
     """
-    with _facts(path) as (facts, file):
-        return ShardIndex(
+    with index_facts(path) as (facts, file):
+        index = ShardIndex(
             **{name: file.get_tensor(name) for name in _ARRAYS},
             extensions=facts["extensions"],
             tar=TarMark(**facts["tar"]),
             problems=[(key, reason) for key, reason in facts["problems"]],
         )
+    if not _is_sound(index) or len(index) != facts["samples"]:
+        raise ValueError(f"{path} is a damaged index (its parts do not fit each other)")
+    return index
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """It may have come over the net: no row of it may point out of it, or out of its tar."""
+    first, key_end, members = index.first, index.key_end, len(index.kind)
+    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in (getattr(index, name) for name in _ARRAYS)):
+        return False
+    if len(first) != len(index) + 1 or first[0] != 0 or first[-1] != members:
+        return False
+    if not len(index.offset) == len(index.size) == members:
+        return False
+    if len(index.key_bytes) != (key_end[-1] if len(index) else 0):
+        return False
+    within = (index.kind >= 0) & (index.kind < len(index.extensions)) & (index.size >= 0) & (index.offset >= BLOCK)
+    within &= index.offset <= index.tar.size - index.size
+    return bool(within.all() and (np.diff(first) >= 0).all() and (np.diff(key_end) >= 0).all())
 
 
 @contextlib.contextmanager
-def _facts(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+def index_facts(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """What an index says of itself, and its arrays, unread.
 
     Raises:
@@ -403,5 +348,5 @@ def _facts(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
             if facts is None:
                 raise ValueError(f"{path} is no index of this version")
             yield json.loads(facts), file
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is a damaged index ({error})") from None

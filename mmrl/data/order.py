@@ -65,11 +65,19 @@ class EpochOrder:
             places[inside] = first + self._shuffled(int(window))[places[inside] - first]
         return self._number_at(places)
 
-    def ahead(self, position: int, count: int) -> np.ndarray:
-        """A number in each piece that the window of a position reads, and in each of the `count` pieces after it."""
-        start = (position + self._turn) % self.length // self._window * self._window
-        first, last = np.searchsorted(self._start_of_piece, [start, start + self._window - 1], side="right") - 1
-        return self._number_of_piece[first : last + 1 + count]
+    def window_of(self, position: int) -> int:
+        """Which window a position lies in."""
+        return (position + self._turn) % self.length // self._window
+
+    def ahead(self, position: int, windows: int) -> np.ndarray:
+        """A number in each piece that the window of a position reads, and in each of those that the `windows` after it
+        read; beyond the end, those of the beginning."""
+        first = self.window_of(position) * self._window
+        places = np.array([first, min(first + (1 + windows) * self._window, first + self.length) - 1])
+        start, end = np.searchsorted(self._start_of_piece, places % self.length, side="right") - 1
+        if places[1] < self.length:
+            return self._number_of_piece[start : end + 1]
+        return np.concatenate([self._number_of_piece[start:], self._number_of_piece[: min(end + 1, start)]])
 
     def _number_at(self, places: np.ndarray) -> np.ndarray:
         piece = np.searchsorted(self._start_of_piece, places, side="right") - 1

@@ -3,7 +3,6 @@
 Nothing here runs code from the data: members are images, text and JSON, whatever their names say.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mmrl.data.index import Problem, Shard
+from mmrl.data.index import BLOCK, Problem, header_size
+from mmrl.data.opening import Shard
 from mmrl.data.order import Share
 from mmrl.data.recent import Recent
 from mmrl.data.stores import Store, is_remote
@@ -87,8 +87,8 @@ def parse(fields: FieldsConfig, kinds: Collection[str], read: Callable[[str], by
     usable = list(dict.fromkeys(caption for caption in stripped if caption))
     if not usable:
         raise ValueError("only empty captions" if stripped else "no caption")
-    group = metadata.get(fields.group) or None
-    return Parts(read(image), usable, None if group is None else str(group))
+    group = metadata.get(fields.group)
+    return Parts(read(image), usable, None if group is None or group == "" else str(group))
 
 
 def parse_metadata(fields: FieldsConfig, kinds: Collection[str], read: Callable[[str], bytes]) -> dict[str, Any]:
@@ -140,9 +140,14 @@ class Source:
         # Not commonpath, which makes one slash of the two in an address.
         return os.path.commonprefix([f"{folder}/" for folder in folders]).rpartition("/")[0] + "/"  # noqa: RUF071
 
+    def name_of(self, shard: Shard) -> str:
+        """A shard's name in those of its samples."""
+        return _absolute(shard.location)[len(self.root) :]
 
-# Indexes and open files that a process keeps at hand; a window of the order reads that many shards at most, mostly.
-_INDEXES, _FILES = 256, 64
+
+# What a process keeps at hand: indexes of so many samples in all, and open files. A window of the order reads no more
+# of either, mostly.
+_SAMPLES_INDEXED, _FILES = 2_000_000, 64
 
 
 class SampleReader:
@@ -160,7 +165,7 @@ class SampleReader:
             self._preflight(source, int(first))
 
     def _open_none(self) -> None:
-        self._indexes = Recent(_INDEXES, lambda shard: self._shards[shard].load())
+        self._indexes = Recent(_SAMPLES_INDEXED, lambda shard: self._shards[shard].load(), size_of=len)
         self._files = Recent(_FILES, self._open, close=os.close)
 
     def __len__(self) -> int:
@@ -176,12 +181,12 @@ class SampleReader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this set from another one: its shards' names, their sizes, how often they are seen."""
+        """Tells this set from another one: its shards' names, order and headers, and how often they are seen."""
         facts = [
             [
                 source.name,
                 source.repeat,
-                [[shard.location[len(source.root) :], shard.samples] for shard in source.shards],
+                [[source.name_of(shard), shard.samples, shard.tar.digest] for shard in source.shards],
             ]
             for source in self.sources
         ]
@@ -199,7 +204,7 @@ class SampleReader:
             raise BadSample(self.problem(number, reason_of(error))) from None
 
     def read_picture(self, number: int, least: tuple[int, int] | None = None) -> tuple[Sample, torch.Tensor]:
-        """Sample `number` and its picture, uint8 (C, H, W); `least` as `image_spec.decode_pixels` has it.
+        """Sample `number` and its picture, uint8 (C, H, W); `least` as `decode.decode_pixels` has it.
 
         Raises:
             BadSample: as `read`, or a picture that cannot be decoded.
@@ -213,7 +218,11 @@ class SampleReader:
     def problem(self, number: int, reason: str) -> Problem:
         """A reason against sample `number`, with its shard and key."""
         shard, row = self._locate(number)
-        return Problem(self._shards[shard].location, self._indexes[shard].key(row), reason)
+        try:
+            key = self._indexes[shard].key(row)
+        except OSError:  # the index has gone as well
+            key = f"sample {row}"
+        return Problem(self._shards[shard].location, key, reason)
 
     def fetch_ahead(self, numbers: Iterable[int]) -> None:
         """Starts to fetch the remote shards that hold these samples."""
@@ -231,23 +240,32 @@ class SampleReader:
 
     def _open(self, shard: int) -> int:
         """Raises OSError where the shard cannot be had, or is another one by now."""
-        location, index = self._shards[shard].location, self._indexes[shard]
-        path = self.store.local(location)
-        if not index.tar.fits(path):
-            raise OSError("the shard is not the one that was indexed any more; start again, or restore it")
-        return os.open(path, os.O_RDONLY)
+        location, mark = self._shards[shard].location, self._shards[shard].tar
+        file = self.store.open(location)
+        if not mark.fits(file):
+            os.close(file)
+            self.store.discard(location)  # a remote one may have changed since it was fetched
+            file = self.store.open(location)
+        if not mark.fits(file):
+            os.close(file)
+            self._shards[shard].forget()
+            raise OSError("it is not the shard that was indexed any more; start again to index it anew, or restore it")
+        return file
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._files[shard], size, offset)
-        if len(data) != size:
+        """A member's bytes. The header before them comes along, and tells where the shard has changed."""
+        data = os.pread(self._files[shard], BLOCK + size, offset - BLOCK)
+        if len(data) != BLOCK + size:
             raise ValueError("truncated tar: the shard ends before this member does")
-        return data
+        if header_size(data) not in (size, None):
+            raise OSError("it has changed since it was indexed")
+        return data[BLOCK:]
 
     def _parse(self, shard: int, row: int) -> Sample:
         index, source = self._indexes[shard], self.sources[self._source_of_shard[shard]]
         members = index.members(row)
         parts = parse(source.fields, members, lambda kind: self._bytes(shard, *members[kind]))
-        name = f"{_absolute(self._shards[shard].location)[len(source.root) :]}/{index.key(row)}"
+        name = f"{source.name_of(self._shards[shard])}/{index.key(row)}"
         if len(self.sources) > 1:
             name = f"{source.name}/{name}"
         group = parts.group
@@ -279,13 +297,15 @@ class SampleReader:
     def _preflight_captions(self, source: Source, first: int, where: str) -> None:
         fields, total = source.fields, source.share.total
         keys: set[str] = set()
-        captioned = 0
+        captioned, refused = 0, ""
         # Remote shards are not fetched for this: the first one alone, which a run needs anyway.
         looked_at = source.shards[0].samples if self.is_remote else total
         count = min(looked_at, _PREFLIGHT_SAMPLES)
         for number in first + np.linspace(0, looked_at - 1, count).astype(int):
-            with contextlib.suppress(BadSample):
+            try:
                 captioned += bool(self.read(int(number)).captions)
+            except BadSample as error:
+                refused = refused or f" The first of them: {error}."
             keys |= self._metadata_keys(int(number), fields)
         for name in ("captions", "group"):
             key = getattr(fields, name)
@@ -297,7 +317,7 @@ class SampleReader:
             raise InputError(
                 f"fields.text, fields.captions: none of {count} samples {where} can be used with a caption in "
                 f".{fields.text} or under {fields.captions!r} in .{fields.metadata}; "
-                "run with the names that your shards use."
+                f"run with the names that your shards use.{refused}"
             )
 
     def _metadata_keys(self, number: int, fields: FieldsConfig) -> set[str]:

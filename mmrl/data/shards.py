@@ -1,5 +1,6 @@
 """What a shard spec names: local files and addresses, in order, each once."""
 
+import glob
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ def expand(shards: Spec, allow_pipe: bool = False, keep_missing: bool = False) -
     most_named, times = Counter(locations).most_common(1)[0]
     if times > 1:
         raise InputError(
-            f"shards: {most_named} is named twice; each shard is read once an epoch. To see it more often, give it a "
-            "source of its own with repeat."
+            f"shards: {most_named} is named twice; each shard is read once an epoch. To see it more "
+            "often, make it one of data.sources, with repeat."
         )
     return locations
 
@@ -47,20 +48,29 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
         listing = Path(spec[1:])
         if not listing.is_file():
             raise InputError(f"shards: the list file {listing} does not exist.")
-        lines = [line.strip() for line in listing.read_text().splitlines()]
+        try:
+            lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError:
+            raise InputError(
+                f"shards: the list file {listing} is not UTF-8 text; it has one shard spec a line."
+            ) from None
         specs = [line for line in lines if line and not line.startswith("#")]
+        inner_list = next((line for line in specs if line.startswith("@")), None)
+        if inner_list:
+            raise InputError(f"shards: the list file {listing} names another list, {inner_list}; name shards in it.")
         return [one for inner in specs for one in _expand_one(inner, allow_pipe, keep_missing)]
     if is_remote(spec):
         check_location(spec, allow_pipe)
-        named = list(braceexpand.braceexpand(spec))
+        named = _braces(spec)
         is_folder = len(named) == 1 and not spec.startswith("pipe:") and not spec.partition("?")[0].endswith(".tar")
         return listed(spec) if is_folder else named
     if Path(spec).is_dir():
-        found = sorted(str(path) for path in Path(spec).rglob("*.tar"))
+        # Unlike rglob, this follows links to folders, and passes over hidden ones, where `mmrl pack` is at work.
+        found = sorted(glob.glob(f"{glob.escape(spec)}/**/*.tar", recursive=True))  # noqa: PTH207
         if not found:
             raise InputError(f"shards: the folder {spec} holds no .tar file.")
         return found
-    paths = [Path(name) for name in braceexpand.braceexpand(spec)]
+    paths = [Path(name) for name in _braces(spec)]
     missing = [] if keep_missing else [path for path in paths if not path.is_file()]
     if missing and len(paths) == 1:
         raise InputError(f"shards: {missing[0]} does not exist.")
@@ -70,3 +80,10 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
             "correct the pattern or restore the files."
         )
     return [str(path) for path in paths]
+
+
+def _braces(spec: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(spec))
+    except ValueError:  # braceexpand's own kind, which type checkers do not see
+        raise InputError(f"shards: the braces in {spec!r} do not match; write such as part-{{000..127}}.tar.") from None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from mmrl.data.index import open_shards
+from mmrl.data.opening import open_shards
 from mmrl.data.samples import FieldsConfig, SampleReader, Source
 from mmrl.data.shards import Spec, expand
 from mmrl.data.stores import Store, StoreConfig
@@ -14,7 +14,7 @@ from mmrl.settings import Settings, machine
 
 
 def _check_probabilities(values: list[float] | None) -> list[float] | None:
-    if values is not None and (not values or min(values) < 0 or sum(values) <= 0):
+    if values is not None and (not values or not min(values) >= 0 or not 0 < sum(values) < float("inf")):
         raise ValueError("probabilities must not be negative, and not all zero")
     return values
 
@@ -26,7 +26,7 @@ class SourceConfig(Settings):
     """As data.train where there is but one source."""
     name: str | None = None
     """Begins the names of its samples; its place in the list when left out."""
-    repeat: float = Field(default=1.0, gt=0)
+    repeat: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How often an epoch has each of its samples; 0.5 is one half in one epoch, the other in the next."""
     fields: FieldsConfig | None = None
     """The names of its parts; data.fields when left out."""
@@ -73,18 +73,23 @@ def open_training_set(config: DataConfig) -> SampleReader:
     """All that a config trains on.
 
     Raises:
-        InputError: as open_reader and named_sources.
+        InputError: as open_reader and named_sources; or a shard is in two sources.
     """
-    files = Store(config.remote)
+    files, sources = Store(config.remote), named_sources(config)
+    expanded = [expand(one.shards, config.allow_pipe) for one in sources]
+    source_of: dict[str, str] = {}
+    for one, locations in zip(sources, expanded, strict=True):
+        for location in locations:
+            if location in source_of:
+                raise InputError(
+                    f"data.sources: {location} is in {source_of[location]!r} and in {one.name!r}, so that its samples "
+                    "would be negatives of themselves; give it to one of them, with repeat."
+                )
+            source_of[location] = one.name or ""
     return SampleReader(
         [
-            Source(
-                open_shards(expand(one.shards, config.allow_pipe), files),
-                one.fields or config.fields,
-                one.repeat,
-                one.name or "",
-            )
-            for one in named_sources(config)
+            Source(open_shards(locations, files), one.fields or config.fields, one.repeat, one.name or "")
+            for one, locations in zip(sources, expanded, strict=True)
         ],
         files,
     )

@@ -5,31 +5,33 @@ a machine share. Nothing here starts a program, but for `pipe:COMMAND` where `da
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
-import io
 import os
+import queue
 import random
 import re
-import subprocess
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from mmrl.data.fetch import opener
+from mmrl.data.transport import PIPE, fsspec, opened
 from mmrl.errors import InputError
 from mmrl.settings import Settings, machine
 
 _REMOTE = re.compile(r"^([a-z][a-z0-9+.]*)://\S", re.IGNORECASE)
-_PIPE = "pipe:"
-_PIECE = 1 << 20
-# A failed store is asked again for another sample only after this, so that 1,000 bad samples do not wait 1,000 times.
-_SECONDS_GIVEN_UP = 60.0
 _LONGEST_PAUSE = 20.0
+# A shard that could not be had is tried again only after this, by all processes: 1,000 bad samples do not wait 1,000
+# times.
+_SECONDS_GIVEN_UP, _LONGEST_GIVEN_UP = 60.0, 600.0
+_SECONDS_UNTIL_DEAD = 86_400.0
+_FETCHERS = 2
+# So often a copy may be pushed out of a folder that is too small before it is opened.
+_EVICTIONS = 5
+_LARGEST_SMALL = 1 << 30
 
 
 class StoreConfig(Settings):
@@ -41,21 +43,22 @@ class StoreConfig(Settings):
     gigabytes: float = machine(100.0, gt=0)
     """The copies may take so much room; those unused for longest go first."""
     retries: int = machine(8, ge=0)
-    """Attempts in a row that brought nothing before a shard counts as lost; the pauses between them double."""
+    """A connection that brought nothing is tried so many times more before a shard counts as lost; the pauses between
+    double."""
     timeout: float = machine(30.0, gt=0)
     """Seconds without a byte after which a connection counts as cut."""
-    read_ahead: int = machine(4, ge=0)
-    """Remote shards that are fetched before they are needed."""
+    read_ahead: int = machine(1, ge=0)
+    """Windows of the shuffle whose shards are fetched before they are needed."""
 
 
 def is_remote(location: str) -> bool:
     """Whether a shard has to be fetched: an address or a `pipe:`."""
-    return location.startswith(_PIPE) or _REMOTE.match(location) is not None
+    return location.startswith(PIPE) or _REMOTE.match(location) is not None
 
 
 def check_location(location: str, allow_pipe: bool) -> None:
     """Raises InputError for a remote location that may not or cannot be read here."""
-    if location.startswith(_PIPE):
+    if location.startswith(PIPE):
         if not allow_pipe:
             raise InputError(
                 f"shards: {location!r} would run a command; set data.allow_pipe=true if you trust it, or give a URL."
@@ -64,11 +67,11 @@ def check_location(location: str, allow_pipe: bool) -> None:
     scheme = location.partition("://")[0].lower()
     if scheme in ("http", "https"):
         return
-    fsspec = _fsspec()
+    known_stores = fsspec()
     try:
-        fsspec.get_filesystem_class(scheme)
+        known_stores.get_filesystem_class(scheme)
     except ValueError:
-        known = ", ".join(sorted(name for name in fsspec.available_protocols() if name in ("gs", "s3", "abfs", "hf")))
+        known = ", ".join(name for name in ("abfs", "gs", "hf", "s3") if name in known_stores.available_protocols())
         raise InputError(
             f"shards: {scheme}:// in {location!r} is no store that is known here; http, https, {known} are."
         ) from None
@@ -84,19 +87,19 @@ def listed(folder: str) -> list[str]:
     Raises:
         InputError: the store has no listing (http), is out of reach, or there is none.
     """
-    scheme, _, rest = folder.partition("://")
-    if scheme.lower() in ("http", "https"):
+    if folder.lower().startswith(("http://", "https://")):
         raise InputError(
             f"shards: {folder} is a folder on the web, which cannot be listed; give a pattern such as "
             f"{folder.rstrip('/')}/shard-{{000000..000127}}.tar, or @list.txt."
         )
     try:
-        found = sorted(str(name) for name in _fsspec().filesystem(scheme).glob(f"{rest.rstrip('/')}/**/*.tar"))
+        files, path = fsspec().core.url_to_fs(folder)
+        found = sorted(files.unstrip_protocol(str(name)) for name in files.glob(f"{path.rstrip('/')}/**/*.tar"))
     except Exception as error:  # each store has its own kinds
         raise InputError(f"shards: {folder} cannot be listed ({error}).") from None
     if not found:
         raise InputError(f"shards: {folder} holds no .tar file.")
-    return [f"{scheme}://{name}" for name in found]
+    return found
 
 
 def cache_folder(config: StoreConfig) -> Path:
@@ -117,56 +120,73 @@ class Store:
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
         self.folder = cache_folder(config) / "shards"
-        self._given_up: dict[str, tuple[float, str]] = {}
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
-        self._ahead: set[str] = set()
+        self._ahead: tuple[int, queue.SimpleQueue[str]] | None = None
+        self._asked: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads stay behind where a worker is spawned."""
-        return {**self.__dict__, "_pool": None, "_ahead": set()}
+        return {**self.__dict__, "_ahead": None, "_asked": set()}
 
     def local(self, location: str) -> Path:
-        """A local file with the contents of `location`.
+        """A local file with the contents of `location`. Another process may push a copy out of the folder at any time:
+        to read one, `open` it.
 
         Raises:
             OSError: it cannot be had; FileNotFoundError where the store says so.
         """
         if not is_remote(location):
             return Path(location)
-        target = self.folder / cache_name(location)
+        target = self._target(location)
         if target.exists():
             with contextlib.suppress(OSError):
                 os.utime(target)  # what is used stays
             return target
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{target.name}.lock")):
+        with self._locked(target) as lock:
             if not target.exists():
-                self._refuse_if_given_up(location)
-                try:
-                    self._fetch(location, target)
-                except OSError as error:
-                    self._given_up[location] = time.monotonic(), str(error)
-                    raise
+                self._fetch_noted(location, target, lock)
         return target
+
+    def open(self, location: str) -> int:
+        """A file descriptor to read it by, which stays good whatever becomes of the copy.
+
+        Raises:
+            OSError: as `local`.
+        """
+        for _ in range(_EVICTIONS):
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(self.local(location), os.O_RDONLY)
+            if not is_remote(location):
+                break
+        return os.open(self.local(location), os.O_RDONLY)
+
+    def discard(self, location: str) -> None:
+        """Throws a copy away that turned out to be wrong; the next who wants it fetches it again."""
+        if is_remote(location):
+            target = self._target(location)
+            for path in (target, _partial(target), _mark(target)):
+                path.unlink(missing_ok=True)
 
     def fetch_ahead(self, locations: Iterable[str]) -> None:
         """Starts to fetch what will be needed soon, in the background. Failures show when it is needed."""
-        if self._pool is None or self._pool[0] != os.getpid():  # threads do not outlive a fork
-            self._pool, self._ahead = (os.getpid(), ThreadPoolExecutor(2, "mmrl-fetch")), set()
+        if self._ahead is None or self._ahead[0] != os.getpid():  # threads do not outlive a fork
+            self._ahead, self._asked = (os.getpid(), queue.SimpleQueue()), set()
+            for _ in range(_FETCHERS):
+                # A daemon: a run that ends does not wait for what it asked for ahead.
+                threading.Thread(target=self._fetch_all, args=(self._ahead[1],), daemon=True).start()
         for location in locations:
-            if is_remote(location) and location not in self._ahead:
-                self._ahead.add(location)
-                self._pool[1].submit(self._fetch_quietly, location)
+            if is_remote(location) and location not in self._asked:
+                self._asked.add(location)
+                self._ahead[1].put(location)
 
     def small(self, location: str) -> bytes | None:
-        """The contents of a small remote file, or None where there is none."""
-        if location.startswith(_PIPE):
+        """The contents of a small remote file, or None where there is none that can be had."""
+        if location.startswith(PIPE):
             return None
         pauses = self._pauses()
         while True:
             try:
-                with _opened(location, 0, self.config.timeout) as (source, span):
-                    data = source.read()
+                with opened(location, 0, "", self.config.timeout) as (source, span):
+                    data = source.read(_LARGEST_SMALL)
                 if span.size in (None, len(data)):
                     return data
             except (FileNotFoundError, PermissionError):
@@ -178,32 +198,61 @@ class Store:
                 return None
             time.sleep(pause)
 
-    def _fetch_quietly(self, location: str) -> None:
-        with contextlib.suppress(OSError):
-            self.local(location)
-        self._ahead.discard(location)
+    def _target(self, location: str) -> Path:
+        return self.folder / cache_name(location)
 
-    def _refuse_if_given_up(self, location: str) -> None:
-        since, why = self._given_up.get(location, (float("-inf"), ""))
-        if time.monotonic() - since < _SECONDS_GIVEN_UP:
-            raise OSError(why)
+    def _locked(self, target: Path, wait: bool = True) -> contextlib.AbstractContextManager[IO[str]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return _locked(target.with_name(f"{target.name}.lock"), wait)
+
+    def _fetch_all(self, locations: "queue.SimpleQueue[str]") -> None:
+        while True:
+            location = locations.get()
+            target = self._target(location)
+            # BlockingIOError, an OSError, where another process fetches it already.
+            with contextlib.suppress(OSError):
+                if not target.exists():
+                    with self._locked(target, wait=False) as lock:
+                        if not target.exists():
+                            self._fetch_noted(location, target, lock)
+            self._asked.discard(location)
 
     def _pauses(self) -> Iterator[float]:
-        for attempt in range(self.config.retries + 1):
+        for attempt in range(self.config.retries):
             yield min(0.1 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+
+    def _fetch_noted(self, location: str, target: Path, lock: IO[str]) -> None:
+        """Fetches, unless it failed shortly before, here or in another process: the lock's file tells."""
+        lock.seek(0)
+        since, _, why = lock.read().partition(" ")
+        if why and time.time() - float(since) < _SECONDS_GIVEN_UP:
+            raise OSError(why)
+        began = time.time()
+        note = ""
+        try:
+            self._fetch(location, target)
+        except OSError as error:
+            # What took long to fail is not tried again sooner than that.
+            note = f"{time.time() + min(time.time() - began, _LONGEST_GIVEN_UP)} {error}"
+            raise
+        finally:
+            lock.seek(0)
+            lock.truncate()
+            lock.write(note)
 
     def _fetch(self, location: str, target: Path) -> None:
         """Piece by piece into a file beside; after a cut the rest alone is asked for."""
-        partial = target.with_name(f"{target.name}.partial")
-        pauses = self._pauses()
+        partial, pauses = _partial(target), self._pauses()
         while True:
             had = partial.stat().st_size if partial.exists() else 0
             try:
-                _append(location, partial, self.config.timeout)
+                _append(location, target, self.config.timeout)
                 break
             except (FileNotFoundError, PermissionError):
                 raise
             except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise
                 if partial.exists() and partial.stat().st_size > had:
                     pauses = self._pauses()
                 pause = next(pauses, None)
@@ -212,14 +261,19 @@ class Store:
                 time.sleep(pause)
         self._make_room(partial.stat().st_size)
         partial.replace(target)
+        _mark(target).unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Removes the copies that were unused for longest. Who has one open goes on reading it."""
+        """Removes the copies that were unused for longest, and what dead downloads left. Who has one open goes on
+        reading it."""
         ages = []
         for path in self.folder.iterdir():
-            if not path.name.endswith((".lock", ".partial")):
-                with contextlib.suppress(OSError):
-                    status = path.stat()
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if path.name.endswith((".partial", ".mark")):
+                    if time.time() - status.st_mtime > _SECONDS_UNTIL_DEAD:
+                        path.unlink()
+                elif not path.name.endswith(".lock"):
                     ages.append((status.st_mtime, status.st_size, path))
         excess = size + sum(size for _, size, _ in ages) - self.config.gigabytes * 1e9
         for _, size_of_one, path in sorted(ages):
@@ -229,94 +283,46 @@ class Store:
             excess -= size_of_one
 
 
-def _append(location: str, partial: Path, timeout: float) -> None:
-    """Adds what is missing to a partial file.
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def _mark(target: Path) -> Path:
+    """Holds which version of the file the partial one is of."""
+    return target.with_name(f"{target.name}.mark")
+
+
+def _append(location: str, target: Path, timeout: float) -> None:
+    """Adds what is missing to a partial file; all of it where the file has changed since.
 
     Raises:
         OSError: the connection was cut before the end.
     """
-    have = partial.stat().st_size if partial.exists() else 0
-    with _opened(location, have, timeout) as (source, end), partial.open("r+b" if have else "wb") as file:
-        at = end.start
-        file.seek(at)
-        file.truncate()
-        while piece := source.read(_PIECE):
-            file.write(piece)
-            at += len(piece)
-    if end.size is not None and at != end.size:
-        raise OSError(f"the connection ended after {at:,} of {end.size:,} bytes")
-
-
-class _Span:
-    """From where a source gives bytes, and how many the whole has, where that is known."""
-
-    def __init__(self, start: int, size: int | None) -> None:
-        self.start, self.size = start, size
-
-
-@contextlib.contextmanager
-def _opened(location: str, have: int, timeout: float) -> Iterator[tuple[IO[bytes], _Span]]:
-    """The bytes of a location from `have` on, or from its beginning where it can do no better.
-
-    Raises:
-        OSError: of any kind; FileNotFoundError or PermissionError where asking again is of no use.
-    """
-    try:
-        if location.startswith(_PIPE):
-            with _piped(location.removeprefix(_PIPE)) as source:
-                yield source, _Span(0, None)
-        elif location.lower().startswith(("http://", "https://")):
-            with _http(location, have, timeout) as (source, span):
-                yield source, span
-        else:
-            scheme, _, rest = location.partition("://")
-            with _fsspec().filesystem(scheme).open(rest, "rb", cache_type="none") as source:
-                source.seek(have)
-                yield source, _Span(have, source.size)
-    except OSError:
-        raise
-    except Exception as error:  # each store and each HTTP layer has its own kinds
-        raise OSError(f"{type(error).__name__}: {error}") from error
+    partial, mark = _partial(target), _mark(target)
+    have = partial.stat().st_size if partial.exists() and mark.exists() else 0
+    with opened(location, have, mark.read_text() if have else "", timeout) as (source, span):
+        mark.write_text(span.version)
+        with partial.open("r+b" if have else "wb") as file:
+            at = span.start
+            file.seek(at)
+            file.truncate()
+            while piece := source.read(span.piece):
+                file.write(piece)
+                at += len(piece)
+    if span.size is not None and at != span.size:
+        if at > span.size:
+            partial.unlink()
+        raise OSError(f"the connection ended after {at:,} of {span.size:,} bytes")
 
 
 @contextlib.contextmanager
-def _http(location: str, have: int, timeout: float) -> Iterator[tuple[IO[bytes], _Span]]:
-    request = urllib.request.Request(location, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-    try:
-        with opener().open(request, timeout=timeout) as answer:
-            length = answer.headers.get("Content-Length")
-            start = have if answer.status == 206 else 0
-            yield answer, _Span(start, None if length is None else start + int(length))
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # the file is no longer than what is here already
-            yield io.BytesIO(), _Span(have, have)
-        elif error.code in (404, 410):
-            raise FileNotFoundError(f"{location} does not exist (HTTP {error.code})") from None
-        elif error.code in (401, 403):
-            raise PermissionError(f"{location} may not be read (HTTP {error.code})") from None
-        else:
-            raise OSError(f"HTTP {error.code}") from None
-
-
-@contextlib.contextmanager
-def _piped(command: str) -> Iterator[IO[bytes]]:
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:  # noqa: S602 (data.allow_pipe)
-        assert process.stdout is not None
-        yield process.stdout
-    if process.returncode:
-        raise OSError(f"the command ended with status {process.returncode}: {command}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a lock dies with who holds it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _fsspec() -> Any:
-    # Local shards need none of it.
-    import fsspec
-
-    return fsspec
+def _locked(path: Path, wait: bool) -> Iterator[IO[str]]:
+    """One process at a time; a lock dies with who holds it. Raises BlockingIOError where it is held and `wait` is not
+    asked for."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield file
+        finally:
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile

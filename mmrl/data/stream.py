@@ -6,6 +6,9 @@ the rows of one batch that fall to one process; a worker is handed (epoch, posit
 Shapes: B rows of this process, M captions, C channels, H and W the image's size, L tokens of a text.
 """
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from mmrl.data.transforms import Augmentation
 from mmrl.decode import to_picture
 from mmrl.errors import InputError, RunStopped
 from mmrl.image_spec import ImageSpec
+from mmrl.settings import learning_values
 
 Tokenise = Callable[[list[str]], torch.Tensor]
 # A sample, and its picture, uint8 (C, H, W) of its own size, where one is wanted.
@@ -86,12 +90,11 @@ class Stream:
                 f"{self.global_batch_size}; lower train.batch_size or add shards."
             )
         self.seed, self.epoch, self.position = seed, 0, 0
-        self._data = reader.fingerprint
         self._workers, self._pin_memory = num_workers, pin_memory
         self._parts = batch_size // (micro_batch or batch_size)
-        self._work = _BatchWork(
-            reader, batch_size, self._parts, rank, world_size, seed, image, text, config or DataConfig()
-        )
+        config = config or DataConfig()
+        self._data = f"{reader.fingerprint}-{_fingerprint(config)}"
+        self._work = _BatchWork(reader, batch_size, self._parts, rank, world_size, seed, image, text, config)
         self._loader: DataLoader[Batch | InputError] | None = None
         self._plan = _Plan()
 
@@ -137,8 +140,8 @@ class Stream:
                 )
         if state["data"] != self._data:
             raise InputError(
-                "stream: the shards have other names or sizes, or another order, than when this state was saved; "
-                "resume with the same shards."
+                "stream: the shards, or how they are shuffled, captioned or augmented, are not as when this state was "
+                "saved; resume with the same data."
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
@@ -152,6 +155,7 @@ class Stream:
                 persistent_workers=self._workers > 0,
                 prefetch_factor=4 if self._workers else None,
                 pin_memory=self._pin_memory,
+                worker_init_fn=_leave_signals_to_the_trainer,
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
         self._plan.start(self.epoch, self.position, step, usable, epochs, self._parts)
@@ -185,6 +189,20 @@ def killed_worker(error: RuntimeError) -> RunStopped | None:
         f"data: a loader process was killed from outside ({str(error).splitlines()[0]}); most often memory ran out: "
         "lower data.workers or train.batch_size, then resume."
     )
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C, and SIGTERM in many batch systems, reach the whole process group; the trainer still wants a batch for its
+    last step, and ends its workers itself: by SIGTERM, which therefore is not ignored."""
+    os.setsid()
+
+
+def _fingerprint(config: DataConfig) -> str:
+    """Of all that decides what a batch of the same shards holds."""
+    facts = learning_values(config)
+    # The shards and their shares are in the reader's own; how much may be bad changes no batch.
+    decisive = {name: value for name, value in facts.items() if name not in ("train", "sources", "max_bad_fraction")}
+    return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 class _Plan(Sampler[tuple[int, int, int]]):
@@ -250,7 +268,7 @@ class _BatchWork(Dataset[Batch | InputError]):
         """The numbers at these positions and their samples; in the place of a bad one, that of the same row of a
         later batch.
 
-        So it is filled without asking another process, and not by a sample of this batch where there are others.
+        So it is filled without asking another process, and seldom by a sample of this batch.
         """
         order, loaded = self._epoch_order(epoch), []
         numbers_B = order.numbers(places_B)
@@ -270,11 +288,13 @@ class _BatchWork(Dataset[Batch | InputError]):
         return numbers_B, loaded
 
     def _fetch_ahead(self, epoch: int, position: int) -> None:
-        window = position // self._config.shuffle_window
-        if self._reader.is_remote and self._asked_ahead != (epoch, window):
+        if not self._reader.is_remote:
+            return
+        order = self._epoch_order(epoch)
+        window = order.window_of(position)
+        if self._asked_ahead != (epoch, window):
             self._asked_ahead = epoch, window
-            ahead = self._epoch_order(epoch).ahead(position, self._config.remote.read_ahead)
-            self._reader.fetch_ahead(ahead % len(self._reader))
+            self._reader.fetch_ahead(order.ahead(position, self._config.remote.read_ahead) % len(self._reader))
 
     def _place_of_reserve(self, place: int, attempt: int, length: int) -> int:
         """Batch after batch; one further after each time round the epoch, so that every sample has its turn."""

@@ -64,13 +64,13 @@ def test_what_is_read_ahead_is_what_comes() -> None:
     counts = [10] * 50
     order = EpochOrder([Share(counts)], seed=1, epoch=0, window=40)
     for position in (0, 100, 333):
-        ahead = {int(number) // 10 for number in order.ahead(position, 4)}
-        coming = {int(number) // 10 for number in order.numbers(np.arange(position, position + 20))}
-        place = (position + order._turn) % order.length
-        in_this_window = 40 - place % 40
-        assert {int(n) // 10 for n in order.numbers(np.arange(position, position + min(in_this_window, 20)))} <= ahead
-        assert len(ahead) <= 6 + 4
-        assert coming
+        for windows in (0, 1, 4):
+            ahead = {int(number) // 10 for number in order.ahead(position, windows)}
+            rest = range(position, position + order.length)
+            in_them = [p for p in rest if (order.window_of(p) - order.window_of(position)) % 13 <= windows]
+            coming = {int(number) // 10 for number in order.numbers(np.array(in_them))}
+            assert coming <= ahead
+            assert len(ahead) <= 4 * (windows + 1) + 2
 
 
 def test_draws_are_even_and_do_not_depend_on_their_company() -> None:

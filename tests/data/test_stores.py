@@ -1,5 +1,8 @@
 import http.server
 import multiprocessing
+import os
+import pickle
+import shutil
 import threading
 import time
 from collections import Counter
@@ -13,6 +16,7 @@ from conftest import sample_members, write_tar
 
 from mmrl.data import stores
 from mmrl.data.index import SUFFIX, index_shard, save_index
+from mmrl.data.samples import BadSample
 from mmrl.data.sources import DataConfig, open_reader, open_training_set
 from mmrl.data.stores import Store, StoreConfig
 from mmrl.data.stream import Stream, stream
@@ -27,6 +31,7 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
     rng: np.random.Generator
     troubles: float
     with_ranges: bool
+    made: Counter[str]
 
     def do_GET(self) -> None:
         self.seen[self.path] += 1
@@ -36,16 +41,24 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
             return
         trouble = self.rng.random() < self.troubles
         kind = self.rng.integers(3) if trouble else -1
-        if kind == 0:
+        self.made["trouble"] += trouble
+        if kind == 0 or self.made["nothing"]:
             self.send_error(500)
             return
         data = path.read_bytes()
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")) if self.with_ranges else 0
+        version = f'"{path.stat().st_mtime_ns}"'
+        is_same = self.headers.get("If-Range", version) == version
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
+        start = int(asked) if self.with_ranges and is_same else 0
         if start >= len(data):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", version)
         self.end_headers()
         rest = data[start:]
         if kind == 1:
@@ -66,12 +79,16 @@ class Server:
 
     def __init__(self, folder: Path, troubles: float = 0.0, with_ranges: bool = True) -> None:
         self.seen: Counter[str] = Counter()
-        facts = {"folder": folder, "seen": self.seen, "rng": np.random.default_rng(0)}
+        self.made: Counter[str] = Counter()
+        facts = {"folder": folder, "seen": self.seen, "made": self.made, "rng": np.random.default_rng(0)}
         handler = type("Handler", (Unreliable,), {**facts, "troubles": troubles, "with_ranges": with_ranges})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def answers_nothing(self) -> None:
+        self.made["nothing"] = 1
 
     def close(self) -> None:
         self._server.shutdown()
@@ -115,7 +132,7 @@ def test_an_epoch_over_a_bad_line_is_complete_and_exact(
     store = config(tmp_path, retries=40)
     remote = epoch(server.url + "/part-{0..2}.tar", store)
     assert remote == epoch(str(shards), config(tmp_path / "local"))
-    assert sum(server.seen.values()) > 6  # there was trouble
+    assert server.made["trouble"]
 
 
 def test_a_broken_download_goes_on_where_it_was_cut(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
@@ -125,11 +142,64 @@ def test_a_broken_download_goes_on_where_it_was_cut(shards: Path, tmp_path: Path
     target = store.folder / stores.cache_name(url)
     target.parent.mkdir(parents=True)
     data = (shards / "part-0.tar").read_bytes()
-    target.with_name(f"{target.name}.partial").write_bytes(data[:5000])
+    partial, mark = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "mark"))
+    partial.write_bytes(data[:5000])
+    mark.write_text(f'"{(shards / "part-0.tar").stat().st_mtime_ns}"')
     assert store.local(url).read_bytes() == data
     assert server.seen["/part-0.tar"] == 1
     assert store.local(url).read_bytes() == data
     assert server.seen["/part-0.tar"] == 1  # it is here
+    # What was begun of an older version is not joined to the newer one; what is whole already is not asked for again.
+    target.unlink()
+    partial.write_bytes(b"older" * 100)
+    mark.write_text('"older"')
+    assert store.local(url).read_bytes() == data
+    target.rename(partial)
+    mark.write_text(f'"{(shards / "part-0.tar").stat().st_mtime_ns}"')
+    assert store.local(url).read_bytes() == data
+    assert not mark.exists()
+
+
+def test_a_remote_shard_that_has_changed_is_fetched_anew(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+    folder, cache = tmp_path / "served", config(tmp_path / "cache")
+    folder.mkdir()
+    shutil.copy(shards / "part-0.tar", folder / "a.tar")
+    server = serve(folder)
+    reader = open_training_set(DataConfig(train=server.url + "/a.tar", remote=cache))
+    assert len(reader) == 20
+    # The copy is of another time than the index: it is thrown away, and what the server has is the right one.
+    (copy,) = (path for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix == ".tar")
+    copy.unlink()
+    shutil.copy(shards / "part-1.tar", copy)
+    reader._open_none()  # as a worker that has not come to it
+    assert reader.read(0).name.endswith("00000")
+    assert copy.read_bytes() == (shards / "part-0.tar").read_bytes()
+    # The server's has changed: no sample of the new shard passes for one of the old, until a new start indexes it.
+    shutil.copy(shards / "part-1.tar", folder / "a.tar")
+    copy.unlink()
+    reader._open_none()
+    with pytest.raises(BadSample, match="not the shard that was indexed any more; start again"):
+        reader.read(0)
+    assert len(open_training_set(DataConfig(train=server.url + "/a.tar", remote=cache))) == 17
+
+
+def test_a_copy_pushed_out_before_it_is_opened_is_fetched_again(
+    shards: Path, tmp_path: Path, serve: type[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(shards)
+    store = Store(config(tmp_path))
+    really, races = store.local, iter([True, True, False])
+
+    def raced(location: str) -> Path:
+        path = really(location)
+        if next(races):
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(store, "local", raced)
+    with os.fdopen(store.open(f"{server.url}/part-0.tar"), "rb") as file:
+        assert file.read() == (shards / "part-0.tar").read_bytes()
+    assert server.seen["/part-0.tar"] == 3
 
 
 def test_the_index_beside_a_remote_shard_saves_reading_it(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
@@ -156,6 +226,14 @@ def test_a_shard_that_is_not_there_is_named_at_once(shards: Path, tmp_path: Path
 def test_a_server_that_is_gone_is_named_after_the_retries(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"http://127.0.0.1:9/a.tar cannot be read"):
         epoch("http://127.0.0.1:9/a.tar", config(tmp_path, retries=1))
+
+
+def test_a_server_is_asked_as_often_as_configured(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+    server = serve(shards, troubles=1.0)
+    server.answers_nothing()
+    with pytest.raises(OSError, match="cannot be fetched: HTTP 500"):
+        Store(config(tmp_path, retries=3)).local(f"{server.url}/part-0.tar")
+    assert server.seen["/part-0.tar"] == 4
 
 
 def test_a_shard_that_vanishes_in_mid_epoch_is_skipped_and_listed(
@@ -217,6 +295,13 @@ def test_shards_are_fetched_before_they_are_needed(shards: Path, tmp_path: Path,
     while len(server.seen) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert set(server.seen) == {f"/part-{n}.tar" for n in range(3)}
+    pickle.loads(pickle.dumps(store))  # as to a spawned worker, which starts threads of its own  # noqa: S301
+    copies = store.folder
+    while len(list(copies.glob("*.tar"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(path.read_bytes() for path in copies.glob("*.tar")) == sorted(
+        path.read_bytes() for path in shards.glob("*.tar")
+    )
 
 
 def test_any_store_of_fsspec_serves(shards: Path, tmp_path: Path) -> None:

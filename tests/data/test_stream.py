@@ -222,7 +222,9 @@ def test_the_data_of_a_state_must_be_the_same(shards: Path, tmp_path: Path) -> N
     state = make(shards).state_dict()
     for number, name in ((0, "part-2.tar"), (1, "part-0.tar"), (2, "part-1.tar")):
         (tmp_path / f"part-{number}.tar").write_bytes((shards / name).read_bytes())
-    with pytest.raises(InputError, match="the shards have other names or sizes"):
+    with pytest.raises(
+        InputError, match="the shards, or how they are shuffled, captioned or augmented, are not as when"
+    ):
         make(tmp_path).load_state_dict(state)
     assert len(json.dumps(state)) < 200
 
@@ -231,6 +233,10 @@ def test_a_state_of_another_batch_size_or_seed_is_refused(shards: Path) -> None:
     state = make(shards, batch=12).state_dict()
     with pytest.raises(InputError, match=r"global_batch_size was 12 .* and is 6 now"):
         make(shards, batch=6).load_state_dict(state)
+    with pytest.raises(InputError, match=r"seed was 5 when this state was saved and is 4 now"):
+        make(shards).load_state_dict({**state, "seed": 5})
+    with pytest.raises(InputError, match="how they are shuffled"):
+        make(shards, window=11).load_state_dict(state)
 
 
 def test_augmentation_differs_by_epoch_and_stays_with_the_sample(shards: Path) -> None:
