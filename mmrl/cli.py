@@ -141,7 +141,7 @@ def rotate(
     from mmrl import distributed
     from mmrl.export.rotate import rotate_model
 
-    manifest = rotate_model(model, shards, out, _dims(dims), validate, keep, samples, captions, quiet=as_json)
+    manifest = rotate_model(model, shards, out, _numbers("dims", dims), validate, keep, samples, captions, quiet=as_json)
     if as_json and distributed.world().is_main:
         print(json.dumps(manifest, indent=2))
 
