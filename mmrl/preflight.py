@@ -1,10 +1,11 @@
 """Before a run: everything that can be refused is refused here, in seconds, and the run folder is opened."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmrl import config as configs
-from mmrl import distributed
+from mmrl import distributed, hosts
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
 from mmrl.data.samples import SampleReader
@@ -35,8 +36,18 @@ def prepare(config: Config, world: World) -> Plan:
     """Every check that needs no model, on every process; then the run folder, by the main one.
 
     Raises:
-        InputError: something does not fit.
+        InputError: something does not fit; where it does not on any process, all stop.
     """
+    plan = hosts.agree(world, lambda: _check(config, world))
+    seen = distributed.gather_objects(plan.reader.fingerprint)
+    if len(set(seen)) > 1:
+        hosts.agree(world, lambda: _refuse_other_shards(plan.reader.fingerprint, seen))
+    resume_from = hosts.agree(world, lambda: open_run(config) if world.is_main else None)
+    hosts.same_folder(config, world)
+    return replace(plan, resume_from=distributed.from_main(resume_from))
+
+
+def _check(config: Config, world: World) -> Plan:
     if config.train.batch_size % world.size:
         raise InputError(
             f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
@@ -72,16 +83,12 @@ def prepare(config: Config, world: World) -> Plan:
         name: open_reader(one.shards, one.fields or config.data.fields, config.data.remote, config.data.allow_pipe)
         for name, one in config.evaluation.sets.items()
     }
-    try:
-        resume_from, refusal = open_run(config) if world.is_main else None, None
-    except InputError as error:
-        resume_from, refusal = None, str(error)
-    except OSError as error:
-        resume_from, refusal = None, f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER."
-    resume_from, refusal = distributed.from_main((resume_from, refusal))
-    if refusal:
-        raise InputError(refusal)
-    return Plan(nested, reader, evaluation_readers, evaluation_dims, share // micro_batch, resume_from)
+    return Plan(nested, reader, evaluation_readers, evaluation_dims, share // micro_batch, None)
+
+
+def _refuse_other_shards(own: str, seen: list[str]) -> None:
+    if own != Counter(seen).most_common(1)[0][0]:
+        raise InputError("data.train: its shards hold other samples than the other hosts'; copy them anew.")
 
 
 def _check_best(config: Config, dims: list[int]) -> None:
@@ -104,7 +111,13 @@ def open_run(config: Config) -> Path | None:
     Raises:
         InputError: the folder holds something else, a run that was not asked to go on, or one of another config.
     """
-    folder = Path(config.run)
+    try:
+        return _open_run(config, Path(config.run))
+    except OSError as error:
+        raise InputError(f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER.") from error
+
+
+def _open_run(config: Config, folder: Path) -> Path | None:
     stored = folder / "config.yaml"
     if folder.exists() and not stored.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"run: {folder} exists and is no run folder; choose another with run=FOLDER.")

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import accumulation, distributed, optim
+from mmrl import accumulation, distributed, hosts, optim
 from mmrl.checkpoint import Checkpoints, read_state
 from mmrl.config import Config
 from mmrl.data import draws
@@ -30,12 +30,14 @@ from mmrl.distributed import World
 from mmrl.engine import Engine
 from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
+from mmrl.heartbeat import Heartbeat
 from mmrl.losses.config import nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.preflight import Plan, prepare
+from mmrl.ranks import Pace, not_finite, straggler
 from mmrl.tracking import BAD_SAMPLES, Tracker
 
 _DROPOUT_DRAW, _DIMS_DRAW = 1 << 21, 1 << 23
@@ -50,24 +52,29 @@ def train(config: Config, console: Console | None = None) -> Path:
     """
     console = console or Console()
     world = distributed.start(config.engine.timeout_minutes * 60)
-    plan = prepare(config, world)
-    with _stop_on_signals() as stop:
-        trainer = Trainer(config, plan, world, console)
-        try:
-            trainer.run(stop)
-        except RuntimeError as error:
-            stopped = killed_worker(error)
-            if stopped is None:
-                raise
-            raise stopped from None
+    with Heartbeat(world, config.engine.lost_after_seconds) as heartbeat:
+        hosts.check(config, world, console)
+        plan = prepare(config, world)
+        with _stop_on_signals() as stop:
+            trainer = Trainer(config, plan, world, console, heartbeat)
+            try:
+                trainer.run(stop)
+            except RuntimeError as error:
+                stopped = killed_worker(error)
+                if stopped is None:
+                    raise
+                raise stopped from None
     return Path(config.run)
 
 
 class Trainer:
     """Model, engine, stream and their step."""
 
-    def __init__(self, config: Config, plan: Plan, world: World, console: Console) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, world: World, console: Console, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.config, self.plan, self.world, self.console = config, plan, world, console
+        self._heartbeat, self._pace = heartbeat, Pace(world.device)
         torch.manual_seed(config.seed)
         built = towers.build(config.model)
         with_bias = config.loss.name == "sigmoid"
@@ -129,7 +136,11 @@ class Trainer:
             self._save(tracker, is_best=True)
         clock, batches, epoch = _Clock(self.step_done), self.stream.forever(), self.stream.epoch
         while self.step_done < self.total:
-            loss, norm, rate = self.step(list(islice(batches, self.plan.accumulation)))
+            self._at("loading data")
+            with self._pace.loading():
+                parts = list(islice(batches, self.plan.accumulation))
+            self._at("training")
+            loss, norm, rate = self.step(parts)
             if self.stream.epoch != epoch:
                 epoch = self.stream.epoch
                 self._tell_bad_samples(tracker, epoch)
@@ -143,14 +154,20 @@ class Trainer:
                 stopping = distributed.anywhere(stop.asked)
                 is_best = False
                 if last or (self.step_done % self.evaluate_every == 0 and not stopping):
+                    self._at("evaluating")
                     is_best = self.evaluate(tracker)
                 if last or stopping or is_best or self.step_done % self.save_every == 0:
+                    self._at("saving")
                     self._save(tracker, is_best)
             if stopping and not last:
                 raise RunStopped(
                     f"Stopped by {stop.name} at step {self.step_done:,} of {self.total:,}; all is saved. "
                     "Go on with the same command and resume=auto."
                 )
+
+    def _at(self, doing: str) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.at(self.step_done, doing)
 
     def step(self, parts: Sequence[Batch]) -> tuple[NestedLoss, float, float]:
         """One optimiser step on one global batch, given as micro-batches; the only place where weights change.
@@ -162,6 +179,7 @@ class Trainer:
             optim.lr_factor(self.config.optim, self.step_done, self.total, self.warmup, self.cooldown),
         )
         group_b = torch.cat([part.group for part in parts]).to(self.engine.device)
+        self._keys = [key for part in parts for key in part.keys]
         micro_batches = [(part.image, part.text) for part in parts]
         loss = accumulation.backward(self.engine, micro_batches, partial(self._loss, group_b), self._seed_dropout)
         norm = self.engine.step()
@@ -183,6 +201,7 @@ class Trainer:
         bias: torch.Tensor | None,
     ) -> NestedLoss:
         """The loss of the global batch, on the dims of this step. It stops the run where it is not finite."""
+        self._pace.embedded()
         self._scale, self._bias = scale.detach(), None if bias is None else bias.detach()
         nested = self.plan.nested
         if self.config.nesting.dims_per_step is not None:
@@ -192,7 +211,10 @@ class Trainer:
             scale = scale if len(scale) == 1 else scale[places]
             bias = bias if bias is None or len(bias) == 1 else bias[places]
         loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, group_b)
-        self._stop_unless_finite("the loss", loss.total.item())
+        value = loss.total.item()
+        if not math.isfinite(value):
+            where = not_finite(image_bD, text_bD, self._keys)
+            self._stop_unless_finite("the loss", value, f" ({where})" if where else "")
         return loss
 
     def _seed_dropout(self, part: int) -> None:
@@ -201,14 +223,14 @@ class Trainer:
         names = (self.config.seed, self.step_done, self.world.rank, part, _DROPOUT_DRAW)
         torch.manual_seed(int(draws.bits(*names) >> 1))
 
-    def _stop_unless_finite(self, what: str, value: float) -> None:
+    def _stop_unless_finite(self, what: str, value: float, where: str = "") -> None:
         """Before anything is saved; the values are the same on every process, so all of them stop."""
         if math.isfinite(value):
             return
         last = self.checkpoints.last()
         remedy = f"The last good checkpoint is {last}" if last else "No checkpoint was written before it"
         raise RunStopped(
-            f"Step {self.step_done + 1:,}: {what} is {value}. {remedy}; lower optim.lr or lengthen optim.warmup."
+            f"Step {self.step_done + 1:,}: {what} is {value}{where}. {remedy}; lower optim.lr or lengthen optim.warmup."
         )
 
     def evaluate(self, tracker: Tracker | None) -> bool:
@@ -281,6 +303,9 @@ class Trainer:
 
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
         self._list_bad_samples(tracker)
+        slow = straggler(self._pace.all())
+        if tracker and slow:
+            tracker.say(f"Step {self.step_done:,}: {slow}.")
         if tracker:
             scales, bias = self._scale.tolist(), self._bias
             tracker.log(
