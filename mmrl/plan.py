@@ -29,15 +29,15 @@ that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-
     stage 3       reduce-scatter of the gradients 4T for each micro-batch; all-gather of the weights 4P for each forward
                   and each backward, of which DeepSpeed may save some on a small model
 
-Time of a step = (towers' + loss's operations) / (peak · share reached) + traffic / bandwidth + calls · latency · log2 N,
-nothing overlapped: an upper bound, where the share reached holds. The towers' operations are counted on the fake
-tensors (torch's FlopCounterMode): 3 times a forward's for a trained tower, 1 for a locked one, one more forward of a
-trained tower with micro-batches; the loss's are 8B²D/N (4 multiply-adds, see README, "The loss").
+Time of a step = (towers' + loss's operations) / (peak · share reached) + traffic / bandwidth + calls · latency ·
+log2 N, nothing overlapped: an upper bound, where the share reached holds. The towers' operations are counted on the
+fake tensors (torch's FlopCounterMode): 3 times a forward's for a trained tower, 1 for a locked one, one more forward of
+a trained tower with micro-batches; the loss's are 8B²D/N (4 multiply-adds, see README, "The loss").
 
-Constants (an H100 SXM, as NVIDIA's data sheets give it; none of them was measured by this project, --tflops and
---gigabytes take your own): 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink each way within a host of 8; 50 GB/s of
-network a GPU between hosts (400 Gb/s each); 20 µs of latency a call and doubling. Assumed: 40 % of the peak and 80 % of
-the bandwidth are reached, and 1.5 GB of the GPU's memory and 5 % of it are lost to CUDA and to fragments.
+Constants, of an H100 SXM as NVIDIA's data sheets give it; none of them was measured by this project, and --tflops and
+--gigabytes take your own: 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink each way within a host of 8; 50 GB/s
+of network a GPU between hosts (400 Gb/s each); 20 µs of latency a call and doubling. Assumed: 40 % of the peak and 80 %
+of the bandwidth are reached, and 1.5 GB of the GPU's memory and 5 % of it are lost to CUDA and to fragments.
 """
 
 import dataclasses

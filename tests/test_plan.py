@@ -121,7 +121,7 @@ def _live_bytes(folder: Path) -> None:
 
 
 def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) -> None:
-    run_in_world(2, _live_bytes, tmp_path)
+    run_in_world(2, _live_bytes, tmp_path, "spawn")
     found = torch.load(tmp_path / "rank0.pt")
     for stage in (0, 1, 2):
         weights, _, optimizer = plan.state_bytes(MODEL, stage, gpus=2)

@@ -5,6 +5,7 @@ nothing outside notices. Root is needed. A link is cut, and a host killed, by th
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ def lacking(*programs: str) -> str | None:
     """Why no hosts can be made here; None where they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [name for name in ("ip", "unshare", *programs) if shutil.which(name) is None]
+    missing = [name for name in ("ip", "nsenter", "unshare", *programs) if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed"
     if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
@@ -48,6 +49,7 @@ class Hosts:
         _ip("-n", switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", switch, "link", "set", "br0", "up")
         names = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{10 + i} node{i}\n" for i in range(self.count))
+        (self.folder / "hosts").write_text(names)
         for host in range(self.count):
             name = self.name(host)
             _ip("netns", "add", name)
@@ -56,26 +58,28 @@ class Hosts:
             _ip("-n", name, "addr", "add", f"10.77.0.{10 + host}/24", "dev", "veth0")
             _ip("-n", name, "link", "set", "veth0", "up")
             _ip("-n", name, "link", "set", "lo", "up")
-            of_host = Path("/etc/netns") / name
-            of_host.mkdir(parents=True)
-            (of_host / "hosts").write_text(names)
 
     def remove(self) -> None:
         """Ends all that runs on the hosts, and the hosts."""
         for host in range(self.count):
             self.kill(host)
             subprocess.run(["ip", "netns", "del", self.name(host)], check=False)
-            shutil.rmtree(Path("/etc/netns") / self.name(host), ignore_errors=True)
         subprocess.run(["ip", "netns", "del", f"{self._prefix}sw"], check=False)
         for process in self._started:
             process.wait(10)
 
+    def inside(self, host: int, command: Sequence[str]) -> list[str]:
+        """A command as it is run on a host: with the host's network and name, and with all hosts' names known."""
+        names = shlex.quote(str(self.folder / "hosts"))
+        script = f'mount --bind {names} /etc/hosts; hostname node{host}; exec "$@"'
+        spaces = ["nsenter", f"--net=/run/netns/{self.name(host)}", "unshare", "--uts", "--mount"]
+        return [*spaces, "sh", "-c", script, "_", *command]
+
     def start(self, host: int, command: Sequence[str], log: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
         """Starts a command on a host; what it says goes to folder/log."""
-        inside = ["ip", "netns", "exec", self.name(host), "unshare", "--uts", "sh", "-c"]
         with (self.folder / log).open("a") as file:
             process = subprocess.Popen(
-                [*inside, f'hostname node{host}; exec "$@"', "_", *command],
+                self.inside(host, command),
                 cwd=cwd,
                 env={**os.environ, **environ},
                 stdin=subprocess.DEVNULL,
