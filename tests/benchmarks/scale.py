@@ -129,9 +129,8 @@ def _deepspeed(arguments: argparse.Namespace) -> None:
             values.append(_seconds(step))
     ratios = [one / other for one, other in zip(ours[1:], theirs[1:], strict=True)]
     print("\n2. DeepSpeed on one process")
-    print(
-        f"   engine {1e3 * statistics.median(ours[1:]):8.0f} ms, plain PyTorch {1e3 * statistics.median(theirs[1:]):8.0f} ms"
-    )
+    for name, values in (("engine", ours), ("plain PyTorch", theirs)):
+        print(f"   {name:18} {1e3 * statistics.median(values[1:]):8.0f} ms")
     print(f"   ratio {_spread(ratios)} (wanted: at most 1.05)")
 
 
