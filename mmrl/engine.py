@@ -36,7 +36,8 @@ class EngineConfig(Settings):
     timeout_minutes: float = Field(default=30.0, gt=0, json_schema_extra={"machine": True})
     """How long a process waits for the others before it gives up."""
     lost_after_seconds: float = Field(default=30.0, ge=5, json_schema_extra={"machine": True})
-    """A process that is not heard of for so long is taken for lost, and the others stop, naming it and its host."""
+    """A process that is not heard of for so long is taken for lost, and the others stop, naming it and its host. Four
+    times as long outside of the steps: while it starts, evaluates or saves."""
 
 
 class Engine:

@@ -7,9 +7,10 @@ and then name only itself. So a thread of each process keeps a connection of its
     main → member   {} each second; {"lost": sentence} once, to all
 
 The main process finds a member lost when its connection ends without a word (it died), when it says why it stops, or
-when nothing was heard of it for `lost_after` seconds (its host died or is cut off). A member finds the main process
-lost in the same ways. A process that has learnt of a loss stops by itself if it can; where it waits in a collective,
-which cannot be interrupted, it is ended, with the sentence on stderr and exit code 1.
+when nothing was heard of it for `lost_after` seconds (its host died or is cut off), four times as long outside of the
+steps. A member finds the main process lost in the same ways. A process that has learnt of a loss stops by itself if it
+can; where it waits in a collective, which cannot be interrupted, it is ended, with the sentence on stderr and exit
+code 1.
 
 The lines are JSON of at most a few hundred bytes from those who know the run's token, which torch's own rendezvous
 has handed round.
@@ -37,6 +38,9 @@ from mmrl.errors import InputError, RunStopped
 BEAT_S = 1.0
 # What a process that has learnt of a loss gets to stop by itself.
 GRACE_S = 5.0
+# Outside of the steps a process may be silent so many times longer: importing and loading libraries, or writing a
+# checkpoint, can keep its other threads from running.
+STEADY, _LENIENCE = ("loading data", "training"), 4
 _LONGEST_LINE = 4096
 # A data worker is forked with copies of our sockets, which would hold the connections open beyond this process's death.
 _SOCKETS: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
@@ -154,8 +158,10 @@ class _Member(threading.Thread):
                 heard = time.monotonic()
                 self._wake.wait(BEAT_S)
             except TimeoutError:
-                if time.monotonic() - heard > self._lost_after_s:
-                    self._tell(self._main_lost(f"has not answered for {self._lost_after_s:.0f} s"))
+                silent = time.monotonic() - heard
+                # The main process is where we are: what it does between steps, all do together.
+                if silent > _patience(self._lost_after_s, self.where()["doing"]):
+                    self._tell(self._main_lost(f"has not answered for {silent:.0f} s"))
                     return
             except OSError:
                 # A main process that has finished well says so by closing while we say so too.
@@ -300,11 +306,10 @@ class _Main(threading.Thread):
 
     def _look_for_silence(self, now: float) -> None:
         for seen in self._seen:
-            if not seen.left and now - seen.heard > self._lost_after_s:
+            silent = now - seen.heard
+            if not seen.left and silent > _patience(self._lost_after_s, seen.doing):
                 seen.left = True
-                self._find(
-                    seen, f"has not been heard of for {self._lost_after_s:.0f} s, so it, its host or its link hangs"
-                )
+                self._find(seen, f"has not been heard of for {silent:.0f} s, so it, its host or its link hangs")
 
     def _find(self, seen: _Seen, how: str) -> None:
         """The first loss is the cause; those that follow are its consequences."""
@@ -319,6 +324,10 @@ class _Main(threading.Thread):
         if seen.connection is not None:
             with contextlib.suppress(OSError):  # it will be found lost, if it is
                 seen.connection.send(json.dumps(word).encode() + b"\n")
+
+
+def _patience(lost_after_s: float, doing: str) -> float:
+    return lost_after_s if doing in STEADY else _LENIENCE * lost_after_s
 
 
 class _Lines:
