@@ -84,16 +84,17 @@ def check(config: Config, world: World, console: Console) -> None:
         _stop_all(world, " ".join(problems[:3]))
 
 
-def agree(world: World, work: Callable[[], T]) -> T:
+def agree(world: World, work: Callable[[], T], main_only: bool = False) -> T | None:
     """This process's own work, such as opening the shards. Where it fails on any process all stop, with the sentence
-    of the first that failed, and with its host where others have succeeded.
+    of the first that failed, and with its host where others have succeeded. None where the work is the main process's
+    alone and this is another.
 
     Raises:
         InputError: on the main process; the others end with exit code 2.
     """
     result, problem = None, None
     try:
-        result = work()
+        result = work() if world.is_main or not main_only else None
     except InputError as error:
         if world.size == 1:
             raise
@@ -103,9 +104,9 @@ def agree(world: World, work: Callable[[], T]) -> T:
     if failed:
         sentence = failed[0][1]
         hosts = sorted({host for host, _ in failed})
-        everywhere = len(failed) == len(found)
+        everywhere = main_only or len(failed) == len(found)
         _stop_all(world, sentence if everywhere else f"On host {', '.join(hosts[:5])} alone: {sentence}")
-    return result  # pyright: ignore[reportReturnType]
+    return result
 
 
 def same_folder(config: Config, world: World) -> None:

@@ -39,10 +39,11 @@ def prepare(config: Config, world: World) -> Plan:
         InputError: something does not fit; where it does not on any process, all stop.
     """
     plan = hosts.agree(world, lambda: _check(config, world))
+    assert plan is not None
     seen = distributed.gather_objects(plan.reader.fingerprint)
     if len(set(seen)) > 1:
         hosts.agree(world, lambda: _refuse_other_shards(plan.reader.fingerprint, seen))
-    resume_from = hosts.agree(world, lambda: open_run(config) if world.is_main else None)
+    resume_from = hosts.agree(world, lambda: open_run(config), main_only=True)
     hosts.same_folder(config, world)
     return replace(plan, resume_from=distributed.from_main(resume_from))
 
