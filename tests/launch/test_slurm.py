@@ -144,7 +144,7 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
         _wait(lambda: steps() >= 2, 300, slurm.logs)
         slurm.run("scancel", "--batch", "--signal=USR1", job[1])  # as --signal=B:USR1@300 will, before the time is over
         _wait(lambda: queued_again(1), 200, slurm.logs)
-        assert "Stopped by SIGTERM at step" in slurm.logs()
+        assert "Stopped by SIGTERM at step" in (folder / f"mmrl-{job[1]}.log").read_text()
         before = steps()
         assert json.loads((run / "checkpoints/last/training/state.json").read_text())["step"] >= before > 0
         _wait(lambda: steps() >= before + 1, 300, slurm.logs)
@@ -152,7 +152,7 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
         rank = next(pid for pid in pids if b"mmrl.cli" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
         os.kill(int(rank), 9)
         _wait(lambda: queued_again(2), 200, slurm.logs)
-        assert "rank 1 on host node1 is gone" in slurm.logs()
+        assert "rank 1 on host node1 is gone" in (folder / f"mmrl-{job[1]}.log").read_text()
         _wait(lambda: "COMPLETED" in slurm.run("scontrol", "show", "job", job[1]), 400, slurm.logs)
         print(slurm.run("sh", "-c", f"cat mmrl-{job[1]}.log")[-3000:])
     weights, expected = (load_file(one / "checkpoints/last/model.safetensors") for one in (run, undisturbed))
