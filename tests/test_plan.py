@@ -35,7 +35,7 @@ def _allocated_at_the_peak(work: Callable[[], object]) -> float:
     held = peak = 0.0
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
     return peak
 

@@ -200,8 +200,12 @@ def _loss(
 
 
 def _step(engine: Engine, parts: Sequence[MicroBatch], dims: Sequence[int] = ALL_DIMS) -> None:
-    accumulation.backward(engine, parts, partial(_loss, dims), torch.manual_seed)
+    accumulation.backward(engine, parts, partial(_loss, dims), _seed)
     engine.step()
+
+
+def _seed(part: int) -> None:
+    torch.manual_seed(part)
 
 
 def _seconds(step: Callable[[], object]) -> float:
@@ -217,7 +221,7 @@ def _peak_bytes(step: Callable[[], object]) -> float:
     held = peak = 0
     events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
     return peak
 
