@@ -38,6 +38,30 @@ def train(
     train(configs.load(config, overrides or []))
 
 
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="YAML file, such as configs/vit_b32_512_to_64.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="train.batch_size=32768")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the planned run, one process each")] = 8,
+    memory: Annotated[float, typer.Option(min=1, help="GB of memory of each")] = 80.0,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU reaches; 40 % of an H100's")
+    ] = None,
+    gigabytes: Annotated[
+        float | None, typer.Option(min=0.001, help="GB/s sent; 80 % of NVLink's, or of 400 Gb/s")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what CONFIG needs of memory, network and time, before anything is booked."""
+    from mmrl import config as configs
+    from mmrl import plan as planning
+
+    result = planning.plan(configs.load(config, overrides or []), gpus, memory, tflops, gigabytes)
+    print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(planning.lines(result)))
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
@@ -141,7 +165,9 @@ def rotate(
     from mmrl import distributed
     from mmrl.export.rotate import rotate_model
 
-    manifest = rotate_model(model, shards, out, _numbers("dims", dims), validate, keep, samples, captions, quiet=as_json)
+    manifest = rotate_model(
+        model, shards, out, _numbers("dims", dims), validate, keep, samples, captions, quiet=as_json
+    )
     if as_json and distributed.world().is_main:
         print(json.dumps(manifest, indent=2))
 

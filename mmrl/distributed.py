@@ -7,6 +7,7 @@ Shapes: b rows of this process, B = b * world_size rows of all, in the order of 
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+
+from mmrl import launchers
+from mmrl.errors import InputError, RunStopped
 
 
 @dataclass(frozen=True)
@@ -33,27 +37,56 @@ class World:
     def device(self) -> torch.device:
         """The GPU of this process, or the CPU where there is none."""
         if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank)
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
 
 def start(timeout_s: float = 1800.0) -> World:
-    """Joins the world that the launcher's variables describe (RANK, WORLD_SIZE, …), or a world of one.
+    """Joins the world that the launcher's variables describe (see launchers.py), or a world of one.
 
     A process without a launcher gets a group of its own, without a port: DeepSpeed wants one in any case.
+
+    Raises:
+        InputError: variables that do not fit, or more processes on this host than it has GPUs.
+        RunStopped: not all processes came within the time.
     """
     if not dist.is_initialized():
+        place, timeout = launchers.find(), timedelta(seconds=timeout_s)
         on_gpu = torch.cuda.is_available()
+        if place is not None:
+            place.export(os.environ)
         if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            gpu = _own_gpu(0 if place is None else place.local_rank)
+            torch.cuda.set_device(gpu)
+            os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed takes the GPU of this number
         backend = "nccl" if on_gpu else "gloo"
-        timeout = timedelta(seconds=timeout_s)
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
+        if place is None:
             dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts it
+            return world()
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunStopped(
+                f"rank {place.rank} on host {host()} did not get together with all {place.size} processes "
+                f"by way of {place.address}, port {place.port} ({reason}); see that all were started, with the same "
+                "MASTER_ADDR and MASTER_PORT, and that hosts reach each other."
+            ) from error
     return world()
+
+
+def _own_gpu(local_rank: int) -> int:
+    """This process's GPU among those that it sees: a launcher may show each process its own alone."""
+    count = torch.cuda.device_count()
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
+    if local_rank >= count:
+        raise InputError(
+            f"LOCAL_RANK: this is process {local_rank + 1} of host {host()}, which has {count} GPU(s); "
+            "start one process a GPU."
+        )
+    return local_rank
 
 
 def stop() -> None:
@@ -110,6 +143,16 @@ def own_rows(b: int) -> slice:
     return slice(world().rank * b, (world().rank + 1) * b)
 
 
+def host() -> str:
+    """The name of this process's host."""
+    return socket.gethostname()
+
+
+def hosts() -> list[str]:
+    """The name of each process's host, in the order of ranks; called on every process."""
+    return gather_objects(host())
+
+
 def gather_objects(value: Any) -> list[Any]:
     """One object a process, small and picklable, in the order of ranks, on every process."""
     if world().size == 1:
@@ -135,6 +178,22 @@ def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> tor
     values = values.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(values, operation)
     return values
+
+
+def pass_on(values: torch.Tensor) -> torch.Tensor:
+    """What the process before this one gives, as this one gives `values` to the next, in a ring."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    received = torch.empty_like(values)
+    for work in dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, values, (rank + 1) % size),
+            dist.P2POp(dist.irecv, received, (rank - 1) % size),
+        ]
+    ):
+        work.wait()
+    if received.is_cuda:
+        torch.cuda.synchronize(received.device)
+    return received
 
 
 def from_main(value: Any) -> Any:

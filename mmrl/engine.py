@@ -38,6 +38,9 @@ class EngineConfig(Settings):
     """torch.compile for both towers: minutes at the start, faster steps. Wants a C++ compiler."""
     timeout_minutes: float = Field(default=30.0, gt=0, json_schema_extra={"machine": True})
     """How long a process waits for the others before it gives up."""
+    lost_after_seconds: float = Field(default=30.0, ge=5, json_schema_extra={"machine": True})
+    """A process that is not heard of for so long is taken for lost, and the others stop, naming it and its host. Four
+    times as long outside of the steps: while it starts, evaluates or saves."""
     deepspeed: dict[str, Any] = machine({})
     """Merged over what DeepSpeed is given, for those who know it, such as {zero_optimization: {reduce_bucket_size:
     1_000_000}}; what contradicts other fields is refused."""

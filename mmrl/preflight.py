@@ -1,12 +1,11 @@
 """Before a run: everything that can be refused is refused here, in seconds, and the run folder is opened."""
 
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmrl import config as configs
-from mmrl import distributed
+from mmrl import distributed, hosts
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
 from mmrl.data.samples import SampleReader
@@ -39,8 +38,20 @@ def prepare(config: Config, world: World) -> Plan:
     """Every check that needs no model, on every process; then the run folder, by the main one.
 
     Raises:
-        InputError: something does not fit.
+        InputError: something does not fit; where it does not on any process, all stop.
     """
+    plan = hosts.agree(world, lambda: _check(config, world))
+    assert plan is not None
+    own = tuple(reader.fingerprint for reader in (plan.reader, *plan.evaluation_readers.values()))
+    seen = distributed.gather_objects(own)
+    if len(set(seen)) > 1:
+        hosts.agree(world, lambda: _refuse_other_shards(own, seen))
+    resume_from = hosts.agree(world, lambda: open_run(config), main_only=True)
+    hosts.same_folder(config, world)
+    return replace(plan, resume_from=distributed.from_main(resume_from))
+
+
+def _check(config: Config, world: World) -> Plan:
     if config.train.batch_size % world.size:
         raise InputError(
             f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
@@ -71,58 +82,25 @@ def prepare(config: Config, world: World) -> Plan:
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)
-    reader, whole_sets = _same_everywhere(lambda: _open_data(config))
-    evaluation_readers = {name: draw_shards(one, config.evaluation.most_samples) for name, one in whole_sets.items()}
-    evaluation_samples = {name: len(one) for name, one in whole_sets.items()}
-    try:
-        resume_from, refusal = open_run(config) if world.is_main else None, None
-    except InputError as error:
-        resume_from, refusal = None, str(error)
-    except OSError as error:
-        resume_from, refusal = None, f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER."
-    resume_from, refusal = distributed.from_main((resume_from, refusal))
-    if refusal:
-        raise InputError(refusal)
+    reader = open_training_set(config.data)
+    whole_sets = {
+        name: open_reader(one.shards, one.fields or config.data.fields, config.data.remote, config.data.allow_pipe)
+        for name, one in config.evaluation.sets.items()
+    }
     return Plan(
         nested=nested,
         reader=reader,
-        evaluation_readers=evaluation_readers,
-        evaluation_samples=evaluation_samples,
+        evaluation_readers={n: draw_shards(one, config.evaluation.most_samples) for n, one in whole_sets.items()},
+        evaluation_samples={name: len(one) for name, one in whole_sets.items()},
         evaluation_dims=evaluation_dims,
         accumulation=share // micro_batch,
-        resume_from=resume_from,
+        resume_from=None,
     )
 
 
-def _open_data(config: Config) -> tuple[SampleReader, dict[str, SampleReader]]:
-    data = config.data
-    return open_training_set(data), {
-        name: open_reader(one.shards, one.fields or data.fields, data.remote, data.allow_pipe)
-        for name, one in config.evaluation.sets.items()
-    }
-
-
-def _same_everywhere(
-    open_data: Callable[[], tuple[SampleReader, dict[str, SampleReader]]],
-) -> tuple[SampleReader, dict[str, SampleReader]]:
-    """Every process opens the data for itself; one that cannot, or finds other shards than the main one, stops all."""
-    opened, refusal, found = None, None, []
-    try:
-        opened = open_data()
-        found = [opened[0].fingerprint, *(reader.fingerprint for reader in opened[1].values())]
-    except InputError as error:
-        refusal = str(error)
-    told = distributed.gather_objects((refusal, found, socket.gethostname()))
-    for rank, (refused, fingerprints, host) in enumerate(told):
-        if refused:
-            raise InputError(refused if len(told) == 1 else f"{refused} (On process {rank}, host {host}.)")
-        if fingerprints != told[0][1]:
-            raise InputError(
-                f"data: process {rank} on {host} finds other shards, or other contents in them, than process 0 on "
-                f"{told[0][2]}; give every host the same files."
-            )
-    assert opened is not None
-    return opened
+def _refuse_other_shards(own: tuple[str, ...], seen: list[tuple[str, ...]]) -> None:
+    if own != Counter(seen).most_common(1)[0][0]:
+        raise InputError("data: its shards are others, or hold other samples, than the other hosts'; copy them anew.")
 
 
 def _check_best(config: Config, dims: list[int]) -> None:
@@ -146,7 +124,13 @@ def open_run(config: Config) -> Path | None:
     Raises:
         InputError: the folder holds something else, a run that was not asked to go on, or one of another config.
     """
-    folder = Path(config.run)
+    try:
+        return _open_run(config, Path(config.run))
+    except OSError as error:
+        raise InputError(f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER.") from error
+
+
+def _open_run(config: Config, folder: Path) -> Path | None:
     stored = folder / "config.yaml"
     if folder.exists() and not stored.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"run: {folder} exists and is no run folder; choose another with run=FOLDER.")

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import accumulation, distributed, optim
+from mmrl import accumulation, distributed, hosts, optim
 from mmrl import checkpoint as checkpoints
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
@@ -27,12 +27,14 @@ from mmrl.distributed import World
 from mmrl.engine import Engine
 from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
+from mmrl.heartbeat import Heartbeat
 from mmrl.losses.config import nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.preflight import Plan, prepare
+from mmrl.ranks import Own, mean_seconds, not_finite, straggler
 from mmrl.stopping import Stop, stop_on_signals
 from mmrl.timing import Pacer, Trace, peak_memory
 from mmrl.tracking import BAD_SAMPLES, Tracker
@@ -49,24 +51,29 @@ def train(config: Config, console: Console | None = None) -> Path:
     """
     console = console or Console()
     world = distributed.start(config.engine.timeout_minutes * 60)
-    plan = prepare(config, world)
-    with stop_on_signals() as stop:
-        trainer = Trainer(config, plan, world, console)
-        try:
-            trainer.run(stop)
-        except RuntimeError as error:
-            stopped = killed_worker(error)
-            if stopped is None:
-                raise
-            raise stopped from None
+    with Heartbeat(world, config.engine.lost_after_seconds) as heartbeat:
+        hosts.check(config, world, console)
+        plan = prepare(config, world)
+        with stop_on_signals() as stop:
+            trainer = Trainer(config, plan, world, console, heartbeat)
+            try:
+                trainer.run(stop)
+            except RuntimeError as error:
+                stopped = killed_worker(error)
+                if stopped is None:
+                    raise
+                raise stopped from None
     return Path(config.run)
 
 
 class Trainer:
     """Model, engine, stream and their step."""
 
-    def __init__(self, config: Config, plan: Plan, world: World, console: Console) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, world: World, console: Console, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.config, self.plan, self.world, self.console = config, plan, world, console
+        self._heartbeat = heartbeat
         torch.manual_seed(config.seed)
         built = towers.build(config.model)
         with_bias = config.loss.name == "sigmoid"
@@ -107,7 +114,7 @@ class Trainer:
         self._seen = 0
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
-        self._measured = self.step_done
+        self._logged = self.step_done
 
     def run(self, stop: Stop) -> None:
         """Step, log, evaluate, save; until the end or a signal."""
@@ -130,8 +137,10 @@ class Trainer:
         clock, batches, epoch = Pacer(self.step_done), self.stream.forever(), self.stream.epoch
         trace = Trace(Path(self.config.run) / "profile", self.world.rank, self.config.tracking.profile)
         while self.step_done < self.total:
+            self._at("loading data")
             with self.engine.clock.part("data"):
                 parts = list(islice(batches, self.plan.accumulation))
+            self._at("training")
             loss, norm, rate = self.step(parts)
             trace.step()
             if self.stream.epoch != epoch:
@@ -147,8 +156,10 @@ class Trainer:
                 stopping = distributed.anywhere(stop.asked)
                 is_best = False
                 if last or (self.step_done % self.evaluate_every == 0 and not stopping):
+                    self._at("evaluating")
                     is_best = self.evaluate(tracker)
                 if last or stopping or is_best or self.step_done % self.save_every == 0:
+                    self._at("saving")
                     self._save(tracker, is_best)
             if stopping and not last:
                 self.checkpoints.finish()
@@ -158,6 +169,10 @@ class Trainer:
                 )
         trace.stop()
         self.checkpoints.finish()
+
+    def _at(self, doing: str) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.at(self.step_done, doing)
 
     def step(self, parts: Sequence[Batch]) -> tuple[NestedLoss, float, float]:
         """One optimiser step on one global batch, given as micro-batches; the only place where weights change.
@@ -169,6 +184,7 @@ class Trainer:
             optim.lr_factor(self.config.optim, self.step_done, self.total, self.warmup, self.cooldown),
         )
         group_b = torch.cat([part.group for part in parts]).to(self.engine.device)
+        self._keys = [key for part in parts for key in part.keys]
         micro_batches = [(part.image, part.text) for part in parts]
         loss = accumulation.backward(self.engine, micro_batches, partial(self._loss, group_b), self._seed_dropout)
         norm = self.engine.step()
@@ -200,7 +216,10 @@ class Trainer:
             bias = bias if bias is None or len(bias) == 1 else bias[places]
         with self.engine.clock.part("loss"):
             loss = nested_loss(self.config.loss, image_bD, text_bD, scale, bias, nested, group_b)
-        self._stop_unless_finite("the loss", loss.total.item())
+            value = loss.total.item()
+        if not math.isfinite(value):
+            where = not_finite(image_bD, text_bD, self._keys)
+            self._stop_unless_finite("the loss", value, f" ({where})" if where else "")
         return loss
 
     def _seed_dropout(self, part: int) -> None:
@@ -209,7 +228,7 @@ class Trainer:
         names = (self.config.seed, self.step_done, self.world.rank, part, _DROPOUT_DRAW)
         torch.manual_seed(int(draws.bits(*names) >> 1))
 
-    def _stop_unless_finite(self, what: str, value: float) -> None:
+    def _stop_unless_finite(self, what: str, value: float, where: str = "") -> None:
         """Before anything is saved; the values are the same on every process, so all of them stop."""
         if math.isfinite(value):
             return
@@ -217,7 +236,7 @@ class Trainer:
         last = self.checkpoints.last()
         remedy = f"The last good checkpoint is {last}" if last else "No checkpoint was written before it"
         raise RunStopped(
-            f"Step {self.step_done + 1:,}: {what} is {value}. {remedy}; lower optim.lr or lengthen optim.warmup."
+            f"Step {self.step_done + 1:,}: {what} is {value}{where}. {remedy}; lower optim.lr or lengthen optim.warmup."
         )
 
     def evaluate(self, tracker: Tracker | None) -> bool:
@@ -289,7 +308,10 @@ class Trainer:
 
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
         self._list_bad_samples(tracker)
-        measures = self._measures()
+        measured = self._measured()
+        slow = straggler(measured)
+        if tracker and slow:
+            tracker.say(f"Step {self.step_done:,}: {slow}.")
         if tracker:
             scales, bias = self._scale.tolist(), self._bias
             tracker.log(
@@ -304,20 +326,18 @@ class Trainer:
                     "lr": rate,
                     "grad_norm": norm,
                     "samples_per_second": speed,
-                    **measures,
+                    "seconds_per_step": mean_seconds(measured),
+                    "peak_memory": max(one.peak_memory for one in measured),
                     "bad_samples": self._bad.total(),
                 }
             )
         self._check_bad_share()
 
-    def _measures(self) -> dict[str, Any]:
-        """Where the time of a step went since the last line, the mean over processes; the most memory that any held."""
-        mine = self.engine.clock.take(), peak_memory(self.engine.device)
-        everyone = distributed.gather_objects(mine)
-        parts = sorted({part for seconds, _ in everyone for part in seconds})
-        times, self._measured = (self.step_done - self._measured) * len(everyone), self.step_done
-        means = {part: sum(seconds.get(part, 0.0) for seconds, _ in everyone) / times for part in parts}
-        return {"seconds_per_step": means, "peak_memory": max(memory for _, memory in everyone)}
+    def _measured(self) -> list[Own]:
+        """What each process spent since the last line, in the order of ranks."""
+        steps, self._logged = max(self.step_done - self._logged, 1), self.step_done
+        seconds = {part: spent / steps for part, spent in self.engine.clock.take().items()}
+        return distributed.gather_objects(Own(distributed.host(), seconds, peak_memory(self.engine.device)))
 
     def _list_bad_samples(self, tracker: Tracker | None) -> None:
         problems = [problem for share in distributed.gather_objects(self._unlisted) for problem in share]

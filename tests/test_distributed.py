@@ -19,10 +19,11 @@ DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
 GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
 
 
-def run_in_world(size: int, work: Callable[[Path], None], folder: Path) -> None:
-    """Runs work(folder) on `size` processes."""
+def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_method: str = "fork") -> None:
+    """Runs work(folder) on `size` processes. Forked ones start at once; those that run a backward of DeepSpeed, which
+    a fork of a process that has trained refuses, are spawned."""
     torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
-        _child, (size, work, folder), nprocs=size, start_method="fork"
+        _child, (size, work, folder), nprocs=size, start_method=start_method
     )
 
 

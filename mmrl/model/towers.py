@@ -154,6 +154,26 @@ def build(config: TowersConfig) -> Towers:
     )
 
 
+def build_empty(config: TowersConfig) -> dict[Side, nn.Module]:
+    """The towers of a config, locked and recomputing as it says, with unset weights: for counting.
+
+    Raises:
+        InputError: as `build`, but for weights.
+    """
+    model_cfg = read_model_cfg(config.name)
+    try:
+        built: dict[Side, nn.Module] = {
+            "image": build_tower(model_cfg, "image", model_cfg["embed_dim"]),
+            "text": build_tower(model_cfg, "text", model_cfg["embed_dim"]),
+        }
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise InputError(f"model.name {config.name!r}: {' '.join(str(error).split())}") from error
+    _lock(built, model_cfg, config)
+    if config.grad_checkpointing:
+        _checkpoint_gradients(built)
+    return built
+
+
 def tokenise_of(name: str) -> TokeniseList:
     """The tokenizer of a model config, without its towers.
 

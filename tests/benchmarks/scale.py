@@ -1,0 +1,234 @@
+"""What scaling costs, run by hand:
+
+    python tests/benchmarks/scale.py [--batch 64] [--micro-batch 16] [--repeats 7] [--threads 1]
+
+Three measurements, each beside its peer in the same run, in turns, medians of the ratios within a turn:
+
+1. Full-batch accumulation (train.micro_batch): the step in micro-batches against the same step without, the bound being
+   1 + f / (f + b) for the second forward, f and b the forward's and the backward's time without micro-batches; and the
+   memory that PyTorch's allocator holds at the most beyond weights, gradients and optimiser state.
+2. DeepSpeed on one process against a step of plain PyTorch: the same towers, loss, clipping and AdamW.
+3. The collective calls of a step on two processes, for each ZeRO stage, with and without micro-batches, for one dim and
+   for six: their number must not depend on the dims.
+
+Towers: mmrl-starter (configs/quickstart.yaml), float32, drawn pixels and tokens. The data side is left out.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from mmrl import accumulation, distributed, optim
+from mmrl import config as configs
+from mmrl.accumulation import MicroBatch
+from mmrl.engine import Engine, EngineConfig
+from mmrl.losses.config import LossConfig, nested_loss
+from mmrl.losses.inputs import NestedLoss
+from mmrl.model import towers, two_tower
+from mmrl.model.two_tower import MatryoshkaCLIP
+from mmrl.nesting import nesting
+
+RECIPE = configs.load(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+ALL_DIMS = list(RECIPE.nesting.dims)
+CLIP_NORM = 1.0
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.batch % arguments.micro_batch:
+        parser.error(f"--micro-batch: {arguments.batch} cannot be divided into parts of {arguments.micro_batch}")
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    print(f"batch {arguments.batch}, micro-batch {arguments.micro_batch}, load average {os.getloadavg()[0]:.2f}")
+    distributed.start()
+    _accumulation(arguments)
+    _deepspeed(arguments)
+    distributed.stop()
+    _collectives()
+
+
+def _accumulation(arguments: argparse.Namespace) -> None:
+    model, engine = _engine(arguments.batch)
+    whole, parts = _batch(arguments.batch), _batch(arguments.batch, arguments.micro_batch)
+
+    def forward_and_backward() -> tuple[float, float]:
+        """The towers' own, without loss and optimiser."""
+        began = time.perf_counter()
+        image_BD, text_BD, scale, _ = model(*whole[0])
+        middle = time.perf_counter()
+        (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
+        ended = time.perf_counter()
+        model.zero_grad()
+        return middle - began, ended - middle
+
+    steps = {"whole": partial(_step, engine, whole), "in micro-batches": partial(_step, engine, parts)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    bounds = []
+    for turn in range(arguments.repeats + 1):
+        forward, backward = forward_and_backward()
+        taken = {name: _seconds(steps[name]) for name in (list(steps) if turn % 2 else reversed(steps))}
+        if turn:  # the first warms up
+            bounds.append(1 + forward / (forward + backward))
+            for name, value in taken.items():
+                seconds[name].append(value)
+    ratios = [part / one for part, one in zip(seconds["in micro-batches"], seconds["whole"], strict=True)]
+    over = [ratio / bound for ratio, bound in zip(ratios, bounds, strict=True)]
+    print("\n1. Full-batch accumulation")
+    for name, values in seconds.items():
+        print(f"   {name:18} {1e3 * statistics.median(values):8.0f} ms")
+    print(f"   ratio {statistics.median(ratios):.3f}, bound 1 + f/(f+b) = {statistics.median(bounds):.3f}")
+    print(f"   ratio to the bound {_spread(over)} (wanted: at most 1.05)")
+    one = _batch(arguments.micro_batch)
+    pixels = sum(image.nbytes for image, _ in whole)
+    peaks = {
+        name: _peak_bytes(step) for name, step in (*steps.items(), ("one micro-batch", partial(_step, engine, one)))
+    }
+    for name, peak in peaks.items():
+        print(f"   peak of {name:18} {peak / 2**20:8.1f} MiB")
+    beyond = peaks["in micro-batches"] - peaks["one micro-batch"]
+    print(
+        f"   beyond one micro-batch's {beyond / 2**20:.1f} MiB; the step's uint8 pictures are {pixels / 2**20:.1f} MiB"
+    )
+
+
+def _deepspeed(arguments: argparse.Namespace) -> None:
+    model, engine = _engine(arguments.batch)
+    plain = copy.deepcopy(model)
+    optimizer = optim.build(plain, towers.read_model_cfg(RECIPE.model.name), RECIPE.optim)
+    batch = _batch(arguments.batch)
+
+    def plain_step() -> None:
+        optimizer.zero_grad()
+        _loss(ALL_DIMS, *plain(*batch[0])).total.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), CLIP_NORM)
+        optimizer.step()
+
+    ours, theirs = [], []
+    for turn in range(arguments.repeats + 1):
+        pair = [(ours, partial(_step, engine, batch)), (theirs, plain_step)]
+        for values, step in pair if turn % 2 else reversed(pair):
+            values.append(_seconds(step))
+    ratios = [one / other for one, other in zip(ours[1:], theirs[1:], strict=True)]
+    print("\n2. DeepSpeed on one process")
+    for name, values in (("engine", ours), ("plain PyTorch", theirs)):
+        print(f"   {name:18} {1e3 * statistics.median(values[1:]):8.0f} ms")
+    print(f"   ratio {_spread(ratios)} (wanted: at most 1.05)")
+
+
+def _collectives() -> None:
+    print("\n3. Collective calls of a step, two processes, 1 dim / 6 dims")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+            _count, (folder,), nprocs=2, start_method="spawn"
+        )
+        print((Path(folder) / "counts").read_text(), end="")
+
+
+def _count(rank: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    lines = []
+    for stage in range(4):
+        for micro_batch in (8, 2):
+            counts = []
+            for dims in (ALL_DIMS[:1], ALL_DIMS):
+                _, engine = _engine(micro_batch, stage)
+                parts = _batch(8, micro_batch)
+                _step(engine, parts, dims)
+                with torch.profiler.profile() as profile:
+                    _step(engine, parts, dims)
+                counts.append(sum(event.name.startswith("gloo:") for event in profile.events() or []))
+            same = "the same" if counts[0] == counts[1] else "NOT the same"
+            lines.append(
+                f"   stage {stage}, {8 // micro_batch} micro-batch(es): {counts[0]:4} / {counts[1]:4}  {same}\n"
+            )
+    if rank == 0:
+        (Path(folder) / "counts").write_text("".join(lines))
+    dist.destroy_process_group()
+
+
+def _engine(micro_batch: int, stage: int = 0) -> tuple[MatryoshkaCLIP, Engine]:
+    torch.manual_seed(0)
+    built = towers.build(RECIPE.model)
+    model = two_tower.from_towers(built, RECIPE.model.logit_scale, 1).train()
+    optimizer = optim.build(model, built.model_cfg, RECIPE.optim)
+    return model, Engine(model, optimizer, EngineConfig(zero_stage=stage), CLIP_NORM, micro_batch)
+
+
+def _batch(size: int, micro_batch: int | None = None) -> list[MicroBatch]:
+    model_cfg = towers.read_model_cfg(RECIPE.model.name)
+    side, text_cfg = towers.input_side(model_cfg), model_cfg["text_cfg"]
+    draw = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (size, 3, side, side), generator=draw, dtype=torch.uint8)
+    tokens = torch.randint(1, 400, (size, text_cfg["context_length"]), generator=draw)
+    tokens[:, -1] = text_cfg["vocab_size"] - 1  # the end of a text, by which CLIP's text tower finds it
+    part = micro_batch or size
+    return list(zip(pixels.split(part), tokens.split(part), strict=True))
+
+
+def _loss(
+    dims: Sequence[int],
+    image_bD: torch.Tensor,
+    text_bD: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> NestedLoss:
+    groups = torch.arange(len(image_bD)) + distributed.world().rank * len(image_bD)
+    nested = nesting(dims, None, image_bD.shape[1])
+    return nested_loss(LossConfig(), image_bD, text_bD, scale, bias, nested, groups)
+
+
+def _step(engine: Engine, parts: Sequence[MicroBatch], dims: Sequence[int] = ALL_DIMS) -> None:
+    accumulation.backward(engine, parts, partial(_loss, dims), _seed)
+    engine.step()
+
+
+def _seed(part: int) -> None:
+    torch.manual_seed(part)
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _peak_bytes(step: Callable[[], object]) -> float:
+    """What PyTorch's allocator holds at the most while a step runs, beyond what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        peak = max(peak, held)
+    return peak
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The planner against what is really allocated, stored and sent."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import run_in_world
+from typer.testing import CliRunner
+
+from mmrl import config as configs
+from mmrl import distributed, plan
+from mmrl.cli import app
+from mmrl.errors import InputError
+from mmrl.losses.nested_infonce import nested_info_nce
+from mmrl.model import towers, two_tower
+
+WriteConfig = Callable[..., Path]
+MODEL = plan.Model(
+    parameters=400_000_000,
+    trained=400_000_000,
+    embed_dim=512,
+    activations_fixed=1e9,
+    activations_a_pair=100e6,
+    forward_flops_a_pair=1e11,
+    locked_flops_a_pair=0,
+)
+
+
+def _allocated_at_the_peak(work: Callable[[], object]) -> float:
+    """Bytes that PyTorch's own allocator holds at the most while it works, beyond what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = peak = 0.0
+    events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.grad_checkpointing=true"], ["model.lock_image=true"]], ids=str)
+def test_activations_are_those_of_the_real_towers(
+    write_config: WriteConfig, tiny_model: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    values = json.loads(tiny_model.read_text())
+    values["vision_cfg"] |= {"layers": 3, "width": 64}
+    values["text_cfg"] |= {"layers": 3, "width": 64}
+    (tmp_path / "planned.json").write_text(json.dumps(values))
+    config = configs.load(write_config(model={"name": str(tmp_path / "planned.json")}), overrides)
+    predicted = plan.measure(config, on_gpu=False)
+    built = towers.build(config.model)
+    model = two_tower.from_towers(built, config.model.logit_scale, 1).train()
+    assert predicted.parameters == sum(p.numel() for p in model.parameters())
+    assert predicted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    for size in (8, 32):
+
+        def step(size: int = size) -> None:
+            pixels = torch.zeros(size, 3, 32, 32, dtype=torch.uint8)
+            image_BD, text_BD, scale, _ = model(pixels, torch.zeros(size, 12, dtype=torch.int64))
+            (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
+
+        step()
+        measured = _allocated_at_the_peak(step)
+        expected = predicted.activations_fixed + size * predicted.activations_a_pair
+        assert expected == pytest.approx(measured, rel=0.1), size
+
+
+@pytest.mark.parametrize(("batch", "width"), [(512, 256), (2048, 128)])
+def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int) -> None:
+    config = configs.load(write_config(train={"batch_size": batch, "duration": 1}, nesting={"dims": [16, 64, width]}))
+    model = plan.Model(0, 0, width, 0, 0, 0, 0)
+    image_BD, text_BD = torch.randn(2, batch, width).unbind()
+    rows = (image_BD.requires_grad_(), text_BD.requires_grad_())
+
+    def step() -> None:
+        nested_info_nce(*rows, 20.0, [16, 64, width]).total.backward()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmrl.losses.sweep._cache_bytes", lambda: 1 << 19)  # small tiles: the rest is what is planned
+        measured = _allocated_at_the_peak(step)
+    predicted = plan.loss_bytes(config, model, gpus=1)
+    assert 0.5 * predicted < measured < 1.1 * predicted
+
+
+def _live_bytes(folder: Path) -> None:
+    """What one process keeps between two steps, in units of 4 bytes a parameter."""
+    import gc
+
+    from mmrl.engine import Engine, EngineConfig
+    from mmrl.model.two_tower import Encoder, MatryoshkaCLIP
+
+    def live() -> int:
+        gc.collect()
+        storages = {}
+        for one in gc.get_objects():
+            if type(one) in (torch.Tensor, torch.nn.Parameter) and one.device.type == "cpu":
+                storages[one.untyped_storage()._cdata] = one.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    found = {}
+    for stage in (0, 1, 2):
+        before = live()
+        linear = [torch.nn.Linear(256, 256, bias=False) for _ in range(8)]
+        model = MatryoshkaCLIP(Encoder(torch.nn.Sequential(*linear)), Encoder(linear[0]), torch.ones(1))
+        count = sum(p.numel() for p in model.parameters())
+        groups = [{"params": list(model.parameters())[1:]}, {"params": list(model.parameters())[:1]}]
+        engine = Engine(model, torch.optim.AdamW(groups), EngineConfig(zero_stage=stage), 1.0, 2)
+        for _ in range(2):
+            image_BD, text_BD, scale, _ = engine(torch.randn(2, 256), torch.randn(2, 256))
+            engine.backward(image_BD.sum() + text_BD.sum() + scale.sum(), last=True)
+            engine.step()
+            del image_BD, text_BD, scale
+        found[stage] = (live() - before) / 4 / count
+        del engine, model, linear, groups
+    torch.save(found, folder / f"rank{distributed.world().rank}.pt")
+
+
+def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) -> None:
+    run_in_world(2, _live_bytes, tmp_path, "spawn")
+    found = torch.load(tmp_path / "rank0.pt")
+    for stage in (0, 1, 2):
+        weights, _, optimizer = plan.state_bytes(MODEL, stage, gpus=2)
+        assert found[stage] == pytest.approx((weights + optimizer) / 4 / MODEL.parameters, rel=0.05), stage
+
+
+def test_what_fits(write_config: WriteConfig) -> None:
+    config = configs.load(write_config(train={"batch_size": 32768, "duration": "1 epochs"}))
+    large = plan.plan(config, gpus=64, memory_gb=80, measured=MODEL)
+    assert (large.best, large.stages[0].micro_batch, large.pairs_a_gpu) == (0, 512, 512)
+    small = plan.plan(config, gpus=64, memory_gb=24, measured=MODEL)
+    micro = small.stages[0].micro_batch
+    assert small.best == 0
+    assert micro is not None
+    assert micro < 512
+    assert small.stages[0].total_gb <= 24
+    # Twice as many pairs would not have fitted, and the second forward costs time.
+    assert small.stages[0].total_gb + micro * 0.1 > 24 * 0.95
+    assert small.stages[0].step_seconds > large.stages[0].step_seconds
+    nothing = plan.plan(config, gpus=64, memory_gb=4, measured=MODEL)
+    assert nothing.best is None
+    assert any("Nothing fits" in line for line in plan.lines(nothing))
+
+
+def test_the_network_carries_what_the_formulas_say() -> None:
+    config = configs.parse(
+        {
+            "run": "x",
+            "model": {"name": "m"},
+            "nesting": {"dims": [128, 256, 512]},
+            "data": {"train": "x"},
+            "optim": {"lr": 1e-3},
+            "train": {"batch_size": 1024, "duration": 1},
+        },
+        "test",
+    )
+    loss = 1024 * (4 * 512 + 16) + 2 * 4 * 3 * 1024 + 4 * 1024 * 512
+    gradients = 4 * MODEL.trained
+    for stage, accumulation, moved in ((0, 4, 2), (1, 4, 3), (2, 1, 3), (2, 4, 9), (3, 1, 3), (3, 4, 16)):
+        traffic, _ = plan.traffic_of(config, MODEL, 4, stage, accumulation, "fp32")
+        assert traffic == pytest.approx((loss + moved * gradients) * 3 / 4)
+    assert plan.traffic_of(config, MODEL, 1, 2, 1, "fp32") == (0.0, 0)
+
+
+def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: WriteConfig) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["plan", str(write_config()), "--gpus", "2", "--memory", "16", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["best"] == 0
+    assert result["steps_an_epoch"] == 4
+    assert len(result["stages"]) == 4
+    refused = runner.invoke(app, ["plan", str(write_config()), "--gpus", "5"])
+    assert isinstance(refused.exception, InputError)
+    assert "12 cannot be divided over 5 GPUs; take a multiple of 5, such as 10" in str(refused.exception)
