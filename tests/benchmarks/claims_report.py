@@ -239,9 +239,9 @@ def _verdicts(
         own = r1("nested", dim) - r1(REFERENCE, dim)
         claims.append((f"R@1 at {dim}, less that of a model of that dim", -0.005, own))
     claims += [(f"R@1 at {dim}, less PCA's of plain", 0.0, r1("nested", dim) - r1("PCA", dim)) for dim in dims]
-    for name, dim, least in (("quarter", full // 4, 0.98), ("eighth", full // 8, 0.95)):
+    for name, dim, least in (("a quarter", full // 4, 0.98), ("an eighth", full // 8, 0.95)):
         if dim in dims:
-            claims.append((f"R@10 that a {name} of the dims keeps", least, r10("nested", dim) / r10("nested", full)))
+            claims.append((f"R@10 that {name} of the dims keeps", least, r10("nested", dim) / r10("nested", full)))
     nested, truncated = (mean_of([r10(arm, dim) for dim in dims]) for arm in ("nested", "truncated"))
     claims.append(("mean R@10 over the dims, as a share of plain's, cut", 1.03, nested / truncated))
     lines = [[f"{world}, {test}: the nested model's", "aim", "measured", "reached"], ["---", "---:", "---:", "---"]]
