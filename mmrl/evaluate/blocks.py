@@ -30,9 +30,7 @@ def blocks_of(dims: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def rank_blocks(
-    task: Task, rank_of: Mapping[int, Tensor], bootstrap: Bootstrap, k: int = 10
-) -> list[dict[str, Any]]:
+def rank_blocks(task: Task, rank_of: Mapping[int, Tensor], bootstrap: Bootstrap, k: int = 10) -> list[dict[str, Any]]:
     """One object a block, from the first to the last.
 
     Args:
@@ -143,8 +141,8 @@ def effective_rank(rows_ND: Tensor) -> float:
 
 
 def found_from(rank_of: Mapping[int, Tensor], k: int = 10) -> Tensor:
-    """The smallest dim from which on, at it and at every wider one, a query is answered within k; 0 where it is not even
-    at the widest: int64 (Q,)."""
+    """The smallest dim from which on, at it and at every wider one, a query is answered within k; 0 where it is not
+    even at the widest: int64 (Q,)."""
     wide_first = sorted(rank_of, reverse=True)
     still_Q = torch.ones(len(rank_of[wide_first[0]]), dtype=torch.bool)
     result_Q = torch.zeros(len(still_Q), dtype=torch.int64)

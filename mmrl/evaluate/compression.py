@@ -3,8 +3,9 @@
 - `fp32`, `fp16`: the unit prefix, rounded.
 - `int8`: each number on 256 even steps between its least and its greatest value in the gallery.
 - `binary`: the signs, one bit a number, of queries too; compared by Hamming distance.
-- `pq2`, `pq4`, `pq8`: product quantisation by FAISS, a byte for each 2, 4 or 8 numbers. Each half of the gallery is coded
-  by the codebook of the other half, or 256 codewords would remember a small gallery instead of describing it.
+- `pq2`, `pq4`, `pq8`: product quantisation by FAISS, a byte for each 2, 4 or 8 numbers, up to 64 bytes; above that, the
+  int8 of a shorter prefix is at hand. Each half of the gallery is coded by the codebook of the other half, or 256
+  codewords would remember a small gallery instead of describing it.
 
 But for `binary`, queries stay float32 and are compared with the decoded vector by inner product, as indexes do. A tie
 counts against the query, of which short binary codes have many.
@@ -23,13 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrl import distributed
 from mmrl.evaluate.task import Task, in_half
 from mmrl.nesting import cut
 
 PRECISIONS = ("fp32", "fp16", "int8", "binary", "pq2", "pq4", "pq8")
 CANDIDATES = (10, 20, 50, 100, 200)
+# A list of more than this share of the gallery says nothing of larger galleries.
+_LONGEST_LIST = 0.05
 SHORTLIST_PRECISIONS = ("int8", "binary", "pq2", "pq4", "pq8")
 _CODEWORDS, _LEAST_PER_CODEWORD = 256, 2
+_MOST_PQ_BYTES = 64
 _PQ_TRAINING_ROWS = 256 * 64  # what FAISS itself would take of more is not much more
 _CHUNK_ELEMENTS = 1 << 24
 _CHUNK_CANDIDATES = 1 << 22  # numbers of candidates' vectors in memory at once
@@ -71,9 +76,15 @@ def bytes_of(dim: int, precision: str) -> int:
 
 def precisions_at(dim: int, gallery: int) -> list[str]:
     """Those that a gallery of this size can have at this dim."""
-    numbers = {name: int(name[2:]) for name in PRECISIONS if name.startswith("pq")}
     enough = gallery // 2 >= _LEAST_PER_CODEWORD * _CODEWORDS and has_faiss()
-    return [p for p in PRECISIONS if p not in numbers or (enough and dim % numbers[p] == 0 and dim > numbers[p])]
+    result = []
+    for precision in PRECISIONS:
+        if precision.startswith("pq"):
+            parts, rest = divmod(dim, int(precision[2:]))
+            if rest or not enough or not 1 < parts <= _MOST_PQ_BYTES:
+                continue
+        result.append(precision)
+    return result
 
 
 def has_faiss() -> bool:
@@ -83,9 +94,7 @@ def has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
 
-def measure(
-    task: Task, dims: Sequence[int], k: int = 10, on_option: Callable[[], None] | None = None
-) -> list[Option]:
+def measure(task: Task, dims: Sequence[int], k: int = 10, on_option: Callable[[], None] | None = None) -> list[Option]:
     """Every dim and precision in one stage; below the greatest dim, or in binary, also as the first of two stages.
 
     Args:
@@ -93,9 +102,10 @@ def measure(
         k: of the recall at K that is of interest; fewer candidates are of no use.
         on_option: called after each dim and precision, for a progress bar.
     """
+    task = task.to(distributed.world().device)
     full = max(dims)
     long_QD, long_GD = cut(task.query_QD, full), cut(task.gallery_GD, full).half().float()
-    lengths = [c for c in CANDIDATES if k <= c <= len(long_GD) // 4]
+    lengths = [c for c in CANDIDATES if k <= c <= len(long_GD) * _LONGEST_LIST]
     options = []
     for dim in sorted(dims, reverse=True):
         for precision in precisions_at(dim, len(task.gallery_GD)):
@@ -139,7 +149,7 @@ def _signs(rows_Nd: Tensor) -> Tensor:
 def _by_codebooks(gallery_Gd: Tensor, group_G: Tensor, parts: int) -> Tensor:
     half_G = in_half(group_G)
     if min(int(half_G.sum()), int((~half_G).sum())) < _CODEWORDS:  # few, large items: rows are halved instead
-        half_G = torch.arange(len(gallery_Gd)) % 2 == 0
+        half_G = torch.arange(len(gallery_Gd), device=group_G.device) % 2 == 0
     decoded_Gd = torch.empty_like(gallery_Gd)
     for half in (True, False):
         decoded_Gd[half_G == half] = _by_codebook(gallery_Gd[half_G != half], gallery_Gd[half_G == half], parts)
@@ -152,9 +162,9 @@ def _by_codebook(learnt_nd: Tensor, rows_Nd: Tensor, parts: int) -> Tensor:
     quantiser: Any = faiss.ProductQuantizer(rows_Nd.shape[1], parts, 8)
     quantiser.cp.min_points_per_centroid = 1  # it would warn on standard error; the page tells how many there were
     chosen = np.random.default_rng(0).permutation(len(learnt_nd))[:_PQ_TRAINING_ROWS]
-    quantiser.train(np.ascontiguousarray(learnt_nd.numpy()[np.sort(chosen)], dtype=np.float32))
-    codes = quantiser.compute_codes(np.ascontiguousarray(rows_Nd.numpy(), dtype=np.float32))
-    return torch.from_numpy(quantiser.decode(codes))
+    quantiser.train(np.ascontiguousarray(learnt_nd.cpu().numpy()[np.sort(chosen)], dtype=np.float32))
+    codes = quantiser.compute_codes(np.ascontiguousarray(rows_Nd.cpu().numpy(), dtype=np.float32))
+    return torch.from_numpy(quantiser.decode(codes)).to(rows_Nd.device)
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ def _search(task: Task, query_Qd: Tensor, gallery_Gd: Tensor, candidates: int) -
         score_qG = query_Qd[rows] @ gallery_Gd.T
         ranks.append(_best_place(score_qG, task.query_group_Q[rows, None] == task.gallery_group_G))
         lists.append(score_qG.topk(candidates, dim=1).indices)
-    return _Found(torch.cat(ranks), torch.cat(lists))
+    return _Found(torch.cat(ranks).cpu(), torch.cat(lists))
 
 
 def _reranked(
@@ -184,7 +194,7 @@ def _reranked(
         positive_qC = task.query_group_Q[rows, None] == task.gallery_group_G[candidate_qC]
         for length in lengths:
             ranks[length].append(_best_place(score_qC[:, :length], positive_qC[:, :length]))
-    return {length: torch.cat(parts) for length, parts in ranks.items()}
+    return {length: torch.cat(parts).cpu() for length, parts in ranks.items()}
 
 
 def _best_place(score_qG: Tensor, positive_qG: Tensor) -> Tensor:

@@ -89,21 +89,28 @@ class Bootstrap:
         return result
 
     def difference(self, a_Q: torch.Tensor, b_Q: torch.Tensor, relative: bool = False) -> Interval:
-        """mean(a) - mean(b), as a share of mean(a) where `relative`, with its interval over pairs.
+        """As `differences`, of one pair."""
+        return self.differences(a_Q, torch.as_tensor(b_Q)[:, None], relative)[0]
+
+    def differences(self, a_Q: torch.Tensor, b_QS: torch.Tensor, relative: bool = False) -> list[Interval]:
+        """mean(a) - mean(b), as a share of mean(a) where `relative`, with its interval over pairs, for each column b.
 
         Where the two agree on every query, the interval is what so many items without a disagreement allow.
         """
-        a_Q, b_Q = torch.as_tensor(a_Q, dtype=torch.float64), torch.as_tensor(b_Q, dtype=torch.float64)
-        means_RS = self.means(torch.stack([a_Q, b_Q], dim=1))
-        mean_a, mean_b = float(a_Q.mean()), float(b_Q.mean())
-        base_R = np.maximum(means_RS[:, 0], 1e-12) if relative else np.ones(len(means_RS))
+        a_Q, b_QS = torch.as_tensor(a_Q, dtype=torch.float64), torch.as_tensor(b_QS, dtype=torch.float64)
+        means_RS = self.means(torch.cat([a_Q[:, None], b_QS], dim=1))
+        mean_a = float(a_Q.mean())
+        base_R = np.maximum(means_RS[:, :1], 1e-12) if relative else 1.0
         base = max(mean_a, 1e-12) if relative else 1.0
-        value = (mean_a - mean_b) / base
-        if bool((a_Q == b_Q).all()):
-            slack = min(1.0, self._unseen() / base)
-            return Interval(value, -slack, slack)
-        low, high = _percentiles((means_RS[:, 0] - means_RS[:, 1]) / base_R)
-        return Interval(value, float(min(low, value)), float(max(high, value)))
+        low_S, high_S = _percentiles((means_RS[:, :1] - means_RS[:, 1:]) / base_R)
+        value_S = (mean_a - b_QS.mean(0).numpy()) / base
+        slack = min(1.0, self._unseen() / base)
+        same_S = (a_Q[:, None] == b_QS).all(0)
+        result = []
+        for value, low, high, same in zip(value_S.tolist(), low_S, high_S, same_S, strict=True):
+            low, high = (-slack, slack) if same else (min(low, value), max(high, value))
+            result.append(Interval(value, float(low), float(high)))
+        return result
 
     def paired_p(self, a_Q: torch.Tensor, b_Q: torch.Tensor) -> float:
         """Two-sided p of no difference between two methods: the sign-flip test of Fisher, over items.

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_TENSORS = ("query_QD", "gallery_GD", "query_group_Q", "gallery_group_G")
 DIRECTIONS = {"text_to_image": "text→image", "image_to_text": "image→text"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Queries and a gallery; not normalised."""
+    """Queries and a gallery; not normalised. Equal groups are right answers."""
 
     name: str
     query_QD: Tensor
@@ -47,12 +48,17 @@ class Task:
         """Some of the queries, the gallery whole."""
         return replace(self, query_QD=self.query_QD[row_q], query_group_Q=self.query_group_Q[row_q])
 
-    def rows_within(self, pairs: int, least: int) -> Tensor:
-        """The queries that have an answer, or so many of them that queries times gallery stay within `pairs`, but
-        `least` at least. All queries of an item are taken or left together. Ascending."""
+    def to(self, device: torch.device) -> "Task":
+        """The same on a device."""
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return replace(self, **moved)
+
+    def rows_within(self, pairs: int, least: int, most: int) -> Tensor:
+        """The queries that have an answer, or so many of them that queries times gallery stay within `pairs`, but from
+        `least` to `most`. They are drawn by item, always the same. Ascending."""
         asks_Q = torch.isin(self.query_group_Q, self.gallery_group_G)
         rows = asks_Q.nonzero()[:, 0]
-        room = max(least, pairs // max(1, len(self.gallery_group_G)))
+        room = min(most, max(least, pairs // len(self.gallery_group_G)))
         if len(rows) <= room:
             return rows
         order = torch.from_numpy(_draw(self.query_group_Q[rows]))
@@ -61,12 +67,12 @@ class Task:
 
 def in_half(group: Tensor) -> Tensor:
     """A random half of the groups: True for their rows."""
-    return torch.from_numpy(_draw(group) % 2 == 0)
+    return torch.from_numpy(_draw(group) % 2 == 0).to(group.device)
 
 
 def _draw(group: Tensor) -> np.ndarray:
     """A random number a row, equal for equal groups and for nothing else: SplitMix64, which is a bijection."""
-    x = group.numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = group.cpu().numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
