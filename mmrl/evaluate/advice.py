@@ -37,9 +37,9 @@ class Budget:
         amount = f"{100 * self.drop:g} %" if self.relative else f"{100 * self.drop:g} points"
         return f"{amount} of R@{self.k}, {DIRECTIONS[self.direction]}"
 
-    def lost(self, bootstrap: Bootstrap, full_Q: Tensor, other_Q: Tensor) -> Interval:
-        """How much of the score is lost, in the budget's own unit, from ranks."""
-        return bootstrap.difference((full_Q <= self.k).double(), (other_Q <= self.k).double(), relative=self.relative)
+    def lost(self, bootstrap: Bootstrap, full_Q: Tensor, other_QS: Tensor) -> list[Interval]:
+        """How much of the score each column of ranks loses against the full vector's, in the budget's own unit."""
+        return bootstrap.differences(full_Q[:, None] <= self.k, other_QS <= self.k, relative=self.relative)
 
 
 def parse_budget(text: str) -> Budget:

@@ -31,11 +31,15 @@ _RANDOM_DRAWS = 3
 
 def baseline_ranks(task: Task, dims: Sequence[int]) -> dict[str, dict[int, list[Tensor]]]:
     """{baseline: {dim: rank_Q of each of its draws}}, for the queries of `task`, which must all have an answer."""
-    fitted = {"pca": _principal, "best_dims": _by_signal}
-    result = {name: _crossed(task, dims, fit) for name, fit in fitted.items()}
+    result = {"pca": principal_ranks(task, dims), "best_dims": _crossed(task, dims, _by_signal)}
     draws = [_ranks(task, _permuted(task.dim, seed), dims) for seed in range(_RANDOM_DRAWS)]
     result["random_dims"] = {dim: [ranks[dim] for ranks in draws] for dim in dims}
     return result
+
+
+def principal_ranks(task: Task, dims: Sequence[int]) -> dict[int, list[Tensor]]:
+    """{dim: [rank_Q]} of PCA alone."""
+    return _crossed(task, dims, _principal)
 
 
 Change = Callable[[Tensor, bool], Tensor]

@@ -16,6 +16,7 @@ memory or disk, puts in order. A right answer that is not in the list is a miss.
 Shapes: Q queries that have an answer, G gallery rows, D the full width, d one dim, C candidates; q queries of a chunk.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,22 +77,23 @@ def bytes_of(dim: int, precision: str) -> int:
 
 def precisions_at(dim: int, gallery: int) -> list[str]:
     """Those that a gallery of this size can have at this dim."""
-    enough = gallery // 2 >= _LEAST_PER_CODEWORD * _CODEWORDS and has_faiss()
+    no_codebooks = why_no_codebooks(gallery)
     result = []
     for precision in PRECISIONS:
         if precision.startswith("pq"):
             parts, rest = divmod(dim, int(precision[2:]))
-            if rest or not enough or not 1 < parts <= _MOST_PQ_BYTES:
+            if rest or no_codebooks or not 1 < parts <= _MOST_PQ_BYTES:
                 continue
         result.append(precision)
     return result
 
 
-def has_faiss() -> bool:
-    """Whether product quantisation can be measured here."""
-    import importlib.util
-
-    return importlib.util.find_spec("faiss") is not None
+def why_no_codebooks(gallery: int) -> str:
+    """Why product quantisation cannot be measured on a gallery of this size here; empty where it can."""
+    least = 2 * _LEAST_PER_CODEWORD * _CODEWORDS
+    if gallery < least:
+        return f"needs a gallery of {least:,} vectors"
+    return "" if importlib.util.find_spec("faiss") else "needs FAISS: pip install 'mmrl-clip[search]'"
 
 
 def measure(task: Task, dims: Sequence[int], k: int = 10, on_option: Callable[[], None] | None = None) -> list[Option]:

@@ -90,27 +90,24 @@ class Bootstrap:
 
     def difference(self, a_Q: torch.Tensor, b_Q: torch.Tensor, relative: bool = False) -> Interval:
         """As `differences`, of one pair."""
-        return self.differences(a_Q, torch.as_tensor(b_Q)[:, None], relative)[0]
+        return self.differences(torch.as_tensor(a_Q)[:, None], torch.as_tensor(b_Q)[:, None], relative)[0]
 
-    def differences(self, a_Q: torch.Tensor, b_QS: torch.Tensor, relative: bool = False) -> list[Interval]:
-        """mean(a) - mean(b), as a share of mean(a) where `relative`, with its interval over pairs, for each column b.
+    def differences(self, a_QS: torch.Tensor, b_QS: torch.Tensor, relative: bool = False) -> list[Interval]:
+        """mean(a) - mean(b), as a share of mean(a) where `relative`, with its interval over pairs, column by column.
 
         Where the two agree on every query, the interval is what so many items without a disagreement allow.
         """
-        a_Q, b_QS = torch.as_tensor(a_Q, dtype=torch.float64), torch.as_tensor(b_QS, dtype=torch.float64)
-        means_RS = self.means(torch.cat([a_Q[:, None], b_QS], dim=1))
-        mean_a = float(a_Q.mean())
-        base_R = np.maximum(means_RS[:, :1], 1e-12) if relative else 1.0
-        base = max(mean_a, 1e-12) if relative else 1.0
-        low_S, high_S = _percentiles((means_RS[:, :1] - means_RS[:, 1:]) / base_R)
-        value_S = (mean_a - b_QS.mean(0).numpy()) / base
-        slack = min(1.0, self._unseen() / base)
-        same_S = (a_Q[:, None] == b_QS).all(0)
-        result = []
-        for value, low, high, same in zip(value_S.tolist(), low_S, high_S, same_S, strict=True):
-            low, high = (-slack, slack) if same else (min(low, value), max(high, value))
-            result.append(Interval(value, float(low), float(high)))
-        return result
+        a_QS, b_QS = torch.as_tensor(a_QS, dtype=torch.float64), torch.as_tensor(b_QS, dtype=torch.float64)
+        a_RS, b_RS = self.means(a_QS), self.means(b_QS)
+        base_RS = np.maximum(a_RS, 1e-12) if relative else np.ones_like(a_RS)
+        base_S = a_QS.mean(0).clamp(min=1e-12).numpy() if relative else np.ones(a_QS.shape[1])
+        value_S = (a_QS.mean(0) - b_QS.mean(0)).numpy() / base_S
+        low_S, high_S = _percentiles((a_RS - b_RS) / base_RS)
+        slack_S = np.broadcast_to(np.minimum(1, self._unseen() / base_S), value_S.shape)
+        same_S = (a_QS == b_QS).all(0).numpy()
+        low_S = np.where(same_S, -slack_S, np.minimum(low_S, value_S))
+        high_S = np.where(same_S, slack_S, np.maximum(high_S, value_S))
+        return [Interval(*triple) for triple in zip(value_S.tolist(), low_S.tolist(), high_S.tolist(), strict=True)]
 
     def paired_p(self, a_Q: torch.Tensor, b_Q: torch.Tensor) -> float:
         """Two-sided p of no difference between two methods: the sign-flip test of Fisher, over items.
@@ -130,7 +127,7 @@ class Bootstrap:
         rng = np.random.default_rng(1)
         as_far = 0
         for _ in range(0, self._resamples, _DRAWS_AT_A_TIME):
-            signs = 2 * rng.integers(0, 2, (_DRAWS_AT_A_TIME, len(difference_C)), dtype=np.int8) - 1
+            signs = 2.0 * rng.integers(0, 2, (_DRAWS_AT_A_TIME, len(difference_C)), dtype=np.int8) - 1
             as_far += int((np.abs(signs @ difference_C) >= seen).sum())
         draws = -(-self._resamples // _DRAWS_AT_A_TIME) * _DRAWS_AT_A_TIME
         return (1 + as_far) / (1 + draws)
