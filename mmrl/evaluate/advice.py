@@ -6,7 +6,7 @@ what the full vector finds) or `recall_drop=0.5pp` (percentage points).
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmrl.errors import InputError
-from mmrl.evaluate.compression import Option, bytes_of
+from mmrl.evaluate.compression import Option
 from mmrl.evaluate.intervals import Bootstrap, Interval
 from mmrl.evaluate.task import DIRECTIONS
 
@@ -33,9 +33,18 @@ class Budget:
 
     @property
     def words(self) -> str:
-        """For headlines: "1 % of R@10, text→image"."""
-        amount = f"{100 * self.drop:g} %" if self.relative else f"{100 * self.drop:g} points"
-        return f"{amount} of R@{self.k}, {DIRECTIONS[self.direction]}"
+        """For headings: "1 % of R@10, text→image"."""
+        return f"{self.amount} of R@{self.k}, {DIRECTIONS[self.direction]}"
+
+    @property
+    def amount(self) -> str:
+        """1 %, or 0.5 points."""
+        return f"{100 * self.drop:g} {self.unit}"
+
+    @property
+    def unit(self) -> str:
+        """Of what is lost."""
+        return "%" if self.relative else "points"
 
     def lost(self, bootstrap: Bootstrap, full_Q: Tensor, other_QS: Tensor) -> list[Interval]:
         """How much of the score each column of ranks loses against the full vector's, in the budget's own unit."""
@@ -101,6 +110,8 @@ def size_words(count: float) -> str:
 def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vectors: int) -> dict[str, Any]:
     """What the page's headline says, as JSON.
 
+    A dim counts only where every wider one in the same precision is within, too.
+
     Returns: "dim": the smallest dim in float32; "smallest": the smallest dim and precision in one search; "sure": the
         smallest of those whose whole interval is within the budget, or None; "two_stage": the least memory where the
         full vector reranks a short list, or None. Each with its bytes, recall, what is lost with its interval, and what
@@ -113,7 +124,7 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
     single = [(o, lost) for o, lost in judged if not o.candidates]
 
     def least(found: Sequence[tuple[Option, Interval]], within: Callable[[Interval], bool]) -> dict[str, Any] | None:
-        inside = [(o, lost) for o, lost in found if within(lost)]
+        inside = _down_to(found, within)
         if not inside:
             return None
         option, lost = min(inside, key=lambda pair: (pair[0].bytes, pair[0].candidates, pair[1].value))
@@ -131,12 +142,27 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
         },
         "vectors": vectors,
         "queries": len(full.rank_Q),
+        "items": bootstrap.items,
         "full": _as_json(full, Interval(0.0, 0.0, 0.0), full, budget, bootstrap, vectors),
         "dim": least([(o, lost) for o, lost in single if o.precision == "fp32"], by_estimate),
         "smallest": least(single, by_estimate),
         "sure": least([(o, lost) for o, lost in single if o is not full], surely),
         "two_stage": least([(o, lost) for o, lost in judged if o.candidates], by_estimate),
     }
+
+
+def _down_to(
+    found: Sequence[tuple[Option, Interval]], within: Callable[[Interval], bool]
+) -> list[tuple[Option, Interval]]:
+    """Those that are within, and so is every wider dim in the same precision: one dim's luck does not count."""
+    inside, ended = [], set()
+    for option, lost in sorted(found, key=lambda pair: -pair[0].dim):
+        kind = (option.precision, option.candidates)
+        if not within(lost):
+            ended.add(kind)
+        elif kind not in ended:
+            inside.append((option, lost))
+    return inside
 
 
 def _as_json(
@@ -158,13 +184,114 @@ def _as_json(
     }
 
 
+@dataclass(frozen=True)
+class Words:
+    """The advice in sentences, for the screen, the page and Markdown alike."""
+
+    headline: str
+    evidence: str
+    certainty: str
+    saving: str
+    others: list[str]
+    """The other answers: sure ones, float32 alone, two stages."""
+
+    @property
+    def lines(self) -> list[str]:
+        """All of them, the headline first."""
+        return [self.headline, f"{self.evidence} {self.certainty}", self.saving, *self.others]
+
+
+def words(advice: Mapping[str, Any]) -> Words:
+    """What `advise` found, in sentences."""
+    chosen, full, budget = advice["smallest"], advice["full"], budget_of(advice)
+    metric, where, count = f"R@{budget.k}", DIRECTIONS[budget.direction], advice["vectors"]
+    sure, certain = advice["sure"] or full, chosen["within_budget_surely"]
+    if chosen["bytes"] == full["bytes"]:
+        headline = f"Nothing below all {full['dim']} numbers in fp32 keeps within the budget."
+    elif certain:
+        headline = f"Keep {_kept(chosen, full)}."
+    else:
+        headline = f"By the estimate, {_kept(chosen, full)} will do; for sure, {_kept(sure, full)}."
+    evidence = (
+        f"{metric}, {where}, is {_percent(chosen['recall']['value'])} instead of {_percent(full['recall']['value'])}: "
+        f"{_lost(chosen['lost']['value'], budget)} lost (95 % interval {_range(chosen['lost'], budget)}) of the "
+        f"{budget.amount} that may be."
+    )
+    if certain:
+        certainty = f"The whole interval is within the budget, on {_asked(advice)}."
+    else:
+        needed = queries_to_be_sure(Interval(**chosen["lost"]), budget, advice["queries"])
+        certainty = f"The interval reaches beyond the budget: {_asked(advice)} leave it open"
+        certainty += f"; {_rounded(needed / advice['queries']):,} times as many would settle it." if needed else "."
+    saving = (
+        f"{short_count(count)} vectors take {size_words(chosen['memory'])} instead of {size_words(full['memory'])}: "
+        f"{chosen['bytes']:,} bytes each instead of {full['bytes']:,}, {chosen['times_smaller']:.3g} times less."
+    )
+    return Words(headline, evidence, certainty, saving, _others(advice, budget))
+
+
+def _others(advice: Mapping[str, Any], budget: Budget) -> list[str]:
+    chosen, sure, dim, staged = (advice[name] for name in ("smallest", "sure", "dim", "two_stage"))
+    lines = []
+    if sure is None:
+        lines.append("Sure on these queries: nothing below the full vector in fp32.")
+    elif sure != chosen:
+        lines.append(f"Sure on these queries: {_named(sure, budget)}.")
+    if dim != chosen:
+        lines.append(f"If vectors stay float32: {_named(dim, budget)}.")
+    if staged and staged["bytes"] < chosen["bytes"]:
+        lines.append(
+            f"In two stages: {_named(staged, budget)}; {staged['candidates']} candidates are reranked by full vectors "
+            f"in fp16, {staged['rerank_bytes']:,} bytes each, in memory or on disk."
+        )
+    return lines
+
+
+def _kept(answer: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    """ "32 of 256 numbers as int8"."""
+    share = f"all {full['dim']}" if answer["dim"] == full["dim"] else f"{answer['dim']} of {full['dim']}"
+    return f"{share} numbers as {answer['precision']}"
+
+
+def _named(answer: Mapping[str, Any], budget: Budget) -> str:
+    size = f"{answer['bytes']:,} byte{'s' if answer['bytes'] > 1 else ''}"
+    return f"{answer['dim']}-d {answer['precision']}, {size}, {_lost(answer['lost']['value'], budget)} lost " + (
+        f"({_range(answer['lost'], budget)})"
+    )
+
+
+def budget_of(advice: Mapping[str, Any]) -> Budget:
+    kept = advice["budget"]
+    return Budget(kept["recall_drop"], kept["relative"], int(kept["metric"][2:]), kept["direction"])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _lost(share: float, budget: Budget) -> str:
+    # Never "-0.0".
+    return f"{round(100 * share, 1) + 0.0:.1f}".replace("-", "−") + f" {budget.unit}"
+
+
+def _range(lost: Mapping[str, float], budget: Budget) -> str:
+    low, high = (round(100 * lost[end], 1) + 0.0 for end in ("low", "high"))
+    return f"{low:.1f} to {high:.1f} {budget.unit}".replace("-", "−")
+
+
+def _asked(advice: Mapping[str, Any]) -> str:
+    """ "1,465 queries", or "961 queries of 217 items" where an item has several."""
+    queries, items = advice["queries"], advice["items"]
+    return f"{queries:,} queries" + (f" of {items:,} items" if items < queries else "")
+
+
+def _rounded(times: float) -> float:
+    """To two figures, upwards."""
+    return math.ceil(times * 10) / 10 if times < 10 else math.ceil(times)
+
+
 def queries_to_be_sure(lost: Interval, budget: Budget, queries: int) -> int | None:
     """About how many queries would put the whole interval within the budget, if the estimate is right; None where
     none would."""
     room, half = budget.drop - lost.value, lost.high - lost.value
     return None if room <= 0 else math.ceil(queries * (half / room) ** 2)
-
-
-def full_bytes(dim: int) -> int:
-    """Of the full vector in float32."""
-    return bytes_of(dim, "fp32")

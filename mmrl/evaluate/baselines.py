@@ -22,11 +22,17 @@ from mmrl.evaluate.task import Task
 from mmrl.nesting import cut
 
 NAMES = {
+    "full": "the full vector",
     "pca": "PCA of the full vector",
     "best_dims": "best single dims",
     "random_dims": "random dims",
 }
 _RANDOM_DRAWS = 3
+
+
+def label(method: str) -> str:
+    """A method as the page calls it; another model goes by its own name."""
+    return NAMES.get(method, method)
 
 
 def baseline_ranks(task: Task, dims: Sequence[int]) -> dict[str, dict[int, list[Tensor]]]:
