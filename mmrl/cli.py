@@ -44,13 +44,24 @@ def evaluate(
     shards: Annotated[list[str], typer.Argument(help="Shards; NAME=SHARDS names a set, several may be given")],
     dims: Annotated[str | None, typer.Option(help="Such as 512,128; the trained dims when left out")] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/ there")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/index.html there")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Advise the smallest dim and precision within it: recall_drop=1%,metric=R@10"),
+    ] = None,
+    vectors: Annotated[str | None, typer.Option(help="How many vectors the advice is for, such as 100M")] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model on the same sets, such as the un-nested twin; may be repeated"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score image→text and text→image retrieval at every dim."""
     from mmrl.evaluate.command import evaluate_model
 
-    result = evaluate_model(model, shards, _dims(dims), captions, out, quiet=as_json)
+    result = evaluate_model(
+        model, shards, _dims(dims), captions, out, as_json, budget=budget, vectors=vectors, compare=compare or ()
+    )
     if as_json:
         print(json.dumps(result, indent=2))
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmrl import distributed
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError
 from mmrl.evaluate import report, sets
+from mmrl.evaluate.study import Study
 from mmrl.model import bundle
 from mmrl.nesting import check_dims
 
@@ -23,8 +25,13 @@ def evaluate_model(
     captions: int | None = None,
     out: Path | None = None,
     quiet: bool = False,
+    budget: str | None = None,
+    vectors: str | None = None,
+    compare: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores MODEL on each set, shows the tables, writes the report to `out`; returns what retrieval.json holds.
+
+    With a budget, other models to compare with, or an `out`, the sets are analysed, too (mmrl.evaluate.study).
 
     Raises:
         InputError: no such model or shards, dims that it does not have, a set named twice.
@@ -40,6 +47,7 @@ def evaluate_model(
     encoder.model.to(distributed.world().device)
     dims = list(dims) if dims else sorted({*encoder.nested_dims, encoder.dim})
     check_dims(dims, encoder.dim)
+    study = Study(model, encoder, dims, budget, vectors, compare) if out or budget or vectors or compare else None
     console = Console(quiet=quiet)
     results = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -55,6 +63,11 @@ def evaluate_model(
                 on_batch=lambda count, task=task: progress.advance(task, count),
             )
             results[name] = sets.score(embedded, dims)
+            if study and distributed.world().is_main:
+                step = partial(progress.update, progress.add_task(f"analysing {name}", total=None))
+                study.take(
+                    name, reader, embedded, results[name], captions, lambda what, step=step: step(description=what)
+                )
             if embedded.bad:
                 first = embedded.bad[0]
                 progress.console.print(
@@ -63,10 +76,12 @@ def evaluate_model(
     result = sets.as_retrieval_json(results)
     for name in results:
         console.print(report.table(name, results[name]))
+    if study:
+        study.say(console)
     if out is not None:
         sets.write_retrieval_json(out, result)
-        picture = report.write(out / "report", f"{model} at every dim", results)
-        console.print(f"Written: {out}/retrieval.json and {picture}")
+        page = study.write(out / "report") if study else None
+        console.print(f"Written: {out}/retrieval.json and {page}", highlight=False, soft_wrap=True)
     return result
 
 

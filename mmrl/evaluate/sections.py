@@ -179,8 +179,8 @@ def compression(part: SetPart) -> str:
     missing = found["product_quantisation"]
     missing = "" if missing == "measured" else f" Product quantisation {missing}."
     two_stages = (
-        f"<h4>On the front, two stages</h4>{_options(staged, budget.unit)}<p class='note'>The short code gives a list; full "
-        "vectors in fp16, in memory or on disk (the bytes after the plus), put it in order.</p>"
+        f"<h4>On the front, two stages</h4>{_options(staged, budget.unit)}<p class='note'>The short code gives a list; "
+        "full vectors in fp16, in memory or on disk (the bytes after the plus), put it in order.</p>"
     )
     return (
         "<h3>Bytes against recall</h3>"
