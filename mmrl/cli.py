@@ -67,6 +67,21 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that mmrl eval --out wrote; two or more")],
+    metric: Annotated[list[str] | None, typer.Option(help="R@1 and R@10 by default; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write index.html, compare.md and compare.json there")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put evaluated runs side by side, with paired intervals of each one's lead over the first."""
+    from mmrl.evaluate import compare as comparing
+
+    result = comparing.compare(runs, metric or comparing.METRICS, out, quiet=as_json)
+    if as_json:
+        print(json.dumps(result, indent=2))
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D for each dim where several are given")],

@@ -19,6 +19,8 @@ from mmrl.evaluate.intervals import Bootstrap, Interval
 from mmrl.evaluate.task import DIRECTIONS
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+# So many times the queries are worth telling of.
+_MANY_TIMES = 100
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -220,9 +222,9 @@ def words(advice: Mapping[str, Any]) -> Words:
     if certain:
         certainty = f"The whole interval is within the budget, on {_asked(advice)}."
     else:
-        needed = queries_to_be_sure(Interval(**chosen["lost"]), budget, advice["queries"])
+        times = queries_to_be_sure(Interval(**chosen["lost"]), budget)
         certainty = f"The interval reaches beyond the budget: {_asked(advice)} leave it open"
-        certainty += f"; {_rounded(needed / advice['queries']):,} times as many would settle it." if needed else "."
+        certainty += f"; {_rounded(times):,} times as many would settle it." if times <= _MANY_TIMES else "."
     saving = (
         f"{short_count(count)} vectors take {size_words(chosen['memory'])} instead of {size_words(full['memory'])}: "
         f"{chosen['bytes']:,} bytes each instead of {full['bytes']:,}, {chosen['times_smaller']:.3g} times less."
@@ -290,8 +292,8 @@ def _rounded(times: float) -> float:
     return math.ceil(times * 10) / 10 if times < 10 else math.ceil(times)
 
 
-def queries_to_be_sure(lost: Interval, budget: Budget, queries: int) -> int | None:
-    """About how many queries would put the whole interval within the budget, if the estimate is right; None where
-    none would."""
+def queries_to_be_sure(lost: Interval, budget: Budget) -> float:
+    """About how many times as many queries would put the whole interval within the budget, if the estimate is right;
+    infinite where it lies on the limit."""
     room, half = budget.drop - lost.value, lost.high - lost.value
-    return None if room <= 0 else math.ceil(queries * (half / room) ** 2)
+    return (half / room) ** 2 if room > 0 else math.inf
