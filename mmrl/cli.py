@@ -41,28 +41,60 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
-    shards: Annotated[list[str], typer.Argument(help="Shards; NAME=SHARDS names a set, several may be given")],
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Shards, a folder of pictures with KEY.txt or KEY.json, or a data set of CLIP_benchmark's form; "
+            "NAME=SHARDS names a set, several may be given"
+        ),
+    ],
     dims: Annotated[str | None, typer.Option(help="Such as 512,128; the trained dims when left out")] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/index.html there")] = None,
-    budget: Annotated[
+    ks: Annotated[str, typer.Option(help="The K of recall@K")] = "1,5,10",
+    directions: Annotated[
         str | None,
-        typer.Option(help="Advise the smallest dim and precision within it: recall_drop=1%,metric=R@10"),
+        typer.Option(help="Of image_to_text, text_to_image, image_to_image, text_to_text; all that the set has"),
+    ] = None,
+    folds: Annotated[int, typer.Option(min=1, help="Mean over so many equal parts: 5 for COCO's 1K")] = 1,
+    degrade: Annotated[
+        int, typer.Option(min=0, help="Degrade so many pictures (JPEG, blur, size, crop) and look for their originals")
+    ] = 0,
+    classes: Annotated[
+        str | None, typer.Option(help="Zero-shot classification by KEY.cls: a file with a class a line, or imagenet")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Prompts: imagenet (80), simple (7), or a file of lines with {c} for the class")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Advise the smallest dim and precision within it: recall_drop=1%,metric=R@10")
     ] = None,
     vectors: Annotated[str | None, typer.Option(help="How many vectors the advice is for, such as 100M")] = None,
     compare: Annotated[
-        list[str] | None,
-        typer.Option(help="Another model on the same sets, such as the un-nested twin; may be repeated"),
+        list[str] | None, typer.Option(help="Another model on the same sets, as the un-nested twin; may be repeated")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/index.html there")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score image→text and text→image retrieval at every dim."""
-    from mmrl.evaluate.command import evaluate_model
+    """Score retrieval in all directions, or zero-shot classification, at every dim. Under torchrun work is divided."""
+    from mmrl import distributed
+    from mmrl.evaluate.command import Asked, evaluate_model
+    from mmrl.evaluate.sets import DIRECTIONS
 
-    result = evaluate_model(
-        model, shards, _dims(dims), captions, out, as_json, budget=budget, vectors=vectors, compare=compare or ()
+    asked = Asked(
+        dims=_numbers("dims", dims),
+        captions=captions,
+        ks=_numbers("ks", ks) or [],
+        folds=folds,
+        directions=DIRECTIONS if directions is None else directions.split(","),
+        degrade=degrade,
+        classes=classes,
+        templates=templates,
+        budget=budget,
+        vectors=vectors,
+        compare=compare or (),
     )
-    if as_json:
+    result = evaluate_model(model, shards, asked, out, quiet=as_json)
+    if as_json and distributed.world().is_main:
         print(json.dumps(result, indent=2))
 
 
@@ -94,7 +126,7 @@ def export(
 
     if format != "bundle":
         raise InputError(f"format: {format!r} is not written yet; allowed: bundle.")
-    dims = _dims(dim) or []
+    dims = _numbers("dim", dim) or []
     manifests = {}
     for d in dims:
         folder = out if len(dims) == 1 else out / str(d)
@@ -280,13 +312,13 @@ def schema() -> None:
     print(configs.schema())
 
 
-def _dims(text: str | None) -> list[int] | None:
+def _numbers(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"dims: {text!r} is no list of numbers such as 512,128.") from None
+        raise InputError(f"{option}: {text!r} is no list of numbers such as 512,128.") from None
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from mmrl.data.samples import SampleReader
 from mmrl.data.sources import open_reader, open_training_set
 from mmrl.distributed import World
 from mmrl.errors import InputError, did_you_mean
+from mmrl.evaluate.ranks import metric_names
+from mmrl.evaluate.readers import draw_shards
 from mmrl.losses.nested_infonce import require_kernels
 from mmrl.model import towers
 from mmrl.nesting import Nesting, check_dims, nesting
-
-_METRICS = ("R@1", "R@5", "R@10", "mAP", "nDCG@10", "median_rank")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Plan:
     nested: Nesting
     reader: SampleReader
     evaluation_readers: dict[str, SampleReader]
+    evaluation_samples: dict[str, int]
+    """How many samples each set has, of which its reader may have drawn some shards."""
     evaluation_dims: list[int]
     accumulation: int
     """Micro-batches of a step, on each process."""
@@ -68,10 +70,12 @@ def prepare(config: Config, world: World) -> Plan:
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)
     reader = open_training_set(config.data)
-    evaluation_readers = {
+    whole_sets = {
         name: open_reader(one.shards, one.fields or config.data.fields, config.data.remote, config.data.allow_pipe)
         for name, one in config.evaluation.sets.items()
     }
+    evaluation_readers = {name: draw_shards(one, config.evaluation.most_samples) for name, one in whole_sets.items()}
+    evaluation_samples = {name: len(one) for name, one in whole_sets.items()}
     try:
         resume_from, refusal = open_run(config) if world.is_main else None, None
     except InputError as error:
@@ -81,7 +85,15 @@ def prepare(config: Config, world: World) -> Plan:
     resume_from, refusal = distributed.from_main((resume_from, refusal))
     if refusal:
         raise InputError(refusal)
-    return Plan(nested, reader, evaluation_readers, evaluation_dims, share // micro_batch, resume_from)
+    return Plan(
+        nested=nested,
+        reader=reader,
+        evaluation_readers=evaluation_readers,
+        evaluation_samples=evaluation_samples,
+        evaluation_dims=evaluation_dims,
+        accumulation=share // micro_batch,
+        resume_from=resume_from,
+    )
 
 
 def _check_best(config: Config, dims: list[int]) -> None:
@@ -94,8 +106,9 @@ def _check_best(config: Config, dims: list[int]) -> None:
         )
     if best.dim not in dims:
         raise InputError(f"evaluation.best.dim: {best.dim} is not evaluated; evaluated are {dims}.")
-    if best.metric not in _METRICS:
-        raise InputError(f"evaluation.best.metric: {best.metric!r} is not measured; allowed: {', '.join(_METRICS)}.")
+    if best.metric not in metric_names():
+        allowed = ", ".join(metric_names())
+        raise InputError(f"evaluation.best.metric: {best.metric!r} is not measured; allowed: {allowed}.")
 
 
 def open_run(config: Config) -> Path | None:

@@ -223,7 +223,7 @@ class Trainer:
         return distributed.anywhere(improved)
 
     def score_sets(self) -> dict[str, dict[str, Any]]:
-        """Each named set's scores at every dim. All processes embed; the main one has the scores."""
+        """Each named set's scores at every dim, on every process; all of them embed and rank."""
         self.engine.refresh()
         model = self.encoder.model
         was_training, home = model.training, next(model.parameters()).device
@@ -234,8 +234,9 @@ class Trainer:
             captions = self.config.evaluation.sets[name].captions
             encoder = self.encoder
             embedded = sets.embed(reader, model, encoder.image_spec, encoder.tokenise, captions=captions)
-            if self.world.is_main:
-                results[name] = sets.score(embedded, self.plan.evaluation_dims)
+            results[name] = sets.score(embedded, self.plan.evaluation_dims, over_ranks=True)
+            if len(reader) < self.plan.evaluation_samples[name]:
+                results[name]["drawn"] = {"samples": len(reader), "of": self.plan.evaluation_samples[name]}
         model.train(was_training).to(home)
         return results
 
@@ -334,6 +335,12 @@ class Trainer:
             f"{self.config.train.batch_size:,} (another {tail} left out each epoch), {self.total:,} steps; "
             f"{self.world.size} process(es) on {self.world.device.type}, {self.engine.precision}",
         )
+        for name, reader in self.plan.evaluation_readers.items():
+            if len(reader) < (whole := self.plan.evaluation_samples[name]):
+                tracker.say(
+                    f"{name}: evaluated on {len(reader):,} of its {whole:,} samples, in shards drawn at random "
+                    "(evaluation.most_samples)"
+                )
         problems = self.plan.reader.problems
         if problems:
             tracker.say(f"{len(problems)} problems in the shards, such as {problems[0].shard}: {problems[0].reason}")

@@ -24,8 +24,8 @@ from typing import IO, Any
 from mmrl.data.index import SUFFIX, Problem, index_shard, save_index
 from mmrl.data.prepare import Prepared
 from mmrl.errors import InputError
+from mmrl.tracking import BAD_SAMPLES
 
-BAD_SAMPLES = "bad_samples.jsonl"
 _PARTIAL, _NAMES, _PROGRESS = ".partial", "names.txt", "progress.json"
 
 

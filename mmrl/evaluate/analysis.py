@@ -25,11 +25,12 @@ from mmrl.errors import InputError
 from mmrl.evaluate import baselines, blocks, compression
 from mmrl.evaluate.advice import Budget, advise
 from mmrl.evaluate.intervals import LEVEL, RESAMPLES, Bootstrap
-from mmrl.evaluate.ranks import PerQuery, rank_queries
+from mmrl.evaluate.ranks import PerQuery, rank_both, rank_queries
 from mmrl.evaluate.sets import Embedded
 from mmrl.evaluate.task import Task
 
 KS = (1, 5, 10)
+CHAPTERS = 5
 # Pairs of query and gallery row that a chapter ranks at each dim, and the queries it has at least and at most.
 _BASELINE_LIMITS = {"pairs": 1 << 28, "least": 1000, "most": 10_000}
 _COMPRESSION_LIMITS = {"pairs": 1 << 26, "least": 500, "most": 4000}
@@ -75,13 +76,13 @@ def analyse(
     budget: Budget,
     vectors: int,
     others: Mapping[str, Embedded] | None = None,
-    on_chapter: Callable[[str], None] | None = None,
+    on_chapter: Callable[[int], None] | None = None,
 ) -> Analysis:
     """All chapters.
 
     Args:
         others: the same set embedded by other models, for `--compare`.
-        on_chapter: told what is done next, for a progress bar.
+        on_chapter: told 1 after each of the CHAPTERS, for a progress bar.
 
     Raises:
         InputError: another model's set is not of the same samples; no query has an answer.
@@ -94,17 +95,15 @@ def analyse(
 
     @contextmanager
     def chapter(name: str) -> Iterator[None]:
-        if on_chapter:
-            on_chapter(name)
         start = time.perf_counter()
         yield
         seconds[name] = round(time.perf_counter() - start, 2)
+        if on_chapter:
+            on_chapter(1)
 
     with chapter("ranks"):
-        for name, task in result.tasks.items():
-            result.ranked[name] = rank_queries(
-                task.query_QD, task.gallery_GD, task.query_group_Q, task.gallery_group_G, dims
-            )
+        both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
+        result.ranked = dict(zip(("image_to_text", "text_to_image"), both, strict=True))
     with chapter("intervals"):
         result.json["intervals"] = _intervals(result, ks)
     with chapter("baselines"):

@@ -1,4 +1,4 @@
-"""`mmrl compare`: runs side by side, from what their evaluations left: retrieval.json, and ranks.safetensors for pairs."""
+"""`mmrl compare`: runs side by side, from what their evaluations left: retrieval.json and single queries' ranks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,10 @@ class Run:
         """{set: its part of retrieval.json}"""
         return self.result["sets"]
 
+    def retrieves(self, set_name: str) -> bool:
+        """Whether a set was scored in both directions between pictures and texts."""
+        return set(DIRECTIONS) <= set(next(iter(self.sets[set_name]["dims"].values())))
+
     @cached_property
     def ranks(self) -> dict[str, tuple[str, dict[str, stored_ranks.StoredRanks]]]:
         """What is kept of single queries; empty where nothing is."""
@@ -47,15 +51,16 @@ def compare(
 ) -> dict[str, Any]:
     """Shows the runs' scores on the sets that all of them have, and each run's lead over the first, query by query.
 
-    Returns: {"runs": [name, …], "sets": {set: {direction: {dim: {metric: {run: {"value", "low", "high", "lead", "p"}}}}}}};
-        a run that does not have the dim is left out, and all but "value" where the queries cannot be paired.
+    Returns: {"runs": [name, …], "sets": {set: {direction: {dim: {metric: {run: cell}}}}}}, a cell having "value", "low",
+        "high", "lead" and "p". A run that does not have the dim is left out, and all but "value" where queries cannot
+        be paired.
 
     Raises:
         InputError: fewer than two runs, a folder without scores, no set or no dim in common, an unknown metric.
     """
     opened = _open(runs)
-    first, *others = opened
-    common = [name for name in first.sets if all(name in run.sets for run in others)]
+    first = opened[0]
+    common = [name for name in first.sets if all(name in run.sets and run.retrieves(name) for run in opened)]
     if not common:
         have = "; ".join(f"{run.name}: {', '.join(run.sets)}" for run in opened)
         raise InputError(f"compare: the runs have no set in common ({have}); evaluate them on the same sets.")
@@ -67,7 +72,7 @@ def compare(
             by_dim = result["sets"][set_name][direction]
             for metric in metrics:
                 console.print(_screen(by_dim, opened, f"{set_name}, {DIRECTIONS[direction]}", metric))
-    unpaired = [name for name in common if len(opened) > 1 and not _all_paired(opened, name)]
+    unpaired = [name for name in common if not _all_paired(opened, name)]
     for name in unpaired:
         console.print(f"{name}: {_why_unpaired(opened, name)}", highlight=False, soft_wrap=True)
     if out is not None:
@@ -262,8 +267,8 @@ def _write(out: Path, runs: Sequence[Run], result: Mapping[str, Any], metrics: S
     method = (
         f'<h2>The runs</h2><div class="card"><dl>{listed}</dl><p class="note">Small numbers: the lead over '
         f"{escape(runs[0].name)} in points and its 95 % interval, over the same queries, by 2,000 resamples of items. "
-        "Coloured where a paired sign-flip test gives p &lt; 0.05, not corrected for the number of comparisons. They tell "
-        "of other queries like these, not of another training with another seed.</p></div>"
+        "Coloured where a paired sign-flip test gives p &lt; 0.05, not corrected for the number of comparisons. They "
+        "tell of other queries like these, not of another training with another seed.</p></div>"
     )
     (out / "compare.md").write_text("\n\n".join(text) + "\n")
     page = out / "index.html"

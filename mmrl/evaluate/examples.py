@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmrl.data.samples import BadSample, SampleReader
+from mmrl.data.samples import BadSample
+from mmrl.data.sequential import PictureReader
 from mmrl.decode import to_picture
 from mmrl.evaluate.ranks import nearest
 from mmrl.evaluate.sets import Embedded
@@ -94,18 +95,13 @@ def _answer(task: Task, row: int, dim: int, rank: int) -> Answer:
     return Answer(dim, rank, found)
 
 
-def thumbnails(reader: SampleReader, embedded: Embedded, rows: Iterable[int]) -> dict[int, str]:
+def thumbnails(reader: PictureReader, embedded: Embedded, rows: Iterable[int]) -> dict[int, str]:
     """{row: a small WebP as a data: address}. A picture that cannot be read any more is left out."""
-    bad = {(problem.shard, problem.key) for problem in embedded.bad}
-    numbers: list[int] | range = range(len(reader))
-    if bad:  # rows are the good samples, in their order
-        problems = (reader.problem(number, "") for number in numbers)
-        numbers = [n for n, problem in enumerate(problems) if (problem.shard, problem.key) not in bad]
     result = {}
     for row in sorted(set(rows)):
         try:
-            sample, picture_CHW = reader.read_picture(numbers[row])
-        except (BadSample, IndexError):
+            sample, picture_CHW = reader.read_picture(embedded.numbers[row])
+        except BadSample:
             continue
         if sample.name == embedded.keys[row]:
             result[row] = _as_address(to_picture(picture_CHW))

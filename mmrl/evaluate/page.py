@@ -2,17 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from mmrl.evaluate import sections
 from mmrl.evaluate.markup import anchor, frame
 from mmrl.evaluate.sections import SetPart
 
 
-def render(title: str, parts: Sequence[SetPart], about: Mapping[str, str]) -> str:
-    """The whole page. `about`: what is told of the model and the measurement, a line each."""
-    links = " ".join(f'<a href="#{anchor(part.name)}">{escape(part.name)}</a>' for part in parts)
+def render(
+    title: str, parts: Sequence[SetPart], labelled: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]
+) -> str:
+    """The whole page.
+
+    Args:
+        labelled: the sets of zero-shot classification, by name, as retrieval.json has them.
+        about: what is told of the model and the measurement, a line each.
+    """
+    names = [*(part.name for part in parts), *labelled]
+    links = " ".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in names)
     links += ' <a href="#method">How this was measured</a>'
-    body = "\n".join(sections.of_set(part) for part in parts)
+    body = "\n".join(
+        [*map(sections.of_set, parts), *(sections.of_labelled(name, result) for name, result in labelled.items())]
+    )
     return frame(title, f"<nav>{links}</nav>", body + _method(parts, about))
 
 

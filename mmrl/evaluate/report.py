@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mmrl.data.samples import SampleReader
+from mmrl.data.sequential import PictureReader
 from mmrl.evaluate import examples, pictures
 from mmrl.evaluate.advice import words
 from mmrl.evaluate.analysis import Analysis
@@ -73,8 +73,18 @@ def write(folder: Path, title: str, scores_of_set: Mapping[str, Mapping[str, Any
     return picture
 
 
-def write_page(folder: Path, title: str, parts: Sequence[SetPart], about: Mapping[str, str]) -> Path:
-    """The report of `mmrl eval`: index.html, and beside it report.md with its two pictures; returns the page's path."""
+def write_page(
+    folder: Path,
+    title: str,
+    parts: Sequence[SetPart],
+    labelled: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, str],
+) -> Path:
+    """The report of `mmrl eval`: index.html, and beside it report.md with its two pictures; returns the page's path.
+
+    Args:
+        labelled: the sets of zero-shot classification, by name, as retrieval.json has them.
+    """
     write(folder, title, {part.name: part.result for part in parts})
     first = parts[0].result["analysis"]
     pictures.bytes_against_recall(first["compression"], None, path=folder / "bytes_against_recall.png")
@@ -84,7 +94,7 @@ def write_page(folder: Path, title: str, parts: Sequence[SetPart], about: Mappin
     text += ["\n".join(f"- {key}: {value}" for key, value in about.items())]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
     page = folder / "index.html"
-    page.write_text(render(title, parts, about), encoding="utf-8")
+    page.write_text(render(title, parts, labelled, about), encoding="utf-8")
     return page
 
 
@@ -133,7 +143,7 @@ def write_items(path: Path, embedded: Embedded, analysis: Analysis, k: int) -> N
 
 
 def part_of(
-    name: str, result: Mapping[str, Any], analysis: Analysis, embedded: Embedded, reader: SampleReader
+    name: str, result: Mapping[str, Any], analysis: Analysis, embedded: Embedded, reader: PictureReader
 ) -> SetPart:
     """What the page shows of a set, with examples at the advised dim where that is short, else at about an eighth."""
     ranked, task = analysis.ranked["text_to_image"], analysis.tasks["text_to_image"]

@@ -1,7 +1,6 @@
 """Cross-modal retrieval at every dim: exact, deterministic, from two matrices of embeddings.
 
-Shapes: N images, M texts, D the embedding's width, d one dim; Q queries and G gallery rows of one direction, q queries
-of one chunk, P the greatest number of positives that a query has.
+Shapes: N images, M texts, D the embedding's width; Q queries and G gallery rows of one direction.
 """
 
 from collections.abc import Sequence
@@ -11,13 +10,13 @@ import numpy as np
 import torch
 
 from mmrl.errors import InputError
-from mmrl.nesting import check_dims, cut
+from mmrl.evaluate.ranks import OnRows, PerQuery, Scores, rank_both
+from mmrl.nesting import check_dims
 
-Scores = dict[str, float]
 Array = torch.Tensor | np.ndarray
 
-# Similarities in memory at once: 64 MB of float32.
-_CHUNK_ELEMENTS = 1 << 24
+# Beyond this a float32 square is not finite.
+_LARGEST = 1e18
 
 
 def retrieval(
@@ -29,6 +28,9 @@ def retrieval(
     text_group_M: Array | None = None,
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
+    folds: int = 1,
+    on_rows: OnRows | None = None,
+    over_ranks: bool = False,
 ) -> dict[int, dict[str, Scores]]:
     """Image->text and text->image scores of the renormalised prefix at each of `dims`.
 
@@ -36,8 +38,15 @@ def retrieval(
     with neither, row i of row i.
 
     A positive's rank is 1 + the number of non-positives that score as high or higher. R@K: the share of queries that
-    have a positive at rank <= K (each text is a query of its own; an image hits with any of its texts). mAP and
-    nDCG@10 count every positive, each at its place among all. Queries without a positive are left out.
+    have a positive at rank <= K (each text is a query of its own; an image hits with any of its texts). mAP, mAP@R
+    (within the first R places, R the query's number of positives) and nDCG@10 count every positive, each at its place
+    among all; MRR, median_rank and mean_rank are of the best one. Queries without a positive are left out.
+
+    Args:
+        folds: the images are cut into so many equal runs of neighbours, each searched among its own texts alone, and
+            the scores are the mean over them: COCO's "1K" is 5,000 images with folds=5.
+        on_rows: told numbers of rows that add up to N + M, for a progress bar.
+        over_ranks: all processes call this, with the same arguments, and divide the work; each has the whole answer.
 
     Returns: {dim: {"image_to_text": {"R@1": …, "mAP": …, "nDCG@10": …, "median_rank": …}, "text_to_image": {…}}};
     shares in 0..1, ranks from 1.
@@ -45,20 +54,68 @@ def retrieval(
     Raises:
         InputError: shapes that do not match, numbers that are not finite, dims out of range, nothing to retrieve.
     """
-    image_ND, text_MD = _checked("image_ND", image_ND), _checked("text_MD", text_MD)
+    image_ND, text_MD = checked("image_ND", image_ND), checked("text_MD", text_MD)
     if image_ND.shape[1] != text_MD.shape[1]:
         raise InputError(f"image_ND, text_MD: widths {image_ND.shape[1]} and {text_MD.shape[1]} differ.")
+    dtype = torch.promote_types(image_ND.dtype, text_MD.dtype)
+    image_ND, text_MD = image_ND.to(dtype), text_MD.to(dtype)
     dims = list(dims) if dims is not None else [image_ND.shape[1]]
     check_dims(dims, image_ND.shape[1])
+    check_ks(ks)
     image_group, text_group = positives(len(image_ND), len(text_MD), image_of_text_M, image_group_N, text_group_M)
-    result = {}
-    for dim in sorted(dims, reverse=True):
-        image_Nd, text_Md = cut(image_ND, dim), cut(text_MD, dim)
-        result[dim] = {
-            "image_to_text": _one_direction(image_Nd, text_Md, image_group, text_group, ks),
-            "text_to_image": _one_direction(text_Md, image_Nd, text_group, image_group, ks),
+    parts = []
+    for image_n, text_m in fold_rows(image_group, text_group, folds):
+        both = rank_both(
+            image_ND[image_n],
+            text_MD[text_m],
+            image_group[image_n],
+            text_group[text_m],
+            dims,
+            on_rows=on_rows,
+            over_ranks=over_ranks,
+        )
+        parts.append(of_directions({"image_to_text": both[0], "text_to_image": both[1]}, ks))
+    return mean_of(parts)
+
+
+def of_directions(per_query: dict[str, dict[int, PerQuery]], ks: Sequence[int]) -> dict[int, dict[str, Scores]]:
+    """{direction: {dim: …}} -> {dim: {direction: scores}}, from the widest dim."""
+    dims = sorted({dim for by_dim in per_query.values() for dim in by_dim}, reverse=True)
+    return {dim: {way: by_dim[dim].scores(ks) for way, by_dim in per_query.items()} for dim in dims}
+
+
+def mean_of(parts: Sequence[dict[int, dict[str, Scores]]]) -> dict[int, dict[str, Scores]]:
+    """The mean of each score over folds."""
+    return {
+        dim: {
+            way: {name: float(np.mean([part[dim][way][name] for part in parts])) for name in scores}
+            for way, scores in ways.items()
         }
-    return result
+        for dim, ways in parts[0].items()
+    }
+
+
+def fold_rows(
+    image_group_N: torch.Tensor, text_group_M: torch.Tensor, folds: int
+) -> list[tuple[slice | torch.Tensor, slice | torch.Tensor]]:
+    """The images and the texts of each fold: the texts that have a positive among its images.
+
+    Raises:
+        InputError: the images cannot be divided so.
+    """
+    if folds == 1:
+        return [(slice(None), slice(None))]
+    count = len(image_group_N)
+    if not 1 <= folds <= count or count % folds:
+        raise InputError(f"folds: {count} images cannot be divided into {folds} equal folds.")
+    spans = [slice(start, start + count // folds) for start in range(0, count, count // folds)]
+    return [(span, torch.isin(text_group_M, image_group_N[span]).nonzero()[:, 0]) for span in spans]
+
+
+def check_ks(ks: Sequence[int]) -> None:
+    """Raises InputError unless the K of each recall@K is a whole number from 1."""
+    if not ks or any(k != int(k) or k < 1 for k in ks) or len(set(ks)) != len(ks):
+        raise InputError(f"ks: {list(ks)}; give distinct whole numbers from 1, such as 1,5,10.")
 
 
 def positives(
@@ -96,71 +153,43 @@ def _apart(group_N: torch.Tensor, first: int) -> torch.Tensor:
     return torch.where(none, first - torch.arange(len(group_N)), group_N)
 
 
-def _checked(name: str, matrix: Array) -> torch.Tensor:
+def checked(name: str, matrix: Array) -> torch.Tensor:
+    """A matrix of embeddings as a tensor.
+
+    Raises:
+        InputError: no rows, or numbers that are not finite, or too large for their squares to be.
+    """
     matrix = torch.as_tensor(matrix)
+    if not matrix.is_floating_point():
+        matrix = matrix.float()
     if matrix.ndim != 2 or not matrix.numel():
         raise InputError(f"{name}: shape {tuple(matrix.shape)}; want (rows, D) with at least one row.")
-    if not torch.isfinite(matrix).all():
+    # Of the least and the greatest a NaN is one, and no copy is made.
+    least, most = matrix.aminmax()
+    if not (torch.isfinite(least) and torch.isfinite(most)):
         raise InputError(f"{name}: holds numbers that are not finite; the model or its input is broken.")
+    if max(-least, most) > _LARGEST:
+        raise InputError(f"{name}: holds numbers beyond {_LARGEST:g}, whose squares overflow; scale the embeddings.")
     return matrix
 
 
-def _one_direction(
-    query_Qd: torch.Tensor,
-    gallery_Gd: torch.Tensor,
-    query_group_Q: torch.Tensor,
-    gallery_group_G: torch.Tensor,
-    ks: Sequence[int],
+def chance(
+    query_group_Q: torch.Tensor, gallery_group_G: torch.Tensor, ks: Sequence[int], same_rows: bool = False
 ) -> Scores:
-    chunk = max(1, _CHUNK_ELEMENTS // len(gallery_Gd))
-    best_rank, precision, gain = [], [], []
-    for start in range(0, len(query_Qd), chunk):
-        rows = slice(start, start + chunk)
-        place_qP, has_qP = places_of_positives(
-            query_Qd[rows] @ gallery_Gd.T, query_group_Q[rows, None] == gallery_group_G
-        )
-        answerable = has_qP[:, 0]
-        place_qP, has_qP = place_qP[answerable].double(), has_qP[answerable]
-        nth_P = torch.arange(1, place_qP.shape[1] + 1)
-        count_q = has_qP.sum(1)
-        best_rank.append(place_qP[:, 0])
-        precision.append((nth_P / place_qP * has_qP).sum(1) / count_q)
-        discounts_q = ((place_qP <= 10) * has_qP / torch.log2(place_qP + 1)).sum(1)
-        ideal_P = torch.cumsum((nth_P <= 10) / torch.log2(nth_P + 1.0), 0)
-        gain.append(discounts_q / ideal_P[count_q - 1])
-    best_Q = torch.cat(best_rank)
-    if not len(best_Q):
-        raise InputError("retrieval: no query has a positive; check image_of_text_M or the groups.")
-    scores = {f"R@{k}": float((best_Q <= k).double().mean()) for k in ks}
-    scores["mAP"] = float(torch.cat(precision).mean())
-    scores["nDCG@10"] = float(torch.cat(gain).mean())
-    scores["median_rank"] = float(best_Q.quantile(0.5))
-    return scores
-
-
-def places_of_positives(score_qG: torch.Tensor, positive_qG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places (from 1) of each query's positives, the best first, and which of them exist: (q, P) each.
-
-    The place of the n-th best positive is n + the number of non-positives that score as high or higher.
-    """
-    most = max(int(positive_qG.sum(1).max()), 1)
-    mine_qP = score_qG.masked_fill(~positive_qG, -torch.inf).topk(most, dim=1).values
-    others_qG = score_qG.masked_fill(positive_qG, -torch.inf)
-    above_qP = torch.stack([(others_qG >= mine_qP[:, p, None]).sum(1) for p in range(most)], dim=1)
-    return above_qP + torch.arange(1, most + 1), torch.isfinite(mine_qP)
-
-
-def chance(query_group_Q: torch.Tensor, gallery_group_G: torch.Tensor, ks: Sequence[int]) -> Scores:
-    """Expected R@K of a random order: 1 - C(G - P, K) / C(G, K) for a query with P positives among G."""
-    values, counts = gallery_group_G.unique(return_counts=True)
-    count_of = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    positives_Q = np.array([count for group in query_group_Q.tolist() if (count := count_of.get(group))])
-    total = len(gallery_group_G)
+    """Expected R@K of a random order: 1 - C(G - P, K) / C(G, K) for a query with P positives among G. With `same_rows`
+    a query is left out of its own gallery."""
+    values, place = gallery_group_G.unique(return_inverse=True)
+    count = torch.cat([place.bincount(minlength=len(values)), torch.zeros(1, dtype=torch.int64)])
+    found_Q = torch.searchsorted(values, query_group_Q).clamp_max(len(values) - 1)
+    positives = count[torch.where(values[found_Q] == query_group_Q, found_Q, len(values))] - int(same_rows)
+    # Few counts of positives differ, so that K as large as the gallery costs little.
+    count_u, queries_u = positives[positives > 0].unique(return_counts=True)
+    total = len(gallery_group_G) - int(same_rows)
     scores = {}
     for k in ks:
         drawn = np.arange(min(k, total))
-        miss_Q = np.prod(np.clip((total - positives_Q[:, None] - drawn) / (total - drawn), 0, 1), axis=1)
-        scores[f"R@{k}"] = float(1 - miss_Q.mean())
+        miss_u = np.prod(np.clip((total - count_u.numpy()[:, None] - drawn) / (total - drawn), 0, 1), axis=1)
+        scores[f"R@{k}"] = float(1 - np.average(miss_u, weights=queries_u.numpy()))
     return scores
 
 

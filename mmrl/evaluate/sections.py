@@ -11,10 +11,10 @@ from mmrl.evaluate.baselines import NAMES, label
 from mmrl.evaluate.examples import Example
 from mmrl.evaluate.markup import anchor, figure, points, score, table, with_range
 from mmrl.evaluate.pictures import Curve
+from mmrl.evaluate.tables import ARROWS
 from mmrl.evaluate.task import DIRECTIONS
 
 _METRICS = ("R@1", "R@5", "R@10", "mAP", "mAP@R", "nDCG@10", "MRR", "median_rank")
-_OTHER_DIRECTIONS = {"image_to_image": "image→image", "text_to_text": "text→text"}
 # Codes of the front that lose more than this are in the picture and in the list of all.
 _LISTED_UP_TO = 0.25
 
@@ -43,6 +43,8 @@ class SetPart:
 def of_set(part: SetPart) -> str:
     """All of them."""
     counts = f"{part.result['num_images']:,} images, {part.result['num_texts']:,} texts"
+    if "folds" in part.result:
+        counts += f"; all scores are the mean of {part.result['folds']} folds, the analysis is of the whole"
     if part.result.get("num_bad"):
         counts += f", {part.result['num_bad']:,} bad samples left out"
     shown = [
@@ -54,6 +56,7 @@ def of_set(part: SetPart) -> str:
         found_from(part),
         examples(part),
         scores(part),
+        degraded(part),
         "</section>",
     ]
     return "\n".join(section for section in shown if section)
@@ -306,11 +309,13 @@ def _example(example: Example, part: SetPart) -> str:
 
 def scores(part: SetPart) -> str:
     """Every direction that was measured; with intervals where there are some."""
-    by_dim, intervals = part.result["dims"], part.analysis["intervals"]
+    by_dim = part.result["dims"]
+    # Means over folds are of smaller galleries than the analysis.
+    intervals = {} if "folds" in part.result else part.analysis["intervals"]
     present = next(iter(by_dim.values()))
     chosen = str(part.analysis["advice"]["smallest"]["dim"])
     shown = []
-    for direction, name in {**DIRECTIONS, **_OTHER_DIRECTIONS}.items():
+    for direction, name in ARROWS.items():
         if direction not in present:
             continue
         metrics = [metric for metric in _METRICS if metric in present[direction]]
@@ -333,3 +338,36 @@ def scores(part: SetPart) -> str:
 def _score(value: float, metric: str, interval: Mapping[str, float] | None) -> str:
     half = f"<small>±{50 * (interval['high'] - interval['low']):.1f}</small>" if interval else ""
     return score(value, metric) + half
+
+
+def degraded(part: SetPart) -> str:
+    """Degraded pictures that look for their originals, where that was measured."""
+    found = part.result.get("degraded")
+    if not found:
+        return ""
+    kinds = {kind: one["severities"] for kind, one in found.items() if kind != "num_queries"}
+    dims = list(next(iter(next(iter(kinds.values())).values())))
+    rows = []
+    for kind, severities in kinds.items():
+        for amount, by_dim in severities.items():
+            first = next(iter(by_dim[dims[0]]))
+            rows.append([f"{escape(kind)} {escape(amount)}", *(f"{100 * by_dim[dim][first]:.1f}" for dim in dims)])
+    return (
+        f'<h3>Degraded pictures</h3><div class="card"><p class="note">{found["num_queries"]:,} pictures of each damage '
+        f"look for their originals; R@1 in %.</p>{table(['damage', *(f'{dim}-d' for dim in dims)], rows)}</div>"
+    )
+
+
+def of_labelled(name: str, result: Mapping[str, Any]) -> str:
+    """A set of zero-shot classification: its accuracy at every dim."""
+    chance = result["chance"]["classification"]
+    rows = [
+        [dim, *(f"{100 * by_way['classification'][one]:.1f}" for one in chance)]
+        for dim, by_way in result["dims"].items()
+    ]
+    rows.append(["chance", *(f"{100 * value:.1f}" for value in chance.values())])
+    return (
+        f'<section class="set" id="{anchor(name)}"><h2>{escape(name)}</h2><p class="faint">{result["num_images"]:,} '
+        f'images, {result["num_classes"]:,} classes</p><h3>Zero-shot classification</h3><div class="card">'
+        f"{table(['dim', *(one.replace('_', ' ') for one in chance)], rows)}</div></section>"
+    )

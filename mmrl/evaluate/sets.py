@@ -14,15 +14,18 @@ from pydantic import Field
 
 from mmrl import distributed
 from mmrl.data.index import Problem
-from mmrl.data.samples import FieldsConfig, SampleReader
-from mmrl.data.sequential import WholeBatch, read_whole
+from mmrl.data.samples import FieldsConfig
+from mmrl.data.sequential import PictureReader, WholeBatch, read_whole
 from mmrl.errors import InputError
-from mmrl.evaluate.retrieval import as_json, chance, retrieval
+from mmrl.evaluate.ranks import OnRows, PerQuery, is_better_lower, rank_both, rank_queries
+from mmrl.evaluate.retrieval import as_json, chance, check_ks, checked, fold_rows, mean_of, of_directions
 from mmrl.image_spec import ImageSpec
 from mmrl.optim import Duration
 from mmrl.settings import Settings, machine
 
-Direction = Literal["image_to_text", "text_to_image"]
+CROSS = ("image_to_text", "text_to_image")
+SAME = ("image_to_image", "text_to_text")
+DIRECTIONS = CROSS + SAME
 
 
 class SetConfig(Settings):
@@ -40,7 +43,7 @@ class BestConfig(Settings):
 
     set: str
     dim: int
-    direction: Direction = "text_to_image"
+    direction: Literal["image_to_text", "text_to_image"] = "text_to_image"
     metric: str = "R@10"
 
 
@@ -53,6 +56,8 @@ class EvaluationConfig(Settings):
     """Also before the first step: where a pretrained model stands."""
     dims: list[int] | None = None
     """Dims to score, trained or not; the nested dims when left out."""
+    most_samples: int | None = Field(default=20_000, ge=1)
+    """Of a larger set, shards drawn at random (the same each time) until they hold so many; all of it when null."""
     best: BestConfig | None = None
 
 
@@ -68,6 +73,8 @@ class Embedded:
     image_group_N: torch.Tensor
     """Equal numbers are positives of each other; a sample without a group has one of its own."""
     bad: list[Problem]
+    numbers: list[int]
+    """Which samples of the set the N images are."""
 
     @property
     def text_group_M(self) -> torch.Tensor:
@@ -77,7 +84,7 @@ class Embedded:
 
 @torch.inference_mode()
 def embed(
-    reader: SampleReader,
+    reader: PictureReader,
     model: Any,
     image_spec: ImageSpec,
     tokenise: Callable[[list[str]], torch.Tensor],
@@ -127,25 +134,123 @@ def _join(parts: Sequence[tuple[WholeBatch, torch.Tensor, torch.Tensor]], bad: l
         image_of_text_M=torch.cat(texts_of),
         image_group_N=group_N,
         bad=bad + [problem for batch, _, _ in parts for problem in batch.bad],
+        numbers=[number for batch, _, _ in parts for number in batch.numbers],
     )
 
 
-def score(embedded: Embedded, dims: Sequence[int], ks: Sequence[int] = (1, 5, 10)) -> dict[str, Any]:
-    """One set's part of retrieval.json."""
-    image_group, text_group = embedded.image_group_N, embedded.text_group_M
-    by_dim = retrieval(
-        embedded.image_ND, embedded.text_MD, image_group_N=image_group, text_group_M=text_group, dims=dims, ks=ks
-    )
+def score(
+    embedded: Embedded,
+    dims: Sequence[int],
+    ks: Sequence[int] = (1, 5, 10),
+    directions: Sequence[str] = CROSS,
+    folds: int = 1,
+    on_rows: OnRows | None = None,
+    over_ranks: bool = False,
+) -> dict[str, Any]:
+    """One set's part of retrieval.json. `folds`, `on_rows` and `over_ranks` are as `retrieval` has them.
+
+    Args:
+        directions: those that the set has no right answers in are left out: image_to_image wants two pictures of one
+            group, text_to_text two captions.
+
+    Raises:
+        InputError: a NaN or nothing to retrieve; folds that do not fit.
+    """
+    check_ks(ks)
+    checked("images", embedded.image_ND)
+    checked("texts", embedded.text_MD)
+    parts = [
+        _Part.of(embedded, images, texts)
+        for images, texts in fold_rows(embedded.image_group_N, embedded.text_group_M, folds)
+    ]
+    present = [way for way in directions if all(part.has(way) for part in parts)]
+    if not present:
+        raise InputError(f"directions: the set has no right answers in {', '.join(directions)}.")
+    scores = [of_directions(part.ranks(dims, present, on_rows, over_ranks), ks) for part in parts]
+    chances = [{way: chance(*part.groups(way), ks, way in SAME) for way in present} for part in parts]
     return {
-        "dims": as_json(by_dim),
+        "dims": as_json(mean_of(scores)),
         "num_images": len(embedded.keys),
         "num_texts": len(embedded.captions),
         "num_bad": len(embedded.bad),
-        "chance": {
-            "image_to_text": chance(image_group, text_group, ks),
-            "text_to_image": chance(text_group, image_group, ks),
-        },
+        "chance": mean_of([{0: one} for one in chances])[0],
+        **({"folds": folds} if folds > 1 else {}),
     }
+
+
+def num_rows(embedded: Embedded, directions: Sequence[str]) -> int:
+    """What `score` tells `on_rows` in all, at most."""
+    rows = {"image": len(embedded.image_ND), "text": len(embedded.text_MD)}
+    return sum(rows[way.partition("_")[0]] for way in directions)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is ranked together: a set, or a fold of it."""
+
+    image_ND: torch.Tensor
+    text_MD: torch.Tensor
+    image_group_N: torch.Tensor
+    text_group_M: torch.Tensor
+    distinct_M: torch.Tensor
+    """False for a text that repeats another of its group word for word, which would be its own right answer."""
+
+    @classmethod
+    def of(cls, embedded: Embedded, images: slice | torch.Tensor, texts: slice | torch.Tensor) -> "_Part":
+        """The part that holds those images and texts."""
+        text_group_M = embedded.text_group_M[texts]
+        numbers = torch.arange(len(embedded.captions))[texts].tolist()
+        seen: set[tuple[int, str]] = set()
+        distinct = []
+        for group, number in zip(text_group_M.tolist(), numbers, strict=True):
+            said = (group, embedded.captions[number])
+            distinct.append(said not in seen)
+            seen.add(said)
+        return cls(
+            embedded.image_ND[images],
+            embedded.text_MD[texts],
+            embedded.image_group_N[images],
+            text_group_M,
+            torch.tensor(distinct),
+        )
+
+    def groups(self, way: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The groups of a direction's queries and of its gallery."""
+        of = {
+            "image": self.image_group_N,
+            "text": self.text_group_M[self.distinct_M] if way == "text_to_text" else self.text_group_M,
+        }
+        query, _, gallery = way.split("_")
+        return of[query], of[gallery]
+
+    def has(self, way: str) -> bool:
+        """Whether any query has a right answer."""
+        query, gallery = self.groups(way)
+        if way in SAME:
+            return len(query.unique()) < len(query)
+        return bool(torch.isin(query, gallery).any())
+
+    def ranks(
+        self, dims: Sequence[int], ways: Sequence[str], on_rows: OnRows | None, over_ranks: bool
+    ) -> dict[str, dict[int, PerQuery]]:
+        """The ranks of each direction's queries."""
+        image, text = self.image_ND, self.text_MD
+        image_group, text_group = self.image_group_N, self.text_group_M
+        result: dict[str, dict[int, PerQuery]] = {}
+        if set(CROSS) <= set(ways):
+            both = rank_both(image, text, image_group, text_group, dims, on_rows=on_rows, over_ranks=over_ranks)
+            result = dict(zip(CROSS, both, strict=True))
+        vectors = {"image": image, "text": text}
+        for way in ways:
+            if way not in result:
+                query, _, gallery = way.split("_")
+                x, y = vectors[query], vectors[gallery]
+                if way == "text_to_text":
+                    x = y = text[self.distinct_M]
+                result[way] = rank_queries(
+                    x, y, *self.groups(way), dims, same_rows=way in SAME, on_rows=on_rows, over_ranks=over_ranks
+                )
+        return {way: result[way] for way in ways}
 
 
 def as_retrieval_json(scores_of_set: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -165,4 +270,4 @@ def write_retrieval_json(folder: Path, result: dict[str, Any]) -> None:
 def best_score(config: BestConfig, scores_of_set: Mapping[str, dict[str, Any]]) -> float:
     """The number that `best` names; higher is better."""
     value = scores_of_set[config.set]["dims"][str(config.dim)][config.direction][config.metric]
-    return -value if config.metric == "median_rank" else value
+    return -value if is_better_lower(config.metric) else value

@@ -1,7 +1,7 @@
 """What `mmrl eval` does beyond the plain scores: it analyses each set, says the advice, and writes the report."""
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 
 import mmrl
-from mmrl.data.samples import SampleReader
+from mmrl import distributed
+from mmrl.data.sequential import PictureReader
 from mmrl.errors import InputError
 from mmrl.evaluate import report, sets, stored_ranks
 from mmrl.evaluate.advice import Budget, parse_budget, parse_count, words
-from mmrl.evaluate.analysis import Analysis, analyse
+from mmrl.evaluate.analysis import CHAPTERS, Analysis, analyse
 from mmrl.evaluate.baselines import NAMES
 from mmrl.evaluate.sections import SetPart
 from mmrl.evaluate.sets import Embedded
@@ -51,28 +52,29 @@ class Study:
             if name in self.others:
                 raise InputError(f"compare: {other} is given twice.")
             self.others[name] = bundle.open_model(other)
+            self.others[name].model.to(distributed.world().device)
+        self.steps = CHAPTERS + len(self.others)
+        """What `take` tells `on_step` in all."""
         self.parts: list[SetPart] = []
         self.embedded: dict[str, tuple[Embedded, Analysis]] = {}
 
     def take(
         self,
         name: str,
-        reader: SampleReader,
+        reader: PictureReader,
         embedded: Embedded,
         result: dict[str, Any],
-        captions: int | None = None,
-        on_step: Callable[[str], None] | None = None,
+        captions: int | None,
+        on_step: Callable[[int], None],
     ) -> None:
-        """Analyses a set; its part of retrieval.json gets "analysis".
-
-        Args:
-            on_step: told what is done next, for a progress bar.
-        """
+        """Analyses a set; its part of retrieval.json gets "analysis". All processes embed by the other models, the main
+        one analyses."""
         others = {}
         for label, other in self.others.items():
-            if on_step:
-                on_step(f"embedding by {label}")
             others[label] = sets.embed(reader, other.model, other.image_spec, other.tokenise, captions=captions)
+            on_step(1)
+        if not distributed.world().is_main:
+            return
         analysis = analyse(embedded, self.dims, self.budget, self.vectors, others, on_step)
         result["analysis"] = analysis.json
         self.embedded[name] = embedded, analysis
@@ -86,13 +88,16 @@ class Study:
             for line in lines[1:]:
                 console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
-    def write(self, folder: Path) -> Path:
-        """Writes the report; returns the page's path."""
+    def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
+        """Writes the report of all `results`, by set; returns the page's path, or None where nothing was analysed."""
+        if not self.parts:
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         for name, (embedded, analysis) in self.embedded.items():
             report.write_items(folder / f"{name}.items.jsonl", embedded, analysis, self.budget.k)
         stored_ranks.write(folder, self.embedded)
-        return report.write_page(folder, f"{self.model} at every dim", self.parts, self._about())
+        labelled = {name: one for name, one in results.items() if "classification" in one["chance"]}
+        return report.write_page(folder, f"{self.model} at every dim", self.parts, labelled, self._about())
 
     def _about(self) -> dict[str, str]:
         nested = ", ".join(map(str, self.encoder.nested_dims))

@@ -171,6 +171,21 @@ def tokenise_of(name: str) -> TokeniseList:
             raise InputError(f"model.name {name!r}: its tokenizer cannot be had ({reason}).") from error
 
 
+def imagenet_classes() -> list[str]:
+    """The names of ImageNet's 1,000 classes, in the order of their numbers."""
+    import open_clip
+
+    return list(open_clip.IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates(place: str, simple: bool = False) -> list[str]:
+    """What is said of a picture of a class, `place` standing for its name: OpenAI's 80 sentences, or 7 of them."""
+    import open_clip
+
+    templates = open_clip.SIMPLE_IMAGENET_TEMPLATES if simple else open_clip.OPENAI_IMAGENET_TEMPLATES
+    return [template(place) for template in templates]
+
+
 def input_side(model_cfg: dict[str, Any]) -> int:
     """The shorter side of the pictures that a model takes, in pixels."""
     size = model_cfg["vision_cfg"].get("image_size", 224)

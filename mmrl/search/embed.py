@@ -30,8 +30,9 @@ from mmrl.decode import to_picture
 from mmrl.errors import InputError
 from mmrl.export.encoder import LoadedEncoder, load
 from mmrl.model import bundle
+from mmrl.tracking import BAD_SAMPLES
 
-EMBEDDINGS, BAD_SAMPLES = "embeddings.parquet", "bad_samples.jsonl"
+EMBEDDINGS = "embeddings.parquet"
 METADATA_KEY = b"mmrl"
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 96, 90
 _ROWS_AT_A_TIME = 2048  # rows of one Parquet row group

@@ -1,44 +1,13 @@
-"""Scores against brute force written from their definitions, one query at a time."""
-
-import math
+"""mmrl.retrieval against brute force and foreign libraries; unfit arguments."""
 
 import numpy as np
 import pytest
 import torch
+from oracles import brute_force, by_clip_benchmark, by_trec_eval, unit
 
 import mmrl
 from mmrl.errors import InputError
 from mmrl.evaluate.retrieval import chance
-
-
-def brute_force(query: np.ndarray, gallery: np.ndarray, positive: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
-    """Straight from the definitions: rank = 1 + the non-positives that score as high or higher."""
-    hits: dict[int, list[bool]] = {k: [] for k in ks}
-    precision, gain, best = [], [], []
-    for q in range(len(query)):
-        if not positive[q].any():
-            continue
-        score = (query[q] * gallery).sum(1)
-        mine = sorted(score[positive[q]], reverse=True)
-        others = score[~positive[q]]
-        places = [n + 1 + int((others >= value).sum()) for n, value in enumerate(mine)]
-        best.append(places[0])
-        for k in ks:
-            hits[k].append(places[0] <= k)
-        precision.append(np.mean([(n + 1) / place for n, place in enumerate(places)]))
-        ideal = sum(1 / math.log2(n + 2) for n in range(min(len(places), 10)))
-        gain.append(sum(1 / math.log2(place + 1) for place in places if place <= 10) / ideal)
-    scores = {f"R@{k}": float(np.mean(hits[k])) for k in ks}
-    return {
-        **scores,
-        "mAP": float(np.mean(precision)),
-        "nDCG@10": float(np.mean(gain)),
-        "median_rank": float(np.median(best)),
-    }
-
-
-def unit(x: np.ndarray, dim: int) -> np.ndarray:
-    return x[:, :dim] / np.linalg.norm(x[:, :dim], axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize(("images", "texts", "groups"), [(37, 90, None), (20, 20, 6), (5, 300, 3), (1, 2, None)])
@@ -60,6 +29,43 @@ def test_scores_are_the_definitions(images: int, texts: int, groups: int | None)
         assert result[dim]["text_to_image"] == pytest.approx(brute_force(y, x, positive.T, (1, 2, 5)))
 
 
+@pytest.mark.parametrize(("images", "texts"), [(61, 305), (130, 187)])
+def test_scores_equal_the_reference_libraries(images: int, texts: int) -> None:
+    rng = np.random.default_rng(texts)
+    image_of_text = np.concatenate([np.arange(images), rng.integers(0, images, texts - images)])
+    image_ND = rng.normal(size=(images, 48))
+    text_MD = image_ND[image_of_text] + 3 * rng.normal(size=(texts, 48))
+    result = mmrl.retrieval(image_ND, text_MD, image_of_text, dims=[48, 7], ks=(1, 5, 10))
+    for dim in (48, 7):
+        score_NM = unit(image_ND, dim) @ unit(text_MD, dim).T
+        positive_NM = np.arange(images)[:, None] == image_of_text
+        for way, score, positive in (
+            ("image_to_text", score_NM, positive_NM),
+            ("text_to_image", score_NM.T.copy(), positive_NM.T.copy()),
+        ):
+            ours = result[dim][way]
+            for k in (1, 5, 10):
+                assert ours[f"R@{k}"] == pytest.approx(by_clip_benchmark(score, positive, k), abs=1e-6)
+            for name, value in by_trec_eval(score, positive).items():
+                assert ours[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_folds_are_the_mean_of_their_parts() -> None:
+    image_of_text = np.arange(120) // 2
+    rng = np.random.default_rng(0)
+    image_ND, text_MD = rng.normal(size=(60, 8)), rng.normal(size=(120, 8))
+    folded = mmrl.retrieval(image_ND, text_MD, image_of_text, dims=[8], folds=3)[8]
+    parts = [
+        mmrl.retrieval(image_ND[n : n + 20], text_MD[2 * n : 2 * n + 40], image_of_text[:40], dims=[8])[8]
+        for n in (0, 20, 40)
+    ]
+    for way, scores in folded.items():
+        for name, value in scores.items():
+            assert value == pytest.approx(np.mean([part[way][name] for part in parts]))
+    with pytest.raises(InputError, match="60 images cannot be divided into 7 equal folds"):
+        mmrl.retrieval(image_ND, text_MD, image_of_text, folds=7)
+
+
 def test_ties_count_against_the_query() -> None:
     constant = np.ones((10, 4), np.float32)
     scores = mmrl.retrieval(constant, constant)[4]["image_to_text"]
@@ -74,13 +80,6 @@ def test_no_group_is_nobodys_group() -> None:
         mmrl.retrieval(x, x, image_group_N=none, text_group_M=none)
     scores = mmrl.retrieval(x, x, image_group_N=torch.tensor([-1, 5, -1, 6]), text_group_M=torch.tensor([-1, 5, 6, 6]))
     assert scores[4]["text_to_image"]["R@1"] == pytest.approx(2 / 3)
-
-
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = torch.randn(50, 8), torch.randn(50, 8)
-    whole = mmrl.retrieval(x, y, dims=[8, 4])
-    monkeypatch.setattr("mmrl.evaluate.retrieval._CHUNK_ELEMENTS", 170)
-    assert mmrl.retrieval(x, y, dims=[8, 4]) == whole
 
 
 def test_chance_is_what_random_orders_give() -> None:
@@ -100,6 +99,8 @@ def test_chance_is_what_random_orders_give() -> None:
     [
         ({"image_ND": np.full((3, 4), np.nan)}, "image_ND: holds numbers that are not finite"),
         ({"image_ND": np.zeros((0, 4))}, "at least one row"),
+        ({"text_MD": np.full((3, 4), 1e30)}, "text_MD: holds numbers beyond 1e"),
+        ({"ks": (0, 5)}, "ks: .* distinct whole numbers from 1"),
         ({"dims": [5]}, "5 is out of range"),
         ({"text_MD": np.ones((5, 4))}, "image_of_text_M: needed"),
         ({"text_MD": np.ones((3, 2))}, "widths 4 and 2 differ"),
