@@ -104,9 +104,9 @@ def short_count(count: int) -> str:
 def size_words(count: float) -> str:
     """A number of bytes in decimal units: 204.8 GB."""
     step = 0
-    while count >= 1000 and step < len(_UNITS) - 1:
+    while count >= 999.5 and step < len(_UNITS) - 1:
         count, step = count / 1000, step + 1
-    return f"{count:.3g} {_UNITS[step]}" if count < 1000 else f"{count:,.0f} {_UNITS[step]}"
+    return f"{count:.3g} {_UNITS[step]}" if count < 999.5 else f"{count:,.0f} {_UNITS[step]}"
 
 
 def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vectors: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def compare(
 ) -> dict[str, Any]:
     """Shows the runs' scores on the sets that all of them have, and each run's lead over the first, query by query.
 
-    Returns: {"runs": [name, …], "sets": {set: {direction: {dim: {metric: {run: cell}}}}}}, a cell having "value", "low",
+    Returns: {"runs": [name, …], "sets": {set: {direction: {dim: {metric: {run: cell}}}}}}, a cell with "value", "low",
         "high", "lead" and "p". A run that does not have the dim is left out, and all but "value" where queries cannot
         be paired.
 
