@@ -46,7 +46,7 @@ def test_pca_is_scikit_learns_fitted_on_the_other_half() -> None:
         # Both sides weigh alike, though there are twice as many queries.
         both = torch.cat([(fit_x - mean_x) / len(fit_x) ** 0.5, (fit_y - mean_y) / len(fit_y) ** 0.5])
         axes = PCA(n_components=8).fit(torch.cat([both, -both]).numpy()).components_.T
-        asking = (task.half_Q == half).nonzero()[:, 0]
+        asking = torch.eq(task.half_Q, half).nonzero()[:, 0]
         expected = rank_queries(
             torch.from_numpy((x[asking] - mean_x).numpy() @ axes),
             torch.from_numpy((y - mean_y).numpy() @ axes),

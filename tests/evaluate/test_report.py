@@ -101,9 +101,7 @@ def test_the_analysis_is_json_and_changes_no_score(first: tuple[Embedded, dict[s
     for direction in ("text_to_image", "image_to_text"):
         for dim in ("16", "8", "4"):
             interval = analysis.json["intervals"][direction][dim]["R@10"]
-            assert interval["value"] == pytest.approx(
-                result["dims"][int(dim) if 16 in result["dims"] else dim][direction]["R@10"]
-            )
+            assert interval["value"] == pytest.approx(result["dims"][dim][direction]["R@10"])
             assert interval["low"] < interval["value"] < interval["high"]
     assert set(analysis.json["baselines"]["text_to_image"]) == {"pca", "best_dims", "random_dims", "twin", "twin, PCA"}
     paired = analysis.json["paired"]["text_to_image"]
@@ -216,7 +214,7 @@ def test_the_page_in_a_browser(folder: Path, browser: Any, width: int, theme: st
     assert not troubles
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # it does not scroll sideways
     too_wide = """[...document.querySelectorAll('main *')].filter(one => !one.closest('.wide') &&
-        one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(one => one.outerHTML.slice(0, 80))"""
+        one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(one => one.className)"""
     assert page.evaluate(too_wide) == []
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     assert page.locator("figure svg").count() == 10
@@ -302,7 +300,6 @@ def test_unfit_runs_are_named(folder: Path, noisier: Path, tmp_path: Path) -> No
     (tmp_path / "retrieval.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         compare([folder, tmp_path])
-    (noisier / "retrieval.json").read_text()
     (tmp_path / "report").mkdir()
     (tmp_path / "retrieval.json").write_text(json.dumps(scores))
     (tmp_path / "report" / stored_ranks.FILE).write_bytes(b"damaged")
