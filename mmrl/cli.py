@@ -50,7 +50,7 @@ def evaluate(
     ],
     dims: Annotated[str | None, typer.Option(help="Such as 512,128; the trained dims when left out")] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
-    ks: Annotated[str, typer.Option(help="The K of recall@K")] = "1,5,10",
+    ks: Annotated[str | None, typer.Option(help="The K of recall@K, beside 1, 5 and 10; such as 50,100")] = None,
     directions: Annotated[
         str | None,
         typer.Option(help="Of image_to_text, text_to_image, image_to_image, text_to_text; all that the set has"),

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Asked:
     """The trained dims when left out."""
     captions: int | None = None
     """Captions of each sample, the plain one first; all when left out."""
-    ks: Sequence[int] = (1, 5, 10)
+    ks: Sequence[int] = ()
+    """Of recall@K, beside 1, 5 and 10."""
     folds: int = 1
     directions: Sequence[str] = sets.DIRECTIONS
     degrade: int = 0
@@ -59,7 +60,9 @@ def evaluate_model(
     Raises:
         InputError: no such model or shards, dims that it does not have, a set named twice.
     """
-    check_ks(asked.ks)
+    ks = sorted({1, 5, 10, *asked.ks})
+    check_ks(ks)
+    asked = replace(asked, ks=ks)
     for way in asked.directions:
         if way not in sets.DIRECTIONS:
             raise InputError(f"directions: there is no {way!r}.{did_you_mean(way, sets.DIRECTIONS)}")

@@ -179,9 +179,13 @@ def _finish(direction: Direction, dims: Sequence[int], over_ranks: bool, told: _
         n = span.stop - span.start
         asks_n = (strip.count_n[:n] > int(direction.same_rows)).cpu()
         if asks_n.any():
-            for k in range(len(dims)):
-                bound_nP, counts_nP = (x[k].T[:n].cpu()[asks_n] for x in (strip.bound_KPn, strip.at_least_KPn))
-                measure_K4N[k, :, span][:, asks_n] = _measures(bound_nP, counts_nP, positives_N[span][asks_n])
+            bound_KqP, counts_KqP = (
+                x[:, :, :n].cpu()[:, :, asks_n].transpose(1, 2).contiguous()
+                for x in (strip.bound_KPn, strip.at_least_KPn)
+            )
+            # In two steps, since the mask makes a copy.
+            measure_K4n = measure_K4N[:, :, span]
+            measure_K4n[:, :, asks_n] = _measures(bound_KqP, counts_KqP, positives_N[span][asks_n])
     many_m = direction.many_N.nonzero()[:, 0]
     if len(many_m):
         found_K4m = _by_sorting(direction, many_m, over_ranks, told)
@@ -193,35 +197,36 @@ def _finish(direction: Direction, dims: Sequence[int], over_ranks: bool, told: _
     return {dim: PerQuery(query_Q, *measure_K4N[ascending.index(dim)][:, asks_N][:, place_Q]) for dim in dims}
 
 
-def _measures(bound_qP: Tensor, at_least_qP: Tensor, count_q: Tensor) -> Tensor:
-    """(4, q): rank of the best positive, average precision, that within the first R places, nDCG@10.
+def _measures(bound_KqP: Tensor, at_least_KqP: Tensor, count_q: Tensor) -> Tensor:
+    """(K, 4, q): rank of the best positive, average precision, that within the first R places, nDCG@10.
 
     Args:
-        bound_qP: the positives' scores, ascending, +inf beyond the last.
-        at_least_qP: how many of the gallery, positives among them, score as high or higher.
+        bound_KqP: the positives' scores, ascending, +inf beyond the last.
+        at_least_KqP: how many of the gallery, positives among them, score as high or higher.
     """
     count_q1 = count_q[:, None]
-    positives_at_least_qP = count_q1 - torch.searchsorted(bound_qP, bound_qP)
-    nth_qP = count_q1 - torch.arange(bound_qP.shape[1])
+    positives_at_least_KqP = count_q1 - torch.searchsorted(bound_KqP, bound_KqP)
+    nth_qP = count_q1 - torch.arange(bound_KqP.shape[2])
     exists_qP = nth_qP > 0
-    place_qP = torch.where(exists_qP, nth_qP + at_least_qP - positives_at_least_qP, 1).double()
-    precision_qP = nth_qP / place_qP * exists_qP
-    gain_qP = (place_qP <= 10) * exists_qP / torch.log2(place_qP + 1)
+    place_KqP = torch.where(exists_qP, nth_qP + at_least_KqP - positives_at_least_KqP, 1).double()
+    precision_KqP = nth_qP / place_KqP * exists_qP
+    gain_KqP = (place_KqP <= 10) * exists_qP / torch.log2(place_KqP + 1)
     ideal_10 = (1 / torch.log2(torch.arange(2, 12).double())).cumsum(0)
-    best_q = place_qP.gather(1, count_q1 - 1)[:, 0]
+    best = (count_q1 - 1).expand(len(place_KqP), -1, -1)
     return torch.stack(
         [
-            best_q,
-            _sum_in_order(precision_qP) / count_q,
-            _sum_in_order(precision_qP * (place_qP <= count_q1)) / count_q,
-            _sum_in_order(gain_qP) / ideal_10[count_q.clamp_max(10) - 1],
-        ]
+            place_KqP.gather(2, best)[:, :, 0],
+            _sum_in_order(precision_KqP) / count_q,
+            _sum_in_order(precision_KqP * (place_KqP <= count_q1)) / count_q,
+            _sum_in_order(gain_KqP) / ideal_10[count_q.clamp_max(10) - 1],
+        ],
+        dim=1,
     )
 
 
-def _sum_in_order(values_qP: Tensor) -> Tensor:
+def _sum_in_order(values_KqP: Tensor) -> Tensor:
     """Sums from the best positive to the last, one after the other, so that they do not depend on the padding."""
-    return values_qP.flip(1).cumsum(1)[:, -1]
+    return values_KqP.flip(2).cumsum(2)[:, :, -1]
 
 
 def _by_sorting(direction: Direction, many_m: Tensor, over_ranks: bool, told: _Telling) -> Tensor:
@@ -267,8 +272,8 @@ def _measure_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
         bound_qP = bound_qP.sort(1).values[:, int(direction.same_rows) :].contiguous()
         ascending_qG = torch.from_numpy(np.sort(score_qG.numpy(), axis=1))  # ten times torch's speed
         at_least_qP = len(gallery) - torch.searchsorted(ascending_qG, bound_qP)
-        measures.append(_measures(bound_qP, at_least_qP, count_q - int(direction.same_rows)))
-    return torch.stack(measures)
+        measures.append(_measures(bound_qP[None], at_least_qP[None], count_q - int(direction.same_rows)))
+    return torch.cat(measures)
 
 
 def nearest(

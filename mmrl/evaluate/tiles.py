@@ -193,15 +193,17 @@ def _count_sparse(bound_Pn: Tensor, counts_Pn: Tensor, score_IJ: Tensor, mask_IJ
         np.greater_equal(score_IJ.numpy(), lowest.numpy(), out=mask_IJ.numpy())
     else:
         torch.ge(score_IJ, lowest, out=mask_IJ)
-    counts_Pn[0] += _sums_of_mask(mask_IJ, axis)
-    candidates = np.flatnonzero(mask_IJ.numpy()) if mask_IJ.count_nonzero() <= _SPARSE * mask_IJ.numel() else None
-    if candidates is None:
+    sums_n = _sums_of_mask(mask_IJ, axis)
+    counts_Pn[0] += sums_n
+    if int(sums_n.sum()) > _SPARSE * mask_IJ.numel():
         return len(bound_Pn) - 1
-    place_c = torch.from_numpy(candidates)
-    width = mask_IJ.shape[1]
-    query_c = place_c // width if axis == 0 else place_c % width
-    reached_Pc = score_IJ.view(-1)[place_c] >= bound_Pn[1:, query_c]
-    counts_Pn[1:].index_add_(1, query_c, reached_Pc.int())
+    place_c = torch.from_numpy(np.flatnonzero(mask_IJ.numpy()))
+    n = len(sums_n)
+    query_c = torch.arange(n).repeat_interleave(sums_n) if axis == 0 else place_c % n
+    reached_c = (score_IJ.view(-1)[place_c] >= bound_Pn[1:].index_select(1, query_c)).sum(0)
+    # So many candidates of each query reach no further bound, the second, the third …
+    reached_Pn = (reached_c * n + query_c).bincount(minlength=n * len(bound_Pn)).view(-1, n)
+    counts_Pn[1:] += reached_Pn[1:].flip(0).cumsum(0).flip(0).int()
     return 0
 
 
