@@ -20,6 +20,8 @@ from mmrl.evaluate.task import Task
 from mmrl.nesting import cut
 
 _STEPS_OF_DROPPING = 16
+# More rows would not change a covariance of some hundred numbers.
+_ROWS_OF_COVARIANCE = 1 << 16
 # A number that carries less of the energy than this, relative to its fair share, is never used.
 _DEAD = 1e-3
 
@@ -132,7 +134,8 @@ def signal(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Tensor:
 
 def effective_rank(rows_ND: Tensor) -> float:
     """The exponential of the entropy of the covariance's eigenvalues, as shares of their sum; 1 to D."""
-    centred_ND = rows_ND.double() - rows_ND.double().mean(0)
+    some_ND = rows_ND[:: max(1, len(rows_ND) // _ROWS_OF_COVARIANCE)].double()
+    centred_ND = some_ND - some_ND.mean(0)
     share_D = torch.linalg.eigvalsh(centred_ND.T @ centred_ND).clamp(min=0)
     if not share_D.sum() > 0:
         return 1.0
@@ -174,4 +177,4 @@ def _hits(task: Task, query_Qd: Tensor, gallery_Gd: Tensor, k: int) -> Tensor:
 
 def _energy(rows_ND: Tensor) -> Tensor:
     """The mean share of the squared length that each number has: (D,)."""
-    return rows_ND.double().square().mean(0)
+    return rows_ND.square().mean(0, dtype=torch.float64)
