@@ -62,10 +62,10 @@ def parse_budget(text: str) -> Budget:
     allowed = "recall_drop=1%, or recall_drop=0.5pp, with metric=R@K and direction=text_to_image after commas"
     given = {}
     for part in text.split(","):
-        key, equals, value = part.strip().partition("=")
+        key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in ("recall_drop", "metric", "direction") or key in given:
             raise InputError(f"budget: {part.strip()!r} is not understood; write it as {allowed}.")
-        given[key] = value.strip()
+        given[key] = value
     if "recall_drop" not in given:
         raise InputError(f"budget: recall_drop is missing from {text!r}; write it as {allowed}.")
     amount = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%|pp)", given["recall_drop"])

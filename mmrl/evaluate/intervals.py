@@ -51,11 +51,10 @@ class Bootstrap:
     @cached_property
     def _weight_RC(self) -> np.ndarray:
         """How often each cluster is drawn in each resample."""
-        chances = np.full(self._clusters, 1 / self._clusters)
         weight_RC = np.empty((self._resamples, self._clusters), np.float32)
-        for start in range(0, self._resamples, _DRAWS_AT_A_TIME):
-            rows = weight_RC[start : start + _DRAWS_AT_A_TIME]
-            rows[:] = self._rng.multinomial(self._clusters, chances, size=len(rows))
+        for row_C in weight_RC:
+            drawn = self._rng.integers(0, self._clusters, self._clusters)
+            row_C[:] = np.bincount(drawn, minlength=self._clusters)
         return weight_RC
 
     def means(self, value_QS: torch.Tensor) -> np.ndarray:

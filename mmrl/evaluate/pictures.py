@@ -136,7 +136,7 @@ def bytes_against_recall(
             if single:
                 spots = [o["bytes"] for o in single], [100 * o["recall"]["value"] for o in single]
                 axes.scatter(*spots, marker=marker, s=34, color=colour, linewidths=0, label=precision, zorder=3)
-        for staged, dash, name in ((False, "-", "front, one stage"), (True, "--", "front, two stages")):
+        for staged, dash, label in ((False, "-", "front, one stage"), (True, "--", "front, two stages")):
             front = sorted(
                 (o["bytes"], 100 * o["recall"]["value"], str(o["dim"]), o["precision"])
                 for o in options
@@ -146,7 +146,7 @@ def bytes_against_recall(
                 continue
             x, y, dims, precisions = zip(*front, strict=True)
             shade = COLOURS["ink" if not staged else "faint"][0]
-            axes.plot(x, y, dash, color=shade, linewidth=1.2, label=name, zorder=2)
+            axes.plot(x, y, dash, color=shade, linewidth=1.2, label=label, zorder=2)
             if staged:
                 edges = [COLOURS[PRECISION_COLOURS[p]][0] for p in precisions]
                 axes.scatter(x, y, s=30, facecolors="none", edgecolors=edges, linewidths=1.2, zorder=2)
