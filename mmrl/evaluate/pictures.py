@@ -87,16 +87,11 @@ def _figure(height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
 
 
 def recall_by_dim(
-    curves: Sequence[Curve],
-    chance: float | None,
-    metric: str,
-    name: str = "recall",
-    path: Path | None = None,
-    legend: bool = False,
+    curves: Sequence[Curve], chance: float | None, metric: str, name: str = "recall", legend: bool = False
 ) -> str:
-    """Recall against dim on a logarithmic axis, each with its interval as a band; chance as a dotted line.
+    """Recall against dim on a logarithmic axis, each with its interval as a band; chance as a dotted line: SVG.
 
-    Returns: SVG; with a `path`, the same is written there as PNG.
+    `name` sets its ids apart from those of other pictures of the page.
     """
     with _figure() as (figure, axes):
         dims = sorted({int(dim) for curve in curves for dim in curve.scores})
@@ -121,13 +116,16 @@ def recall_by_dim(
         if legend:
             handles, labels = axes.get_legend_handles_labels()
             axes.legend(handles[::-1], labels[::-1], fontsize=_TEXT - 1, loc="lower right")
-        return _finished(figure, name, path)
+        return _finished(figure, name)
 
 
 def bytes_against_recall(
     compression: Mapping[str, Any], budget_line: float | None, name: str = "bytes", path: Path | None = None
 ) -> str:
-    """Every option as a mark, the front of one-stage search as a line, that of two stages dashed, hollow marks."""
+    """Every option as a mark, the front of one-stage search as a line, that of two stages dashed, hollow marks: SVG.
+
+    With a `path`, the same is written there as PNG.
+    """
     options, metric = compression["options"], compression["metric"]
     with _figure(4.0) as (figure, axes):
         for precision, marker in _MARKERS.items():
@@ -171,7 +169,7 @@ def bytes_against_recall(
         return _finished(figure, name, path)
 
 
-def _finished(figure: Any, name: str, path: Path | None) -> str:
+def _finished(figure: Any, name: str, path: Path | None = None) -> str:
     if path is not None:
         figure.savefig(path, dpi=130, facecolor="white")
     buffer = io.StringIO()
