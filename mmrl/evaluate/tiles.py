@@ -34,7 +34,7 @@ class Side:
     """Embeddings sorted by group, in strips of equal length; the last is padded."""
 
     def __init__(self, embedding_ND: Tensor, group_N: Tensor, dims: Sequence[int], device: torch.device) -> None:
-        self.group_N, self.order_N = group_N.sort(stable=True)
+        self.group_N, self.order_N = group_N.cpu().sort(stable=True)
         self.cuts = [slice(start, end) for start, end in pairwise((0, *dims))]
         self._width = dims[-1]
         self._in_order = bool((self.order_N == torch.arange(len(group_N))).all())

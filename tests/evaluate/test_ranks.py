@@ -46,12 +46,12 @@ def test_ranks_are_the_definition(
     )
     if same_rows:
         y, gallery_group = x, query_group
-    positive = (query_group[:, None] == gallery_group).numpy()
+    positive: np.ndarray = (query_group[:, None] == gallery_group).numpy()
     if same_rows:
         np.fill_diagonal(positive, False)
     result = rank_queries(x, y, query_group, gallery_group, DIMS, same_rows=same_rows)
     for dim in DIMS:
-        assert result[dim].query_Q.tolist() == positive.any(1).nonzero()[0].tolist()
+        assert result[dim].query_Q.tolist() == np.flatnonzero(positive.any(1)).tolist()
         score = unit(x.numpy(), dim) @ unit(y.numpy(), dim).T
         keep = ~np.eye(len(x), dtype=bool) if same_rows else np.ones_like(positive)
         expected = [places(score[q][keep[q]], positive[q][keep[q]])[0] for q in result[dim].query_Q]

@@ -1,5 +1,7 @@
 """mmrl.retrieval against brute force and foreign libraries; unfit arguments."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from mmrl.evaluate.retrieval import chance
 def test_scores_are_the_definitions(images: int, texts: int, groups: int | None) -> None:
     rng = np.random.default_rng(images)
     image_ND, text_MD = rng.normal(size=(images, 24)), rng.normal(size=(texts, 24))
+    how: dict[str, Any]
     if groups is None:
         image_of_text = np.concatenate([np.arange(images), rng.integers(0, images, texts - images)])
         image_group, text_group, how = np.arange(images), image_of_text, {"image_of_text_M": image_of_text}
