@@ -68,6 +68,9 @@ def evaluate_model(
             raise InputError(f"directions: there is no {way!r}.{did_you_mean(way, sets.DIRECTIONS)}")
     if asked.templates is not None and asked.classes is None:
         raise InputError("templates: given without classes; add --classes FILE, or --classes imagenet.")
+    for option in ("budget", "vectors", "compare"):
+        if getattr(asked, option) and not set(sets.CROSS) <= set(asked.directions):
+            raise InputError(f"{option}: needs both directions between pictures and texts; add them to directions.")
     opened = _open(shards, asked)
     if "WORLD_SIZE" in os.environ:
         distributed.start()

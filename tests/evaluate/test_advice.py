@@ -27,7 +27,7 @@ def advice_on(*options: Option, budget: str = "recall_drop=1%") -> dict[str, Any
 
 
 def chosen(answer: dict[str, Any] | None) -> tuple[int, str] | None:
-    return answer and (answer["dim"], answer["precision"])
+    return None if answer is None else (answer["dim"], answer["precision"])
 
 
 def test_the_smallest_within_the_budget_is_named() -> None:

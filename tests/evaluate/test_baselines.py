@@ -45,7 +45,7 @@ def test_pca_is_scikit_learns_fitted_on_the_other_half() -> None:
         mean_x, mean_y = fit_x.mean(0), fit_y.mean(0)
         # Both sides weigh alike, though there are twice as many queries.
         both = torch.cat([(fit_x - mean_x) / len(fit_x) ** 0.5, (fit_y - mean_y) / len(fit_y) ** 0.5])
-        axes = PCA(n_components=8).fit(torch.cat([both, -both]).numpy()).components_.T
+        axes = np.asarray(PCA(n_components=8).fit(torch.cat([both, -both]).numpy()).components_).T
         asking = torch.eq(task.half_Q, half).nonzero()[:, 0]
         expected = rank_queries(
             torch.from_numpy((x[asking] - mean_x).numpy() @ axes),

@@ -83,6 +83,7 @@ def test_the_report_of_a_model_and_its_twin(
         (("--budget", "1%"), "budget: '1%' is not understood; write it as recall_drop=1%"),
         (("--vectors", "lots"), "vectors: 'lots' is no number of vectors such as 100M"),
         (("--compare", "nowhere"), "model: nowhere does not exist"),
+        (("--budget", "recall_drop=1%", "--directions", "image_to_image"), "budget: needs both directions"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_embedded(
