@@ -208,7 +208,9 @@ def words(advice: Mapping[str, Any]) -> Words:
     chosen, full, budget = advice["smallest"], advice["full"], budget_of(advice)
     metric, where, count = f"R@{budget.k}", DIRECTIONS[budget.direction], advice["vectors"]
     sure, certain = advice["sure"] or full, chosen["within_budget_surely"]
-    if chosen["bytes"] == full["bytes"]:
+    if not full["recall"]["value"]:
+        headline = f"The full vector answers no query within the first {budget.k}: there is nothing to choose by."
+    elif chosen["bytes"] == full["bytes"]:
         headline = f"Nothing below all {full['dim']} numbers in fp32 keeps within the budget."
     elif certain:
         headline = f"Keep {_kept(chosen, full)}."
@@ -227,7 +229,7 @@ def words(advice: Mapping[str, Any]) -> Words:
         certainty += f"; {_rounded(times):,} times as many would settle it." if times <= _MANY_TIMES else "."
     saving = (
         f"{short_count(count)} vectors take {size_words(chosen['memory'])} instead of {size_words(full['memory'])}: "
-        f"{chosen['bytes']:,} bytes each instead of {full['bytes']:,}, {chosen['times_smaller']:.3g} times less."
+        f"{_bytes(chosen['bytes'])} each instead of {full['bytes']:,}, {chosen['times_smaller']:.3g} times less."
     )
     return Words(headline, evidence, certainty, saving, _others(advice, budget))
 
@@ -256,10 +258,12 @@ def _kept(answer: Mapping[str, Any], full: Mapping[str, Any]) -> str:
 
 
 def _named(answer: Mapping[str, Any], budget: Budget) -> str:
-    size = f"{answer['bytes']:,} byte{'s' if answer['bytes'] > 1 else ''}"
-    return f"{answer['dim']}-d {answer['precision']}, {size}, {_lost(answer['lost']['value'], budget)} lost " + (
-        f"({_range(answer['lost'], budget)})"
-    )
+    code = f"{answer['dim']}-d {answer['precision']}, {_bytes(answer['bytes'])}"
+    return f"{code}, {_lost(answer['lost']['value'], budget)} lost ({_range(answer['lost'], budget)})"
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} byte{'' if count == 1 else 's'}"
 
 
 def budget_of(advice: Mapping[str, Any]) -> Budget:

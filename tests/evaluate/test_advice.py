@@ -79,6 +79,12 @@ def test_the_words_say_the_numbers() -> None:
     assert "whole interval is within the budget, on 4,000 queries" in sure.certainty
 
 
+def test_a_model_that_finds_nothing_gets_no_advice() -> None:
+    nothing = option(64, "fp32", 0)
+    advice = advise([nothing, option(32, "int8", 0)], Budget(), Bootstrap(torch.arange(QUERIES)), 1000)
+    assert words(advice).headline.startswith("The full vector answers no query within the first 10")
+
+
 @pytest.mark.parametrize(
     ("text", "budget"),
     [
