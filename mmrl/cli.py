@@ -89,7 +89,14 @@ def evaluate(
     templates: Annotated[
         str | None, typer.Option(help="Prompts: imagenet (80), simple (7), or a file of lines with {c} for the class")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/ there")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Advise the smallest dim and precision within it: recall_drop=1%,metric=R@10")
+    ] = None,
+    vectors: Annotated[str | None, typer.Option(help="How many vectors the advice is for, such as 100M")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another model on the same sets, as the un-nested twin; may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/index.html there")] = None,
     as_json: Json = False,
 ) -> None:
     """Score retrieval in all directions, or zero-shot classification, at every dim. Under torchrun work is divided."""
@@ -106,9 +113,27 @@ def evaluate(
         degrade=degrade,
         classes=classes,
         templates=templates,
+        budget=budget,
+        vectors=vectors,
+        compare=compare or (),
     )
     result = evaluate_model(model, shards, asked, out, quiet=as_json)
     if as_json and distributed.world().is_main:
+        print(json.dumps(result, indent=2))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that mmrl eval --out wrote; two or more")],
+    metric: Annotated[list[str] | None, typer.Option(help="R@1 and R@10 by default; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write index.html, compare.md and compare.json there")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put evaluated runs side by side, with paired intervals of each one's lead over the first."""
+    from mmrl.evaluate import compare as comparing
+
+    result = comparing.compare(runs, metric or comparing.METRICS, out, quiet=as_json)
+    if as_json:
         print(json.dumps(result, indent=2))
 
 

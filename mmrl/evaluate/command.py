@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmrl import distributed
 from mmrl.data.index import Problem
 from mmrl.errors import InputError, did_you_mean
-from mmrl.evaluate import report, sets, tables
+from mmrl.evaluate import sets, tables
 from mmrl.evaluate.degrade import score_degraded
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.retrieval import check_ks
+from mmrl.evaluate.study import Study
 from mmrl.evaluate.zeroshot import class_vectors, embed_labelled, read_classes, score_labelled
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
@@ -41,6 +42,12 @@ class Asked:
     classes: str | None = None
     """A file with a class a line, or `imagenet`: the sets are then for zero-shot classification."""
     templates: str | None = None
+    budget: str | None = None
+    """How much recall may be lost, as `mmrl.evaluate.advice` has it. With this, one of the next two, or a folder for
+    the report, the sets are analysed."""
+    vectors: str | None = None
+    compare: Sequence[str] = ()
+    """Other models."""
 
 
 def evaluate_model(
@@ -61,6 +68,9 @@ def evaluate_model(
             raise InputError(f"directions: there is no {way!r}.{did_you_mean(way, sets.DIRECTIONS)}")
     if asked.templates is not None and asked.classes is None:
         raise InputError("templates: given without classes; add --classes FILE, or --classes imagenet.")
+    for option in ("budget", "vectors", "compare"):
+        if getattr(asked, option) and not set(sets.CROSS) <= set(asked.directions):
+            raise InputError(f"{option}: needs both directions between pictures and texts; add them to directions.")
     opened = _open(shards, asked)
     if "WORLD_SIZE" in os.environ:
         distributed.start()
@@ -69,6 +79,8 @@ def evaluate_model(
     encoder.model.to(world.device)
     dims = list(asked.dims) if asked.dims else sorted({*encoder.nested_dims, encoder.dim})
     check_dims(dims, encoder.dim)
+    analysed = out or asked.budget or asked.vectors or asked.compare
+    study = Study(model, encoder, dims, asked.budget, asked.vectors, asked.compare) if analysed else None
     console = Console(quiet=quiet or not world.is_main)
     results: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -76,7 +88,7 @@ def evaluate_model(
         bars = Bars(progress)
         for name, one in opened.items():
             if one.classes is None:
-                results[name], bad = _retrieve(name, one, encoder, dims, asked, bars)
+                results[name], bad = _retrieve(name, one, encoder, dims, asked, bars, study)
             else:
                 results[name], bad = _classify(name, one, encoder, dims, bars)
             if bad:
@@ -85,13 +97,14 @@ def evaluate_model(
     result = sets.as_retrieval_json(results)
     for name in results:
         console.print(*tables.all_tables(name, results[name]), sep="\n")
+    if study:
+        study.say(console)
     if out is not None and world.is_main:
         sets.write_retrieval_json(out, result)
-        console.print(f"Written: {out}/retrieval.json")
-        drawable = {name: one for name, one in results.items() if set(sets.CROSS) <= set(one["chance"])}
-        if drawable:
-            picture = report.write(out / "report", f"{model} at every dim", drawable)
-            console.print(f"Written: {picture}")
+        page = study.write(out / "report", results) if study else None
+        console.print(
+            f"Written: {out}/retrieval.json" + (f" and {page}" if page else ""), highlight=False, soft_wrap=True
+        )
     return result
 
 
@@ -129,7 +142,7 @@ class Bars:
 
 
 def _retrieve(
-    name: str, one: OpenSet, encoder: Bundle, dims: Sequence[int], asked: Asked, bars: Bars
+    name: str, one: OpenSet, encoder: Bundle, dims: Sequence[int], asked: Asked, bars: Bars, study: Study | None
 ) -> tuple[dict[str, Any], list[Problem]]:
     with bars.bar(f"embedding {name}", len(one.reader)) as advance:
         embedded = sets.embed(
@@ -157,6 +170,9 @@ def _retrieve(
                 asked.ks,
                 on_pictures=advance,
             )
+    if study and set(sets.CROSS) <= set(result["chance"]):
+        with bars.bar(f"analysing {name}", study.steps) as advance:
+            study.take(name, one.reader, embedded, result, asked.captions, advance)
     return result, embedded.bad
 
 

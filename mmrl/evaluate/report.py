@@ -1,10 +1,29 @@
-"""What an evaluation shows: the table on the screen, the same in Markdown, the picture of recall by dim."""
+"""What an evaluation shows: the table on the screen, the same in Markdown, pictures, and the files of the report.
 
-from collections.abc import Mapping
+FOLDER/
+    index.html                  the page, which needs nothing else (mmrl.evaluate.page)
+    report.md                   the same in short
+    recall_by_dim.png, bytes_against_recall.png
+    SET.items.jsonl             each query's place at every dim
+    ranks.safetensors           the same as numbers, for mmrl compare
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from mmrl.data.sequential import PictureReader
+from mmrl.evaluate import examples, pictures
+from mmrl.evaluate.advice import words
+from mmrl.evaluate.analysis import Analysis
+from mmrl.evaluate.blocks import found_from
+from mmrl.evaluate.page import render
+from mmrl.evaluate.sections import SetPart, curves_of
+from mmrl.evaluate.sets import Embedded
 
 DIRECTIONS = {"image_to_text": "image→text", "text_to_image": "text→image"}
 _KS = ("R@1", "R@5", "R@10")
@@ -44,7 +63,7 @@ def markdown(name: str, result: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, title: str, scores_of_set: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Writes FOLDER/report.md and the picture beside it; returns the picture's path."""
+    """The report of a training run: FOLDER/report.md and the picture beside it; returns the picture's path."""
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "recall_by_dim.png"
     draw(picture, scores_of_set)
@@ -52,6 +71,91 @@ def write(folder: Path, title: str, scores_of_set: Mapping[str, Mapping[str, Any
     text = f"# {title}\n\n![recall by dim]({picture.name})\n\n" + "\n".join(parts)
     (folder / "report.md").write_text(text)
     return picture
+
+
+def write_page(
+    folder: Path,
+    title: str,
+    parts: Sequence[SetPart],
+    labelled: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, str],
+) -> Path:
+    """The report of `mmrl eval`: index.html, and beside it report.md with its two pictures; returns the page's path.
+
+    Args:
+        labelled: the sets of zero-shot classification, by name, as retrieval.json has them.
+    """
+    write(folder, title, {part.name: part.result for part in parts})
+    first = parts[0].result["analysis"]
+    pictures.bytes_against_recall(first["compression"], None, path=folder / "bytes_against_recall.png")
+    text = [f"# {title}", "![recall by dim](recall_by_dim.png)", "![bytes against recall](bytes_against_recall.png)"]
+    for part in parts:
+        text += [markdown(part.name, part.result).rstrip(), *_analysis_markdown(part.result["analysis"])]
+    text += ["\n".join(f"- {key}: {value}" for key, value in about.items())]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    page = folder / "index.html"
+    page.write_text(render(title, parts, labelled, about), encoding="utf-8")
+    return page
+
+
+def _analysis_markdown(analysis: Mapping[str, Any]) -> list[str]:
+    """The advice, the front of bytes against recall, and the baselines, as Markdown."""
+    said, metric = words(analysis["advice"]), analysis["compression"]["metric"]
+    front = sorted((o for o in analysis["compression"]["options"] if o["front"]), key=lambda o: o["bytes"])
+    codes = [["code", "bytes", f"{metric}, %", "95 % interval"], ["---", "---:", "---:", "---:"]]
+    for option in front:
+        if not option["candidates"]:
+            code = f"{option['dim']}-d {option['precision']}"
+            codes.append([code, f"{option['bytes']:,}", *_with_interval(option["recall"])])
+    shown = [f"**{said.headline}** {said.evidence} {said.certainty}", said.saving]
+    shown += ["\n".join(f"- {line}" for line in said.others)] if said.others else []
+    shown.append("Most recall in few bytes, one stage:\n\n" + _lines(codes))
+    for direction, name in DIRECTIONS.items():
+        curves = curves_of(analysis, direction, metric)
+        compared = [["dim", *(curve.name for curve in curves)], ["---:"] * (1 + len(curves))]
+        for dim in curves[0].scores:
+            values = (curve.scores.get(dim) for curve in curves)
+            compared.append([dim, *(f"{100 * value['value']:.1f}" if value else "" for value in values)])
+        shown.append(f"{name}, {metric} in %, beside the baselines:\n\n{_lines(compared)}")
+    return shown
+
+
+def _with_interval(recall: Mapping[str, float]) -> list[str]:
+    return [f"{100 * recall['value']:.1f}", f"{100 * recall['low']:.1f} to {100 * recall['high']:.1f}"]
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_items(path: Path, embedded: Embedded, analysis: Analysis, k: int) -> None:
+    """One JSON object a query: its place at every dim, and the dim from which on it is found within k."""
+    with path.open("w", encoding="utf-8") as file:
+        for direction, ranked in analysis.ranked.items():
+            rank_of = {dim: one.rank_Q for dim, one in ranked.items()}
+            first = next(iter(ranked.values()))
+            from_Q = found_from(rank_of, k).tolist()
+            for place, row in enumerate(first.query_Q.tolist()):
+                query = embedded.captions[row] if direction == "text_to_image" else embedded.keys[row]
+                ranks = {str(dim): int(rank_Q[place]) for dim, rank_Q in rank_of.items()}
+                line = {"direction": direction, "query": query, "found_from": from_Q[place] or None, "rank": ranks}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def part_of(
+    name: str, result: Mapping[str, Any], analysis: Analysis, embedded: Embedded, reader: PictureReader
+) -> SetPart:
+    """What the page shows of a set, with examples at the advised dim where that is short, else at about an eighth."""
+    ranked, task = analysis.ranked["text_to_image"], analysis.tasks["text_to_image"]
+    full, advised = max(ranked), analysis.json["advice"]["smallest"]["dim"]
+    smaller = [dim for dim in ranked if dim < full]
+    if not smaller:
+        return SetPart(name, result)
+    short = advised if 4 * advised <= full else min(smaller, key=lambda dim: abs(math.log(8 * dim / full)))
+    rank_of = {dim: one.rank_Q for dim, one in ranked.items()}
+    chosen = examples.choose(task, embedded.captions, rank_of, ranked[full].query_Q, short)
+    rows = {found.row for example in chosen for answer in example.answers for found in answer.found}
+    return SetPart(name, result, chosen, examples.thumbnails(reader, embedded, rows))
 
 
 def draw(path: Path, scores_of_set: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,0 +1,101 @@
+"""`mmrl eval` with a budget, other models and a report, then `mmrl compare`, as a user types them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrl import cli
+from mmrl.model import bundle, towers, two_tower
+from mmrl.model.two_tower import LogitScaleConfig
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two bundles of random weights."""
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        built = towers.build(towers.TowersConfig(name=str(tiny_model)))
+        model = two_tower.from_towers(built, LogitScaleConfig(), num_dims=3)
+        one = bundle.of_towers(model, built, (4, 8, 16))
+        folders.append(tmp_path_factory.mktemp(f"model{seed}") / f"run{seed}")
+        bundle.save(one, folders[-1], one.state(), {})
+    return folders[0], folders[1]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs `mmrl …` in this process; returns its exit code and what it prints."""
+
+    def command(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmrl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return command
+
+
+def test_the_report_of_a_model_and_its_twin(
+    models: tuple[Path, Path], shards: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    first, second = models
+    out = tmp_path / "scores"
+    budget = ("--budget", "recall_drop=5%,metric=R@5", "--vectors", "2M")
+    code, shown, _ = run("eval", first, f"val={shards}", "--compare", second, "--out", out, *budget)
+    assert code == 0
+    flat = " ".join(shown.split())
+    assert "val, 5 % of R@5, text→image may be lost:" in flat
+    assert "2M vectors take" in flat
+    assert "report/index.html" in flat
+    files = {path.name for path in (out / "report").iterdir()}
+    assert files >= {"index.html", "report.md", "val.items.jsonl", "ranks.safetensors", "recall_by_dim.png"}
+    result = json.loads((out / "retrieval.json").read_text())
+    assert result["sets"]["val"]["analysis"]["advice"]["vectors"] == 2_000_000
+    assert "run1, PCA" in result["analysis"]["baselines"]["image_to_text"]
+    page = (out / "report" / "index.html").read_text()
+    assert page.count("data:image/webp") >= 5
+    assert "run1, PCA" in page
+
+    # Without a budget, a report or another model nothing but the scores is made, and they are the same.
+    code, shown, _ = run("eval", first, f"val={shards}", "--json")
+    plain = json.loads(shown)
+    assert "analysis" not in plain
+    assert plain["dims"] == result["dims"]
+
+    code, shown, _ = run("eval", second, f"val={shards}", "--out", tmp_path / "twin", "--json")
+    assert json.loads(shown)["analysis"]["advice"]["budget"]["recall_drop"] == 0.01
+    code, shown, _ = run("compare", out, tmp_path / "twin", "--json")
+    compared = json.loads(shown)
+    assert compared["runs"] == ["scores", "twin"]
+    assert compared["sets"]["val"]["image_to_text"]["8"]["R@10"]["twin"]["lead"]["low"] <= 0.5
+    assert run("compare", out)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--budget", "1%"), "budget: '1%' is not understood; write it as recall_drop=1%"),
+        (("--vectors", "lots"), "vectors: 'lots' is no number of vectors such as 100M"),
+        (("--compare", "nowhere"), "model: nowhere does not exist"),
+        (("--budget", "recall_drop=1%", "--directions", "image_to_image"), "budget: needs both directions"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_embedded(
+    models: tuple[Path, Path],
+    shards: Path,
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    says: str,
+) -> None:
+    monkeypatch.setattr("mmrl.evaluate.sets.embed", None)  # would raise TypeError
+    code, _, error = run("eval", models[0], shards, *options)
+    assert code == 2
+    assert says in error
+    assert error.count("\n") == 1
