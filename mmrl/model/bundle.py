@@ -53,6 +53,8 @@ class Bundle:
     """Length of the vectors that the model gives."""
     nested_dims: tuple[int, ...]
     """Prefixes that were trained, ascending; those beyond `dim` are gone."""
+    named_cfg: dict[str, Any]
+    """`model_cfg` with a Hugging Face text tower's name as it was given; there it is a folder where its config lies."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """The weights, on the CPU and apart from the model's own memory."""
@@ -62,7 +64,7 @@ class Bundle:
 def of_towers(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ...]) -> Bundle:
     """The bundle of a model just built (or trained since) from `built`."""
     dim = built.embed_dim
-    return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, dim, nested_dims)
+    return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, dim, nested_dims, built.model_cfg)
 
 
 def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: dict[str, Any]) -> dict[str, Any]:
@@ -80,12 +82,12 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
         "version": VERSION,
         "layout": "bundle",
         "dim": bundle.dim,
-        "full_dim": bundle.model_cfg["embed_dim"],
+        "full_dim": bundle.named_cfg["embed_dim"],
         "nested_dims": list(bundle.nested_dims),
         "normalisation": "L2, after cutting to any of the dims",
         "image": bundle.image_spec.to_json(),
         "tokenizer": tokenizer,
-        "model_cfg": bundle.model_cfg,
+        "model_cfg": bundle.named_cfg,
         "weights_sha256": files[WEIGHTS],
         "source": source,
         "files": files,
@@ -126,6 +128,7 @@ def load(folder: Path) -> Bundle:
         model_cfg=towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL),
         dim=manifest["dim"],
         nested_dims=tuple(manifest["nested_dims"]),
+        named_cfg=manifest["model_cfg"],
     )
 
 
