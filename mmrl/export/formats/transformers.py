@@ -102,7 +102,7 @@ def model_config(cut: Cut) -> dict[str, Any]:
         "architectures": ["CLIPModel"],
         "dtype": "float32",
         "projection_dim": dim,
-        "logit_scale_init_value": float(cut.bundle.model.log_logit_scale[-1]),
+        "logit_scale_init_value": float(cut.bundle.model.log_logit_scale.detach()[-1]),
         "vision_config": {
             "model_type": "clip_vision_model",
             "image_size": cut.bundle.image_spec.height,
