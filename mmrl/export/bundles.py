@@ -154,8 +154,12 @@ def _beside(out: Path) -> Iterator[Path]:
     beside = out.parent / f".{out.name}.partial"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
+    usual = beside.stat().st_mode & 0o777
     try:
         yield beside
+        # Some writers leave files that only their owner may read, and a server runs as somebody else.
+        for path in (beside, *beside.rglob("*")):
+            path.chmod(usual if path.is_dir() else usual & 0o666)
         if out.exists():
             out.rmdir()
         beside.rename(out)

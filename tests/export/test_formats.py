@@ -21,6 +21,7 @@ import mmrl
 from mmrl.errors import InputError, RunStopped
 from mmrl.export import bundles, contract
 from mmrl.export.formats import base
+from mmrl.export.summary import line
 from mmrl.model.manifest import hash_files, read_manifest, write_manifest
 
 PAGE = Path(__file__).parent / "clip.mjs"
@@ -76,6 +77,11 @@ def test_stock_open_clip_opens_the_folder(source: Path, expected: dict[str, np.n
     )
     same(model.encode_text(tokenizer(TEXTS)), expected["texts"], 8, within=1e-6)
     same_by_mmrl(tmp_path / "out", expected, within=1e-6)
+    # Readable as any new file is.
+    (tmp_path / "new").touch()
+    assert (
+        len({path.stat().st_mode for path in (tmp_path / "out").glob("*.*")} | {(tmp_path / "new").stat().st_mode}) == 1
+    )
 
 
 @torch.inference_mode()
@@ -185,6 +191,16 @@ def test_variants_are_measured_and_chosen_by_what_they_lose(graphs: Path, expect
         assert one["recall"]["count"] == 48
     lost = manifest["variants"]["int8"]["recall"]["relative_loss"]
     assert manifest["graphs"]["default"] == ("int8" if lost <= 0.01 else "fp16")
+
+
+def test_the_command_tells_each_variant_apart(graphs: Path) -> None:
+    manifest = read_manifest(graphs)
+    first, *others = line(graphs, manifest).splitlines()
+    assert "8-d encoder" in first
+    assert [text.split(":")[0].strip() for text in others] == ["fp32", "fp16", "int8"]
+    assert sum("opened by default" in text for text in others) == 1
+    del manifest["variants"]["int8"]["recall"]
+    assert "--measure SHARDS" in line(graphs, manifest).splitlines()[-1]
 
 
 def test_the_default_is_what_holds_its_recall() -> None:
