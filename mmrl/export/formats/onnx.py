@@ -65,7 +65,8 @@ def reopen(folder: Path, variant: str | None) -> Reopened:
 
     def tokens(tokens_BL: torch.Tensor) -> Any:
         if one.graphs["any_length"]:
-            tokens_BL = tokens_BL[:, : max(2, int((tokens_BL != pad).sum(1).max()))]
+            # To the longest text's end; a pad's id within a text is a word ("!" is 0).
+            tokens_BL = tokens_BL[:, : int((tokens_BL != pad).nonzero()[:, 1].max()) + 1]
         return one.encode_tokens(tokens_BL.numpy())
 
     return Reopened(
