@@ -22,6 +22,7 @@ from mmrl.errors import InputError, RunStopped
 from mmrl.export import bundles, contract
 from mmrl.export.formats import base
 from mmrl.export.summary import line
+from mmrl.model import bundle
 from mmrl.model.manifest import hash_files, read_manifest, write_manifest
 
 PAGE = Path(__file__).parent / "clip.mjs"
@@ -173,6 +174,14 @@ def test_graphs_take_any_batch_and_any_dim(graphs: Path, expected: dict[str, np.
     many = whole.encode_texts(TEXTS * 7, batch_size=21)
     np.testing.assert_allclose(many, np.tile(many[:3], (7, 1)), atol=1e-6)
     assert whole.encode_texts([]).shape == (0, 8)
+
+
+def test_a_word_may_have_the_pads_id(source: Path, graphs: Path) -> None:
+    texts = ["! ! !", "a ! b ! c", "x"]
+    expected, tokens = mmrl.load(source).encode_texts(texts), bundle.load(source).tokenise(texts)
+    assert (tokens[0] == 0).sum() > tokens.shape[1] - 3  # "!" has the id that open_clip pads with
+    same(mmrl.load(graphs, variant="fp32").encode_texts(texts), expected, 8)
+    same(base.named("onnx").reopen(graphs, "fp32").tokens(tokens), expected, 8)
 
 
 def test_variants_are_measured_and_chosen_by_what_they_lose(graphs: Path, expected: dict[str, np.ndarray]) -> None:
