@@ -320,12 +320,13 @@ def test_formats_that_a_tower_does_not_allow_are_refused(hf_model: Path, source:
         with pytest.raises(InputError, match=says) as error:
             bundles.export(model, tmp_path / "out", [8], format)
         assert "\n" not in str(error.value)
-    for keywords, says in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"quantize": ["int8"]}, "quantize: the format bundle has float32 weights alone"),
         ({"measure_shards": "x"}, "measure: the format bundle"),
         ({"format": "onnx", "quantize": ["int4"]}, "quantize: 'int4' is not known; allowed: fp16, int8"),
         ({"check_shards": "nowhere.tar"}, "nowhere.tar does not exist"),
-    ):
+    ]
+    for keywords, says in mistakes:
         with pytest.raises(InputError, match=says):
             bundles.export(str(source), tmp_path / "out", [8], **keywords)
     assert not (tmp_path / "out").exists()
