@@ -142,23 +142,37 @@ def export(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")],
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D for each dim where several are given")],
     dim: Annotated[str, typer.Option(help="Such as 128, or 512,128")],
-    format: Annotated[str, typer.Option(help="bundle: weights, manifest, tokenizer, for mmrl.load")] = "bundle",
+    format: Annotated[
+        str, typer.Option(help="bundle, open_clip, onnx, sentence_transformers, transformers or transformers.js")
+    ] = "bundle",
+    quantize: Annotated[
+        str | None, typer.Option(help="Of ONNX graphs: fp16, int8 or both (fp16,int8), beside float32")
+    ] = None,
+    check_shards: Annotated[
+        str | None, typer.Option(help="Samples that the export is checked on; the starter set's when left out")
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="Shards to measure each variant's recall on; int8 becomes the default if it holds"),
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="For the model card, such as apache-2.0")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the encoder whose vectors are the first DIM numbers, with its projections really cut."""
-    from mmrl.export.bundles import export_bundle
+    """Write the encoder whose vectors are the first DIM numbers, with its projections really cut (layers are not)."""
+    from mmrl.export.bundles import export as export_encoders
+    from mmrl.export.summary import line
 
-    if format != "bundle":
-        raise InputError(f"format: {format!r} is not written yet; allowed: bundle.")
-    dims = _numbers("dim", dim) or []
-    manifests = {}
-    for d in dims:
-        folder = out if len(dims) == 1 else out / str(d)
-        manifests[str(d)] = export_bundle(model, folder, d)
-        if not as_json:
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            worst = manifests[str(d)]["contract"]["worst_absolute_difference"]
-            print(f"{folder}: {d}-d encoder, {size / 1e6:.1f} MB; differs from the full model's prefix by {worst:.0e}")
+    manifests = export_encoders(
+        model,
+        out,
+        _numbers("dim", dim) or [],
+        format,
+        quantize=(quantize or "").split(",") if quantize else (),
+        check_shards=check_shards,
+        measure_shards=measure,
+        licence=license,
+        on_done=None if as_json else lambda folder, manifest: print(line(folder, manifest)),
+    )
     if as_json:
         print(json.dumps(manifests, indent=2))
 

@@ -90,9 +90,12 @@ def test_eval_and_export_name_what_is_wrong(
     assert "dims: 300 is out of range" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "300")
     assert "no list of numbers" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "big")
     assert "two sets are called" in said(capsys, monkeypatch, "eval", model, shards, shards)
-    assert "'onnx' is not written yet; allowed: bundle" in said(
-        capsys, monkeypatch, "export", model, tmp_path / "out", "--dim", "8", "--format", "onnx"
+    export = ("export", model, tmp_path / "out", "--dim", "8")
+    assert "there is no 'open-clip'. Did you mean 'open_clip'?" in said(
+        capsys, monkeypatch, *export, "--format", "open-clip"
     )
+    assert "quantize: the format bundle has float32" in said(capsys, monkeypatch, *export, "--quantize", "int8")
+    assert "this model has vision_cfg.timm_model_name" in said(capsys, monkeypatch, *export, "--format", "transformers")
     assert "dim: 0 is out of range" in said(capsys, monkeypatch, "export", model, tmp_path / "out", "--dim", "0")
 
 

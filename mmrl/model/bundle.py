@@ -9,8 +9,6 @@
 Reading it needs torch, open_clip and safetensors: no training code, no network, no pickles.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mmrl.errors import InputError
 from mmrl.image_spec import ImageSpec
-from mmrl.model import towers, two_tower
+from mmrl.model import layouts, towers, two_tower
+from mmrl.model.manifest import (
+    FORMAT,
+    VERSION,
+    check_files,
+    find,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from mmrl.model.manifest import MANIFEST as MANIFEST
+from mmrl.model.manifest import origin as origin
 from mmrl.model.towers import Side, TokeniseList, Towers
 from mmrl.model.two_tower import Encoder, LogitScaleConfig, MatryoshkaCLIP, added_projection
 from mmrl.nesting import check_dims
 
-FORMAT, VERSION = "mmrl-bundle", 1
-MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+WEIGHTS = layouts.LAYOUTS["bundle"].weights
 _TOKENIZER, _TEXT_MODEL = "tokenizer", "text_model"
 _SCALE, _BIAS = "log_logit_scale", "logit_bias"
 
@@ -46,6 +53,8 @@ class Bundle:
     """Length of the vectors that the model gives."""
     nested_dims: tuple[int, ...]
     """Prefixes that were trained, ascending; those beyond `dim` are gone."""
+    named_cfg: dict[str, Any]
+    """`model_cfg` with a Hugging Face text tower's name as it was given; there it is a folder where its config lies."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """The weights, on the CPU and apart from the model's own memory."""
@@ -55,7 +64,7 @@ class Bundle:
 def of_towers(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ...]) -> Bundle:
     """The bundle of a model just built (or trained since) from `built`."""
     dim = built.embed_dim
-    return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, dim, nested_dims)
+    return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, dim, nested_dims, built.model_cfg)
 
 
 def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: dict[str, Any]) -> dict[str, Any]:
@@ -67,66 +76,24 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
         raise OSError(str(error)) from error
     tokenizer = bundle.tokenise.save(folder / _TOKENIZER)
     towers.save_text_config(bundle.model.text.tower, folder / _TEXT_MODEL)
+    files = hash_files(folder, (WEIGHTS, _TOKENIZER, _TEXT_MODEL))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
+        "layout": "bundle",
         "dim": bundle.dim,
-        "full_dim": bundle.model_cfg["embed_dim"],
+        "full_dim": bundle.named_cfg["embed_dim"],
         "nested_dims": list(bundle.nested_dims),
         "normalisation": "L2, after cutting to any of the dims",
         "image": bundle.image_spec.to_json(),
         "tokenizer": tokenizer,
-        "model_cfg": bundle.model_cfg,
-        "weights_sha256": sha256(folder / WEIGHTS),
+        "model_cfg": bundle.named_cfg,
+        "weights_sha256": files[WEIGHTS],
         "source": source,
+        "files": files,
     }
     write_manifest(folder, manifest)
     return manifest
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """(Re)writes a bundle's manifest."""
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A bundle's manifest.
-
-    Raises:
-        InputError: the folder is no bundle, or one of a version that this code does not read.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no encoder: it has no {MANIFEST}.") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / MANIFEST} is not JSON ({error}); export the encoder again.") from None
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        found = f"{manifest.get('format')} version {manifest.get('version')}"
-        raise InputError(f"{folder / MANIFEST} is {found}; this mmrl reads {FORMAT} version {VERSION}.")
-    return manifest
-
-
-def origin(manifest: dict[str, Any]) -> str:
-    """The hash of the weights that this encoder was cut from (its own, if it was not cut)."""
-    return manifest["source"].get("weights_sha256", manifest["weights_sha256"])
-
-
-def find(model: str | Path) -> Path:
-    """The bundle that MODEL names: a run folder (its best checkpoint, else its last), a checkpoint, or a bundle.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = Path(model)
-    for candidate in (path, path / "checkpoints" / "best", path / "checkpoints" / "last"):
-        if (candidate / MANIFEST).is_file():
-            return candidate
-    if not path.exists():
-        raise InputError(f"model: {path} does not exist; give a run folder, a checkpoint or an exported folder.")
-    if (path / "config.yaml").is_file():
-        raise InputError(f"model: the run {path} has no checkpoint yet.")
-    raise InputError(f"model: {path} is neither a run folder, a checkpoint nor an exported encoder.")
 
 
 def open_model(model: str | Path) -> Bundle:
@@ -161,6 +128,7 @@ def load(folder: Path) -> Bundle:
         model_cfg=towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL),
         dim=manifest["dim"],
         nested_dims=tuple(manifest["nested_dims"]),
+        named_cfg=manifest["model_cfg"],
     )
 
 
@@ -192,13 +160,15 @@ def _build_encoder(folder: Path, manifest: dict[str, Any], side: Side) -> Encode
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A bundle's weights, after the check of their hash."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{folder} is incomplete: {WEIGHTS} is missing.")
-    if sha256(path) != manifest["weights_sha256"]:
-        raise InputError(f"{path} is not the file that {MANIFEST} was written for; export the encoder again.")
-    return load_file(path)
+    """An encoder's weights under our names, after the check of its files.
+
+    Raises:
+        InputError: a file is missing or another than it was, or the layout has no weights.
+    """
+    layout = layouts.of_manifest(manifest, folder)
+    # Of version 1 the weights' hash is the only one.
+    check_files(folder, {"files": {layout.weights: manifest["weights_sha256"], **manifest["files"]}})
+    return layout.to_ours(load_file(folder / layout.weights))
 
 
 def cut_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
@@ -245,9 +215,3 @@ def embedding_axes(model_cfg: dict[str, Any]) -> dict[str, int]:
 def kept_dims(nested_dims: Sequence[int], dim: int) -> tuple[int, ...]:
     """The trained prefixes that a cut to `dim` leaves."""
     return tuple(d for d in nested_dims if d <= dim)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

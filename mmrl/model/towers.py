@@ -123,7 +123,7 @@ def build(config: TowersConfig) -> Towers:
 
     name = _register(config.name)
     model_cfg = read_model_cfg(config.name)
-    with _quiet():
+    with quiet():
         try:
             model = open_clip.create_model(
                 name,
@@ -183,7 +183,7 @@ def tokenise_of(name: str) -> TokeniseList:
     import open_clip
 
     read_model_cfg(name)
-    with _quiet():
+    with quiet():
         try:
             return TokeniseList(open_clip.get_tokenizer(_register(name)))
         except Exception as error:  # transformers raises many kinds
@@ -233,7 +233,7 @@ def build_tower(model_cfg: dict[str, Any], side: Side, embed_dim: int) -> nn.Mod
     from open_clip import model as open_clip_model
 
     quick_gelu = model_cfg.get("quick_gelu", False)
-    with _quiet():
+    with quiet():
         if side == "image":
             vision_cfg = open_clip_model.CLIPVisionCfg(**{**model_cfg["vision_cfg"], "timm_model_pretrained": False})
             return open_clip_model._build_vision_tower(embed_dim, vision_cfg, quick_gelu)
@@ -346,7 +346,7 @@ def _checkpoint_gradients(towers: dict[Side, nn.Module]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """open_clip reports each step of a build, and warns of random weights even where they are wanted."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

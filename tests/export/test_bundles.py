@@ -7,39 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import TINY_MODEL, drawing
+from conftest import TINY_MODEL
+from stored import PICTURES, TEXTS, prefix, stored
 
 import mmrl
 from mmrl.errors import InputError
 from mmrl.export.bundles import export_bundle
-from mmrl.model import bundle, towers, two_tower
-from mmrl.model.towers import TowersConfig
-from mmrl.model.two_tower import LogitScaleConfig
-
-TEXTS = ["a red square", "green stripes", "x"]
-PICTURES = [drawing(number, size)[0] for number, size in enumerate((32, 40, 64))]
-
-
-def stored(name: str, folder: Path, per_dim: bool = False) -> Path:
-    """A bundle of random weights, nested at 4, 8 and 16."""
-    torch.manual_seed(1)
-    built = towers.build(TowersConfig(name=name))
-    model = two_tower.from_towers(built, LogitScaleConfig(per_dim=per_dim), 3)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    one = bundle.of_towers(model, built, (4, 8, 16))
-    bundle.save(one, folder, one.state(), {"step": 5})
-    return folder
+from mmrl.model import bundle
 
 
 @pytest.fixture(scope="module")
 def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stored(str(tiny_model), tmp_path_factory.mktemp("source"), per_dim=True)
-
-
-def prefix(vectors: np.ndarray, dim: int) -> np.ndarray:
-    return vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("dim", [16, 8, 5])

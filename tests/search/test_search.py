@@ -327,7 +327,7 @@ def test_a_wrong_query_is_named(place: Path, text: str | None, options: dict[str
 def test_what_is_no_index_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no index: it has no manifest\.json; make one with mmrl index"):
         open_index(tmp_path)
-    with pytest.raises(InputError, match="is mmrl-bundle version 1; this mmrl reads mmrl-index version 1"):
+    with pytest.raises(InputError, match="is mmrl-bundle version 2; this mmrl reads mmrl-index version 1"):
         open_index(place / "model")
     for name in (indexes.MANIFEST, indexes.ITEMS):
         (tmp_path / name).write_bytes((place / "index" / name).read_bytes())

@@ -1,0 +1,20 @@
+"""Libraries that only some formats need."""
+
+from importlib.util import find_spec
+
+from mmrl.errors import InputError
+
+_EXTRA_OF = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "sentence_transformers": "sentence-transformers",
+}
+
+
+def need(*modules: str) -> None:
+    """Raises InputError, with the pip command, where one of these libraries is not installed."""
+    for module in modules:
+        if find_spec(module) is None:
+            name = module.replace("_", "-")
+            raise InputError(f"{name} is not installed; pip install 'mmrl-clip[{_EXTRA_OF[module]}]'")

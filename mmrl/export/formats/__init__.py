@@ -1,0 +1,1 @@
+"""What `mmrl export --format` writes, one file a format; `base` has the registry."""

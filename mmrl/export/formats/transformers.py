@@ -1,0 +1,189 @@
+"""`transformers`: a CLIPModel with its CLIPProcessor, for towers that CLIPModel can be: open_clip's own plain ViT and
+text transformer."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mmrl.errors import InputError
+from mmrl.export import tokenizer_json
+from mmrl.export.contract import Reopened
+from mmrl.export.formats.base import Cut, Format
+from mmrl.image_spec import ImageSpec
+from mmrl.model import layouts
+from mmrl.model.bundle import Bundle
+from mmrl.model.manifest import read_manifest
+
+# What a tower's config may say: any value (...), or only those that CLIPModel has.
+_VISION: dict[str, Any] = {
+    **dict.fromkeys(("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"), ...),
+    "timm_model_pretrained": ...,
+    "ls_init_value": (None,),
+    "attentional_pool": (False,),
+    "pool_type": ("tok",),
+    "pos_embed_type": ("learnable",),
+    "no_ln_pre": (False,),
+    "final_ln_after_pool": ...,  # the same numbers where one token is read
+    "output_tokens": (False,),
+}
+_TEXT: dict[str, Any] = {
+    **dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), ...),
+    **dict.fromkeys(("hf_model_pretrained", "hf_tokenizer_name", "tokenizer_kwargs"), (None, False, "", {})),
+    "ls_init_value": (None,),
+    "embed_cls": (False,),
+    "no_causal_mask": (False,),
+    "pool_type": ("argmax",),
+    "proj_type": ("linear",),
+    "proj_bias": (False,),
+    "output_tokens": (False,),
+}
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
+
+def check_architecture(whole: Bundle, format: str) -> None:
+    """Raises InputError, naming the setting, where CLIPModel cannot be these towers."""
+    for section, allowed in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
+        for name, value in whole.named_cfg[section].items():
+            values = allowed.get(name, (None,))
+            of_resnet = name == "layers" and not isinstance(value, int)
+            if of_resnet or (values is not ... and value not in values):
+                raise InputError(
+                    f"format: {format} knows CLIP's plain ViT and text transformer alone, and this model has "
+                    f"{section}.{name}: {value!r}; allowed: bundle, open_clip, onnx, transformers.js."
+                )
+    tokenizer_json.check(whole, format)
+    check_preprocessing(whole.image_spec, format)
+
+
+def check_preprocessing(spec: ImageSpec, format: str) -> None:
+    """Raises InputError where CLIPImageProcessor cannot fit pictures this way."""
+    if spec.resize_mode == "longest" or spec.height != spec.width:
+        raise InputError(
+            f"format: {format} fits pictures to squares, by 'shortest' or 'squash', and this model takes "
+            f"{spec.height}x{spec.width} by {spec.resize_mode!r}; allowed: bundle, open_clip, onnx."
+        )
+
+
+def write_preprocessing(spec: ImageSpec, folder: Path) -> dict[str, Any]:
+    """FOLDER/preprocessor_config.json; returns what it holds."""
+    side = {"height": spec.height, "width": spec.width}
+    config = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side if spec.resize_mode == "squash" else {"shortest_edge": spec.height},
+        "resample": _RESAMPLE[spec.interpolation],
+        "do_center_crop": spec.resize_mode == "shortest",
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def model_config(cut: Cut) -> dict[str, Any]:
+    """CLIPModel's config.json."""
+    vision, text, dim = cut.manifest["model_cfg"]["vision_cfg"], cut.manifest["model_cfg"]["text_cfg"], cut.bundle.dim
+    act = "quick_gelu" if cut.manifest["model_cfg"].get("quick_gelu") else "gelu"
+    width, text_width = vision.get("width", 768), text.get("width", 512)
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "dtype": "float32",
+        "projection_dim": dim,
+        "logit_scale_init_value": float(cut.bundle.model.log_logit_scale.detach()[-1]),
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": cut.bundle.image_spec.height,
+            "patch_size": vision.get("patch_size", 16),
+            "hidden_size": width,
+            "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": vision.get("layers", 12),
+            "num_attention_heads": width // vision.get("head_width", 64),
+            "projection_dim": dim,
+            "hidden_act": act,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": text.get("vocab_size", 49408),
+            "max_position_embeddings": text.get("context_length", 77),
+            "hidden_size": text_width,
+            "intermediate_size": int(text_width * text.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": text.get("layers", 12),
+            "num_attention_heads": text.get("heads", 8),
+            "projection_dim": dim,
+            "hidden_act": act,
+            "bos_token_id": cut.bundle.tokenise.tokenizer.sot_token_id,
+            "eos_token_id": cut.bundle.tokenise.tokenizer.eot_token_id,
+            "pad_token_id": cut.bundle.tokenise.tokenizer.eot_token_id,
+        },
+    }
+
+
+def write(cut: Cut, folder: Path, variants: Sequence[str]) -> None:
+    """Writes what `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` read."""
+    layout = layouts.LAYOUTS["transformers"]
+    save_file(layout.to_theirs(cut.bundle.state()), folder / layout.weights, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model_config(cut), indent=2) + "\n")
+    tokenizer_json.write(cut.bundle, cut.folder, folder)
+    tokenizer_json.write_config(cut.bundle.tokenise.context_length, folder)
+    pictures = write_preprocessing(cut.bundle.image_spec, folder)
+    processor = {"processor_class": "CLIPProcessor", "image_processor": pictures}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    shutil.copytree(cut.folder / "tokenizer", folder / "tokenizer")  # by which mmrl opens the folder
+
+
+def _reopen(folder: Path, variant: str | None) -> Reopened:
+    import transformers
+
+    model: Any = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor: Any = transformers.CLIPProcessor.from_pretrained(folder)
+    spec = ImageSpec.from_json(read_manifest(folder)["image"])
+
+    @torch.inference_mode()
+    def pixels(pixels_BCHW: torch.Tensor) -> np.ndarray:
+        return model.get_image_features(pixel_values=spec.normalise(pixels_BCHW)).pooler_output.numpy()
+
+    @torch.inference_mode()
+    def tokens(tokens_BL: torch.Tensor) -> np.ndarray:
+        return model.get_text_features(input_ids=tokens_BL).pooler_output.numpy()
+
+    @torch.inference_mode()
+    def images(pictures: list[Image.Image]) -> np.ndarray:
+        return model.get_image_features(**processor(images=pictures, return_tensors="pt")).pooler_output.numpy()
+
+    @torch.inference_mode()
+    def texts(texts: list[str]) -> np.ndarray:
+        inputs = processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+        return model.get_text_features(**inputs).pooler_output.numpy()
+
+    return Reopened(f"transformers {transformers.__version__}", pixels, tokens, images, texts)
+
+
+FORMAT = Format(
+    name="transformers",
+    check=lambda whole: check_architecture(whole, "transformers"),
+    write=write,
+    reopen=_reopen,
+    allowed=1e-5,
+    usage="""```python
+from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+inputs = processor(text=["a red shoe"], return_tensors="pt", padding=True, truncation=True)
+vectors = model.get_text_features(**inputs).pooler_output  # not yet of length 1
+```
+""",
+    library="transformers",
+)

@@ -1,0 +1,122 @@
+"""ONNX graphs beside torch, run by hand:
+
+    python tests/benchmarks/export.py [--model open_clip:ViT-B-32] [--dim 128] [--rounds 15] [--folder DIR]
+
+Exports MODEL once with all variants (into DIR, where it is taken from next time), then times one picture and one text
+through torch eager and through onnxruntime, one thread each, in turns within one process. Each row shows the median
+and the median of its ratios to torch within the same round. Times are processor time of the thread, which other
+processes hardly change; wall time is shown beside it. At the end: a new process from its start to the first vector.
+
+Weights of `open_clip:NAME` are random: good for times, and for nothing that is said about 8 bits' recall.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from mmrl.export import bundles
+from mmrl.export.standalone import Encoder
+from mmrl.model import bundle
+from mmrl.nesting import cut
+
+_FIRST = """
+import time
+began = time.perf_counter()
+import sys, mmrl
+encoder = mmrl.load(sys.argv[1], towers=sys.argv[2], variant="fp32")
+encoder.encode_texts(["red running shoes"]) if sys.argv[2] == "text" else encoder.encode_images([sys.argv[3]])
+print(time.perf_counter() - began, time.process_time())
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="open_clip:ViT-B-32")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = (options.folder or Path(tempfile.mkdtemp(prefix="mmrl-export-"))) / "onnx"
+    if not folder.exists():
+        bundles.export(options.model, folder, [options.dim], "onnx", quantize=["fp16", "int8"])
+    whole = bundle.open_model(options.model)
+    spec = whole.image_spec
+    pixels = torch.randint(0, 256, (1, 3, spec.height, spec.width), dtype=torch.uint8)
+    graphs = {name: Encoder(folder, variant=name, threads=1) for name in ("fp32", "fp16", "int8")}
+    short = ["red running shoes"]
+    full = whole.tokenise(short)
+    print(f"{options.model}, {options.dim}-d, one thread, {torch.__version__}; load {os.getloadavg()[0]:.1f}")
+
+    @torch.inference_mode()
+    def image() -> object:
+        return cut(whole.model.encode_image(pixels), options.dim).numpy()
+
+    @torch.inference_mode()
+    def text() -> object:
+        return cut(whole.model.encode_text(full), options.dim).numpy()
+
+    few = graphs["fp32"].tokenise(short)
+    length = whole.tokenise.context_length
+    compare("one picture", {"torch": image, **_of(graphs, "encode_pixels", pixels.numpy())}, options.rounds)
+    compare(f"one text, {length} tokens", {"torch": text, **_of(graphs, "encode_tokens", full.numpy())}, options.rounds)
+    compare(
+        f"one text, its {few.shape[1]} tokens", {"torch": text, **_of(graphs, "encode_tokens", few)}, options.rounds
+    )
+    first_vector(folder, spec.height)
+
+
+def _of(graphs: dict[str, Encoder], call: str, inputs: np.ndarray) -> dict[str, Callable[[], object]]:
+    return {f"ONNX {name}": lambda one=one: getattr(one, call)(inputs) for name, one in graphs.items()}
+
+
+def compare(title: str, rows: dict[str, Callable[[], object]], rounds: int) -> None:
+    """Runs the rows in turns, forwards and backwards, and prints them beside the first, and beside ONNX fp32."""
+    cpu: dict[str, list[float]] = defaultdict(list)
+    wall: dict[str, list[float]] = defaultdict(list)
+    for call in rows.values():
+        call()
+    for number in range(rounds):
+        for name in list(rows)[:: 1 if number % 2 else -1]:
+            began, used = time.perf_counter(), time.process_time()
+            rows[name]()
+            cpu[name].append(time.process_time() - used)
+            wall[name].append(time.perf_counter() - began)
+    print(f"\n{title:<28}   ms   wall ms   x torch   x ONNX fp32")
+    for name in rows:
+        ratios = [
+            statistics.median(a / b for a, b in zip(cpu[base], cpu[name], strict=True))
+            for base in ("torch", "ONNX fp32")
+        ]
+        ms, wall_ms = (1000 * statistics.median(times[name]) for times in (cpu, wall))
+        print(f"  {name:<26} {ms:6.1f} {wall_ms:7.1f} {ratios[0]:9.2f} {ratios[1]:9.2f}")
+
+
+def first_vector(folder: Path, side: int) -> None:
+    """A new process: from its start to the first vector of one tower, the best of three."""
+    from PIL import Image
+
+    picture = folder.parent / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(picture)
+    print("\nload to first vector, s       wall       processor")
+    for tower in ("text", "image"):
+        command = [sys.executable, "-c", _FIRST, str(folder), tower, str(picture)]
+        runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(3)]
+        wall, cpu = (min(float(run[place]) for run in runs) for place in (0, 1))
+        print(f"  {tower:<26} {wall:6.2f} {cpu:12.2f}")
+
+
+if __name__ == "__main__":
+    main()

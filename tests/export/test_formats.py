@@ -1,0 +1,404 @@
+"""Each format, opened by the tool that it is for: its vectors are the prefix of the source's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_MODEL
+from stored import PICTURES, TEXTS, prefix, stored
+
+import mmrl
+from mmrl.errors import InputError, RunStopped
+from mmrl.export import bundles, contract
+from mmrl.export.formats import base
+from mmrl.export.summary import line
+from mmrl.model import bundle
+from mmrl.model.manifest import hash_files, read_manifest, write_manifest
+
+PAGE = Path(__file__).parent / "clip.mjs"
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stored(str(tiny_model), tmp_path_factory.mktemp("source"), per_dim=True)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path) -> dict[str, np.ndarray]:
+    """The source's own vectors, whole."""
+    whole = mmrl.load(source)
+    return {"images": whole.encode_images(PICTURES), "texts": whole.encode_texts(TEXTS)}
+
+
+@pytest.fixture(scope="module")
+def graphs(source: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX export of dim 8 with all variants, measured."""
+    out = tmp_path_factory.mktemp("graphs") / "online"
+    bundles.export(str(source), out, [8], "onnx", quantize=["fp16", "int8"], measure_shards=str(shards))
+    return out
+
+
+def same(vectors: Any, whole: np.ndarray, dim: int, within: float = 1e-5) -> None:
+    """`vectors` (of any length) are the prefix of the source's."""
+    array = np.asarray(vectors)
+    assert array.shape == (3, dim)
+    np.testing.assert_allclose(prefix(array, dim), prefix(whole, dim), atol=within)
+
+
+def same_by_mmrl(folder: Path, expected: dict[str, np.ndarray], within: float = 1e-5) -> None:
+    """mmrl.load opens the folder too."""
+    again = mmrl.load(folder)
+    assert again.nested_dims == (4, 8)
+    same(again.encode_images(PICTURES), expected["images"], 8, within)
+    same(again.encode_texts(TEXTS), expected["texts"], 8, within)
+
+
+@torch.inference_mode()
+def test_stock_open_clip_opens_the_folder(source: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    bundles.export(str(source), tmp_path / "out", [8], "open_clip")
+    model: Any
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    assert model.eval().visual.proj.shape == (32, 8)
+    fit: Any = preprocess
+    # The first picture has the tower's size; the others are fitted by Pillow there, within two levels.
+    same(model.encode_image(torch.stack([fit(one) for one in PICTURES])), expected["images"], 8, within=0.05)
+    np.testing.assert_allclose(
+        F.normalize(model.encode_image(fit(PICTURES[0])[None]), dim=1), prefix(expected["images"][:1], 8), atol=1e-6
+    )
+    same(model.encode_text(tokenizer(TEXTS)), expected["texts"], 8, within=1e-6)
+    same_by_mmrl(tmp_path / "out", expected, within=1e-6)
+    # Readable as any new file is.
+    (tmp_path / "new").touch()
+    assert (
+        len({path.stat().st_mode for path in (tmp_path / "out").glob("*.*")} | {(tmp_path / "new").stat().st_mode}) == 1
+    )
+
+
+@torch.inference_mode()
+def test_clip_model_and_its_processor_open_the_folder(
+    source: Path, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    from transformers import CLIPModel, CLIPProcessor
+
+    bundles.export(str(source), tmp_path / "out", [8], "transformers")
+    model: Any = CLIPModel.from_pretrained(tmp_path / "out").eval()
+    processor: Any = CLIPProcessor.from_pretrained(tmp_path / "out")
+    assert model.visual_projection.weight.shape == (8, 32)
+    texts = processor(text=TEXTS, return_tensors="pt", padding=True, truncation=True)
+    same(model.get_text_features(**texts).pooler_output, expected["texts"], 8)
+    pictures = processor(images=PICTURES, return_tensors="pt")
+    same(model.get_image_features(**pictures).pooler_output, expected["images"], 8, within=0.05)
+    long = processor(text=["word " * 50], return_tensors="pt", padding=True, truncation=True)
+    assert long["input_ids"].shape == (1, 12)
+    same_by_mmrl(tmp_path / "out", expected)
+
+
+def test_sentence_transformers_opens_the_folder_at_shorter_dims_too(
+    source: Path, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    bundles.export(str(source), tmp_path / "out", [8], "sentence_transformers")
+    for dim in (8, 4):
+        model: Any = SentenceTransformer(str(tmp_path / "out"), truncate_dim=dim, device="cpu")
+        assert model.get_embedding_dimension() == dim
+        same(model.encode(TEXTS), expected["texts"], dim)
+        same(model.encode(PICTURES), expected["images"], dim, within=0.05)
+        np.testing.assert_allclose(np.linalg.norm(model.encode(TEXTS, normalize_embeddings=True), axis=1), 1, atol=1e-6)
+    same_by_mmrl(tmp_path / "out", expected)
+
+
+_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["mmrl"] = None
+sys.path.insert(0, sys.argv[1])
+import numpy, PIL.Image
+from encoder import Encoder
+encoder = Encoder(sys.argv[1], variant="fp32")
+pictures = [PIL.Image.open(path) for path in sys.argv[3:]]
+numpy.savez(sys.argv[2], images=encoder.encode_images(pictures), texts=encoder.encode_texts(["a red square", "green stripes", "x"]),
+            alone=encoder.encode_texts(["x"]), paths=encoder.encode_images(sys.argv[3:]))
+assert not {name.partition(".")[0] for name in sys.modules} & {"open_clip", "transformers", "torchvision", "deepspeed"}
+"""  # noqa: E501
+
+
+def test_graphs_run_where_torch_cannot_be_imported(
+    graphs: Path, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    names = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for picture, name in zip(PICTURES, names, strict=True):
+        picture.save(name)
+    subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, str(graphs), str(tmp_path / "vectors.npz"), *names], check=True
+    )
+    found = np.load(tmp_path / "vectors.npz")
+    same(found["texts"], expected["texts"], 8)
+    same(found["images"], expected["images"], 8, within=0.05)
+    np.testing.assert_array_equal(found["paths"], found["images"])
+    # Shorter than in the batch above, where it was padded to the longest.
+    np.testing.assert_allclose(found["alone"], found["texts"][2:], atol=1e-6)
+
+
+_FIRST_VECTOR = """
+import sys, mmrl
+assert mmrl.load(sys.argv[1], towers="text").encode_texts(["a red square"]).shape == (1, 8)
+assert mmrl.load(sys.argv[1], dim=4).encode_images([sys.argv[2]]).shape == (1, 4)
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_mmrl_load_opens_graphs_without_torch(graphs: Path, tmp_path: Path) -> None:
+    PICTURES[0].save(tmp_path / "a.png")
+    subprocess.run([sys.executable, "-c", _FIRST_VECTOR, str(graphs), str(tmp_path / "a.png")], check=True)
+
+
+def test_graphs_take_any_batch_and_any_dim(graphs: Path, expected: dict[str, np.ndarray]) -> None:
+    whole, short = mmrl.load(graphs, variant="fp32"), mmrl.load(graphs, dim=4, variant="fp32")
+    same(whole.encode_images(PICTURES), expected["images"], 8, within=0.05)
+    pixels = torch.stack([whole.image_spec.pixels(picture) for picture in PICTURES])
+    same(whole.encode_pixels(pixels), expected["images"], 8)
+    same(whole.encode_pixels(pixels, batch_size=1), expected["images"], 8)
+    same(short.encode_texts(TEXTS), expected["texts"], 4)
+    same(short.encode_texts(TEXTS, batch_size=2), expected["texts"], 4)
+    many = whole.encode_texts(TEXTS * 7, batch_size=21)
+    np.testing.assert_allclose(many, np.tile(many[:3], (7, 1)), atol=1e-6)
+    assert whole.encode_texts([]).shape == (0, 8)
+
+
+def test_a_word_may_have_the_pads_id(source: Path, graphs: Path) -> None:
+    texts = ["!$ !% !~", "a !$", "x"]
+    expected, tokens = mmrl.load(source).encode_texts(texts), bundle.load(source).tokenise(texts)
+    assert (tokens[0, :8] == 0).sum() == 3  # "!" within a word has the id that open_clip pads with
+    same(mmrl.load(graphs, variant="fp32").encode_texts(texts), expected, 8)
+    same(base.named("onnx").reopen(graphs, "fp32").tokens(tokens), expected, 8)
+
+
+def test_variants_are_measured_and_chosen_by_what_they_lose(graphs: Path, expected: dict[str, np.ndarray]) -> None:
+    manifest = read_manifest(graphs)
+    assert set(manifest["variants"]) == {"fp32", "fp16", "int8"}
+    sizes = {name: one["megabytes"] for name, one in manifest["variants"].items()}
+    assert sizes["fp16"] < 0.6 * sizes["fp32"]
+    assert sizes["int8"] < 0.5 * sizes["fp32"]
+    for name, within in (("fp32", 1e-5), ("fp16", 1e-2), ("int8", 0.3)):
+        one = manifest["variants"][name]
+        vectors = mmrl.load(graphs, variant=name, towers="text").encode_texts(TEXTS)
+        same(vectors, expected["texts"], 8, within)
+        assert one["cosine_error"]["text"]["worst"] <= within
+        # The source's recall is mmrl's own, by the same weights.
+        assert one["recall"]["source"] == manifest["variants"]["fp32"]["recall"]["variant"]
+        assert one["recall"]["count"] == 48
+    lost = manifest["variants"]["int8"]["recall"]["relative_loss"]
+    assert manifest["graphs"]["default"] == ("int8" if lost <= 0.01 else "fp16")
+
+
+def test_the_command_tells_each_variant_apart(graphs: Path) -> None:
+    manifest = read_manifest(graphs)
+    first, *others = line(graphs, manifest).splitlines()
+    assert "8-d encoder" in first
+    assert [text.split(":")[0].strip() for text in others] == ["fp32", "fp16", "int8"]
+    assert sum("opened by default" in text for text in others) == 1
+    del manifest["variants"]["int8"]["recall"]
+    assert "--measure SHARDS" in line(graphs, manifest).splitlines()[-1]
+
+
+def test_the_default_is_what_holds_its_recall() -> None:
+    from mmrl.export.measure import default_variant
+
+    tiny = {"image": {"worst": 1e-6}, "text": {"worst": 1e-6}}
+    int8 = {"cosine_error": tiny}
+    assert default_variant({"int8": int8}, ["int8"]) == "fp32"  # not measured
+    assert default_variant({"int8": int8 | {"recall": {"relative_loss": 0.011}}}, ["int8"]) == "fp32"
+    assert default_variant({"int8": int8 | {"recall": {"relative_loss": 0.009}}}, ["int8"]) == "int8"
+    assert default_variant({"fp16": {"cosine_error": tiny}}, ["fp16"]) == "fp16"
+    assert default_variant({"fp16": {"cosine_error": {**tiny, "text": {"worst": 2e-4}}}}, ["fp16"]) == "fp32"
+
+
+def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
+    shutil.copytree(graphs, tmp_path / "online")
+    with pytest.raises(InputError, match=r"variant: .* has no 'int4'; it has fp32, fp16, int8"):
+        mmrl.load(tmp_path / "online", variant="int4")
+    with pytest.raises(InputError, match="dim: 9 is out of range"):
+        mmrl.load(tmp_path / "online", dim=9)
+    with pytest.raises(InputError, match="dtype: ONNX graphs compute"):
+        mmrl.load(tmp_path / "online", dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="this tower was not loaded"):
+        mmrl.load(tmp_path / "online", towers="image").encode_texts(["x"])
+    with pytest.raises(InputError, match="want a list of texts"):
+        mmrl.load(tmp_path / "online").encode_texts("x")
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"bad.jpg: no picture in a known format"):
+        mmrl.load(tmp_path / "online").encode_images([tmp_path / "bad.jpg"])
+    with pytest.raises(InputError, match="holds ONNX graphs, which give vectors but no weights"):
+        bundles.export_bundle(str(tmp_path / "online"), tmp_path / "out", 4)
+    with (tmp_path / "online" / "text.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match=r"text.onnx is not the file that manifest.json was written for"):
+        mmrl.load(tmp_path / "online", variant="fp32")
+    mmrl.load(tmp_path / "online", variant="fp32", towers="image")
+    (tmp_path / "online" / "image.onnx").unlink()
+    with pytest.raises(InputError, match=r"is incomplete: image.onnx is missing"):
+        mmrl.load(tmp_path / "online", variant="fp32")
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "bundle"])
+def test_a_changed_file_is_refused(source: Path, tmp_path: Path, layout: str) -> None:
+    bundles.export(str(source), tmp_path / "out", [8], layout)
+    file = tmp_path / "out" / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"bpe_simple_vocab_16e6.txt.gz is not the file that manifest.json"):
+        mmrl.load(tmp_path / "out")
+    with pytest.raises(InputError, match="has weights, no ONNX graphs"):
+        mmrl.load(tmp_path / "out", variant="int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 3}, "is mmrl-bundle version 3; this mmrl reads mmrl-bundle up to version 2"),
+        ({"format": "other"}, "is other version 2"),
+        ({"dim": 0}, "dim: Input should be greater than or equal to 1"),
+        ({"weights_sha256": "x"}, "weights_sha256: String should match"),
+        ({"files": {"../model.safetensors": "0" * 64}}, "files"),
+        ({"layout": "onnx"}, "graphs: must be there"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+    ],
+)
+def test_a_manifest_off_its_schema_is_refused(source: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    manifest = json.loads((source / "manifest.json").read_text()) | change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=says) as error:
+        mmrl.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_first_version_still_opens(source: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "old")
+    manifest = read_manifest(source) | {"version": 1}
+    write_manifest(tmp_path / "old", {name: v for name, v in manifest.items() if name not in ("layout", "files")})
+    np.testing.assert_array_equal(mmrl.load(tmp_path / "old").encode_texts(TEXTS), expected["texts"])
+
+
+def test_an_encoder_that_breaks_the_contract_is_not_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = base.named("bundle")
+
+    def off(folder: Path, variant: str | None) -> contract.Reopened:
+        opened = real.reopen(folder, variant)
+        noise = np.float32(1e-3) * np.arange(8, dtype=np.float32)
+        return replace(opened, tokens=lambda tokens_BL: opened.tokens(tokens_BL) + noise)
+
+    monkeypatch.setattr("mmrl.export.bundles.base.named", lambda _: replace(real, reopen=off))
+    with pytest.raises(RunStopped, match=r"differ from the source's prefix by .* nothing was written"):
+        bundles.export_bundle(str(source), tmp_path / "out", 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_that_a_tower_does_not_allow_are_refused(hf_model: Path, source: Path, tmp_path: Path) -> None:
+    vision = {"timm_model_name": "test_vit", "timm_proj": "none", "timm_pool": "token", "image_size": 160}
+    (tmp_path / "bare.json").write_text(json.dumps({**TINY_MODEL, "embed_dim": 64, "vision_cfg": vision}))
+    bare, bert = f"open_clip:{tmp_path / 'bare.json'}", f"open_clip:{hf_model}"
+    for model, format, says in (
+        (bare, "open_clip", "no place for the projection that mmrl added to this image tower"),
+        (bare, "transformers", "this model has vision_cfg.timm_model_name: 'test_vit'"),
+        (bert, "sentence_transformers", "this model has text_cfg.hf_model_name"),
+        (bert, "open_clip", "in a folder of this machine"),
+        (bert, "transformers.js", "want CLIP's own tokenizer"),
+        (bert, "tflite", "there is no 'tflite'"),
+    ):
+        with pytest.raises(InputError, match=says) as error:
+            bundles.export(model, tmp_path / "out", [8], format)
+        assert "\n" not in str(error.value)
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"quantize": ["int8"]}, "quantize: the format bundle has float32 weights alone"),
+        ({"measure_shards": "x"}, "measure: the format bundle"),
+        ({"format": "onnx", "quantize": ["int4"]}, "quantize: 'int4' is not known; allowed: fp16, int8"),
+        ({"check_shards": "nowhere.tar"}, "nowhere.tar does not exist"),
+    ]
+    for keywords, says in mistakes:
+        with pytest.raises(InputError, match=says):
+            bundles.export(str(source), tmp_path / "out", [8], **keywords)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_named_with_its_command(
+    source: Path, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrl.export.extras.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"onnx is not installed; pip install 'mmrl-clip\[export\]'"):
+        bundles.export(str(source), tmp_path / "out", [8], "onnx")
+    with pytest.raises(InputError, match=r"sentence-transformers is not installed; pip install 'mmrl-clip\[sentence-"):
+        bundles.export(str(source), tmp_path / "out", [8], "sentence_transformers")
+    with pytest.raises(InputError, match=r"onnxruntime is not installed"):
+        mmrl.load(graphs)
+
+
+def test_the_model_card_is_what_hubs_read(source: Path, graphs: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    run = tmp_path / "run"
+    shutil.copytree(source, run / "checkpoints" / "best")
+    (run / "config.yaml").write_text("run: x\nmodel: {name: tiny}\ndata: {train: 'shards/train'}\n")
+    scores = {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75}
+    both = {"image_to_text": scores, "text_to_image": scores}
+    values = {"dims": {"16": both, "8": both}, "num_images": 4, "num_texts": 4, "chance": both}
+    (run / "retrieval.json").write_text(json.dumps({**values, "sets": {"val": values}}))
+    bundles.export(str(run), tmp_path / "out", [8, 4], "bundle", licence="apache-2.0")
+    card = ModelCard.load(tmp_path / "out" / "8" / "README.md")
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "mmrl")  # pyright: ignore[reportAttributeAccessIssue]
+    assert "| 8 | 25.0 | 50.0 | 75.0 |" in card.text
+    assert "| 16 |" not in card.text
+    assert "`shards/train`" in card.text
+    assert 'mmrl.load("8")' in card.text
+    without = ModelCard.load(graphs / "README.md")
+    assert without.data.license == "other"  # pyright: ignore[reportAttributeAccessIssue]
+    assert "| int8" in without.text
+    # A card is for its owner to edit.
+    (graphs / "README.md").write_text(f"{without}\nEdited.\n")
+    mmrl.load(graphs)
+    assert "README.md" not in hash_files(graphs)
+
+
+@pytest.mark.slow
+def test_a_hugging_face_text_tower_becomes_a_graph(hf_model: Path, tmp_path: Path) -> None:
+    source = stored(str(hf_model), tmp_path / "source")
+    bundles.export(str(source), tmp_path / "out", [8], "onnx", quantize=["fp16"])
+    expected = mmrl.load(source, dim=8).encode_texts(TEXTS)
+    np.testing.assert_allclose(mmrl.load(tmp_path / "out", variant="fp32").encode_texts(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_transformers_js_under_node(source: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("node and npm are not installed")
+    place = Path(os.environ.get("MMRL_NODE_MODULES", tmp_path / "js"))
+    place.mkdir(exist_ok=True)
+    if not (place / "node_modules" / "@huggingface" / "transformers").is_dir():
+        command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "@huggingface/transformers@4"]
+        installed = subprocess.run(command, cwd=place, capture_output=True, text=True)
+        if installed.returncode:
+            pytest.skip(f"npm cannot install @huggingface/transformers: {installed.stderr.splitlines()[-1:]}")
+    bundles.export(str(source), tmp_path / "model", [8], "transformers.js", quantize=["int8"])
+    shutil.copyfile(PAGE, place / "clip.mjs")
+    for number, picture in enumerate(PICTURES):
+        picture.save(place / f"{number}.png")
+    for dtype, within in (("fp32", 1e-5), ("q8", 0.3)):
+        ran = subprocess.run(
+            [node, "clip.mjs", str(tmp_path), "model", dtype], cwd=place, capture_output=True, text=True, check=True
+        )
+        found = json.loads(ran.stdout.splitlines()[-1])
+        same(np.array(found["texts"]), expected["texts"], 8, within)
+        same(np.array(found["images"]), expected["images"], 8, max(within, 0.1))
+    same_by_mmrl(tmp_path / "model", expected, within=0.3)
