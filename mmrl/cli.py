@@ -302,12 +302,11 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Where the index's encoder is now, if it has moved")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; this machine alone by default")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, help="Queries that are worked on at once")] = 2,
 ) -> None:
     """Show an index in the browser: type a text or drop a picture. Its API is described at /docs."""
     from mmrl.search.serve import serve
 
-    serve(index, model, host, port, workers)
+    serve(index, model, host, port)
 
 
 def _listed(names: list[str] | None) -> list[str]:

@@ -90,6 +90,12 @@ class Index:
             scores_N[~among] = -np.inf
         return _best(np.arange(len(scores_N)), scores_N, min(k, size))
 
+    def sample(self, k: int, group: str | None = None) -> np.ndarray:
+        """Some rows, the same at each call. Raises InputError as `nearest`."""
+        among = self._among(group)
+        rows = np.arange(len(self.vectors_ND)) if among is None else np.flatnonzero(among)
+        return np.random.default_rng(0).choice(rows, min(k, len(rows)), replace=False)
+
     def _among(self, group: str | None) -> np.ndarray | None:
         """Which rows count: bool (N,); None for all."""
         if group is None and not len(self.deleted):
@@ -100,7 +106,7 @@ class Index:
             if not among.any():
                 names = [name for name, _ in self.items.named_groups]
                 hint = did_you_mean(group, names) if len(names) <= 1000 else ""
-                raise InputError(f"group: no picture of {self.folder} is of the group {group[:80]!r}.{hint}")
+                raise InputError(f"group: no picture is of the group {group[:80]!r}.{hint}")
         among[self.deleted] = False
         return among
 

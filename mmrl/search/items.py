@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ class Items:
     def rows_of(self, keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """The rows of all pictures that have one of these keys, and the keys that none has."""
         pyarrow, _ = arrow(_PURPOSE)
-        from pyarrow import compute
-
+        compute: Any = import_module("pyarrow.compute")  # its names are made at run time
         wanted, rows, seen = pyarrow.array(list(keys), pyarrow.string()), [], set()
         for start, batch in self.batches():
             found = compute.is_in(batch.column("key"), value_set=wanted).to_numpy(zero_copy_only=False)

@@ -60,7 +60,9 @@ class Column:
 
 def columns_of(dims: list[int], precisions: list[Precision]) -> list[Column]:
     """A column for each dim at each precision, the widest first: `embedding`, then such as `embedding_64_int8`."""
-    pairs = [(dim, precision) for dim in sorted(dims, reverse=True) for precision in precisions]
+    pairs: list[tuple[int, Precision]] = [
+        (dim, precision) for dim in sorted(dims, reverse=True) for precision in precisions
+    ]
     return [
         Column(f"embedding_{dim}_{precision}" if place else "embedding", dim, precision)
         for place, (dim, precision) in enumerate(pairs)
