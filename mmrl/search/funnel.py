@@ -69,13 +69,15 @@ class Funnel:
         threshold_d = sample_Sd.mean(0) if code == "binary" else None
         codes = _empty(faiss, code, dim)
         if not codes.is_trained:
-            codes.train(sample_Sd)
+            codes.train(_arranged(sample_Sd, code))
         prefix_Nd = None
         if code in ("binary", "pq"):
             shape = (len(vectors_ND), dim)
             prefix_Nd = np.lib.format.open_memmap(folder / PREFIX_FILE, mode="w+", dtype=np.int8, shape=shape)
         for start, rows_nd in _prefixes(vectors_ND, dim):
-            codes.add(np.packbits(rows_nd > threshold_d, axis=1) if threshold_d is not None else rows_nd)
+            codes.add(
+                np.packbits(rows_nd > threshold_d, axis=1) if threshold_d is not None else _arranged(rows_nd, code)
+            )
             if prefix_Nd is not None:
                 prefix_Nd[start : start + len(rows_nd)] = quantised(rows_nd, "int8")
         if prefix_Nd is not None:
@@ -103,7 +105,7 @@ class Funnel:
         try:
             codes = read(str(folder / CODES_FILE))
             if code in ("binary", "pq"):
-                prefix_Nd = np.load(folder / PREFIX_FILE, mmap_mode="r", allow_pickle=False)
+                prefix_Nd = np.asarray(np.load(folder / PREFIX_FILE, mmap_mode="r", allow_pickle=False))
         except (RuntimeError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"index: the codes in {folder} cannot be read ({reason}); run mmrl index again.") from None
@@ -122,7 +124,7 @@ class Funnel:
         query_Qd = prefix(query_QD, self.dim)
         if self.threshold_d is not None:
             return self.codes.search(np.packbits(query_Qd > self.threshold_d, axis=1), n)[1]
-        return self.codes.search(query_Qd, n)[1]
+        return self.codes.search(_arranged(query_Qd, self.code), n)[1]
 
     def second(self, query_D: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
         """These rows, the best by their int8 prefix first."""
@@ -142,6 +144,20 @@ class Funnel:
 def prefix(vectors_nD: np.ndarray, dim: int) -> np.ndarray:
     """The renormalised prefixes, as faiss wants them: float32 (n, d), contiguous."""
     return np.ascontiguousarray(cut(torch.from_numpy(np.array(vectors_nD[:, :dim])), dim).numpy())
+
+
+def _arranged(rows_nd: np.ndarray, code: Code) -> np.ndarray:
+    """The numbers in the order that the codes want.
+
+    The product quantiser spends 4 bits on each two neighbours. The numbers of a nested embedding weigh less the later
+    they stand, so it gets the first beside the last, the second beside the last but one …, and spends most of each 4
+    bits on the one that counts: at equal size and speed a shortlist of 1,000 then has 99.7 % of the nearest where it
+    had 97.7 % (tests/benchmarks/search.py).
+    """
+    if code != "pq":
+        return rows_nd
+    half = rows_nd.shape[1] // 2
+    return np.stack([rows_nd[:, :half], rows_nd[:, : half - 1 : -1]], axis=2).reshape(len(rows_nd), -1)
 
 
 def _prefixes(vectors_ND: np.ndarray, dim: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -188,7 +188,7 @@ def open_index(folder: Path) -> Index:
         )
     funnel = Funnel.open(data, manifest["codes"], manifest["rows"]) if manifest["codes"] else None
     deleted = _mapped(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
-    return Index(folder, manifest, vectors_ND, items, funnel, np.asarray(deleted))
+    return Index(folder, manifest, vectors_ND, items, funnel, deleted)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -217,6 +217,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _mapped(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # memmap's own indexing is slow
     except (OSError, ValueError) as error:
         raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None
