@@ -40,8 +40,8 @@ _FITTED_TO, _MEASURED_WITH = 20_000, 256
 _LEAST_FOR_CODES = 1000
 _MANIFEST_BESIDE = f".{MANIFEST}.partial"
 
-Chunks = Callable[[], Iterator[tuple[np.ndarray, Any]]]
-"""The rows of an index to be: vectors (n, D) and a record batch of items.COLUMNS."""
+Chunks = Callable[..., Iterator[tuple[np.ndarray, Any]]]
+"""The rows of an index to be: unit vectors (n, D) and a record batch of items.COLUMNS."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def add(embeddings: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:
 
     def both() -> Iterator[tuple[np.ndarray, Any]]:
         yield from _live_chunks(index, replaced)
-        yield from chunks()
+        yield from chunks(index.dim)
 
     gone = np.union1d(index.deleted, replaced)
     source = _Source(len(index.vectors_ND) - len(gone) + count, index.items.schema, both, texts_MD)
@@ -196,10 +196,12 @@ def _open_embeddings(embeddings: Path) -> tuple[dict[str, Any], int, Chunks, Any
             "--precision fp32 or fp16 among them."
         )
 
-    def chunks() -> Iterator[tuple[np.ndarray, Any]]:
+    def chunks(dim: int = metadata["dim"]) -> Iterator[tuple[np.ndarray, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=["embedding", *items.COLUMNS]):
-                yield vectors_in(batch, "embedding").astype(np.float32), batch.select(items.COLUMNS)
+                # Of length 1, also where they come at fp16 or longer.
+                rows_nD = torch.from_numpy(vectors_in(batch, "embedding").astype(np.float32))
+                yield cut(rows_nD, dim).numpy(), batch.select(items.COLUMNS)
 
     return metadata, count, chunks, pyarrow.schema([schema.field(name) for name in items.COLUMNS])
 
@@ -315,8 +317,7 @@ def _write_rows(data: Path, source: _Source, dim: int) -> np.ndarray:
     with items.writing(data / ITEMS, source.schema) as writer:
         for rows_nD, batch in source.chunks():
             if len(batch):
-                # Cut and of length 1, also where they come at fp16 or longer.
-                vectors_ND[filled : filled + len(batch)] = cut(torch.from_numpy(np.array(rows_nD)), dim).numpy()
+                vectors_ND[filled : filled + len(batch)] = rows_nD
                 writer.write_batch(batch)
                 filled += len(batch)
     assert filled == source.count

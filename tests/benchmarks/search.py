@@ -4,7 +4,7 @@
 
 funnel    `mmrl index` of 1,000,000 generated 512-d vectors, and single queries: the index's answers beside faiss's
           exact search over all of them (IndexFlatIP) on the same threads, turn by turn; recall@10 against it, by
-          queries in pictures and in words; what stays in memory. Beside them the usual ways: a float prefix and a rerank.
+          queries in pictures and in words; what stays in memory. Beside them the usual: a float prefix and a rerank.
 codes     how much of the 10 nearest is in shortlists of the first stage, pairs of neighbours beside the folded order.
 page      the API's answers over HTTP for an index of 100,000, besides encoding: median and 95th percentile.
 
