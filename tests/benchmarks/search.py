@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from mmrl.search.precision import columns_of
 from mmrl.search.table import picture_schema, text_schema, vector_array
 
 DIM, HEAD, ENERGY = 512, 64, 0.74
-PER_CLUSTER, CHUNK, TEXTS_GIVEN, QUERIES = 250, 50_000, 4_000, 128
+PER_CLUSTER, CHUNK, TEXTS_GIVEN, QUERIES = 250, 50_000, 4_000, 64
 
 
 class Vectors:
@@ -148,15 +149,24 @@ def made_index(place: Path, vectors: Vectors, name: str) -> Index:
     return open_index(folder / "index")
 
 
-def median_ms(turns: dict[str, Callable[[int], Any]], count: int) -> dict[str, float]:
-    """Each way's median time of a query, one after the other for every query."""
-    took: dict[str, list[float]] = {name: [] for name in turns}
+@dataclass(frozen=True)
+class Taken:
+    """Medians of a query, in ms."""
+
+    wall: float
+    cpu: float
+    """Of all of this process's threads; what a machine busy with other things leaves as it is."""
+
+
+def medians(turns: dict[str, Callable[[int], Any]], count: int) -> dict[str, Taken]:
+    """Each way's time of a query, one after the other for every query."""
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
     for number in range(count):
         for name, way in turns.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             way(number)
-            took[name].append((time.perf_counter() - began) * 1e3)
-    return {name: float(np.median(times)) for name, times in took.items()}
+            took[name].append(((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3))
+    return {name: Taken(*np.median(times, axis=0).tolist()) for name, times in took.items()}
 
 
 def recall(found: list[np.ndarray], truth: np.ndarray) -> float:
@@ -184,7 +194,7 @@ def funnel(index: Index, vectors: Vectors) -> None:
         "mmrl index": lambda number: index.nearest(both[number], DIM, 10)[0],
     }
     truth = np.stack([ways["exact, 512-d (faiss flat)"](number) for number in range(len(both))])
-    times = median_ms(ways, len(both))
+    times = medians(ways, len(both))
     whole = 4 * DIM * vectors.rows
     assert index.funnel is not None
     memory = {"mmrl index": index.funnel.resident_bytes, "exact, 512-d (faiss flat)": whole}
@@ -194,9 +204,11 @@ def funnel(index: Index, vectors: Vectors) -> None:
         found = [way(number) for number in range(len(both))]
         share = memory.get(name, 4 * HEAD * vectors.rows) / whole
         by = [recall(found[:QUERIES], truth[:QUERIES]), recall(found[QUERIES:], truth[QUERIES:])]
+        took = times[name]
         print(
-            f"{name:28} {times[name]:8.2f} ms  {slowest / times[name]:6.1f} x  memory 1/{1 / share:4.1f}  "
-            f"recall@10 pictures {by[0]:.4f}  words {by[1]:.4f}",
+            f"{name:28} {took.wall:8.2f} ms {slowest.wall / took.wall:6.1f} x   CPU {took.cpu:7.2f} ms "
+            f"{slowest.cpu / took.cpu:6.1f} x   memory 1/{1 / share:4.1f}   recall@10 pictures {by[0]:.4f} "
+            f"words {by[1]:.4f}",
             flush=True,
         )
 
