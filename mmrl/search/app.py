@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mmrl
 from mmrl.errors import InputError
+from mmrl.search.calibrate import K
 from mmrl.search.embed import LONGEST_TEXT
 from mmrl.search.items import Item
 from mmrl.search.query import Hit, Searcher
@@ -278,7 +279,7 @@ def _facts(searcher: Searcher) -> IndexFacts:
         dim=widest,
         dims=sorted({*(dim for dim in manifest["nested_dims"] if dim <= widest), widest}),
         codes=manifest["codes"]["code"] if manifest["codes"] else None,
-        recall=manifest["search"]["recall@10"] if manifest["codes"] else None,
+        recall=manifest["search"][f"recall@{K}"] if manifest["codes"] else None,
         groups=[GroupCount(name=name, count=count) for name, count in index.items.named_groups[:500]],
         examples=[caption for caption in captions if 0 < len(caption) <= 40][:_EXAMPLES],
         most_upload=MOST_UPLOAD,

@@ -78,7 +78,8 @@ class Index:
         query_d = cut(torch.from_numpy(query_D), dim).numpy()
         among = self._among(group)
         size = len(self) if among is None else int(among.sum())
-        if self.funnel is not None and not exact and size > _FEW:
+        # An encoder cut shorter than the codes' prefix cannot meet them.
+        if self.funnel is not None and not exact and size > _FEW and len(query_D) >= self.funnel.dim:
             rows = self._shortlist(query_D, k * len(self.vectors_ND) / size / K, among)
             if len(rows) >= k:
                 return _best(rows, self._cosines(query_d, rows), k)
@@ -94,7 +95,7 @@ class Index:
         """Some rows, the same at each call. Raises InputError as `nearest`."""
         among = self._among(group)
         rows = np.arange(len(self.vectors_ND)) if among is None else np.flatnonzero(among)
-        return np.random.default_rng(0).choice(rows, min(k, len(rows)), replace=False)
+        return rows[np.random.default_rng(0).choice(len(rows), min(k, len(rows)), replace=False)]
 
     def _among(self, group: str | None) -> np.ndarray | None:
         """Which rows count: bool (N,); None for all."""

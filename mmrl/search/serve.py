@@ -30,7 +30,9 @@ def serve(folder: Path, model: str | None = None, host: str = "127.0.0.1", port:
     listening = _listen(host, port)
     with listening:
         searcher = Searcher.open(folder, model)
-        app = create_app(searcher, hosts=["127.0.0.1", "localhost", host] if _is_loopback(host) else ["*"])
+        # Names are checked where only this machine is meant; the check knows no IPv6 addresses.
+        named = _is_loopback(host) and ":" not in host
+        app = create_app(searcher, hosts=["127.0.0.1", "localhost", host] if named else ["*"])
         port = listening.getsockname()[1]
         console = Console()
         shown = f"{len(searcher.index):,} pictures at http://{host}:{port} and its API at http://{host}:{port}/docs"

@@ -71,6 +71,15 @@ def test_scores_of_the_funnel_are_cosines_at_every_dim(compressed: Path) -> None
         assert (np.diff(scores) <= 0).all()
 
 
+def test_an_encoder_shorter_than_the_codes_searches_exactly(compressed: Path) -> None:
+    index = open_index(compressed)
+    query = clustered(1, DIM, 16)[0, :8]
+    rows, scores = index.nearest(query, 8, 5)
+    expected = brute_force(query, index.vectors_ND, 8)
+    assert rows.tolist() == np.argsort(-expected, kind="stable")[:5].tolist()
+    np.testing.assert_allclose(scores, expected[rows], atol=1e-6)
+
+
 def test_more_than_usual_are_found_as_well(compressed: Path) -> None:
     index = open_index(compressed)
     queries = clustered(20, DIM, 6)
