@@ -18,9 +18,10 @@ quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, 
 	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
 	rm -rf $(RUN)/encoder-64 $(RUN)/embeddings $(RUN)/index
 	$(BIN)/mmrl export $(RUN) $(RUN)/encoder-64 --dim 64
-	$(BIN)/mmrl embed $(RUN)/encoder-64 starter:test-artist $(RUN)/embeddings
+	$(BIN)/mmrl embed $(RUN) starter:test-artist $(RUN)/embeddings --group-key category
 	$(BIN)/mmrl index $(RUN)/embeddings $(RUN)/index
-	$(BIN)/mmrl search $(RUN)/index "red heart" --picture $(RUN)/red-heart.png
+	$(BIN)/mmrl search $(RUN)/index "red heart" --dim 64 --picture $(RUN)/red-heart.png
+	@echo "In the browser: $(BIN)/mmrl serve $(RUN)/index"
 
 test: lint  ## Lint, types, import directions and all tests but the slow ones
 	$(BIN)/python -m pytest -n 2

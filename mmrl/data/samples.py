@@ -52,6 +52,8 @@ class Sample:
     image: bytes
     captions: list[str]
     group: int
+    group_name: str = ""
+    """What the group's number was made of."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,7 @@ class SampleReader:
             image=parts.image,
             captions=parts.captions,
             group=NO_GROUP if group is None else group_number(group),
+            group_name=group or "",
         )
 
     def _preflight(self, source: Source, first: int) -> None:

@@ -1,8 +1,8 @@
-"""Pictures to embeddings to an index to what is found: against brute force, by each tower alone."""
+"""A text or a picture to what is found: against brute force, by each tower alone; and what is refused."""
 
 import builtins
-import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,157 +13,33 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import drawing, encoded, sample_members, write_tar
+from conftest import drawing
 from PIL import Image
+from search_places import COUNT, brute_force, place
 
 import mmrl
 from mmrl import sheet
-from mmrl.data.samples import NO_GROUP, group_number
 from mmrl.errors import InputError
 from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle, towers, two_tower
-from mmrl.model.towers import TowersConfig
-from mmrl.model.two_tower import LogitScaleConfig
 from mmrl.search import embed
 from mmrl.search import index as indexes
+from mmrl.search.build import write_index
 from mmrl.search.embed import embed_pictures
-from mmrl.search.index import Index, open_index, write_index
+from mmrl.search.index import Index, open_index
 from mmrl.search.query import search
 
-COUNT = 24
+__all__ = ["place"]
 
 
-def stored(name: Path, folder: Path, seed: int) -> Path:
-    """A bundle of random weights, nested at 4, 8 and 16."""
-    torch.manual_seed(seed)
-    built = towers.build(TowersConfig(name=str(name)))
-    model = two_tower.from_towers(built, LogitScaleConfig(), 1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    one = bundle.of_towers(model, built, (4, 8, 16))
-    bundle.save(one, folder, one.state(), {})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, other_model/, pictures.tar with three bad samples among them, embeddings/ and index/."""
-    folder = tmp_path_factory.mktemp("search")
-    stored(tiny_model, folder / "model", 1)
-    stored(tiny_model, folder / "other_model", 2)
-    members = [member for number in range(COUNT) for member in sample_members(number)]
-    members += [("large.jpg", encoded(drawing(50, 300)[0], "JPEG")), ("large.txt", b"a [red] large one")]
-    members += [("broken.png", b"no picture"), ("broken.txt", b"x")]
-    members += [("silent.png", encoded(drawing(0)[0]))]
-    members += [*sample_members(3)]  # a key that was there before
-    write_tar(folder / "pictures.tar", members)
-    embed_pictures(str(folder / "model"), str(folder / "pictures.tar"), folder / "embeddings", batch_size=7, quiet=True)
-    write_index(folder / "embeddings", folder / "index", quiet=True)
+def copied(index: Path, folder: Path) -> Path:
+    shutil.copytree(index, folder)
     return folder
 
 
 @pytest.fixture
 def index(place: Path) -> Index:
     return open_index(place / "index")
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return pyarrow.parquet.read_table(folder / embed.EMBEDDINGS).to_pylist()
-
-
-def brute_force(query: np.ndarray, vectors: np.ndarray, dim: int) -> np.ndarray:
-    """Cosines of the prefixes in float64, by numpy alone."""
-    query, vectors = query[:dim].astype(np.float64), vectors[:, :dim].astype(np.float64)
-    return vectors @ query / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
-
-
-# ------------------------------------------------------------------------------------------------ embeddings
-
-
-def test_embeddings_hold_every_good_picture(place: Path) -> None:
-    table = pyarrow.parquet.read_table(place / "embeddings" / embed.EMBEDDINGS)
-    assert table.schema.names == ["key", "captions", "group", "embedding", "thumbnail"]
-    assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.float32(), 16)
-    assert json.loads(table.schema.metadata[b"mmrl"]) == {
-        "model": str(place / "model"),
-        "origin_sha256": bundle.read_manifest(place / "model")["weights_sha256"],
-        "dim": 16,
-        "nested_dims": [4, 8, 16],
-        "mmrl_version": mmrl.__version__,
-    }
-    rows = rows_of(place / "embeddings")
-    assert [row["key"] for row in rows] == [
-        *(f"pictures.tar/{number:05}" for number in range(COUNT)),
-        "pictures.tar/large",
-    ]
-    _, caption, group = drawing(5)
-    assert rows[5]["captions"] == [caption, f"{caption}, again"]
-    assert rows[5]["group"] == group_number(group)
-    assert rows[COUNT]["group"] == NO_GROUP
-
-
-def test_embeddings_are_what_the_encoder_gives(place: Path) -> None:
-    pictures = [drawing(number)[0] for number in range(COUNT)]
-    pictures.append(Image.open(io.BytesIO(encoded(drawing(50, 300)[0], "JPEG"))))
-    expected = mmrl.load(place / "model", towers="image").encode_images(pictures)
-    got = np.array([row["embedding"] for row in rows_of(place / "embeddings")], np.float32)
-    np.testing.assert_allclose(got, expected, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
-
-
-def test_thumbnails_are_small_pictures_of_the_sample(place: Path) -> None:
-    thumbnails = [Image.open(io.BytesIO(row["thumbnail"])) for row in rows_of(place / "embeddings")]
-    assert {image.format for image in thumbnails} == {"WEBP"}
-    assert thumbnails[COUNT].size == (96, 96)
-    assert thumbnails[0].size == (32, 32)
-    difference = np.asarray(thumbnails[0], float) - np.asarray(drawing(0)[0], float)
-    assert np.abs(difference).mean() < 20  # noise at WebP's quality 90
-
-
-def test_a_dim_cuts_the_embeddings(place: Path, tmp_path: Path) -> None:
-    result = embed_pictures(str(place / "model"), str(place / "pictures.tar"), tmp_path / "e", dim=8, quiet=True)
-    assert (result["dim"], result["nested_dims"]) == (8, [4, 8])
-    whole, cut = (
-        np.array([row["embedding"] for row in rows_of(folder)]) for folder in (place / "embeddings", tmp_path / "e")
-    )
-    prefix = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
-    np.testing.assert_allclose(cut, prefix, atol=1e-6)
-    write_index(tmp_path / "e", tmp_path / "i", quiet=True)
-    result = search(tmp_path / "i", "a red square", dim=4, k=3, quiet=True)
-    expected = search(place / "index", "a red square", dim=4, k=3, quiet=True)
-    assert [hit["key"] for hit in result["results"]] == [hit["key"] for hit in expected["results"]]
-
-
-def test_row_groups_do_not_change_the_rows(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_ROWS_AT_A_TIME", 5)
-    monkeypatch.setattr(indexes, "_ROWS_AT_A_TIME", 3)
-    embed_pictures(str(place / "model"), str(place / "pictures.tar"), tmp_path / "e", batch_size=4, quiet=True)
-    assert pyarrow.parquet.ParquetFile(tmp_path / "e" / embed.EMBEDDINGS).num_row_groups > 1
-    write_index(tmp_path / "e", tmp_path / "i", quiet=True)
-    small, whole = open_index(tmp_path / "i"), open_index(place / "index")
-    np.testing.assert_allclose(small.vectors_ND, whole.vectors_ND, atol=1e-6)
-    order = np.array([24, 0, 13, 4, 5])
-    assert small.items(order) == whole.items(order)
-
-
-def test_bad_samples_are_counted_listed_and_shown(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = embed_pictures(str(place / "model"), str(place / "pictures.tar"), tmp_path / "e")
-    assert (result["count"], result["bad"]) == (COUNT + 1, 3)
-    lines = [json.loads(line) for line in (tmp_path / "e" / embed.BAD_SAMPLES).read_text().splitlines()]
-    assert {line["key"] for line in lines} == {"00003", "broken", "silent"}
-    shown = capsys.readouterr().out
-    assert f"{COUNT + 1} pictures, 16-d" in shown
-    assert "Left out: 3 bad samples, listed in" in shown
-
-
-def test_pictures_that_are_all_bad_leave_nothing_that_could_be_indexed(place: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "bad.tar", [("a.png", b"no picture"), ("a.txt", b"x")])
-    with pytest.raises(InputError, match=r"no picture in .* can be used, such as a: no picture in a known format"):
-        embed_pictures(str(place / "model"), str(tmp_path / "bad.tar"), tmp_path / "e", quiet=True)
-    assert [path.name for path in (tmp_path / "e").iterdir()] == [embed.BAD_SAMPLES]
-    embed_pictures(str(place / "model"), str(place / "pictures.tar"), tmp_path / "e", quiet=True)
 
 
 # ------------------------------------------------------------------------------------------------ search
@@ -174,7 +50,7 @@ def test_pictures_that_are_all_bad_leave_nothing_that_could_be_indexed(place: Pa
 def test_scores_equal_brute_force(index: Index, dim: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexes, "_CHUNK_ELEMENTS", 16 * 7)
     query = np.random.default_rng(dim).normal(size=16).astype(np.float32)
-    expected = brute_force(query, np.load(index.folder / indexes.VECTORS), dim)
+    expected = brute_force(query, np.load(index.data / indexes.VECTORS), dim)
     rows, scores = index.nearest(query, dim, k)
     assert len(rows) == len(set(rows.tolist())) == min(k, COUNT + 1)
     np.testing.assert_allclose(scores, expected[rows], atol=1e-6)
@@ -184,7 +60,7 @@ def test_scores_equal_brute_force(index: Index, dim: int, k: int, monkeypatch: p
 
 def test_ties_go_to_the_first_rows(index: Index) -> None:
     vectors_ND = np.tile(np.eye(16, dtype=np.float32)[:2], (5, 1))
-    tied = Index(index.folder, {**index.manifest, "count": 10}, vectors_ND)
+    tied = Index(index.folder, index.manifest, vectors_ND, index.items)
     rows, scores = tied.nearest(vectors_ND[1], 16, 7)
     assert rows.tolist() == [1, 3, 5, 7, 9, 0, 2]
     assert scores.tolist() == [1, 1, 1, 1, 1, 0, 0]
@@ -284,15 +160,14 @@ def test_another_encoder_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_is_gone_is_named(place: Path, tmp_path: Path) -> None:
-    for name in (indexes.VECTORS, indexes.ITEMS):
-        (tmp_path / name).write_bytes((place / "index" / name).read_bytes())
-    manifest = json.loads((place / "index" / indexes.MANIFEST).read_text())
+    folder = copied(place / "index", tmp_path / "i")
+    manifest = json.loads((folder / indexes.MANIFEST).read_text())
     manifest["encoder"]["model"] = str(tmp_path / "gone")
-    (tmp_path / indexes.MANIFEST).write_text(json.dumps(manifest))
+    (folder / indexes.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"gone does not exist.*Name its present place with --model"):
-        search(tmp_path, "x", quiet=True)
+        search(folder, "x", quiet=True)
     with pytest.raises(InputError, match=r"^model: .*nowhere does not exist"):
-        search(tmp_path, "x", model="nowhere", quiet=True)
+        search(folder, "x", model="nowhere", quiet=True)
 
 
 def test_models_of_open_clip_are_told_apart_by_their_weights(place: Path, tiny_model: Path) -> None:
@@ -317,6 +192,9 @@ def test_models_of_open_clip_are_told_apart_by_their_weights(place: Path, tiny_m
         ("x", {"picture": Path("found.txt")}, "picture: found.txt has no ending of a picture"),
         ("x", {"picture": Path("/nowhere/found.png")}, "lies in one that does not exist"),
         (None, {"image": Path("gone.png")}, "gone.png"),
+        ("x " * 50_000, {}, "query: a text of 100,000 letters is too long; at most 10,000 are taken"),
+        ("half \ud800", {}, "query: the text is not valid Unicode"),
+        ("x", {"group": "gren square"}, r"no picture is of the group 'gren square'\. Did you mean 'green square'"),
     ],
 )
 def test_a_wrong_query_is_named(place: Path, text: str | None, options: dict[str, Any], message: str) -> None:
@@ -324,21 +202,62 @@ def test_a_wrong_query_is_named(place: Path, text: str | None, options: dict[str
         search(place / "index", text, quiet=True, **options)
 
 
+def test_a_picture_that_is_none_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("L", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    for name, says in (
+        ("text.png", "no picture in a known format"),
+        ("empty.png", "no picture in a known format"),
+        ("bomb.png", "too large a picture: 10000x10000 pixels"),
+        (".", "Is a directory"),
+    ):
+        with pytest.raises(InputError, match=f"image .*{name}: .*{says}"):
+            search(place / "index", None, image=tmp_path / name, quiet=True)
+
+
+def test_a_group_alone_is_searched(place: Path, index: Index) -> None:
+    query = mmrl.load(place / "model", towers="text").encode_texts(["anything"])[0]
+    found = search(place / "index", "anything", group="green square", k=100, quiet=True)["results"]
+    rows = [row for row in range(COUNT) if drawing(row)[2] == "green square"]
+    scores = brute_force(query, np.asarray(index.vectors_ND), 16)
+    assert [hit["key"] for hit in found] == [
+        f"pictures.tar/{row:05}" for row in sorted(rows, key=lambda row: -scores[row])
+    ]
+    assert {hit["group_name"] for hit in found} == {"green square"}
+    assert index.items.named_groups[0] == ("blue corner", 2)
+
+
 def test_what_is_no_index_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no index: it has no manifest\.json; make one with mmrl index"):
         open_index(tmp_path)
-    with pytest.raises(InputError, match="is mmrl-bundle version 2; this mmrl reads mmrl-index version 1"):
+    with pytest.raises(InputError, match="is mmrl-bundle version 2; this mmrl reads mmrl-index version 2"):
         open_index(place / "model")
-    for name in (indexes.MANIFEST, indexes.ITEMS):
-        (tmp_path / name).write_bytes((place / "index" / name).read_bytes())
+    folder = copied(place / "index", tmp_path / "i")
+    data, manifest = folder / "data-1", json.loads((folder / indexes.MANIFEST).read_text())
+    whole = (data / indexes.VECTORS).read_bytes()
+    (data / indexes.VECTORS).unlink()
     with pytest.raises(InputError, match=r"vectors\.npy cannot be read .*; run mmrl index again"):
-        open_index(tmp_path)
-    np.save(tmp_path / indexes.VECTORS, np.zeros((3, 16), np.float32))
+        open_index(folder)
+    np.save(data / indexes.VECTORS, np.array([object()]), allow_pickle=True)  # would run code if it were unpickled
+    with pytest.raises(InputError, match=r"vectors\.npy cannot be read .*Python objects"):
+        open_index(folder)
+    np.save(data / indexes.VECTORS, np.zeros((3, 16), np.float32))
     with pytest.raises(InputError, match=r"damaged: vectors\.npy holds float32 \(3, 16\) where float32 \(25, 16\)"):
-        open_index(tmp_path)
-    (tmp_path / indexes.MANIFEST).write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
-        open_index(tmp_path)
+        open_index(folder)
+    (data / indexes.VECTORS).write_bytes(whole)
+    (data / indexes.ITEMS).write_bytes((data / indexes.ITEMS).read_bytes()[:100])
+    with pytest.raises(InputError, match=r"items\.arrow cannot be read"):
+        open_index(folder)
+    for text, says in (
+        ("{", "is not JSON"),
+        ("[]", "is None version None"),
+        (json.dumps({**manifest, "version": 1}), "is mmrl-index version 1; .* Run mmrl embed and mmrl index again"),
+        (json.dumps({**manifest, "data": "../../elsewhere"}), "names no data folder of its own"),
+    ):
+        (folder / indexes.MANIFEST).write_text(text)
+        with pytest.raises(InputError, match=says):
+            open_index(folder)
 
 
 def test_what_is_not_embeddings_is_refused(place: Path, tmp_path: Path) -> None:
@@ -348,8 +267,13 @@ def test_what_is_not_embeddings_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a readable Parquet file"):
         write_index(tmp_path / "a.parquet", tmp_path / "i")
     pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="was not written by mmrl embed: it lacks column 'captions'"):
+    with pytest.raises(
+        InputError, match=r"was not written by this version's mmrl embed .*: it lacks column 'captions'"
+    ):
         write_index(tmp_path / "a.parquet", tmp_path / "i")
+    embed_pictures(str(place / "model"), str(place / "pictures.tar"), tmp_path / "e", precisions=["int8"], quiet=True)
+    with pytest.raises(InputError, match="has no vectors at fp32 or fp16, which an index ranks by"):
+        write_index(tmp_path / "e", tmp_path / "i")
     with pytest.raises(InputError, match=r"already holds model\.safetensors; name a new or empty folder"):
         write_index(place / "embeddings", place / "model")
     with pytest.raises(InputError, match="cannot be made a folder"):
@@ -375,7 +299,7 @@ def test_without_pyarrow_the_extra_is_named(place: Path, tmp_path: Path, monkeyp
 
 
 def test_the_commands(place: Path, tmp_path: Path) -> None:
-    """All three in one process: each start costs seconds."""
+    """All in one process: each start costs seconds."""
     code = f"""
 import sys
 from mmrl.cli import app
@@ -383,15 +307,19 @@ for line in (
     ["embed", "model", "pictures.tar", "{tmp_path}/e", "--dim", "8", "--json"],
     ["index", "{tmp_path}/e", "{tmp_path}/i", "--json"],
     ["search", "{tmp_path}/i", "a red square", "-k", "2", "--dim", "4", "--json"],
+    ["index", "{tmp_path}/i", "--delete", "pictures.tar/large", "--json"],
+    ["index", "{tmp_path}/e", "{tmp_path}/i", "--add", "--json"],
+    ["index", "{tmp_path}/i", "--compact", "--json"],
 ):
     app(line, standalone_mode=False)
     print("----")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True)
-    embedded, manifest, found = (json.loads(part) for part in done.stdout.split("----\n")[:3])
+    embedded, manifest, found, *changed = (json.loads(part) for part in done.stdout.split("----\n")[:6])
     assert embedded["count"] == manifest["count"] == found["count"] == COUNT + 1
     assert manifest["format"] == "mmrl-index"
     assert manifest["encoder"]["model"] == str(place / "model")
     assert (manifest["dim"], found["dim"]) == (8, 4)
     assert [hit["rank"] for hit in found["results"]] == [1, 2]
-    assert set(found["results"][0]) == {"rank", "score", "key", "captions", "group"}
+    assert set(found["results"][0]) == {"rank", "score", "key", "captions", "group", "group_name"}
+    assert [one["count"] for one in changed] == [COUNT, COUNT + 1, COUNT + 1]

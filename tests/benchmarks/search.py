@@ -1,0 +1,310 @@
+"""Search by a funnel beside exact search, and the page's answers; run by hand on a quiet machine, some 10 GB of disk:
+
+    python tests/benchmarks/search.py [funnel] [codes] [page] [--rows 1000000] [--spectrum RUN] [--place DIR]
+
+funnel    `mmrl index` of 1,000,000 generated 512-d vectors, and single queries: the index's answers beside faiss's
+          exact search over all of them (IndexFlatIP) on the same threads, turn by turn; recall@10 against it, by
+          queries in pictures and in words; what stays in memory. Beside them the usual: a float prefix and a rerank.
+codes     how much of the 10 nearest is in shortlists of the first stage, pairs of neighbours beside the folded order.
+page      the API's answers over HTTP for an index of 100,000, besides encoding: median and 95th percentile.
+
+The vectors: clusters whose numbers' deviations fall by a power law such that the first 64 hold 74 % of the energy
+(--spectrum RUN takes the deviations of a trained run's embeddings instead), each point as far from its centre as the
+centres from each other; words: a picture's vector, moved by noise and by a gap that all of them share. Seeds are fixed.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+
+from mmrl.data.samples import group_number
+from mmrl.search.build import write_index
+from mmrl.search.calibrate import Queries, exact_neighbours
+from mmrl.search.embed import EMBEDDINGS, TEXTS
+from mmrl.search.funnel import Funnel, prefix
+from mmrl.search.index import Index, open_index
+from mmrl.search.precision import columns_of
+from mmrl.search.table import picture_schema, text_schema, vector_array
+
+DIM, HEAD, ENERGY = 512, 64, 0.74
+PER_CLUSTER, CHUNK, TEXTS_GIVEN, QUERIES = 250, 50_000, 4_000, 64
+
+
+class Vectors:
+    """The generated vectors, a chunk at a time."""
+
+    def __init__(self, rows: int, deviations_D: np.ndarray) -> None:
+        self.rows, self._deviations_D = rows, deviations_D
+        rng = np.random.default_rng(0)
+        self._centres_CD = self._noise(rng, max(1, rows // PER_CLUSTER))
+        self._gap_D = self._noise(rng, 1)[0]
+
+    def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        return rng.standard_normal((count, len(self._deviations_D)), dtype=np.float32) * self._deviations_D
+
+    def pictures(self, count: int, seed: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return unit(self._centres_CD[rng.integers(0, len(self._centres_CD), count)] + self._noise(rng, count))
+
+    def words(self, count: int, seed: tuple[int, ...]) -> np.ndarray:
+        length = float(np.linalg.norm(self._deviations_D))
+        moved = self.pictures(count, seed) * length + 0.5 * self._noise(np.random.default_rng((*seed, 1)), count)
+        return unit(moved + 0.7 * self._gap_D)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        for start in range(0, self.rows, CHUNK):
+            yield self.pictures(min(CHUNK, self.rows - start), (1, start))
+
+
+def unit(rows_ND: np.ndarray) -> np.ndarray:
+    return rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
+
+
+def power_law() -> np.ndarray:
+    """Deviations of DIM numbers, the first HEAD of which hold ENERGY."""
+    low, high, power, places = 0.0, 3.0, 1.5, np.arange(1, DIM + 1)
+    for _ in range(60):
+        power = (low + high) / 2
+        energy = places**-power
+        low, high = (power, high) if energy[:HEAD].sum() / energy.sum() < ENERGY else (low, power)
+    return np.sqrt(places**-power).astype(np.float32)
+
+
+def spectrum_of(run: str) -> np.ndarray:
+    """The deviations of a trained model's pictures, stretched to DIM numbers."""
+    from mmrl.search.embed import embed_pictures
+
+    with tempfile.TemporaryDirectory() as place:
+        embed_pictures(run, "starter:test-artist", Path(place, "e"), quiet=True)
+        table = pyarrow.parquet.read_table(Path(place, "e", EMBEDDINGS))
+    rows = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    deviations = rows.std(axis=0)
+    places = np.linspace(0, len(deviations) - 1, DIM)
+    return np.interp(places, np.arange(len(deviations)), deviations).astype(np.float32)
+
+
+def write_embeddings(vectors: Vectors, folder: Path) -> Path:
+    """What `mmrl embed` would leave of these vectors, with thumbnails of some bytes."""
+    folder.mkdir(parents=True)
+    columns = columns_of([DIM], ["fp32"])
+    facts = {
+        "format": "mmrl-embeddings",
+        "version": 2,
+        "model": "none",
+        "origin_sha256": "generated",
+        "dim": DIM,
+        "nested_dims": [64, 128, 256, 512],
+        "columns": [column.to_json() for column in columns],
+    }
+    schema = picture_schema(columns, facts)
+    with pyarrow.parquet.ParquetWriter(folder / EMBEDDINGS, schema, compression="none") as writer:
+        start = 0
+        for rows in vectors.chunks():
+            numbers = range(start, start + len(rows))
+            data = {
+                "key": [f"shard/{n:08}" for n in numbers],
+                "captions": [[f"picture number {n}"] for n in numbers],
+                "group": [group_number(f"group {n % 100}") for n in numbers],
+                "group_name": [f"group {n % 100}" for n in numbers],
+                "embedding": vector_array(pyarrow, rows),
+                "thumbnail": [b"x" * 3000 if vectors.rows <= 100_000 else b"x"] * len(rows),
+            }
+            arrays = [
+                value if name == "embedding" else pyarrow.array(value, schema.field(name).type)
+                for name, value in data.items()
+            ]
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+            start += len(rows)
+    words = vectors.words(TEXTS_GIVEN, (2,))
+    text = text_schema(columns, facts)
+    empty = [pyarrow.array([""] * len(words)), pyarrow.array([""] * len(words)), pyarrow.array([-1] * len(words))]
+    arrays = [*empty, pyarrow.array([""] * len(words)), vector_array(pyarrow, words)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=text), folder / TEXTS)
+    return folder
+
+
+def made_index(place: Path, vectors: Vectors, name: str) -> Index:
+    """The index of the vectors, made once a place."""
+    folder = place / f"{name}-{vectors.rows}"
+    if not (folder / "index" / "manifest.json").exists():
+        embeddings = folder / "embeddings"
+        if not embeddings.exists():
+            write_embeddings(vectors, embeddings)
+        began = time.perf_counter()
+        write_index(embeddings, folder / "index", code="pq")
+        print(f"mmrl index: {time.perf_counter() - began:.0f} s", flush=True)
+    return open_index(folder / "index")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Medians of a query, in ms."""
+
+    wall: float
+    cpu: float
+    """Of all of this process's threads; what a machine busy with other things leaves as it is."""
+
+
+def medians(turns: dict[str, Callable[[int], Any]], count: int) -> dict[str, Taken]:
+    """Each way's time of a query, one after the other for every query."""
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
+    for number in range(count):
+        for name, way in turns.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            way(number)
+            took[name].append(((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3))
+    return {name: Taken(*np.median(times, axis=0).tolist()) for name, times in took.items()}
+
+
+def recall(found: list[np.ndarray], truth: np.ndarray) -> float:
+    return float(np.mean([len(set(a[:10].tolist()) & set(b.tolist())) / 10 for a, b in zip(found, truth, strict=True)]))
+
+
+def funnel(index: Index, vectors: Vectors) -> None:
+    queries = {"pictures": vectors.pictures(QUERIES, (3,)), "words": vectors.words(QUERIES, (4,))}
+    both = np.concatenate(list(queries.values()))
+    exact = faiss.IndexFlatIP(DIM)
+    short = faiss.IndexFlatIP(HEAD)
+    for start in range(0, vectors.rows, CHUNK):
+        rows = np.array(index.vectors_ND[start : start + CHUNK])
+        exact.add(rows)
+        short.add(prefix(rows, HEAD))
+
+    def reranked(number: int, count: int) -> np.ndarray:
+        rows = short.search(prefix(both[number : number + 1], HEAD), count)[1][0]
+        return rows[np.argsort(-(index.vectors_ND[rows] @ both[number]))[:10]]
+
+    ways: dict[str, Callable[[int], np.ndarray]] = {
+        "exact, 512-d (faiss flat)": lambda number: exact.search(both[number : number + 1], 10)[1][0],
+        "64-d float -> 200 -> 512-d": lambda number: reranked(number, 200),
+        "64-d float -> 1000 -> 512-d": lambda number: reranked(number, 1000),
+        "mmrl index": lambda number: index.nearest(both[number], DIM, 10)[0],
+    }
+    truth = np.stack([ways["exact, 512-d (faiss flat)"](number) for number in range(len(both))])
+    times = medians(ways, len(both))
+    whole = 4 * DIM * vectors.rows
+    assert index.funnel is not None
+    memory = {"mmrl index": index.funnel.resident_bytes, "exact, 512-d (faiss flat)": whole}
+    slowest = times["exact, 512-d (faiss flat)"]
+    print(f"{vectors.rows:,} x {DIM}, {faiss.omp_get_max_threads()} thread(s); {index.manifest['search']}")
+    for name, way in ways.items():
+        found = [way(number) for number in range(len(both))]
+        share = memory.get(name, 4 * HEAD * vectors.rows) / whole
+        by = [recall(found[:QUERIES], truth[:QUERIES]), recall(found[QUERIES:], truth[QUERIES:])]
+        took = times[name]
+        print(
+            f"{name:28} {took.wall:8.2f} ms {slowest.wall / took.wall:6.1f} x   CPU {took.cpu:7.2f} ms "
+            f"{slowest.cpu / took.cpu:6.1f} x   memory 1/{1 / share:4.1f}   recall@10 pictures {by[0]:.4f} "
+            f"words {by[1]:.4f}",
+            flush=True,
+        )
+
+
+def codes(index: Index, vectors: Vectors) -> None:
+    queries_QD = vectors.pictures(QUERIES, (3,))
+    count = min(200_000, vectors.rows)
+    rows_ND = np.array(index.vectors_ND[:count])
+    truth = exact_neighbours(rows_ND, Queries(queries_QD, np.full(QUERIES, -1)))
+    assert index.funnel is not None
+    dim = index.funnel.dim
+    plain = faiss.index_factory(dim, f"PQ{dim // 2}x4fs", faiss.METRIC_INNER_PRODUCT)
+    sample = prefix(rows_ND[:20_000], dim)
+    plain.train(sample)
+    plain.add(prefix(rows_ND, dim))
+    with tempfile.TemporaryDirectory() as place:
+        folded = Funnel.build(Path(place), rows_ND, "pq", dim, rows_ND[:20_000])
+        binary = Funnel.build(Path(place), rows_ND, "binary", dim, rows_ND[:20_000])
+    for name, found in (
+        ("pq, neighbours in pairs", plain.search(prefix(queries_QD, dim), 4000)[1]),
+        ("pq, folded", folded.first(queries_QD, 4000)),
+        ("binary", binary.first(queries_QD, 4000)),
+    ):
+        shares = {
+            n: np.mean([np.isin(t, f[:n]).mean() for t, f in zip(truth, found, strict=True)]) for n in (100, 1000, 4000)
+        }
+        print(f"{count:,} rows, first stage of {dim}-d: {name:24}", {n: round(float(s), 4) for n, s in shares.items()})
+
+
+class _NoEncoder:
+    """Gives a generated query for a text that is a number: the page's answers are timed besides encoding."""
+
+    dim, nested_dims = DIM, (64, 128, 256, 512)
+
+    def __init__(self, queries_QD: np.ndarray) -> None:
+        self._queries_QD = queries_QD
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return self._queries_QD[[int(text) for text in texts]]
+
+
+def page(index: Index, vectors: Vectors) -> None:
+    import httpx2 as httpx
+    import uvicorn
+
+    from mmrl.search.app import create_app
+    from mmrl.search.query import Searcher
+    from mmrl.search.serve import _listen
+
+    encoder: Any = _NoEncoder(vectors.words(QUERIES, (4,)))
+    listening = _listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(create_app(Searcher(index, encoder), ["*"]), log_level="warning"))
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/api/search/text"
+    with httpx.Client(timeout=60) as client:
+        for kind, common in (
+            ("512-d, by codes", {}), ("64-d, by codes", {"dim": 64}), ("512-d, one group of 100", {"group": "group 7"}),
+            ("512-d, exact", {"exact": True}), ("64-d, exact", {"dim": 64, "exact": True}),
+        ):  # fmt: skip
+            took = []
+            for number in range(-10, QUERIES):
+                began = time.perf_counter()
+                answer = client.post(address, json={"text": str(abs(number)), "k": 24, **common})
+                took.append((time.perf_counter() - began) * 1e3)
+                assert len(answer.raise_for_status().json()["results"]) == 24
+            median, late = np.percentile(took[10:], [50, 95])
+            print(f"page, {len(index):,} pictures, {kind:24} median {median:6.1f} ms  p95 {late:6.1f} ms", flush=True)
+    server.should_exit = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["funnel", "codes", "page"])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--spectrum", help="a run folder")
+    parser.add_argument("--place", type=Path, help="keeps the generated index there for another time")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    deviations = spectrum_of(options.spectrum) if options.spectrum else power_law()
+    name = "trained" if options.spectrum else "generated"
+    share = float((deviations[:HEAD] ** 2).sum() / (deviations**2).sum())
+    print(json.dumps({"first 64 numbers' share of the energy": round(share, 3), "load": os.getloadavg()}), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.place or Path(temporary)
+        vectors = Vectors(options.rows, deviations)
+        if {"funnel", "codes"} & set(options.parts):
+            index = made_index(place, vectors, name)
+            for part in (funnel, codes):
+                if part.__name__ in options.parts:
+                    part(index, vectors)
+        if "page" in options.parts:
+            small = Vectors(min(options.rows, 100_000), deviations)
+            page(made_index(place, small, name), small)
+    print(json.dumps({"load": os.getloadavg()}))
+
+
+if __name__ == "__main__":
+    main()

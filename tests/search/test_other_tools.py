@@ -1,0 +1,161 @@
+"""What `mmrl embed` writes, opened by the tools that a stack has: as README shows it."""
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from search_places import brute_force, place, rows_of
+
+from mmrl.search.embed import EMBEDDINGS, embed_pictures
+
+__all__ = ["place"]
+
+
+@pytest.fixture(scope="module")
+def folder(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16-d and 8-d embeddings at all precisions."""
+    out = tmp_path_factory.mktemp("tools") / "e"
+    embed_pictures(
+        *(str(place / "model"), str(place / "pictures.tar"), out),
+        dims=[16, 8], precisions=["fp32", "fp16", "int8", "binary"], npy=True, quiet=True,
+    )  # fmt: skip
+    return out
+
+
+def nearest(folder: Path, row: int, dim: int, k: int = 3) -> list[str]:
+    """By numpy."""
+    rows = rows_of(folder)
+    vectors = np.array([one["embedding"] for one in rows])
+    return [rows[place]["key"] for place in np.argsort(-brute_force(vectors[row], vectors, dim), kind="stable")[:k]]
+
+
+@pytest.mark.parametrize("column", ["embedding_8_fp32", "embedding_8_fp16", "embedding_8_int8"])
+def test_duckdb(folder: Path, column: str) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    as_array = f"{column}::FLOAT[8]"
+    found = duckdb.sql(
+        f"SELECT key FROM '{folder / EMBEDDINGS}' ORDER BY array_cosine_similarity({as_array}, "  # noqa: S608
+        f"(SELECT {as_array} FROM '{folder / EMBEDDINGS}' WHERE key = 'pictures.tar/00004')) DESC LIMIT 3"
+    ).fetchall()
+    if column == "embedding_8_int8":  # rounded: the second and third may change places with the next
+        assert found[0] == ("pictures.tar/00004",)
+        assert {key for (key,) in found} <= set(nearest(folder, 4, 8, k=6))
+    else:
+        assert [key for (key,) in found] == nearest(folder, 4, 8)
+
+
+def test_duckdb_reads_groups_and_bits(folder: Path) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    rows = rows_of(folder)
+    counted = duckdb.sql(f"SELECT group_name, count(*) FROM '{folder / EMBEDDINGS}' GROUP BY 1").fetchall()  # noqa: S608
+    assert dict(counted)["green square"] == 2
+    bits = duckdb.sql(f"SELECT embedding_16_binary FROM '{folder / EMBEDDINGS}'").fetchall()  # noqa: S608
+    assert [list(one) for (one,) in bits] == [row["embedding_16_binary"] for row in rows]
+
+
+def test_clip_retrieval_s_layout(folder: Path) -> None:
+    """img_emb/img_emb_0.npy beside metadata/metadata_0.parquet, row by row."""
+    vectors = np.load(folder / "img_emb" / "img_emb_0.npy")
+    named = pyarrow.parquet.read_table(folder / "metadata" / "metadata_0.parquet")
+    assert vectors.shape == (len(named), 16)
+    assert named["image_path"].to_pylist() == [row["key"] for row in rows_of(folder)]
+
+
+def test_binary_codes_are_those_of_faiss(folder: Path) -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    codes = np.load(folder / "img_emb_16_binary" / "img_emb_16_binary_0.npy")
+    index = faiss.IndexBinaryFlat(16)
+    index.add(codes)
+    distances, _ = index.search(codes[:5], len(codes))
+    signs = np.array([row["embedding"] for row in rows_of(folder)]) > 0
+    expected = np.sort((signs[:5, None] != signs[None]).sum(-1), axis=1)
+    np.testing.assert_array_equal(distances, expected)
+
+
+# ------------------------------------------------------------------------------------------------ PostgreSQL
+
+PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None)
+Sql = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def sql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sql]:
+    """A PostgreSQL of the test's own, reached by a socket in its folder; PostgreSQL refuses to run as root."""
+    if PROGRAMS is None or shutil.which("psql") is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: postgresql)")
+    home = tmp_path_factory.mktemp("postgres")
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        try:
+            user = pwd.getpwnam("postgres")
+        except KeyError:
+            pytest.skip("no user but root to run PostgreSQL as")
+        os.chown(home, user.pw_uid, user.pw_gid)
+        for parent in [*home.parents][:-2]:
+            if parent.stat().st_uid == 0 and parent != Path("/tmp"):  # noqa: S108
+                parent.chmod(parent.stat().st_mode | 0o011)
+        as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+    programs, data = PROGRAMS.parent, home / "data"
+
+    def run(*command: str | Path, text: str | None = None) -> str:
+        done = subprocess.run([*as_user, *command], input=text, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(programs / "initdb", "-D", data, "--auth=trust", "-U", "mmrl", "--no-sync")
+    options = f"-k {home} -c listen_addresses='' -c fsync=off"
+    run(programs / "pg_ctl", "-D", data, "-o", options, "-l", home / "log", "-w", "start")
+    try:
+        yield lambda text: run("psql", "-h", home, "-U", "mmrl", "-d", "postgres", "-qAtX", "-v", "ON_ERROR_STOP=1",
+                               "-f", "-", text=text).strip()  # fmt: skip
+    finally:
+        run(programs / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+def rows_as_copy(folder: Path, written: Callable[[list[float]], str]) -> str:
+    """`COPY` lines of key and vector, as README's loader makes them."""
+    return "".join(f"{row['key']}\t{written(row['embedding'])}\n" for row in rows_of(folder)) + "\\.\n"
+
+
+def test_postgresql_takes_the_numbers_and_the_bits(folder: Path, sql: Sql) -> None:
+    """Without any extension: arrays of reals, and bit strings compared by Hamming distance."""
+    lines = rows_as_copy(folder, lambda vector: "{" + ",".join(map(str, vector)) + "}")
+    sql(f"CREATE TABLE plain (key text PRIMARY KEY, embedding real[]);\nCOPY plain FROM STDIN;\n{lines}")
+    found = sql(
+        "SELECT key FROM plain, LATERAL (SELECT sum(a * b) AS score FROM unnest(embedding, "
+        "(SELECT embedding FROM plain WHERE key = 'pictures.tar/00004')) AS pair(a, b)) AS compared "
+        "ORDER BY score DESC LIMIT 3"
+    )
+    assert found.splitlines() == nearest(folder, 4, 16)
+    rows = rows_of(folder)
+    bits = ["".join(f"{byte:08b}" for byte in row["embedding_16_binary"]) for row in rows]
+    lines = "".join(f"{row['key']}\t{one}\n" for row, one in zip(rows, bits, strict=True)) + "\\.\n"
+    sql(f"CREATE TABLE bits (key text, code bit(16));\nCOPY bits FROM STDIN;\n{lines}")
+    distances = sql(f"SELECT bit_count(code # B'{bits[4]}') FROM bits ORDER BY key")  # noqa: S608
+    by_key = sorted(zip([row["key"] for row in rows], bits, strict=True))
+    expected = [sum(a != b for a, b in zip(one, bits[4], strict=True)) for _, one in by_key]
+    assert [int(line) for line in distances.split()] == expected
+
+
+def test_pgvector(folder: Path, sql: Sql) -> None:
+    if sql("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'") == "0":
+        pytest.skip("PostgreSQL is there, but not its extension pgvector (Debian 13: postgresql-17-pgvector)")
+    lines = rows_as_copy(folder, str)
+    sql(
+        "CREATE EXTENSION vector; CREATE TABLE items (key text PRIMARY KEY, embedding vector(16));\n"
+        f"COPY items FROM STDIN;\n{lines}"
+        "CREATE INDEX ON items USING hnsw ((subvector(embedding, 1, 8)::vector(8)) vector_cosine_ops);"
+    )
+    found = sql(
+        "WITH query AS (SELECT embedding AS q FROM items WHERE key = 'pictures.tar/00004'), "
+        "shortlist AS (SELECT key, embedding FROM items ORDER BY subvector(embedding, 1, 8)::vector(8) <=> "
+        "(SELECT subvector(q, 1, 8)::vector(8) FROM query) LIMIT 20) "
+        "SELECT key FROM shortlist ORDER BY embedding <=> (SELECT q FROM query) LIMIT 3"
+    )
+    assert found.splitlines() == nearest(folder, 4, 16)

@@ -1,0 +1,203 @@
+"""The page in a real browser: typed into, a picture dropped on it, its slider moved; two widths, two themes."""
+
+import base64
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import drawing, encoded
+from search_places import place
+
+from mmrl.search.query import Searcher, search
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+__all__ = ["place"]
+
+
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    """A real server."""
+    import uvicorn
+
+    from mmrl.search.app import create_app
+    from mmrl.search.serve import _listen
+
+    listening = _listen("127.0.0.1", 0)
+    app = create_app(Searcher.open(place / "index"), ["127.0.0.1"])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page, opened; an error in its script, or anything fetched from elsewhere, fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page, wrong = context.new_page(), []
+    page.set_default_timeout(60_000)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on(
+        "request", lambda request: None if request.url.startswith((address, "blob:")) else wrong.append(request.url)
+    )
+    page.goto(address)
+    page.wait_for_selector(".card")
+    yield page
+    context.close()
+    assert not wrong
+
+
+def shown(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator(".columns:not(.busy) .caption").all_inner_texts()]
+
+
+def settled(page: Any) -> None:
+    page.wait_for_load_state("networkidle")
+    page.wait_for_selector(".columns:not(.busy) .card .rank:not(:empty)")
+
+
+def move_slider(page: Any, place: int) -> None:
+    page.locator("#dim").focus()
+    page.keyboard.press("Home")
+    for _ in range(place):
+        page.keyboard.press("ArrowRight")
+    settled(page)
+
+
+def test_typing_finds_and_the_slider_changes_what_is_found(page: Any, place: Path) -> None:
+    def expected(dim: int) -> list[str]:
+        hits = search(place / "index", "a red square", dim=dim, k=24, quiet=True)["results"]
+        return [hit["captions"][0] for hit in hits]
+
+    page.keyboard.type("a red square")  # the field has the focus
+    settled(page)
+    assert shown(page) == expected(16)
+    assert page.inner_text("#dim-shown") == "16 of 16"
+    assert page.inner_text("#bytes") == "64 B"
+    assert page.inner_text("#search-time").endswith(" ms")
+    move_slider(page, 0)
+    assert page.inner_text("#dim-shown") == "4 of 16"
+    assert page.inner_text("#bytes") == "16 B"
+    assert page.inner_text("#encode-time") == "0 ms"
+    assert shown(page) == expected(4) != expected(16)
+
+
+def test_a_dropped_picture_is_searched_by(page: Any) -> None:
+    data = base64.b64encode(encoded(drawing(7)[0])).decode()
+    page.evaluate(
+        """(data) => {
+            const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+            const moved = new DataTransfer();
+            moved.items.add(new File([bytes], "mine.png", { type: "image/png" }));
+            for (const kind of ["dragenter", "drop"]) {
+                const event = new DragEvent(kind, { dataTransfer: moved, bubbles: true, cancelable: true });
+                document.body.dispatchEvent(event);
+            }
+        }""",
+        data,
+    )
+    settled(page)
+    assert shown(page)[0] == drawing(7)[1]
+    assert page.inner_text(".score >> nth=0") == "1.000"
+    assert page.is_visible("#query-picture")
+    assert not page.is_visible("#drop")
+    page.click("#query-picture button")
+    page.wait_for_selector("#examples button")
+    assert page.locator(".rank:not(:empty)").count() == 0
+
+
+def test_a_chosen_file_and_one_that_is_no_picture(page: Any, tmp_path: Path) -> None:
+    drawing(11)[0].save(tmp_path / "mine.png")
+    page.set_input_files("#file", tmp_path / "mine.png")
+    settled(page)
+    assert shown(page)[0] == drawing(11)[1]
+    page.click(".card button >> nth=1")  # one that was found is the next query
+    settled(page)
+    assert page.inner_text(".score >> nth=0") == "1.000"
+
+
+def test_both_sides_and_a_group(page: Any) -> None:
+    page.fill("#text", "a red square")
+    page.check("#compare")
+    move_slider(page, 1)
+    page.wait_for_selector(".two")
+    heads = page.locator(".columns h2").all_inner_texts()
+    assert heads[0].startswith("all 16 numbers")
+    assert "64 B" in heads[0]
+    assert heads[1].startswith("the first 8")
+    assert "are the same" in heads[1]
+    assert page.locator("section .grid").count() == 2
+    page.uncheck("#compare")
+    page.select_option("#group", "green square")
+    page.locator(".card >> nth=2").wait_for(state="detached")
+    assert page.locator(".card").count() == 2
+    assert all(text.startswith("a green square") for text in shown(page))
+
+
+def test_a_refusal_is_shown(browser: Any, address: str, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector(".card")
+    page.set_input_files("#file", tmp_path / "text.png")
+    page.wait_for_selector("#message.bad")
+    assert "no picture in a known format" in page.inner_text("#message")
+    page.close()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_and_can_be_read(browser: Any, address: str, width: int, theme: str) -> None:
+    """No sideways scrolling, controls that a thumb hits, and letters that stand out from what is behind them."""
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme)
+    page = context.new_page()
+    for path in ("/", "/docs"):
+        page.goto(address + path)
+        page.wait_for_selector("article, .card")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.goto(address)
+    page.fill("#text", "a red square")
+    settled(page)
+    assert page.locator("#choose").bounding_box()["height"] >= 40
+    for selector in (".caption", ".score", "#about", "#search-time", "#text", ".ticks"):
+        assert page.evaluate(CONTRAST, selector) >= 4.5, selector
+    context.close()
+
+
+# WCAG's contrast of an element's letters with the nearest background that is painted.
+CONTRAST = """(selector) => {
+    const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const rgba = (colour) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const luminance = ([r, g, b]) => {
+        const part = (v) => ((v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+    };
+    let behind = document.querySelector(selector);
+    const ink = rgba(getComputedStyle(behind).color);
+    while (rgba(getComputedStyle(behind).backgroundColor)[3] < 255) behind = behind.parentElement;
+    const [a, b] = [luminance(ink), luminance(rgba(getComputedStyle(behind).backgroundColor))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05);
+}"""
