@@ -349,7 +349,7 @@ def embed(
         model,
         source,
         out,
-        _dims(dim),
+        _numbers("dim", dim),
         batch_size,
         precisions=precision.split(","),
         texts=texts,

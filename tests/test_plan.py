@@ -40,7 +40,11 @@ def _allocated_at_the_peak(work: Callable[[], object]) -> float:
     return peak
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.grad_checkpointing=true"], ["model.lock_image=true"]], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.grad_checkpointing=true"], pytest.param(["model.lock_image=true"], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_activations_are_those_of_the_real_towers(
     write_config: WriteConfig, tiny_model: Path, overrides: list[str], tmp_path: Path
 ) -> None:
@@ -120,6 +124,7 @@ def _live_bytes(folder: Path) -> None:
     torch.save(found, folder / f"rank{distributed.world().rank}.pt")
 
 
+@pytest.mark.slow
 def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) -> None:
     run_in_world(2, _live_bytes, tmp_path, "spawn")
     found = torch.load(tmp_path / "rank0.pt")
