@@ -78,7 +78,9 @@ class Engine:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=optimizer,
-            config=deepspeed_config(config, clip_norm, micro_batch, world.size, self.precision),
+            config=deepspeed_config(
+                config, clip_norm, micro_batch, world.size, self.precision, sum(p.numel() for p in model.parameters())
+            ),
             dist_init_required=False,
         )
         if world.size == 1 and config.zero_stage == 0:
@@ -185,11 +187,18 @@ class Engine:
 _NOT_ALLOWED = {"optimizer", "scheduler", "fp16", "bf16", "amp", "prescale_gradients", "checkpoint"}
 
 
+def bucket_size(parameters: int) -> int:
+    """Numbers that ZeRO reduces at once. DeepSpeed's own 500 million are 2 GB on each GPU however small the model."""
+    return min(500_000_000, parameters)
+
+
 def deepspeed_config(
-    config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str
+    config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str, parameters: int
 ) -> dict[str, Any]:
     """DeepSpeed's dict for ours."""
-    return _merged(_derived(config, clip_norm, micro_batch, world_size, precision), config.deepspeed)
+    merged = _merged(_derived(config, clip_norm, micro_batch, world_size, precision), config.deepspeed)
+    merged["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(parameters))
+    return merged
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:

@@ -5,7 +5,7 @@ a process in all; D the embedding's width; e bytes of an embedding's number, 2 u
 
     weights       4P at stages 0–2 and 4P/N at stage 3, which gathers up to 4·min(P, 1e9) of them while it computes
                   (DeepSpeed's stage3_max_live_parameters)
-    gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·5e8 (its reduce_bucket_size)
+    gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size)
     optimiser     8T of Adam at stage 0; 12T/N at 1 to 3, with the float32 copy that DeepSpeed keeps of its share
     average       4P with train.ema
     activations   fixed + m·(a pair's): measured, by running forward and backward of the real towers on fake tensors
@@ -58,13 +58,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmrl import optim
 from mmrl.config import Config
 from mmrl.data.sources import open_training_set
+from mmrl.engine import bucket_size
 from mmrl.errors import InputError
 from mmrl.image_spec import ImageSpec
 from mmrl.model import towers, two_tower
 from mmrl.model.two_tower import MatryoshkaCLIP
 
 GB = 1e9
-BUCKET, LIVE = 5e8, 1e9
+LIVE = 1e9
 PEAK_TFLOPS = {"bf16": 989.0, "fp32": 67.0}
 SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.8
 GPUS_OF_A_HOST, WITHIN_GB_S, BETWEEN_GB_S = 8, 450.0, 50.0
@@ -274,7 +275,7 @@ def state_bytes(model: Model, stage: int, gpus: int, averaged: bool = False) -> 
         weights += 4 * min(model.parameters, LIVE)
     if averaged:
         weights += 4 * model.parameters
-    gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * BUCKET if stage else 0)
+    gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
     return weights, gradients, (12 if stage else 8) * model.trained * share
 
 
@@ -295,7 +296,7 @@ def traffic_of(
     once = B * (e * D + 16) + 2 * 4 * _num_dims(config) * B + 4 * B * D
     calls = 5
     gradients, weights = 4.0 * model.trained, 4.0 * model.parameters
-    buckets = math.ceil(model.trained / BUCKET)
+    buckets = math.ceil(model.trained / bucket_size(model.parameters))
     if stage == 0:
         once += 2 * gradients
         calls += buckets
