@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from mmrl import config as configs
 from mmrl import distributed
 from mmrl.errors import InputError, RunStopped
-from mmrl.evaluate.command import evaluate_model
+from mmrl.evaluate.command import Asked, evaluate_model
 from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle
 from mmrl.preflight import prepare
@@ -215,7 +215,7 @@ def test_fine_tuning_starts_where_the_source_stood(
     plan = prepare(config, distributed.start())
     trainer = Trainer(config, plan, distributed.world(), Console(quiet=True))
     before = trainer.score_sets()
-    theirs = evaluate_model(f"open_clip:tiny-test:{pretrained}", [str(shards)], [16], captions=1, quiet=True)
+    theirs = evaluate_model(f"open_clip:tiny-test:{pretrained}", [str(shards)], Asked([16], captions=1), quiet=True)
     assert before["val"]["dims"]["16"] == theirs["dims"]["16"]
 
 

@@ -17,7 +17,7 @@ from mmrl.cli import main
 from mmrl.config import load as load_config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
-from mmrl.evaluate.command import evaluate_model
+from mmrl.evaluate.command import Asked, evaluate_model
 from mmrl.export import moments
 from mmrl.export.bundles import export_bundle
 from mmrl.export.encoder import LoadedEncoder
@@ -209,7 +209,7 @@ def test_an_open_clip_model(tiny_model: Path, shards: Path, tmp_path: Path) -> N
 
 def test_all_commands_take_what_is_written(trained: Path, shards: Path, tmp_path: Path) -> None:
     rotate_model(str(trained), str(shards), tmp_path / "out", dims=[16, 8, 4])
-    scores = evaluate_model(str(tmp_path / "out"), [str(shards)], quiet=True)
+    scores = evaluate_model(str(tmp_path / "out"), [str(shards)], Asked(), quiet=True)
     assert list(scores["dims"]) == ["16", "8", "4"]
     manifest = export_bundle(str(tmp_path / "out"), tmp_path / "small", 4)
     assert bundle.origin(manifest) == bundle.read_manifest(tmp_path / "out")["weights_sha256"]
@@ -228,7 +228,7 @@ def test_it_is_kept_where_validation_improves(trained: Path, shards: Path, tmp_p
     manifest = rotate_model(str(source), str(shards), tmp_path / "out", dims=[4, 16], validate=str(shards))
     told = manifest["rotation"]["validation"]
     for which, model in (("before", source), ("after", tmp_path / "out")):
-        measured = evaluate_model(str(model), [str(shards)], dims=[4, 16], quiet=True)["dims"]
+        measured = evaluate_model(str(model), [str(shards)], Asked(dims=[4, 16]), quiet=True)["dims"]
         for dim in ("4", "16"):
             for direction in ("image_to_text", "text_to_image"):
                 assert told[which][dim][direction] == pytest.approx(measured[dim][direction], abs=0.03)
