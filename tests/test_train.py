@@ -215,7 +215,9 @@ def test_fine_tuning_starts_where_the_source_stood(
     plan = prepare(config, distributed.start())
     trainer = Trainer(config, plan, distributed.world(), Console(quiet=True))
     before = trainer.score_sets()
-    theirs = evaluate_model(f"open_clip:tiny-test:{pretrained}", [str(shards)], Asked([16], captions=1), quiet=True)
+    theirs = evaluate_model(
+        f"open_clip:tiny-test:{pretrained}", [str(shards)], Asked(dims=[16], captions=1), quiet=True
+    )
     assert before["val"]["dims"]["16"] == theirs["dims"]["16"]
 
 

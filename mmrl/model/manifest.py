@@ -85,6 +85,8 @@ class Manifest(Settings):
     graphs: GraphsSection | None = None
     contract: dict[str, Any] | None = None
     """How far the vectors are from the source's prefix, measured at export."""
+    rotation: dict[str, Any] | None = None
+    """What a model was turned by, where `mmrl rotate` wrote it."""
     variants: dict[str, dict[str, Any]] = Field(default={})
     """The error of each variant of the graphs, and its recall where that was measured."""
 

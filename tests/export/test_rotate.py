@@ -304,7 +304,8 @@ def broken(plain: Path, tmp_path: Path) -> Callable[[str], Path]:
             state["image.tower.proj"][0, 0] = float("nan")
         bundle.save(whole, tmp_path / how, state, {})
         if how == "foreign":
-            bundle.write_manifest(tmp_path / how, bundle.read_manifest(plain) | {"format": "onnx-encoder"})
+            foreign = bundle.read_manifest(plain) | {"format": "foreign-encoder"}
+            (tmp_path / how / "manifest.json").write_text(json.dumps(foreign))
         return tmp_path / how
 
     return make
@@ -324,7 +325,7 @@ def test_mistakes_are_told_in_one_sentence(
         ({"shards": str(spoilt)}, "too few to find 16 directions"),
         ({"model": "nowhere"}, "nowhere does not exist"),
         ({"model": str(broken("nan"))}, "gives vectors that are not finite, near .*00000"),
-        ({"model": str(broken("foreign"))}, "is onnx-encoder version 1; this mmrl reads mmrl-bundle"),
+        ({"model": str(broken("foreign"))}, "is foreign-encoder version 2; this mmrl reads mmrl-bundle"),
         ({"out": tmp_path / "full"}, "exists and is not empty"),
         ({"out": plain}, "exists and is not empty"),
         ({"dims": [17]}, "17 is out of range; this embedding has dims 1 to 16"),
