@@ -20,8 +20,8 @@ GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
 
 
 def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_method: str = "fork") -> None:
-    """Runs work(folder) on `size` processes. Forked ones start at once; those that run a backward of DeepSpeed, which
-    a fork of a process that has trained refuses, are spawned."""
+    """Runs work(folder) on `size` processes. Forked ones start at once; those that go backward are spawned,
+    since a fork of a process that has may refuse to."""
     torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
         _child, (size, work, folder), nprocs=size, start_method=start_method
     )
@@ -117,7 +117,7 @@ def _losses_of_my_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_losses_and_averaged_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
-    run_in_world(size, _losses_of_my_rows, tmp_path)
+    run_in_world(size, _losses_of_my_rows, tmp_path, "spawn")
     (x, y), results = _inputs(), [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(size)]
     for name, (_, plain) in LOSSES.items():
         image, text, scale, bias = _parameters()
@@ -152,7 +152,7 @@ def _loss_under_ddp(folder: Path) -> None:
 
 
 def test_gradients_under_ddp_equal_one_process(tmp_path: Path) -> None:
-    run_in_world(2, _loss_under_ddp, tmp_path)
+    run_in_world(2, _loss_under_ddp, tmp_path, "spawn")
     image, text, scale, bias = _parameters()
     x, y = _inputs()
     LOSSES["plain"][1](Given(image(x), text(y), scale, bias, GROUPS))[0].backward()
@@ -173,7 +173,7 @@ def _count_collectives(folder: Path) -> None:
 
 
 def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -> None:
-    run_in_world(2, _count_collectives, tmp_path)
+    run_in_world(2, _count_collectives, tmp_path, "spawn")
     counts = torch.load(tmp_path / "rank0.pt")
     assert counts[1] == counts[6]
     # One gather and one scattered gradient, both of the texts; the columns' sums, and the scalar of the rows'.

@@ -218,7 +218,7 @@ def test_fine_tuning_starts_where_the_source_stood(
     theirs = evaluate_model(
         f"open_clip:tiny-test:{pretrained}", [str(shards)], Asked(dims=[16], captions=1), quiet=True
     )
-    assert before["val"]["dims"]["16"] == theirs["dims"]["16"]
+    assert before["val"]["dims"]["16"].items() <= theirs["dims"]["16"].items()  # which has the other directions as well
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,10 @@ def test_two_processes_find_what_one_does(model_folder: Path, shards: Path, labe
         ("shared", evaluate(model_folder, shards, degrade=5)),
         ("classes", evaluate(model_folder, labelled)),
     ):
-        assert json.loads((tmp_path / name / "retrieval.json").read_text()) == expected
+        found = json.loads((tmp_path / name / "retrieval.json").read_text())
+        for one in (found, *found["sets"].values()):
+            one.pop("analysis", None)  # which comes with a report
+        assert found == expected
 
 
 @pytest.mark.parametrize(
