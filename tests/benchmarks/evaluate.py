@@ -13,7 +13,6 @@ of its own needs at its peak, imports and embeddings among it.
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
 from mmrl.evaluate.ranks import rank_both
 from mmrl.nesting import cut
+from mmrl.timing import peak_memory
 
 WIDTH, CAPTIONS = 512, 5
 DIMS = (512, 256, 128, 64, 32)
@@ -93,7 +93,7 @@ def only(options: argparse.Namespace) -> None:
     if options.one_group:
         given = given[0], given[1][: options.images], given[2] * 0, given[3][: options.images] * 0
     rank_both(*given, DIMS)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // 10**6)
+    print(peak_memory(torch.device("cpu")) // 10**6)
 
 
 def main() -> None:
