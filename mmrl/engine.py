@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import torch
@@ -137,9 +137,10 @@ class Engine:
             self._engine.step()
             return norm.item()
 
-    def moments(self) -> dict[str, torch.Tensor]:
-        """The optimiser's state as whole tensors by name, on the main process; called on every process."""
-        shapes = {name: parameter.shape for name, parameter in self._whole_parameters()}
+    def moments(self, of: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """The optimiser's state as whole tensors by name, `of` some parameters or of all, on the main process; called
+        on every process."""
+        shapes = {name: p.shape for name, p in self._whole_parameters() if of is None or name in of}
         divided = self._zero_stage > 0 and distributed.world().size > 1
         return gather_moments(shapes, self._fragments(), self._base_optimizer, divided)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from mmrl.errors import InputError
-from mmrl.settings import Settings
+from mmrl.settings import Duration, Settings
 
 
 class NestingConfig(Settings):
@@ -27,6 +27,10 @@ class NestingConfig(Settings):
     dims_per_step: int | None = Field(default=None, ge=1)
     """So many of the dims are trained at each step, drawn anew, the same on all processes; all when left out.
     Distillation is then from the largest of the drawn."""
+    start: Duration | None = None
+    """Until then, such as '700 steps', the full dim is trained alone. Then both towers' projections are turned by one
+    orthogonal matrix, which changes no similarity and moves the principal directions to the front, and the prefixes,
+    which now hold most of what was learnt, are trained as well. From the first step on when left out."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,12 @@ def principal_rotation(moment_DD: torch.Tensor, keep: int = 0) -> torch.Tensor:
     rotation_DD = torch.eye(len(moment_DD), dtype=torch.float64)
     rotation_DD[keep:, keep:] = directions * largest.sign()
     return rotation_DD
+
+
+def turned(weight: torch.Tensor, axis: int, matrix_DD: torch.Tensor) -> torch.Tensor:
+    """A weight, or what an optimiser keeps of it, times a matrix along the axis of length D; in its own type."""
+    product = matrix_DD.to(weight.device) @ weight.double().movedim(axis, 0).flatten(1)
+    return product.view(weight.movedim(axis, 0).shape).movedim(0, axis).to(weight.dtype).contiguous()
 
 
 def effective_rank(moment_DD: torch.Tensor) -> float:

@@ -77,6 +77,11 @@ def _check(config: Config, world: World) -> Plan:
         )
     if config.nesting.dims_per_step and not all(nested.shares):
         raise InputError("nesting.dims_per_step: a dim of weight 0 would be drawn in vain; leave that dim out.")
+    if config.nesting.start is not None and nested.dims[-1] != width:
+        raise InputError(
+            f"nesting.start: turns the whole embedding, so nesting.dims must go up to its width, {width}; the largest "
+            f"is {nested.dims[-1]}."
+        )
     if config.loss.kernels == "triton":
         require_kernels(world.device)
     evaluation_dims = config.evaluation.dims or list(nested.dims)

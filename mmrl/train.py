@@ -3,10 +3,11 @@
 Shapes: b pairs of this process, C channels, H and W the image's size, L tokens, D the embedding's width, K dims.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import accumulation, distributed, hosts, optim
+from mmrl import accumulation, distributed, hosts, optim, settings, turn
 from mmrl import checkpoint as checkpoints
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
@@ -25,7 +26,7 @@ from mmrl.data.index import Problem, account
 from mmrl.data.stream import Batch, Stream, killed_worker
 from mmrl.distributed import World
 from mmrl.engine import Engine
-from mmrl.errors import RunStopped
+from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import report, sets
 from mmrl.heartbeat import Heartbeat
 from mmrl.losses.config import nested_loss
@@ -104,6 +105,12 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
         self.total = max(1, self._steps(config.train.duration))
         self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
+        self.nests_from = 0 if config.nesting.start is None else self._steps(config.nesting.start)
+        if self.nests_from >= self.total:
+            raise InputError(
+                f"nesting.start: step {self.nests_from:,} is not before the end of this run, step {self.total:,}; no "
+                "prefix would be trained."
+            )
         self.save_every = max(1, self._steps(config.checkpoint.every))
         self.evaluate_every = max(1, self._steps(config.evaluation.every))
         self.step_done = 0
@@ -137,6 +144,10 @@ class Trainer:
         clock, batches, epoch = Pacer(self.step_done), self.stream.forever(), self.stream.epoch
         trace = Trace(Path(self.config.run) / "profile", self.world.rank, self.config.tracking.profile)
         while self.step_done < self.total:
+            if self.nests_from and self.step_done == self.nests_from:
+                self._at("turning the embedding")
+                with clock.paused():
+                    self._turn(tracker)
             self._at("loading data")
             with self.engine.clock.part("data"):
                 parts = list(islice(batches, self.plan.accumulation))
@@ -175,7 +186,7 @@ class Trainer:
             self._heartbeat.at(self.step_done, doing)
 
     def step(self, parts: Sequence[Batch]) -> tuple[NestedLoss, float, float]:
-        """One optimiser step on one global batch, given as micro-batches; the only place where weights change.
+        """One optimiser step on one global batch, given as micro-batches; the only place where the model learns.
 
         Returns: the loss, the gradient's norm, the learning rate.
         """
@@ -208,9 +219,8 @@ class Trainer:
         """The loss of the global batch, on the dims of this step. It stops the run where it is not finite."""
         self._scale, self._bias = scale.detach(), None if bias is None else bias.detach()
         nested = self.plan.nested
-        if self.config.nesting.dims_per_step is not None:
-            places = draws.permutation(len(nested.dims), self.config.seed, self.step_done, _DIMS_DRAW)
-            places = sorted(places[: self.config.nesting.dims_per_step].tolist())
+        places = self._trained_places()
+        if len(places) < len(nested.dims):
             nested = nested.only(places)
             scale = scale if len(scale) == 1 else scale[places]
             bias = bias if bias is None or len(bias) == 1 else bias[places]
@@ -221,6 +231,28 @@ class Trainer:
             where = not_finite(image_bD, text_bD, self._keys)
             self._stop_unless_finite("the loss", value, f" ({where})" if where else "")
         return loss
+
+    def _trained_places(self) -> list[int]:
+        """Which of the dims this step trains."""
+        count, drawn = len(self.plan.nested.dims), self.config.nesting.dims_per_step
+        if self.step_done < self.nests_from:
+            return [count - 1]
+        if drawn is None:
+            return list(range(count))
+        return sorted(draws.permutation(count, self.config.seed, self.step_done, _DIMS_DRAW)[:drawn].tolist())
+
+    def _turn(self, tracker: Tracker | None) -> None:
+        """From here on the prefixes are trained. A checkpoint of this step holds the encoder as it was before."""
+        self.engine.refresh()
+        training = dataclasses.replace(self.encoder, model=self.engine.whole_model)
+        with self._evaluating(training.model):
+            found = turn.find(self.config.run, training, self.plan.reader)
+        turn.apply(self.engine, training, self.encoder, found.rotation_DD)
+        if tracker:
+            tracker.say(
+                f"step {self.step_done:,}  turned by {found.images:,} pictures and {found.texts:,} texts, effective "
+                f"rank {found.effective_rank:.1f} of {training.dim}; the prefixes are trained from here on"
+            )
 
     def _seed_dropout(self, part: int) -> None:
         """Dropout, where a tower has any, is a function of (seed, step, rank, micro-batch): it is the same in both
@@ -253,20 +285,24 @@ class Trainer:
     def score_sets(self) -> dict[str, dict[str, Any]]:
         """Each named set's scores at every dim, on every process; all of them embed and rank."""
         self.engine.refresh()
-        model = self.encoder.model
-        was_training, home = model.training, next(model.parameters()).device
-        model.to(self.world.device)
-        model.eval()
+        encoder, model = self.encoder, self.encoder.model
         results: dict[str, dict[str, Any]] = {}
-        for name, reader in self.plan.evaluation_readers.items():
-            captions = self.config.evaluation.sets[name].captions
-            encoder = self.encoder
-            embedded = sets.embed(reader, model, encoder.image_spec, encoder.tokenise, captions=captions)
-            results[name] = sets.score(embedded, self.plan.evaluation_dims, over_ranks=True)
-            if len(reader) < self.plan.evaluation_samples[name]:
-                results[name]["drawn"] = {"samples": len(reader), "of": self.plan.evaluation_samples[name]}
-        model.train(was_training).to(home)
+        with self._evaluating(model):
+            for name, reader in self.plan.evaluation_readers.items():
+                captions = self.config.evaluation.sets[name].captions
+                embedded = sets.embed(reader, model, encoder.image_spec, encoder.tokenise, captions=captions)
+                results[name] = sets.score(embedded, self.plan.evaluation_dims, over_ranks=True)
+                if len(reader) < self.plan.evaluation_samples[name]:
+                    results[name]["drawn"] = {"samples": len(reader), "of": self.plan.evaluation_samples[name]}
         return results
+
+    @contextlib.contextmanager
+    def _evaluating(self, model: MatryoshkaCLIP) -> Iterator[None]:
+        """A model in use, and where the data goes, for a while."""
+        was_training, home = model.training, next(model.parameters()).device
+        model.to(self.world.device).eval()
+        yield
+        model.train(was_training).to(home)
 
     def _show(self, tracker: Tracker, results: dict[str, dict[str, Any]]) -> None:
         folder = Path(self.config.run)
@@ -400,7 +436,7 @@ class Trainer:
         return self.engine.whole_model if self.ema is None else self.ema.module  # pyright: ignore[reportReturnType]
 
     def _steps(self, duration: int | str) -> int:
-        return optim.steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)
+        return settings.steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)
 
 
 def _ema(model: MatryoshkaCLIP, decay: float) -> AveragedModel:

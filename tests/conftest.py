@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
@@ -156,3 +158,23 @@ def narrow_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def wide_products(monkeypatch: pytest.MonkeyPatch, narrow_products: None) -> None:
     """What a processor without bfloat16 products does."""
     monkeypatch.setattr("mmrl.losses.sweep.multiplies_bfloat16", lambda _: False)
+
+
+# Runs several configs in one world, since what takes time is the imports.
+_TRAIN_ALL = """
+import sys
+from rich.console import Console
+from mmrl import config as configs
+from mmrl.train import train
+for case in sys.argv[2:]:
+    train(configs.load(sys.argv[1], case.split()), Console(quiet=True))
+"""
+
+
+def start_training(path: Path, processes: int, script: Path, *arguments: str) -> None:
+    """Trains by each argument's overrides, one after another, in a world of so many processes."""
+    script.write_text(_TRAIN_ALL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(script), str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr

@@ -35,6 +35,8 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("nesting.weights=[1]", "weights: 1 given for 3 dims"),
         ("nesting.dims_per_step=4", "nesting.dims_per_step: 4 of 3 dims; at most all of them"),
         ("nesting={dims: [16, 8], weights: [1, 0], dims_per_step: 1}", "a dim of weight 0 would be drawn in vain"),
+        ("nesting.start=8 steps", "nesting.start: step 8 is not before the end of this run, step 8; no prefix would"),
+        ("nesting={dims: [8, 4], start: 2}", "nesting.dims must go up to its width, 16; the largest is 8"),
         ("loss.name=siglip", "loss.name: Input should be 'infonce' or 'sigmoid'; got 'siglip'"),
         ("loss={name: sigmoid, label_smoothing: 0.1}", "label_smoothing and distillation belong to name: infonce"),
         ("train.batchsize=4", "unknown key 'train.batchsize'. Did you mean 'batch_size'?"),

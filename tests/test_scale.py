@@ -1,13 +1,12 @@
 """What is learnt does not depend on how the work is divided: ZeRO stages, micro-batches, processes."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import start_training
 from safetensors.torch import load_file
 
 from mmrl import config as configs
@@ -22,15 +21,6 @@ from mmrl.train import train
 
 WriteConfig = Callable[..., Path]
 STEPS = 20
-# Runs several configs in one world, since what takes time is the imports.
-SCRIPT = """
-import sys
-from rich.console import Console
-from mmrl import config as configs
-from mmrl.train import train
-for case in sys.argv[2:]:
-    train(configs.load(sys.argv[1], case.split()), Console(quiet=True))
-"""
 
 
 def losses(run: Path) -> list[float]:
@@ -84,7 +74,7 @@ def test_zero_stages_micro_batches_and_processes_learn_the_same(
         f"run={tmp_path}/zero{stage}-{micro} engine.zero_stage={stage} train.micro_batch={micro or 12 // processes}"
         for stage, micro in cases
     ]
-    start(path, processes, tmp_path / "script.py", *arguments)
+    start_training(path, processes, tmp_path / "script.py", *arguments)
     values, weights = plain_run(path)
     for stage, micro in cases:
         run = tmp_path / f"zero{stage}-{micro}"
@@ -100,6 +90,7 @@ def test_zero_stages_micro_batches_and_processes_learn_the_same(
         ["model.lock_text=true", "model.logit_scale.per_dim=true", "engine.zero_stage=3"],
         ["model.grad_checkpointing=true", "loss.label_smoothing=0.1"],
         ["nesting.dims_per_step=2", "data.workers=1", "engine.zero_stage=1"],
+        ["nesting.start=3 steps", "loss.distillation=0.5"],
     ],
     ids=" ".join,
 )
@@ -111,14 +102,6 @@ def test_micro_batches_change_nothing_with_any_option(
     parts = train(configs.load(path, [*overrides, f"run={tmp_path}/parts", "train.micro_batch=4"]))
     assert losses(parts) == pytest.approx(losses(whole), abs=2e-5)
     torch.testing.assert_close(final_weights(parts), final_weights(whole), rtol=0, atol=1e-4)
-
-
-def start(path: Path, processes: int, script: Path, *arguments: str) -> None:
-    script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
 
 
 def as_far_as(run: Path, step: int) -> None:
@@ -151,7 +134,7 @@ def test_a_run_goes_on_at_another_stage_in_another_world(write_config: WriteConf
     for done, processes, stage in ((0, 2, 3), (5, 1, 1), (10, 3, 2), (15, 2, 3)):
         if done:
             as_far_as(run, done)
-        start(path, processes, script, f"engine.zero_stage={stage}")
+        start_training(path, processes, script, f"engine.zero_stage={stage}")
         assert losses(run) == pytest.approx(losses(whole), abs=2e-5), (processes, stage)
     torch.testing.assert_close(final_weights(run), final_weights(whole), rtol=0, atol=1e-4)
 

@@ -235,6 +235,8 @@ def test_fine_tuning_starts_where_the_source_stood(
         ["loss.name=sigmoid", "loss.same_group=positive", "model.logit_scale={per_dim: true, bias_init: -5.0}"],
         ["nesting.dims_per_step=2", "model.logit_scale.per_dim=true"],
         ["train.ema=0.5", "optim.schedule=constant", "optim.cooldown=3 steps"],
+        ["nesting.start=4 steps", "train.ema=0.5", "model.logit_scale.per_dim=true"],
+        ["nesting.start=2 steps", "engine.zero_stage=2", "model.lock_image=true"],
         ["optim.layer_decay=0.5", "optim.lr_image=1e-4", "optim.lr_projection=0", "optim.schedule=rsqrt"],
         ["data.workers=2", "tracking.tensorboard=true"],
     ],

@@ -33,7 +33,7 @@ from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
 from mmrl.model.towers import Side, TokeniseList, Towers
 from mmrl.model.two_tower import Encoder, LogitScaleConfig, MatryoshkaCLIP, added_projection
-from mmrl.nesting import check_dims
+from mmrl.nesting import check_dims, turned
 
 WEIGHTS = layouts.LAYOUTS["bundle"].weights
 _TOKENIZER, _TEXT_MODEL = "tokenizer", "text_model"
@@ -192,8 +192,7 @@ def rotated_state(bundle: Bundle, rotation_DD: torch.Tensor) -> dict[str, torch.
     """The weights of the encoder whose vectors are `rotation_DD @ x` for every vector x of this one; float64 (D, D)."""
     state = bundle.state()
     for name, axis in embedding_axes(bundle.model_cfg).items():
-        turned = rotation_DD @ state[name].double().movedim(axis, 0)
-        state[name] = turned.movedim(0, axis).to(state[name].dtype).contiguous()
+        state[name] = turned(state[name], axis, rotation_DD)
     for name in (_SCALE, _BIAS):
         if name in state:  # one of each dim's: the prefixes that they were learnt for are gone, but for the last
             state[name] = state[name][-1:]
