@@ -35,7 +35,7 @@ lint: $(VENV)/.installed  ## Ruff, pyright, import-linter
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-claims: runs/world/NOTICE  ## Train and measure every rival of nesting, write tests/benchmarks/claims (a day on 2 cores; resumable)
+claims: runs/world/NOTICE  ## Train and measure every rival of nesting, write tests/benchmarks/claims (hours on 2 cores; resumable)
 	$(BIN)/python tests/benchmarks/claims.py --world runs/world
 
 runs/world/NOTICE: $(VENV)/.installed

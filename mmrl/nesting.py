@@ -30,7 +30,8 @@ class NestingConfig(Settings):
     start: Duration | None = None
     """Until then, such as '700 steps', the full dim is trained alone. Then both towers' projections are turned by one
     orthogonal matrix, which changes no similarity and moves the principal directions to the front, and the prefixes,
-    which now hold most of what was learnt, are trained as well. From the first step on when left out."""
+    which now hold most of what was learnt, are trained as well. '0 steps' turns pretrained towers before the first.
+    When left out, nothing is turned, and all dims are trained from the first step on."""
 
 
 @dataclass(frozen=True)

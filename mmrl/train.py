@@ -105,8 +105,8 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
         self.total = max(1, self._steps(config.train.duration))
         self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
-        self.nests_from = 0 if config.nesting.start is None else self._steps(config.nesting.start)
-        if self.nests_from >= self.total:
+        self.nests_from = None if config.nesting.start is None else self._steps(config.nesting.start)
+        if (self.nests_from or 0) >= self.total:
             raise InputError(
                 f"nesting.start: step {self.nests_from:,} is not before the end of this run, step {self.total:,}; no "
                 "prefix would be trained."
@@ -144,7 +144,7 @@ class Trainer:
         clock, batches, epoch = Pacer(self.step_done), self.stream.forever(), self.stream.epoch
         trace = Trace(Path(self.config.run) / "profile", self.world.rank, self.config.tracking.profile)
         while self.step_done < self.total:
-            if self.nests_from and self.step_done == self.nests_from:
+            if self.step_done == self.nests_from:
                 self._at("turning the embedding")
                 with clock.paused():
                     self._turn(tracker)
@@ -235,7 +235,7 @@ class Trainer:
     def _trained_places(self) -> list[int]:
         """Which of the dims this step trains."""
         count, drawn = len(self.plan.nested.dims), self.config.nesting.dims_per_step
-        if self.step_done < self.nests_from:
+        if self.nests_from is not None and self.step_done < self.nests_from:
             return [count - 1]
         if drawn is None:
             return list(range(count))

@@ -88,6 +88,20 @@ def test_the_turn_changes_no_similarity_and_leads_with_the_principal_directions(
             assert not torch.allclose(after[label], value)
 
 
+def test_a_start_at_step_0_turns_before_the_first_step(write_config: WriteConfig, tmp_path: Path, shards: Path) -> None:
+    path = write_config(optim={"lr": 1e-12}, evaluation={})
+    plain = metrics(train(configs.load(path, ["nesting={dims: [16]}", f"run={tmp_path}/plain"])))
+    folder = train(configs.load(path, ["nesting.start=0 steps"]))
+    first = metrics(folder)[0]["loss_by_dim"]
+    assert list(first) == ["4", "8", "16"]
+    assert first["16"] == pytest.approx(plain[0]["loss"], abs=1e-5)
+    encoder = bundle.load(folder / "checkpoints" / "last")
+    found = sets.embed(open_reader(str(shards)), encoder.model, encoder.image_spec, encoder.tokenise)
+    image_ND, text_MD = (F.normalize(x.double(), dim=-1) for x in (found.image_ND, found.text_MD))
+    moment_DD = (image_ND.T @ image_ND / len(image_ND) + text_MD.T @ text_MD / len(text_MD)) / 2
+    torch.testing.assert_close(moment_DD.diagonal(), torch.linalg.eigvalsh(moment_DD).flip(0), rtol=0, atol=1e-5)
+
+
 def test_each_dims_scale_begins_with_the_full_dims(write_config: WriteConfig) -> None:
     trainer = trained(write_config(), 4, "model.logit_scale.per_dim=true", "nesting.start=5 steps")
     before = trainer.engine.model.log_logit_scale.detach().clone()

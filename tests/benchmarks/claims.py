@@ -1,10 +1,14 @@
 """Does nesting keep its promises? Trains and evaluates every rival on two real sets, and writes the page of results.
 
-    python tests/benchmarks/claims.py --world DIR [--seeds 0,1,2] [--cache runs/claims] [--out tests/benchmarks/claims]
+    python tests/benchmarks/claims.py --world DIR [--seeds 0,1,2] [--jobs 2] [--cache runs/claims] [--out …/claims]
 
-DIR is what tests/benchmarks/world.py built. It takes hours on two cores (each run is announced, with its place among
-all), and may be stopped at any time: the same command goes on where it stood, since every run lies in the cache under
-the hash of its config. The arms, all of the same towers, data, steps and schedule (configs/quickstart.yaml):
+DIR is what tests/benchmarks/world.py built. It takes hours on two cores (each finished run is told, with how many are
+left), and may be stopped at any time: the same command goes on where it stood, since every run lies in the cache under
+the hash of its config. Each run has one thread, and --jobs of them go on at a time: two runs beside each other are
+faster than one after the other on two threads.
+
+The arms, all of the same data, steps and schedule (those of configs/quickstart.yaml, shorter) and of the same towers
+(claims_towers.json: the quickstart's, for pictures of 32 x 32 pixels, so that all of it takes hours and not days):
 
     plain           the loss at the full dim alone                                   trained
     plain, d only   the loss at one smaller dim alone, a model for each              trained
@@ -22,8 +26,12 @@ way in a minute, on a handful of pictures and steps, to test the way; its page s
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +56,7 @@ from mmrl.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "configs" / "quickstart.yaml"
+TOWERS = Path(__file__).parent / "claims_towers.json"
 CURVE_POINTS = 6
 _DONE = "done.json"
 _TINY_TOWERS = {
@@ -64,6 +73,7 @@ class World:
     name: str
     train: str
     tests: dict[str, str]
+    steps: int
     overrides: tuple[str, ...] = ()
 
 
@@ -84,9 +94,9 @@ class Plan:
         full, *smaller = self.dims
         shown = json.dumps(self.dims)
         return {
-            "plain": [f"nesting.dims=[{full}]", "nesting.weights=null"],
-            **{f"plain, {dim} only": [f"nesting.dims=[{dim}]", "nesting.weights=null"] for dim in smaller},
-            "nested, equal": [f"nesting.dims={shown}", "nesting.weights=null"],
+            "plain": [f"nesting={{dims: [{full}]}}"],
+            **{f"plain, {dim} only": [f"nesting={{dims: [{dim}]}}"] for dim in smaller},
+            "nested, equal": [f"nesting={{dims: {shown}}}"],
             "nested": [],
         }
 
@@ -133,15 +143,25 @@ def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: 
         f"data.train={world.train}",
         "resume=auto",
         "evaluation={every: 1000000 steps}",  # nothing is chosen, so nothing is looked at on the way
+        f"model.name={TOWERS}",
+        *_shortened(world.steps),
         *plan.overrides,
         *world.overrides,
         *changes,
     ]
     config = configs.load(RECIPE, overrides)
-    steps = int(str(config.train.duration).split()[0])
-    every = max(1, -(-steps // CURVE_POINTS)) if curve else steps
+    every = max(1, -(-world.steps // CURVE_POINTS)) if curve else world.steps
     checkpoint = config.checkpoint.model_copy(update={"every": f"{every} steps", "keep": CURVE_POINTS + 1})
     return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def _shortened(steps: int) -> list[str]:
+    """The recipe's durations, all by the same factor."""
+    recipe = configs.load(RECIPE)
+    whole = int(str(recipe.train.duration).split()[0])
+    named = {"optim.warmup": recipe.optim.warmup, "nesting.start": recipe.nesting.start}
+    parts = {name: max(1, round(int(str(part).split()[0]) * steps / whole)) for name, part in named.items() if part}
+    return [f"train.duration={steps} steps", *(f"{name}={part} steps" for name, part in parts.items())]
 
 
 def _hash(config: Config) -> str:
@@ -150,15 +170,27 @@ def _hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def train_all(runs: Sequence[Run], console: Console) -> None:
-    """Whatever is not finished yet."""
-    for number, run in enumerate(runs, 1):
-        if (run.folder / _DONE).exists():
-            continue
-        console.rule(f"run {number} of {len(runs)}: {run.world.name}, {run.arm}, seed {run.seed}")
-        train(run.config, console)
-        measure(run, console)
-        _tidy(run)
+def train_all(runs: Sequence[Run], jobs: int, console: Console) -> None:
+    """Whatever is not finished yet, so many at a time."""
+    left = [run for run in runs if not (run.folder / _DONE).exists()]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = [pool.submit(train_one, run) for run in left]
+        try:
+            for number, one in enumerate(as_completed(waiting), 1):
+                console.print(f"{one.result()}; {len(left) - number} left", highlight=False)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train_one(run: Run) -> str:
+    """Trains and measures, or goes on with it; says what was done."""
+    began = time.monotonic()
+    train(run.config, Console(quiet=True))
+    measure(run)
+    _tidy(run)
+    return f"{run.world.name}, {run.arm}, seed {run.seed}: {time.monotonic() - began:.0f} s"
 
 
 def _tidy(run: Run) -> None:
@@ -174,7 +206,7 @@ def _tidy(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------ embedding
 
 
-def measure(run: Run, console: Console) -> None:
+def measure(run: Run) -> None:
     """Embeds the test sets by the run's last encoder, and what follows from it without training."""
     embed_tests(run, run.last, "")
     if run.curve:
@@ -191,7 +223,6 @@ def measure(run: Run, console: Console) -> None:
         embed_tests(run, turned, "rotated-")
     if run.arm == "plain":
         _fit_pca(run)
-    console.print(f"measured {run.folder.name}")
 
 
 def embed_tests(run: Run, encoder: Path, prefix: str, only: str | None = None) -> None:
@@ -289,12 +320,14 @@ def full_plan(world: Path, cache: Path, seeds: list[int]) -> Plan:
         "starter",
         "starter:train",
         {"test-artist": "starter:test-artist", "test-concepts": "starter:test-concepts"},
+        steps=800,
     )
     larger = World(
         "world",
         str(world / "train"),
         {name: str(world / name) for name in ("test-artist", "test-concepts")},
-        ("data.captions=[0.35, 0.35, 0.3]", "train.duration=3000 steps"),
+        steps=1000,
+        overrides=("data.captions=[0.35, 0.35, 0.3]",),
     )
     return Plan([small, larger], dims, seeds, cache)
 
@@ -306,16 +339,10 @@ def tiny_plan(cache: Path) -> Plan:
     pictures, concepts = "starter:val-pictures", "starter:val-concepts"
     small = "nesting.dims=[64, 8]"
     worlds = [
-        World("starter", pictures, {"test-artist": concepts}, (small, "nesting.weights=[1, 0.1]")),
-        World("world", concepts, {"test-artist": pictures}, (small, "nesting.weights=null")),
+        World("starter", pictures, {"test-artist": concepts}, 3, (small, "nesting.weights=[1, 0.1]")),
+        World("world", concepts, {"test-artist": pictures}, 3, (small, "nesting.weights=null")),
     ]
-    overrides = (
-        f"model.name={cache / 'towers.json'}",
-        "train.duration=3 steps",
-        "train.batch_size=16",
-        "optim.warmup=1 steps",
-        "tracking.log_every=1",
-    )
+    overrides = (f"model.name={cache / 'towers.json'}", "train.batch_size=16", "tracking.log_every=1")
     return Plan(worlds, [64, 8], [0, 1], cache, overrides)
 
 
@@ -326,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/claims"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "claims", help="folder of the page")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--tiny", action="store_true", help="test the way; no result")
     given = parser.parse_args(arguments)
     console = Console()
@@ -338,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = plan_runs(plan)
         left = sum(not (run.folder / _DONE).exists() for run in runs)
         console.print(f"{len(runs)} runs, {left} of them to do; the same command goes on where it was stopped")
-        train_all(runs, console)
+        train_all(runs, given.jobs, console)
     except (InputError, RunStopped) as error:
         parser.exit(2 if isinstance(error, InputError) else 1, f"{error}\n")
     results = {
