@@ -34,7 +34,8 @@ from mmrl.engine import Engine
 from mmrl.errors import InputError, RunStopped
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
-from mmrl.settings import Duration, Settings, machine
+from mmrl.optim import Duration
+from mmrl.settings import Settings, machine
 
 _STATE, _MOMENTS, _WEIGHTS = "state.json", "optimizer.safetensors", "weights.safetensors"
 _STEP = re.compile(r"^step-(\d+)$")

@@ -18,8 +18,8 @@ from mmrl.evaluate.sets import EvaluationConfig
 from mmrl.losses.config import LossConfig
 from mmrl.model.two_tower import ModelConfig
 from mmrl.nesting import NestingConfig
-from mmrl.optim import OptimConfig
-from mmrl.settings import Duration, Settings, learning_values, machine
+from mmrl.optim import Duration, OptimConfig
+from mmrl.settings import Settings, learning_values, machine
 from mmrl.tracking import TrackingConfig
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from mmrl.errors import InputError
-from mmrl.settings import Duration, Settings
+from mmrl.settings import Settings
 
 
 class NestingConfig(Settings):
@@ -27,11 +27,11 @@ class NestingConfig(Settings):
     dims_per_step: int | None = Field(default=None, ge=1)
     """So many of the dims are trained at each step, drawn anew, the same on all processes; all when left out.
     Distillation is then from the largest of the drawn."""
-    start: Duration | None = None
-    """Until then, such as '700 steps', the full dim is trained alone. Then both towers' projections are turned by one
-    orthogonal matrix, which changes no similarity and moves the principal directions to the front, and the prefixes,
-    which now hold most of what was learnt, are trained as well. '0 steps' turns pretrained towers before the first.
-    When left out, nothing is turned, and all dims are trained from the first step on."""
+    start: float | None = Field(default=None, ge=0, lt=1)
+    """The share of the run, such as 0.75, in which the full dim is trained alone. Then both towers' projections are
+    turned by one orthogonal matrix, which changes no similarity and moves the principal directions to the front, and
+    the prefixes, which now hold most of what was learnt, are trained as well. 0 turns pretrained towers before the
+    first step. When left out, nothing is turned, and all dims are trained from the first step on."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmrl import settings
+from mmrl import optim
 from mmrl.config import Config
 from mmrl.data.sources import open_training_set
 from mmrl.engine import bucket_size
@@ -431,4 +431,4 @@ def _steps(config: Config, per_epoch: int | None) -> int | None:
     duration = config.train.duration
     if per_epoch is None and isinstance(duration, str) and "epoch" in duration:
         return None
-    return max(1, settings.steps(duration, config.train.batch_size, per_epoch or 0))
+    return max(1, optim.steps(duration, config.train.batch_size, per_epoch or 0))

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import accumulation, distributed, hosts, optim, settings, turn
+from mmrl import accumulation, distributed, hosts, optim, turn
 from mmrl import checkpoint as checkpoints
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
@@ -26,7 +26,7 @@ from mmrl.data.index import Problem, account
 from mmrl.data.stream import Batch, Stream, killed_worker
 from mmrl.distributed import World
 from mmrl.engine import Engine
-from mmrl.errors import InputError, RunStopped
+from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
 from mmrl.heartbeat import Heartbeat
 from mmrl.losses.config import nested_loss
@@ -105,12 +105,8 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
         self.total = max(1, self._steps(config.train.duration))
         self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
-        self.nests_from = None if config.nesting.start is None else self._steps(config.nesting.start)
-        if (self.nests_from or 0) >= self.total:
-            raise InputError(
-                f"nesting.start: step {self.nests_from:,} is not before the end of this run, step {self.total:,}; no "
-                "prefix would be trained."
-            )
+        # The step before which the embedding is turned, and its prefixes join.
+        self.nests_from = None if config.nesting.start is None else int(config.nesting.start * self.total)
         self.save_every = max(1, self._steps(config.checkpoint.every))
         self.evaluate_every = max(1, self._steps(config.evaluation.every))
         self.step_done = 0
@@ -436,7 +432,7 @@ class Trainer:
         return self.engine.whole_model if self.ema is None else self.ema.module  # pyright: ignore[reportReturnType]
 
     def _steps(self, duration: int | str) -> int:
-        return settings.steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)
+        return optim.steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)
 
 
 def _ema(model: MatryoshkaCLIP, decay: float) -> AveragedModel:

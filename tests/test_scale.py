@@ -90,7 +90,7 @@ def test_zero_stages_micro_batches_and_processes_learn_the_same(
         ["model.lock_text=true", "model.logit_scale.per_dim=true", "engine.zero_stage=3"],
         ["model.grad_checkpointing=true", "loss.label_smoothing=0.1"],
         ["nesting.dims_per_step=2", "data.workers=1", "engine.zero_stage=1"],
-        ["nesting.start=3 steps", "loss.distillation=0.5"],
+        ["nesting.start=0.4", "loss.distillation=0.5"],
     ],
     ids=" ".join,
 )

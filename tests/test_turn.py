@@ -42,7 +42,7 @@ def trained(path: Path, steps: int, *overrides: str) -> Trainer:
 
 
 def test_prefixes_are_trained_from_the_start_on(write_config: WriteConfig, tmp_path: Path) -> None:
-    lines = metrics(train(configs.load(write_config(), ["nesting.start=5 steps"])))
+    lines = metrics(train(configs.load(write_config(), ["nesting.start=0.65"])))
     assert [list(line["loss_by_dim"]) for line in lines] == [["16"]] * 5 + [["4", "8", "16"]] * 3
     plain = metrics(train(configs.load(write_config(), ["nesting={dims: [16]}", f"run={tmp_path}/plain"])))
     assert [line["loss"] for line in lines[:5]] == [line["loss"] for line in plain[:5]]
@@ -54,7 +54,7 @@ def test_prefixes_are_trained_from_the_start_on(write_config: WriteConfig, tmp_p
 def test_the_turn_changes_no_similarity_and_leads_with_the_principal_directions(
     write_config: WriteConfig, shards: Path, stage: int
 ) -> None:
-    trainer = trained(write_config(), 4, f"engine.zero_stage={stage}", "nesting.start=5 steps")
+    trainer = trained(write_config(), 4, f"engine.zero_stage={stage}", "nesting.start=0.65")
     trainer.engine.refresh()
     image_ND, text_MD = embedded(trainer, shards)
     moments = trainer.engine.moments()
@@ -88,10 +88,10 @@ def test_the_turn_changes_no_similarity_and_leads_with_the_principal_directions(
             assert not torch.allclose(after[label], value)
 
 
-def test_a_start_at_step_0_turns_before_the_first_step(write_config: WriteConfig, tmp_path: Path, shards: Path) -> None:
+def test_a_start_of_0_turns_before_the_first_step(write_config: WriteConfig, tmp_path: Path, shards: Path) -> None:
     path = write_config(optim={"lr": 1e-12}, evaluation={})
     plain = metrics(train(configs.load(path, ["nesting={dims: [16]}", f"run={tmp_path}/plain"])))
-    folder = train(configs.load(path, ["nesting.start=0 steps"]))
+    folder = train(configs.load(path, ["nesting.start=0.0"]))
     first = metrics(folder)[0]["loss_by_dim"]
     assert list(first) == ["4", "8", "16"]
     assert first["16"] == pytest.approx(plain[0]["loss"], abs=1e-5)
@@ -103,7 +103,7 @@ def test_a_start_at_step_0_turns_before_the_first_step(write_config: WriteConfig
 
 
 def test_each_dims_scale_begins_with_the_full_dims(write_config: WriteConfig) -> None:
-    trainer = trained(write_config(), 4, "model.logit_scale.per_dim=true", "nesting.start=5 steps")
+    trainer = trained(write_config(), 4, "model.logit_scale.per_dim=true", "nesting.start=0.65")
     before = trainer.engine.model.log_logit_scale.detach().clone()
     assert before[0] == before[1] != before[2]
     trainer._turn(None)
@@ -112,7 +112,7 @@ def test_each_dims_scale_begins_with_the_full_dims(write_config: WriteConfig) ->
 
 def test_stages_and_processes_turn_alike(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config(
-        train={"batch_size": 12, "duration": 10}, evaluation={}, nesting={"dims": [16, 4, 8], "start": 4}
+        train={"batch_size": 12, "duration": 10}, evaluation={}, nesting={"dims": [16, 4, 8], "start": 0.4}
     )
     whole = train(configs.load(path, [f"run={tmp_path}/whole"]))
     cases = [f"run={tmp_path}/zero{stage} engine.zero_stage={stage} train.micro_batch=3" for stage in range(4)]

@@ -20,7 +20,8 @@ from mmrl.errors import InputError
 from mmrl.evaluate.ranks import OnRows, PerQuery, is_better_lower, rank_both, rank_queries
 from mmrl.evaluate.retrieval import as_json, chance, check_ks, checked, fold_rows, mean_of, of_directions
 from mmrl.image_spec import ImageSpec
-from mmrl.settings import Duration, Settings, machine
+from mmrl.optim import Duration
+from mmrl.settings import Settings, machine
 
 CROSS = ("image_to_text", "text_to_image")
 SAME = ("image_to_image", "text_to_text")

@@ -132,7 +132,7 @@ def plan_runs(plan: Plan) -> list[Run]:
                 curve = plan.curves and not arm.endswith("only")
                 config = _config(plan, world, changes, seed, curve)
                 name = f"{world.name}-{arm}-seed{seed}".replace(", ", "-").replace(" ", "-")
-                place = plan.cache / f"{name}-{_hash(config)}"
+                place = plan.cache / f"{name}-{_hash(config, world)}"
                 runs.append(Run(world, arm, seed, config.model_copy(update={"run": str(place)}), curve))
     return runs
 
@@ -144,7 +144,8 @@ def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: 
         "resume=auto",
         "evaluation={every: 1000000 steps}",  # nothing is chosen, so nothing is looked at on the way
         f"model.name={TOWERS}",
-        *_shortened(world.steps),
+        f"train.duration={world.steps} steps",
+        f"optim.warmup={max(1, world.steps // 16)} steps",
         *plan.overrides,
         *world.overrides,
         *changes,
@@ -155,18 +156,10 @@ def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: 
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
-def _shortened(steps: int) -> list[str]:
-    """The recipe's durations, all by the same factor."""
-    recipe = configs.load(RECIPE)
-    whole = int(str(recipe.train.duration).split()[0])
-    named = {"optim.warmup": recipe.optim.warmup, "nesting.start": recipe.nesting.start}
-    parts = {name: max(1, round(int(str(part).split()[0]) * steps / whole)) for name, part in named.items() if part}
-    return [f"train.duration={steps} steps", *(f"{name}={part} steps" for name, part in parts.items())]
-
-
-def _hash(config: Config) -> str:
-    """Of all that decides what is learnt."""
-    text = json.dumps(learning_values(config), sort_keys=True, default=str)
+def _hash(config: Config, world: World) -> str:
+    """Of all that decides what is learnt, wherever the files lie."""
+    towers = json.loads(Path(config.model.name).read_text())
+    text = json.dumps({**learning_values(config), "model.name": towers, "data.train": world.name}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -84,7 +84,7 @@ def test_arms_differ_in_their_nesting_alone(tmp_path: Path) -> None:
     one_world = [run for run in runs if run.world.name == "starter" and run.seed == 0]
     learnt = [claims.learning_values(run.config) for run in one_world]
     differing = {key for values in learnt for key in values if values[key] != learnt[0][key]}
-    assert differing == {"nesting.dims", "nesting.weights"}
+    assert differing == {"nesting.dims", "nesting.weights", "nesting.start"}
     assert {run.arm: run.config.nesting.dims for run in one_world} == {
         "plain": [64],
         "plain, 8 only": [8],
