@@ -313,13 +313,13 @@ def full_plan(world: Path, cache: Path, seeds: list[int]) -> Plan:
         "starter",
         "starter:train",
         {"test-artist": "starter:test-artist", "test-concepts": "starter:test-concepts"},
-        steps=800,
+        steps=600,
     )
     larger = World(
         "world",
         str(world / "train"),
         {name: str(world / name) for name in ("test-artist", "test-concepts")},
-        steps=1000,
+        steps=700,
         overrides=("data.captions=[0.35, 0.35, 0.3]",),
     )
     return Plan([small, larger], dims, seeds, cache)
