@@ -28,6 +28,7 @@ from mmrl.engine import Engine
 from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
 from mmrl.heartbeat import Heartbeat
+from mmrl.loss_scale import LossScale
 from mmrl.losses.config import nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model import bundle, towers, two_tower
@@ -115,6 +116,7 @@ class Trainer:
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
         self._logged = self.step_done
+        self._told_skipped = 0 if self.engine.loss_scale is None else self.engine.loss_scale.skipped
 
     def run(self, stop: Stop) -> None:
         """Step, log, evaluate, save; until the end or a signal."""
@@ -188,7 +190,8 @@ class Trainer:
         micro_batches = [(part.image, part.text) for part in parts]
         loss = accumulation.backward(self.engine, micro_batches, partial(self._loss, group_b), self._seed_dropout)
         norm = self.engine.step()
-        self._stop_unless_finite("the gradient's norm", norm)
+        if self.engine.loss_scale is None or self.engine.loss_scale.is_exhausted:
+            self._stop_unless_finite("the gradient's norm", norm)
         if self.ema is not None:
             self.ema.update_parameters(self.engine.model)
         self.step_done += 1
@@ -289,6 +292,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "bad": self._bad,
+            "loss_scale": self.engine.loss_scale and dataclasses.asdict(self.engine.loss_scale),
         }
         self.checkpoints.save(self.step_done, self.encoder, self.engine, state, is_best)
 
@@ -301,6 +305,8 @@ class Trainer:
         self.best = -math.inf if state["best"] is None else state["best"]
         self._unlisted = []
         self._bad = Counter(state["bad"])
+        if self.engine.loss_scale is not None:
+            self.engine.loss_scale = LossScale(**state["loss_scale"])
         self._seen = self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.encoder_weights)
@@ -310,10 +316,11 @@ class Trainer:
         self._list_bad_samples(tracker)
         measured = self._measured()
         slow = straggler(measured)
+        self._tell_skipped(tracker)
         if tracker and slow:
             tracker.say(f"Step {self.step_done:,}: {slow}.")
         if tracker:
-            scales, bias = self._scale.tolist(), self._bias
+            scales, bias, scaled = self._scale.tolist(), self._bias, self.engine.loss_scale
             tracker.log(
                 {
                     "step": self.step_done,
@@ -324,7 +331,8 @@ class Trainer:
                     "logit_scale": scales[0] if len(scales) == 1 else scales,
                     **({} if bias is None else {"logit_bias": bias.tolist()}),
                     "lr": rate,
-                    "grad_norm": norm,
+                    "grad_norm": norm if math.isfinite(norm) else None,
+                    **({} if scaled is None else {"loss_scale": scaled.value, "skipped_steps": scaled.skipped}),
                     "samples_per_second": speed,
                     "seconds_per_step": mean_seconds(measured),
                     "peak_memory": max(one.peak_memory for one in measured),
@@ -332,6 +340,17 @@ class Trainer:
                 }
             )
         self._check_bad_share()
+
+    def _tell_skipped(self, tracker: Tracker | None) -> None:
+        scaled = self.engine.loss_scale
+        if scaled is None or scaled.skipped == self._told_skipped:
+            return
+        since, self._told_skipped = scaled.skipped - self._told_skipped, scaled.skipped
+        if tracker:
+            tracker.say(
+                f"Step {self.step_done:,}: fp16's gradients overflowed in {since} step(s), which were skipped "
+                f"({scaled.skipped} so far); the loss scale is now {scaled.value:,g}."
+            )
 
     def _measured(self) -> list[Own]:
         """What each process spent since the last line, in the order of ranks."""
