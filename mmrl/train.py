@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import accumulation, distributed, hosts, optim
+from mmrl import accumulation, distributed, footprint, hosts, optim
 from mmrl import checkpoint as checkpoints
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
@@ -27,6 +27,7 @@ from mmrl.distributed import World
 from mmrl.engine import Engine
 from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
+from mmrl.hardware import peak_flops
 from mmrl.heartbeat import Heartbeat
 from mmrl.loss_scale import LossScale
 from mmrl.losses.config import nested_loss
@@ -107,6 +108,8 @@ class Trainer:
         self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
         self.save_every = max(1, self._steps(config.checkpoint.every))
         self.evaluate_every = max(1, self._steps(config.evaluation.every))
+        self._least_seconds = self._at_the_peak()
+        self._utilisation: float | None = None
         self.step_done = 0
         self.best = -math.inf
         # What the shards themselves lack counts from the start; every process has found the same.
@@ -131,7 +134,8 @@ class Trainer:
             self._introduce(tracker)
             self._loop(tracker, stop)
             which = "best" if config.evaluation.best else "last"
-            tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}")
+            share = "" if self._utilisation is None else f"; model FLOPs utilisation {100 * self._utilisation:.1f} %"
+            tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}{share}")
 
     def _loop(self, tracker: Tracker | None, stop: Stop) -> None:
         if self.config.evaluation.at_start and not self.step_done and self.evaluate(tracker):
@@ -319,6 +323,8 @@ class Trainer:
         self._tell_skipped(tracker)
         if tracker and slow:
             tracker.say(f"Step {self.step_done:,}: {slow}.")
+        if self._least_seconds is not None:
+            self._utilisation = self._least_seconds * speed / self.config.train.batch_size
         if tracker:
             scales, bias, scaled = self._scale.tolist(), self._bias, self.engine.loss_scale
             tracker.log(
@@ -334,6 +340,7 @@ class Trainer:
                     "grad_norm": norm if math.isfinite(norm) else None,
                     **({} if scaled is None else {"loss_scale": scaled.value, "skipped_steps": scaled.skipped}),
                     "samples_per_second": speed,
+                    **({} if self._utilisation is None else {"model_flops_utilisation": self._utilisation}),
                     "seconds_per_step": mean_seconds(measured),
                     "peak_memory": max(one.peak_memory for one in measured),
                     "bad_samples": self._bad.total(),
@@ -382,6 +389,13 @@ class Trainer:
     @property
     def _bad_list(self) -> str:
         return f"{self.config.run}/{BAD_SAMPLES}"
+
+    def _at_the_peak(self) -> float | None:
+        """Seconds of a step that uses all processes' devices to the full, where it is known what they can do."""
+        peak = peak_flops(self.world.device, self.engine.precision)
+        if peak is None:
+            return None
+        return footprint.model_flops(self.config.model, self.config.train.batch_size) / (peak * self.world.size)
 
     def _introduce(self, tracker: Tracker) -> None:
         count = sum(p.numel() for p in self.engine.whole_model.parameters())
