@@ -6,8 +6,9 @@ a process in all; D the embedding's width; e bytes of an embedding's number, 2 u
     weights       4P at stages 0–2 and 4P/N at stage 3, which gathers up to 4·min(P, 1e9) of them while it computes
                   (DeepSpeed's stage3_max_live_parameters)
     gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size);
-                  with micro-batches at 2 and 3 another 4T, since they stay whole until they are reduced once, unless
-                  engine.reduce_each_micro_batch is set, which the plan advises only where nothing fits without
+                  with micro-batches at 2 and 3 4T while the towers work, since they stay whole until they are reduced
+                  once, and then bucket and share; unless engine.reduce_each_micro_batch is set, which the plan advises
+                  only where nothing fits without
     optimiser     8T of Adam at stage 0; 12T/N at 1 to 3, with the float32 copy that DeepSpeed keeps of its share
     average       4P with train.ema
     activations   fixed + m·(a pair's): measured, by running forward and backward of the real towers on fake tensors
@@ -212,22 +213,24 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
     loss = loss_bytes(config, model, machine.gpus) + machine.memory_gb * GB / 128
     room = machine.memory_gb * GB * (1 - FRAGMENTS) - RESERVED_GB * GB
 
-    def states_of(m: int, each: bool) -> tuple[float, float, float]:
+    def bytes_of(m: int, each: bool) -> tuple[tuple[float, float, float], float]:
+        """The states, and what the work on them needs at the most."""
         keeps_whole = m < share and not each
-        return state_bytes(model, stage, machine.gpus, config.train.ema is not None, keeps_whole)
+        states = state_bytes(model, stage, machine.gpus, config.train.ema is not None, keeps_whole)
+        after = reduction_bytes(model, machine.gpus) if keeps_whole and stage >= 2 else 0.0
+        return states, _working(model, m, share, max(loss, after))
 
     wanted = [config.train.micro_batch] if config.train.micro_batch else _divisors(share)
     fitting: list[int] = []
     each = False
     for each in (True,) if config.engine.reduce_each_micro_batch else (False, stage >= 2):
-        fitting = [
-            m for m in wanted if share % m == 0 and sum(states_of(m, each)) + _working(model, m, share, loss) <= room
-        ]
+        needed = {m: bytes_of(m, each) for m in wanted if share % m == 0}
+        fitting = [m for m, (states, working) in needed.items() if sum(states) + working <= room]
         if fitting:
             break
     m = max(fitting, default=min(wanted))
     accumulation = share // m
-    states = states_of(m, each)
+    states, working = bytes_of(m, each)
     traffic, calls = traffic_of(config, model, machine.gpus, stage, accumulation, precision, each)
     activations = model.activations_fixed + m * model.activations_a_pair
     flops = footprint.step_flops(
@@ -246,7 +249,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
         optimizer_gb=states[2] / GB,
         activations_gb=activations / GB,
         loss_gb=loss / GB,
-        total_gb=(sum(states) + _working(model, m, share, loss)) / GB + RESERVED_GB,
+        total_gb=(sum(states) + working) / GB + RESERVED_GB,
         traffic_gb=traffic / GB,
         collective_calls=calls,
         step_seconds=flops / machine.gpus / machine.flops_s
@@ -277,8 +280,13 @@ def state_bytes(
         weights += 4 * model.parameters
     gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
     if stage >= 2 and keeps_whole:
-        gradients += 4.0 * model.trained
+        gradients = 4.0 * model.trained
     return weights, gradients, (12 if stage else 8) * model.trained * share
+
+
+def reduction_bytes(model: Footprint, gpus: int) -> float:
+    """What is needed beside whole gradients to reduce them once, when no activations are held: bucket and share."""
+    return 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
 
 
 def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:

@@ -1,5 +1,6 @@
 """The planner against what is really allocated, stored and sent."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -192,7 +193,8 @@ def test_what_fits(write_config: WriteConfig) -> None:
     assert small.stages[0].total_gb + micro * 0.1 > 24 * 0.95
     assert small.stages[0].step_seconds > large.stages[0].step_seconds
     # Whole gradients do not fit beside divided weights: they are divided at each micro-batch.
-    narrow = plan.plan(config, gpus=64, memory_gb=6.5, measured=MODEL)
+    giant = dataclasses.replace(MODEL, parameters=3_000_000_000, trained=3_000_000_000)
+    narrow = plan.plan(config, gpus=64, memory_gb=24, measured=giant)
     assert narrow.best == 2
     assert narrow.stages[2].reduce_each_micro_batch
     assert not small.stages[2].reduce_each_micro_batch

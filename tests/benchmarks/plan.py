@@ -2,7 +2,8 @@
 
     python tests/benchmarks/plan.py
 
-The formulas and their constants stand at the head of mmrl/plan.py. Nothing here was measured on a GPU.
+The formulas and their constants stand at the head of mmrl/plan.py, and are printed below the table. Nothing here was
+measured on a GPU.
 """
 
 import os
@@ -42,6 +43,7 @@ def main() -> None:
                     f"{result.pairs_a_gpu // fit.micro_batch} | {fit.total_gb:.1f} | {fit.traffic_gb:.2f} GB | "
                     f"{fit.step_seconds:.2f} s | {batch / fit.step_seconds:,.0f} |"
                 )
+    print(f"\n{plan.__doc__}")
 
 
 if __name__ == "__main__":
