@@ -39,21 +39,22 @@ def backward(
     loss = loss_of(image_bD, text_bD, scale, bias)
     image_grad_bD, text_grad_bD, *small_grads = torch.autograd.grad(loss.total, leaves)
     start = 0
-    for number, (image_mCHW, text_mL) in enumerate(micro_batches):
-        rows = slice(start, start + len(text_mL))
-        start = rows.stop
-        seed(number)
-        # A locked tower has no gradient, so its first pass was enough.
-        image_mD, text_mD, *small = engine(
-            image_mCHW if engine.trains("image") else None, text_mL if engine.trains("text") else None
-        )
-        # Its gradient is the one wanted. The scale's is divided evenly: DeepSpeed wants a part of it every time.
-        pull = scale.new_zeros(())
-        for x, grad in ((image_mD, image_grad_bD[rows]), (text_mD, text_grad_bD[rows])):
-            pull = pull if x is None else pull + (x * grad).sum()
-        for x, grad in zip((x for x in small if x is not None), small_grads, strict=True):
-            pull = pull + (x * grad).sum() / len(micro_batches)
-        engine.backward(pull, last=number == len(micro_batches) - 1)
+    with engine.accumulating():
+        for number, (image_mCHW, text_mL) in enumerate(micro_batches):
+            rows = slice(start, start + len(text_mL))
+            start = rows.stop
+            seed(number)
+            # A locked tower has no gradient, so its first pass was enough.
+            image_mD, text_mD, *small = engine(
+                image_mCHW if engine.trains("image") else None, text_mL if engine.trains("text") else None
+            )
+            # Its gradient is the one wanted. The scale's is divided evenly: DeepSpeed wants a part of it every time.
+            pull = scale.new_zeros(())
+            for x, grad in ((image_mD, image_grad_bD[rows]), (text_mD, text_grad_bD[rows])):
+                pull = pull if x is None else pull + (x * grad).sum()
+            for x, grad in zip((x for x in small if x is not None), small_grads, strict=True):
+                pull = pull + (x * grad).sum() / len(micro_batches)
+            engine.backward(pull, last=number == len(micro_batches) - 1)
     return loss
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,9 @@ from pydantic import Field, model_validator
 from mmrl import distributed
 from mmrl.fragments import Fragment, fragment_of, gather_moments, scatter_moments
 from mmrl.hardware import multiplies_bfloat16
+from mmrl.loss_scale import LossScale
 from mmrl.model.towers import Side
-from mmrl.model.two_tower import MatryoshkaCLIP
+from mmrl.model.two_tower import MatryoshkaCLIP, Outputs
 from mmrl.settings import Settings, machine
 from mmrl.timing import StepClock
 
@@ -27,11 +29,16 @@ from mmrl.timing import StepClock
 class EngineConfig(Settings):
     """How a step is carried out."""
 
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """bf16 runs matrix products and convolutions in bfloat16; weights, optimiser and loss stay float32. auto is bf16
-    where all processes' devices have such products, else fp32: without, they are many times slower."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """bf16 runs matrix products and convolutions in bfloat16; weights, optimiser and loss stay float32. fp16 does the
+    same in float16, for GPUs without bfloat16: the loss is scaled, and a step whose gradients overflow is skipped and
+    counted. auto is bf16 where all processes' devices have such products, else fp32: without, they are many times
+    slower."""
     zero_stage: int = machine(0, ge=0, le=3)
     """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well, 3 weights as well."""
+    reduce_each_micro_batch: bool = machine(False)
+    """With train.micro_batch at stages 2 and 3: divide the gradients after each micro-batch instead of once a step.
+    Sends them once for each micro-batch. Saves memory above 5e8 trained parameters: 4 bytes for each one beyond."""
     offload: bool = machine(False)
     """Keeps the optimiser's state in the host's memory and steps there, where a GPU is too small; wants ZeRO."""
     compile: bool = machine(False)
@@ -75,8 +82,11 @@ class Engine:
             model.image.tower.compile()
             model.text.tower.compile()
         self._whole = copy.deepcopy(model) if config.zero_stage == 3 else None
+        # DeepSpeed's own scale under torch_autocast never comes down with ZeRO (0.19.8): a norm that is not finite ends
+        # the step before its scaler hears of it, and all further steps are skipped. So it is given our scale.
+        self.loss_scale = LossScale() if self.precision == "fp16" else None
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model.to(world.device),
+            model=(_InHalf(model) if self.loss_scale else model).to(world.device),
             optimizer=optimizer,
             config=deepspeed_config(
                 config, clip_norm, micro_batch, world.size, self.precision, sum(p.numel() for p in model.parameters())
@@ -90,6 +100,10 @@ class Engine:
         self.device = world.device
         self.clock = StepClock(world.device)
         self._zero_stage = config.zero_stage
+        # One reduction a step: DeepSpeed reduces at each micro-batch from stage 2 on, unless told to wait. The price is
+        # whole gradients until the last of them, as at stage 1, but no bucket beside activations: up to 5e8 parameters
+        # that takes less memory, not more. Towers are rarely larger, and 16 reductions are not small beside a step.
+        self._reduces_at_the_end = config.zero_stage >= 2 and not config.reduce_each_micro_batch
         self._gathered = deepspeed.zero.GatheredParameters
         # Without ZeRO, DeepSpeed clips but does not tell the norm.
         self._clip_here = (clip_norm or math.inf) if config.zero_stage == 0 else None
@@ -121,21 +135,56 @@ class Engine:
         """Whether anything of a tower is learnt."""
         return any(parameter.requires_grad for parameter in getattr(self.model, side).parameters())
 
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around the backward passes of a step that has several: their gradients are reduced once, at the end."""
+        if not self._reduces_at_the_end:
+            yield
+            return
+        with ExitStack() as reduction:
+            reduction.enter_context(self._engine.coalesce_grad_reduction())
+            yield
+            with self.clock.part("backward"):
+                reduction.close()
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds to the gradients; averages them over processes at the `last` one before a step."""
+        """Adds the gradient of `loss`, a mean over processes. `last`: the last one before a step."""
         with self.clock.part("backward"):
-            self._engine.set_gradient_accumulation_boundary(last)
+            self._engine.set_gradient_accumulation_boundary(last or self._reduces_at_the_end)
+            if self.loss_scale is not None:
+                if self._zero_stage:
+                    self.optimizer.override_loss_scale(self.loss_scale.value)  # ZeRO multiplies, and divides again
+                else:
+                    loss = loss * self.loss_scale.value
             self._engine.backward(loss)
 
     def step(self) -> float:
-        """Clips, and makes one optimiser step. Returns the gradient's norm before clipping."""
+        """Clips, and makes one optimiser step, but none where fp16's gradients overflowed. Returns the gradient's norm
+        before clipping, infinite in that case."""
         with self.clock.part("optimizer"):
-            if self._clip_here is None:
-                self._engine.step()
-                return float(self._engine.get_global_grad_norm())
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here)
-            self._engine.step()
-            return norm.item()
+            norm = self._step_alone() if self._clip_here is not None else self._step_under_zero()
+            if self.loss_scale is not None:
+                self.loss_scale.update(math.isfinite(norm))
+            return norm
+
+    def _step_under_zero(self) -> float:
+        """ZeRO clips, and makes no step where the norm is not finite."""
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def _step_alone(self) -> float:
+        assert self._clip_here is not None
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here * scale).item() / scale
+        if self.loss_scale is not None:
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return math.inf
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 / scale)
+        self._engine.step()
+        return norm
 
     def moments(self, of: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """The optimiser's state as whole tensors by name, `of` some parameters or of all, on the main process; called
@@ -182,6 +231,21 @@ class Engine:
     def _base_optimizer(self) -> torch.optim.Optimizer:
         """torch's own, which DeepSpeed wraps under ZeRO."""
         return self.optimizer.optimizer if self._zero_stage else self.optimizer
+
+
+class _InHalf(torch.nn.Module):
+    """The model's forward in float16. What it returns is float32: before the loss is scaled, the gradients of
+    embeddings are too small for float16."""
+
+    def __init__(self, model: MatryoshkaCLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image_BCHW: torch.Tensor | None, text_ML: torch.Tensor | None) -> Outputs:
+        with torch.autocast(distributed.world().device.type, torch.float16):
+            image_BD, text_MD, scale, bias = self.model(image_BCHW, text_ML)
+        image_BD, text_MD = (None if x is None else x.float() for x in (image_BD, text_MD))
+        return image_BD, text_MD, scale, bias
 
 
 # What would change the learning behind the back of our own fields, or be read by nobody.
@@ -256,7 +320,7 @@ def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of each skipped step; so do we
     # On a CPU, DeepSpeed builds this shared-memory kernel for a minute and fails without a compiler; it serves
     # inference only.
     __compatible_ops__["deepspeed_shm_comm"] = False

@@ -5,7 +5,10 @@ a process in all; D the embedding's width; e bytes of an embedding's number, 2 u
 
     weights       4P at stages 0–2 and 4P/N at stage 3, which gathers up to 4·min(P, 1e9) of them while it computes
                   (DeepSpeed's stage3_max_live_parameters)
-    gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size)
+    gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size);
+                  with micro-batches at 2 and 3 4T while the towers work, since they stay whole until they are reduced
+                  once, and then bucket and share; unless engine.reduce_each_micro_batch is set, which the plan advises
+                  only where nothing fits without
     optimiser     8T of Adam at stage 0; 12T/N at 1 to 3, with the float32 copy that DeepSpeed keeps of its share
     average       4P with train.ema
     activations   fixed + m·(a pair's): measured, by running forward and backward of the real towers on fake tensors
@@ -25,9 +28,9 @@ that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-
                   reduce-scatter of the texts' gradient 4BD                   (losses/nested_infonce.py)
     stage 0       all-reduce of the gradients 4T, once
     stage 1       the same, and all-gather of the new weights 4T
-    stage 2       all-reduce of the gradients 4T for each micro-batch, and all-gather of the new weights 4T
-    stage 3       reduce-scatter of the gradients 4T for each micro-batch; all-gather of the weights 4P for each forward
-                  and each backward, of which DeepSpeed may save some on a small model
+    stage 2       the same; with reduce_each_micro_batch the all-reduce A times
+    stage 3       reduce-scatter of the gradients 4T, once or A times likewise; all-gather of the weights 4P for each
+                  forward and each backward, of which DeepSpeed may save some on a small model
 
 Time of a step = (towers' + loss's operations) / (peak · share reached) + traffic / bandwidth + calls · latency ·
 log2 N, nothing overlapped: an upper bound, where the share reached holds. The towers' operations are counted on the
@@ -42,52 +45,24 @@ of the bandwidth are reached, and 1.5 GB of the GPU's memory and 5 % of it are l
 
 import dataclasses
 import math
-import warnings
-import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-
-from mmrl import optim
+from mmrl import footprint, optim
 from mmrl.config import Config
 from mmrl.data.sources import open_training_set
 from mmrl.engine import bucket_size
 from mmrl.errors import InputError
-from mmrl.image_spec import ImageSpec
-from mmrl.model import towers, two_tower
-from mmrl.model.two_tower import MatryoshkaCLIP
+from mmrl.footprint import Footprint
+from mmrl.hardware import H100_TFLOPS_16
 
 GB = 1e9
 LIVE = 1e9
-PEAK_TFLOPS = {"bf16": 989.0, "fp32": 67.0}
+PEAK_TFLOPS = {"bf16": H100_TFLOPS_16, "fp16": H100_TFLOPS_16, "fp32": 67.0}
 SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.8
 GPUS_OF_A_HOST, WITHIN_GB_S, BETWEEN_GB_S = 8, 450.0, 50.0
 LATENCY_S = 20e-6
 RESERVED_GB, FRAGMENTS = 1.5, 0.05
-# The two sizes at which activations are measured; they grow with the size in a straight line.
-_SIZES = 2, 4
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the towers ask for."""
-
-    parameters: int
-    trained: int
-    embed_dim: int
-    activations_fixed: float
-    """Bytes held at the peak of forward and backward, whatever the micro-batch."""
-    activations_a_pair: float
-    forward_flops_a_pair: float
-    locked_flops_a_pair: float
-    """The part of the forward's that belongs to locked towers."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +72,8 @@ class Fit:
     zero_stage: int
     micro_batch: int | None
     """None where not even one pair fits."""
+    reduce_each_micro_batch: bool
+    """Whether it fits only so."""
     weights_gb: float
     gradients_gb: float
     optimizer_gb: float
@@ -138,14 +115,14 @@ def plan(
     memory_gb: float,
     tflops: float | None = None,
     gigabytes: float | None = None,
-    measured: Model | None = None,
+    measured: Footprint | None = None,
 ) -> Result:
     """What `config` needs on so many GPUs of so much memory.
 
     Args:
         tflops: what a GPU really does a second, instead of the constants above.
         gigabytes: what a GPU really sends a second, likewise.
-        measured: `measure(config)`, where it is known already.
+        measured: the towers' footprint, where it is known already.
 
     Raises:
         InputError: a batch that the GPUs do not divide; an unknown model.
@@ -156,8 +133,8 @@ def plan(
             f"train.batch_size: {batch} cannot be divided over {gpus} GPUs; take a multiple of {gpus}, such as "
             f"{max(gpus, round(batch / gpus) * gpus)}."
         )
-    precision: Literal["bf16", "fp32"] = "fp32" if config.engine.precision == "fp32" else "bf16"
-    model = measured or measure(config)
+    precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
+    model = measured or footprint.measure(config.model, precision != "fp32")
     flops_s = (tflops or PEAK_TFLOPS[precision] * SHARE_OF_PEAK) * 1e12
     within = gpus <= GPUS_OF_A_HOST
     bytes_s = (gigabytes or (WITHIN_GB_S if within else BETWEEN_GB_S) * SHARE_OF_BANDWIDTH) * GB
@@ -213,7 +190,8 @@ def lines(result: Result) -> list[str]:
     else:
         fit = result.stages[result.best]
         micro = "" if fit.micro_batch == result.pairs_a_gpu else f" train.micro_batch={fit.micro_batch}"
-        shown.append(f"Smallest that fits: engine.zero_stage={result.best}{micro}")
+        each = " engine.reduce_each_micro_batch=true" if fit.reduce_each_micro_batch else ""
+        shown.append(f"Smallest that fits: engine.zero_stage={result.best}{micro}{each}")
     return [*shown, *(f"Note: {note}" for note in result.notes)]
 
 
@@ -229,36 +207,58 @@ def _allowed(config: Config, fit: Fit) -> bool:
     return config.train.ema is None or fit.zero_stage < 3
 
 
-def _fit(config: Config, model: Model, machine: _Machine, stage: int, precision: str) -> Fit:
+def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precision: str) -> Fit:
     """The largest micro-batch of a stage that fits, with its figures; those of one pair where none does."""
     share = config.train.batch_size // machine.gpus
-    states = state_bytes(model, stage, machine.gpus, config.train.ema is not None)
     loss = loss_bytes(config, model, machine.gpus) + machine.memory_gb * GB / 128
-    room = machine.memory_gb * GB * (1 - FRAGMENTS) - RESERVED_GB * GB - sum(states)
+    room = machine.memory_gb * GB * (1 - FRAGMENTS) - RESERVED_GB * GB
+
+    def bytes_of(m: int, each: bool) -> tuple[tuple[float, float, float], float]:
+        """The states, and what the work on them needs at the most."""
+        keeps_whole = m < share and not each
+        states = state_bytes(model, stage, machine.gpus, config.train.ema is not None, keeps_whole)
+        after = reduction_bytes(model, machine.gpus) if keeps_whole and stage >= 2 else 0.0
+        return states, _working(model, m, share, max(loss, after))
+
     wanted = [config.train.micro_batch] if config.train.micro_batch else _divisors(share)
-    fitting = [m for m in wanted if share % m == 0 and _working(model, m, share, loss) <= room]
+    fitting: list[int] = []
+    each = False
+    for each in (True,) if config.engine.reduce_each_micro_batch else (False, stage >= 2):
+        needed = {m: bytes_of(m, each) for m in wanted if share % m == 0}
+        fitting = [m for m, (states, working) in needed.items() if sum(states) + working <= room]
+        if fitting:
+            break
     m = max(fitting, default=min(wanted))
     accumulation = share // m
-    traffic, calls = traffic_of(config, model, machine.gpus, stage, accumulation, precision)
+    states, working = bytes_of(m, each)
+    traffic, calls = traffic_of(config, model, machine.gpus, stage, accumulation, precision, each)
     activations = model.activations_fixed + m * model.activations_a_pair
+    flops = footprint.step_flops(
+        model.forward_flops_a_pair,
+        model.locked_flops_a_pair,
+        model.embed_dim,
+        config.train.batch_size,
+        forwards=1 if accumulation == 1 else 2,
+    )
     return Fit(
         zero_stage=stage,
         micro_batch=m if fitting else None,
+        reduce_each_micro_batch=each and stage >= 2 and accumulation > 1,
         weights_gb=states[0] / GB,
         gradients_gb=states[1] / GB,
         optimizer_gb=states[2] / GB,
         activations_gb=activations / GB,
         loss_gb=loss / GB,
-        total_gb=(sum(states) + _working(model, m, share, loss)) / GB + RESERVED_GB,
+        total_gb=(sum(states) + working) / GB + RESERVED_GB,
         traffic_gb=traffic / GB,
         collective_calls=calls,
-        step_seconds=step_flops(config, model, machine.gpus, accumulation) / machine.flops_s
+        step_seconds=flops / machine.gpus / machine.flops_s
         + traffic / machine.bytes_s
         + calls * LATENCY_S * math.log2(max(machine.gpus, 2)),
     )
 
 
-def _working(model: Model, m: int, share: int, loss: float) -> float:
+def _working(model: Footprint, m: int, share: int, loss: float) -> float:
     activations = model.activations_fixed + m * model.activations_a_pair
     return activations + loss if m == share else max(activations, loss)
 
@@ -267,8 +267,11 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def state_bytes(model: Model, stage: int, gpus: int, averaged: bool = False) -> tuple[float, float, float]:
-    """Weights, gradients and optimiser state of one process; see the file's head."""
+def state_bytes(
+    model: Footprint, stage: int, gpus: int, averaged: bool = False, keeps_whole: bool = False
+) -> tuple[float, float, float]:
+    """Weights, gradients and optimiser state of one process, which keeps whole gradients until the last micro-batch at
+    stages 2 and 3 too, or not; see the file's head."""
     share = 1 / gpus if stage else 1
     weights = 4.0 * model.parameters * (share if stage == 3 else 1)
     if stage == 3:
@@ -276,19 +279,27 @@ def state_bytes(model: Model, stage: int, gpus: int, averaged: bool = False) -> 
     if averaged:
         weights += 4 * model.parameters
     gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
+    if stage >= 2 and keeps_whole:
+        gradients = 4.0 * model.trained
     return weights, gradients, (12 if stage else 8) * model.trained * share
 
 
-def loss_bytes(config: Config, model: Model, gpus: int) -> float:
+def reduction_bytes(model: Footprint, gpus: int) -> float:
+    """What is needed beside whole gradients to reduce them once, when no activations are held: bucket and share."""
+    return 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
+
+
+def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
     """The loss's memory on one process, but for its tiles."""
     rows = config.train.batch_size // gpus + config.train.batch_size
     return rows * (16.0 * model.embed_dim + 32.0 * _num_dims(config))
 
 
 def traffic_of(
-    config: Config, model: Model, gpus: int, stage: int, accumulation: int, precision: str
+    config: Config, model: Footprint, gpus: int, stage: int, accumulation: int, precision: str, each: bool = False
 ) -> tuple[float, int]:
-    """Bytes that one process sends a step, and the collective calls of a step; see the file's head."""
+    """Bytes that one process sends a step, and the collective calls of a step, with a reduction for each micro-batch or
+    one in all; see the file's head."""
     if gpus == 1:
         return 0.0, 0
     B, D, e = config.train.batch_size, model.embed_dim, 2 if precision == "bf16" else 4
@@ -297,122 +308,18 @@ def traffic_of(
     calls = 5
     gradients, weights = 4.0 * model.trained, 4.0 * model.parameters
     buckets = math.ceil(model.trained / bucket_size(model.parameters))
+    times = accumulation if each and stage >= 2 else 1
     if stage == 0:
         once += 2 * gradients
         calls += buckets
     elif stage < 3:
-        times = accumulation if stage == 2 else 1
         once += times * 2 * gradients + gradients
         calls += times * buckets + 2 + 2 * buckets
     else:
         forwards = 2 * accumulation if accumulation > 1 else 1
-        once += accumulation * gradients + (forwards + accumulation) * weights
-        calls += accumulation * buckets + 2 + (forwards + accumulation) * math.ceil(model.parameters / 5e7)
+        once += times * gradients + (forwards + accumulation) * weights
+        calls += times * buckets + 2 + (forwards + accumulation) * math.ceil(model.parameters / 5e7)
     return once * (gpus - 1) / gpus, calls
-
-
-def step_flops(config: Config, model: Model, gpus: int, accumulation: int) -> float:
-    """Operations of one process a step."""
-    trained = model.forward_flops_a_pair - model.locked_flops_a_pair
-    a_pair = (3 if accumulation == 1 else 4) * trained + model.locked_flops_a_pair
-    B = config.train.batch_size
-    return B / gpus * a_pair + 8.0 * B * B * model.embed_dim / gpus
-
-
-def measure(config: Config, on_gpu: bool = True) -> Model:
-    """Counts the towers' weights, activations and operations, without their memory and without computing.
-
-    Args:
-        on_gpu: attention that keeps no matrix of scores, as on a GPU; else as MatryoshkaCLIP does on a CPU.
-    """
-    model_cfg = towers.read_model_cfg(config.model.name)
-    narrow = config.engine.precision != "fp32"
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")
-        model = _model(config, model_cfg, on_gpu)
-        peaks = [_peak(model, model_cfg, size, narrow) for size in _SIZES]
-        flops = {side: _flops(model, model_cfg, side, _SIZES[0]) for side in ("image", "text")}
-    a_pair = (peaks[1] - peaks[0]) / (_SIZES[1] - _SIZES[0])
-    locked = {"image": config.model.lock_image, "text": config.model.lock_text}
-    return Model(
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        embed_dim=model_cfg["embed_dim"],
-        activations_fixed=max(peaks[0] - _SIZES[0] * a_pair, 0.0),
-        activations_a_pair=a_pair,
-        forward_flops_a_pair=sum(flops.values()),
-        locked_flops_a_pair=sum(flops[side] for side in flops if locked[side]),
-    )
-
-
-def _model(config: Config, model_cfg: dict[str, Any], on_gpu: bool) -> MatryoshkaCLIP:
-    built = towers.build_empty(config.model)
-    side = towers.input_side(model_cfg)
-    spec = ImageSpec(height=side, width=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return two_tower.MatryoshkaCLIP(
-        two_tower.Encoder(built["image"], two_tower.added_projection(model_cfg, "image"), spec.normalise),
-        two_tower.Encoder(built["text"], two_tower.added_projection(model_cfg, "text")),
-        torch.ones(1),
-        recomputes=on_gpu or config.model.grad_checkpointing,
-    ).train()
-
-
-def _inputs(model_cfg: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    side = towers.input_side(model_cfg)
-    length = model_cfg["text_cfg"].get("context_length", 77)
-    return torch.zeros(size, 3, side, side, dtype=torch.uint8), torch.zeros(size, length, dtype=torch.int64)
-
-
-def _peak(model: nn.Module, model_cfg: dict[str, Any], size: int, narrow: bool) -> int:
-    """Bytes at the peak of forward and backward beyond weights and gradients, which are there before."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    known = [*model.parameters(), *model.buffers()]
-    known += [p.grad for p in model.parameters() if p.grad is not None]
-    with Allocations(known) as allocations:
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            image_BD, text_BD, scale, _ = model(*_inputs(model_cfg, size))
-        (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
-    return allocations.peak
-
-
-def _flops(model: MatryoshkaCLIP, model_cfg: dict[str, Any], side: str, size: int) -> float:
-    image, text = _inputs(model_cfg, size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _ = model.encode_image(image) if side == "image" else model.encode_text(text)
-    return counter.get_total_flops() / size
-
-
-class Allocations(TorchDispatchMode):
-    """Follows the memory of every tensor that is made within: how much is held, and the most that was."""
-
-    def __init__(self, known: Sequence[torch.Tensor] = ()) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        name, size = storage._cdata, storage.nbytes()
-        if name in self._known:
-            return
-        self._known.add(name)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._forget, name, size)
-
-    def _forget(self, name: int, size: int) -> None:
-        self._known.discard(name)
-        self.held -= size
 
 
 def _num_dims(config: Config) -> int:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import accumulation, distributed, hosts, optim, turn
+from mmrl import accumulation, distributed, footprint, hosts, optim, turn
 from mmrl import checkpoint as checkpoints
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
@@ -28,7 +28,9 @@ from mmrl.distributed import World
 from mmrl.engine import Engine
 from mmrl.errors import RunStopped
 from mmrl.evaluate import report, sets
+from mmrl.hardware import peak_flops
 from mmrl.heartbeat import Heartbeat
+from mmrl.loss_scale import LossScale
 from mmrl.losses.config import nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model import bundle, towers, two_tower
@@ -109,6 +111,8 @@ class Trainer:
         self.nests_from = None if config.nesting.start is None else int(config.nesting.start * self.total)
         self.save_every = max(1, self._steps(config.checkpoint.every))
         self.evaluate_every = max(1, self._steps(config.evaluation.every))
+        self._least_seconds = self._at_the_peak()
+        self._utilisation: float | None = None
         self.step_done = 0
         self.best = -math.inf
         # What the shards themselves lack counts from the start; every process has found the same.
@@ -118,6 +122,7 @@ class Trainer:
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
         self._logged = self.step_done
+        self._told_skipped = 0 if self.engine.loss_scale is None else self.engine.loss_scale.skipped
 
     def run(self, stop: Stop) -> None:
         """Step, log, evaluate, save; until the end or a signal."""
@@ -132,7 +137,8 @@ class Trainer:
             self._introduce(tracker)
             self._loop(tracker, stop)
             which = "best" if config.evaluation.best else "last"
-            tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}")
+            share = "" if self._utilisation is None else f"; model FLOPs utilisation {100 * self._utilisation:.1f} %"
+            tracker.say(f"Done: the encoder is {config.run}/checkpoints/{which}{share}")
 
     def _loop(self, tracker: Tracker | None, stop: Stop) -> None:
         if self.config.evaluation.at_start and not self.step_done and self.evaluate(tracker):
@@ -195,7 +201,8 @@ class Trainer:
         micro_batches = [(part.image, part.text) for part in parts]
         loss = accumulation.backward(self.engine, micro_batches, partial(self._loss, group_b), self._seed_dropout)
         norm = self.engine.step()
-        self._stop_unless_finite("the gradient's norm", norm)
+        if self.engine.loss_scale is None or self.engine.loss_scale.is_exhausted:
+            self._stop_unless_finite("the gradient's norm", norm)
         if self.ema is not None:
             self.ema.update_parameters(self.engine.model)
         self.step_done += 1
@@ -321,6 +328,7 @@ class Trainer:
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "bad": self._bad,
+            "loss_scale": self.engine.loss_scale and dataclasses.asdict(self.engine.loss_scale),
         }
         self.checkpoints.save(self.step_done, self.encoder, self.engine, state, is_best)
 
@@ -333,6 +341,8 @@ class Trainer:
         self.best = -math.inf if state["best"] is None else state["best"]
         self._unlisted = []
         self._bad = Counter(state["bad"])
+        if self.engine.loss_scale is not None:
+            self.engine.loss_scale = LossScale(**state["loss_scale"])
         self._seen = self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.encoder_weights)
@@ -342,10 +352,13 @@ class Trainer:
         self._list_bad_samples(tracker)
         measured = self._measured()
         slow = straggler(measured)
+        self._tell_skipped(tracker)
         if tracker and slow:
             tracker.say(f"Step {self.step_done:,}: {slow}.")
+        if self._least_seconds is not None:
+            self._utilisation = self._least_seconds * speed / self.config.train.batch_size
         if tracker:
-            scales, bias = self._scale.tolist(), self._bias
+            scales, bias, scaled = self._scale.tolist(), self._bias, self.engine.loss_scale
             tracker.log(
                 {
                     "step": self.step_done,
@@ -356,14 +369,27 @@ class Trainer:
                     "logit_scale": scales[0] if len(scales) == 1 else scales,
                     **({} if bias is None else {"logit_bias": bias.tolist()}),
                     "lr": rate,
-                    "grad_norm": norm,
+                    "grad_norm": norm if math.isfinite(norm) else None,
+                    **({} if scaled is None else {"loss_scale": scaled.value, "skipped_steps": scaled.skipped}),
                     "samples_per_second": speed,
+                    **({} if self._utilisation is None else {"model_flops_utilisation": self._utilisation}),
                     "seconds_per_step": mean_seconds(measured),
                     "peak_memory": max(one.peak_memory for one in measured),
                     "bad_samples": self._bad.total(),
                 }
             )
         self._check_bad_share()
+
+    def _tell_skipped(self, tracker: Tracker | None) -> None:
+        scaled = self.engine.loss_scale
+        if scaled is None or scaled.skipped == self._told_skipped:
+            return
+        since, self._told_skipped = scaled.skipped - self._told_skipped, scaled.skipped
+        if tracker:
+            tracker.say(
+                f"Step {self.step_done:,}: fp16's gradients overflowed in {since} step(s), which were skipped "
+                f"({scaled.skipped} so far); the loss scale is now {scaled.value:,g}."
+            )
 
     def _measured(self) -> list[Own]:
         """What each process spent since the last line, in the order of ranks."""
@@ -395,6 +421,13 @@ class Trainer:
     @property
     def _bad_list(self) -> str:
         return f"{self.config.run}/{BAD_SAMPLES}"
+
+    def _at_the_peak(self) -> float | None:
+        """Seconds of a step that uses all processes' devices to the full, where it is known what they can do."""
+        peak = peak_flops(self.world.device, self.engine.precision)
+        if peak is None:
+            return None
+        return footprint.model_flops(self.config.model, self.config.train.batch_size) / (peak * self.world.size)
 
     def _introduce(self, tracker: Tracker) -> None:
         count = sum(p.numel() for p in self.engine.whole_model.parameters())

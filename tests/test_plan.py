@@ -1,23 +1,28 @@
 """The planner against what is really allocated, stored and sent."""
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_distributed import run_in_world
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from mmrl import config as configs
-from mmrl import distributed, plan
+from mmrl import distributed, footprint, plan
 from mmrl.cli import app
 from mmrl.errors import InputError
+from mmrl.footprint import Footprint
+from mmrl.hardware import peak_flops
 from mmrl.losses.nested_infonce import nested_info_nce
 from mmrl.model import towers, two_tower
 
 WriteConfig = Callable[..., Path]
-MODEL = plan.Model(
+MODEL = Footprint(
     parameters=400_000_000,
     trained=400_000_000,
     embed_dim=512,
@@ -53,7 +58,7 @@ def test_activations_are_those_of_the_real_towers(
     values["text_cfg"] |= {"layers": 3, "width": 64}
     (tmp_path / "planned.json").write_text(json.dumps(values))
     config = configs.load(write_config(model={"name": str(tmp_path / "planned.json")}), overrides)
-    predicted = plan.measure(config, on_gpu=False)
+    predicted = footprint.measure(config.model, in_16_bits=False, on_gpu=False)
     built = towers.build(config.model)
     model = two_tower.from_towers(built, config.model.logit_scale, 1).train()
     assert predicted.parameters == sum(p.numel() for p in model.parameters())
@@ -74,10 +79,51 @@ def test_activations_are_those_of_the_real_towers(
         assert expected == pytest.approx(measured, rel=0.1), size
 
 
+@pytest.mark.parametrize("locks_image", [False, True])
+def test_operations_are_those_of_the_real_step(
+    write_config: WriteConfig, tiny_model: Path, locks_image: bool, tmp_path: Path
+) -> None:
+    """torch's counter over a real forward and backward. It counts no gradient for pixels, which the formula does."""
+    values = json.loads(tiny_model.read_text())
+    values["vision_cfg"] |= {"layers": 4, "width": 64}
+    (tmp_path / "counted.json").write_text(json.dumps(values))
+    model_config = configs.load(
+        write_config(model={"name": str(tmp_path / "counted.json"), "lock_image": locks_image})
+    ).model
+    built = towers.build(model_config)
+    model = two_tower.from_towers(built, model_config.logit_scale, 1).train()
+    with FlopCounterMode(display=False) as counter:
+        image_BD, text_BD, _, _ = model(
+            torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, 12, dtype=torch.int64)
+        )
+        (image_BD.sum() + text_BD.sum()).backward()
+    of_loss = 8.0 * 8**2 * 16
+    assert footprint.model_flops(model_config, 8) - of_loss == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("Tesla T4", 65),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce GTX 1060", None),
+    ],
+)
+def test_a_peak_is_known_or_not(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    expected = None if tflops is None else tflops * 1e12
+    assert peak_flops(torch.device("cuda"), "bf16") == peak_flops(torch.device("cuda"), "fp16") == expected
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
 @pytest.mark.parametrize(("batch", "width"), [(512, 256), (2048, 128)])
 def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int) -> None:
     config = configs.load(write_config(train={"batch_size": batch, "duration": 1}, nesting={"dims": [16, 64, width]}))
-    model = plan.Model(0, 0, width, 0, 0, 0, 0)
+    model = Footprint(0, 0, width, 0, 0, 0, 0)
     image_BD, text_BD = torch.randn(2, batch, width).unbind()
     rows = (image_BD.requires_grad_(), text_BD.requires_grad_())
 
@@ -146,6 +192,14 @@ def test_what_fits(write_config: WriteConfig) -> None:
     # Twice as many pairs would not have fitted, and the second forward costs time.
     assert small.stages[0].total_gb + micro * 0.1 > 24 * 0.95
     assert small.stages[0].step_seconds > large.stages[0].step_seconds
+    # Whole gradients do not fit beside divided weights: they are divided at each micro-batch.
+    giant = dataclasses.replace(MODEL, parameters=3_000_000_000, trained=3_000_000_000)
+    narrow = plan.plan(config, gpus=64, memory_gb=24, measured=giant)
+    assert narrow.best == 2
+    assert narrow.stages[2].reduce_each_micro_batch
+    assert not small.stages[2].reduce_each_micro_batch
+    advice = r"Smallest that fits: engine.zero_stage=2 train.micro_batch=\d+ engine.reduce_each_micro_batch=true"
+    assert any(re.fullmatch(advice, line) for line in plan.lines(narrow))
     nothing = plan.plan(config, gpus=64, memory_gb=4, measured=MODEL)
     assert nothing.best is None
     assert any("Nothing fits" in line for line in plan.lines(nothing))
@@ -165,9 +219,12 @@ def test_the_network_carries_what_the_formulas_say() -> None:
     )
     loss = 1024 * (4 * 512 + 16) + 2 * 4 * 3 * 1024 + 4 * 1024 * 512
     gradients = 4 * MODEL.trained
-    for stage, accumulation, moved in ((0, 4, 2), (1, 4, 3), (2, 1, 3), (2, 4, 9), (3, 1, 3), (3, 4, 16)):
-        traffic, _ = plan.traffic_of(config, MODEL, 4, stage, accumulation, "fp32")
-        assert traffic == pytest.approx((loss + moved * gradients) * 3 / 4)
+    for stage, accumulation, moved, moved_each in (
+        (0, 4, 2, 2), (1, 4, 3, 3), (2, 1, 3, 3), (2, 4, 3, 9), (3, 1, 3, 3), (3, 4, 13, 16),
+    ):  # fmt: skip
+        for each, times in ((False, moved), (True, moved_each)):
+            traffic, _ = plan.traffic_of(config, MODEL, 4, stage, accumulation, "fp32", each)
+            assert traffic == pytest.approx((loss + times * gradients) * 3 / 4)
     assert plan.traffic_of(config, MODEL, 1, 2, 1, "fp32") == (0.0, 0)
 
 

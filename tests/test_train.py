@@ -22,6 +22,7 @@ from mmrl import distributed
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import Asked, evaluate_model
 from mmrl.export.bundles import export_bundle
+from mmrl.footprint import model_flops
 from mmrl.model import bundle
 from mmrl.preflight import prepare
 from mmrl.train import Trainer, train
@@ -81,6 +82,21 @@ def test_a_run_leaves_what_it_promises(write_config: WriteConfig) -> None:
     assert configs.differences(configs.load(folder / "config.yaml"), configs.load(folder / "config.yaml")) == []
     encoder = bundle.load(bundle.find(folder))
     assert encoder.nested_dims == (4, 8, 16)
+
+
+def test_flops_are_told_where_the_devices_peak_is_known(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Console(record=True, width=200)
+    path = write_config(evaluation={})
+    assert "model_flops_utilisation" not in metrics(train(configs.load(path, ["train.duration=1"]), said))[-1]
+    assert "FLOPs" not in said.export_text()
+    monkeypatch.setattr("mmrl.train.peak_flops", lambda device, precision: 1e12)
+    last = metrics(train(configs.load(path, [f"run={path.parent}/known"]), said))[-1]
+    flops = model_flops(configs.load(path).model, 12)
+    share = flops * last["samples_per_second"] / 12 / 1e12
+    assert last["model_flops_utilisation"] == pytest.approx(share)
+    assert f"model FLOPs utilisation {100 * share:.1f} %" in said.export_text()
 
 
 def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,11 +339,21 @@ def _lock(towers: dict[Side, nn.Module], model_cfg: dict[str, Any], config: Towe
 
 
 def _checkpoint_gradients(towers: dict[Side, nn.Module]) -> None:
+    from open_clip.modified_resnet import ModifiedResNet
+
     for side, tower in towers.items():
-        switch = getattr(tower, "set_grad_checkpointing", None)
-        if switch is None:
-            raise InputError(f"model.grad_checkpointing: this {side} tower cannot do it; set it to false.")
-        switch(True)
+        trunk: Any = getattr(tower, "trunk", tower)  # timm's own: open_clip's wrapper would go on without
+        try:
+            if isinstance(tower, ModifiedResNet):
+                raise ValueError("it takes the switch and does nothing")
+            with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # transformers has a new name for it
+                trunk.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, TypeError, ValueError):
+            kind = type(getattr(trunk, "transformer", trunk) if side == "text" else trunk).__name__
+            raise InputError(
+                f"model.grad_checkpointing: the {side} tower, a {kind}, cannot recompute its activations; set it to "
+                "false, and take a smaller train.micro_batch for memory."
+            ) from None
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/plan.py
 
-The formulas and their constants stand at the head of mmrl/plan.py. Nothing here was measured on a GPU.
+The formulas and their constants stand at the head of mmrl/plan.py, and are printed below the table. Nothing here was
+measured on a GPU.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from mmrl import config as configs
-from mmrl import plan
+from mmrl import footprint, plan
 
 RECIPE = Path(__file__).parents[2] / "configs" / "vit_b32_512_to_64.yaml"
 # Tower and dims: an L/14's embedding is 768 wide.
@@ -27,7 +28,7 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, dims in TOWERS.items():
         overrides = [f"model.name={name}", f"nesting.dims={dims}", "engine.precision=bf16", "evaluation={}"]
-        measured = plan.measure(configs.load(RECIPE, overrides))
+        measured = footprint.measure(configs.load(RECIPE, overrides).model, in_16_bits=True)
         for batch in BATCHES:
             config = configs.load(RECIPE, [*overrides, f"train.batch_size={batch}"])
             for gpus in GPUS:
@@ -42,6 +43,7 @@ def main() -> None:
                     f"{result.pairs_a_gpu // fit.micro_batch} | {fit.total_gb:.1f} | {fit.traffic_gb:.2f} GB | "
                     f"{fit.step_seconds:.2f} s | {batch / fit.step_seconds:,.0f} |"
                 )
+    print(f"\n{plan.__doc__}")
 
 
 if __name__ == "__main__":

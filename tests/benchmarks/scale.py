@@ -5,17 +5,21 @@
 Three measurements, each beside its peer in the same run, in turns, medians of the ratios within a turn:
 
 1. Full-batch accumulation (train.micro_batch): the step in micro-batches against the same step without, the bound being
-   1 + f / (f + b) for the second forward, f and b the forward's and the backward's time without micro-batches; and the
-   memory that PyTorch's allocator holds at the most beyond weights, gradients and optimiser state.
+   1 + f / (f + b) for the second forward, f and b the forward's and the backward's time without micro-batches. Beside
+   it the towers alone, forward and backward, in micro-batches against whole: a tower that is slower on small batches
+   cannot meet the bound, whatever the trainer. And the memory that PyTorch's allocator holds at the most beyond weights
+   and optimiser state: one micro-batch's, the gradients, which are kept from the first micro-batch on, and no more.
 2. DeepSpeed on one process against a step of plain PyTorch: the same towers, loss, clipping and AdamW.
 3. The collective calls of a step on two processes, for each ZeRO stage, with and without micro-batches, for one dim and
    for six: their number must not depend on the dims.
 
-Towers: mmrl-starter (configs/quickstart.yaml), float32, drawn pixels and tokens. The data side is left out.
+Towers: mmrl-starter (configs/quickstart.yaml), and for the first measurement also a ViT, whose matrix products are as
+efficient on a few pictures as on many. float32, drawn pixels and tokens. The data side is left out.
 """
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import tempfile
@@ -34,6 +38,7 @@ import torch.multiprocessing
 from mmrl import accumulation, distributed, optim
 from mmrl import config as configs
 from mmrl.accumulation import MicroBatch
+from mmrl.config import Config
 from mmrl.engine import Engine, EngineConfig
 from mmrl.losses.config import LossConfig, nested_loss
 from mmrl.losses.inputs import NestedLoss
@@ -41,7 +46,13 @@ from mmrl.model import towers, two_tower
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.nesting import nesting
 
-RECIPE = configs.load(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+RECIPE = configs.load(QUICKSTART)
+VIT = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 96, "layers": 6, "width": 384, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 4096, "width": 256, "heads": 4, "layers": 4},
+}
 ALL_DIMS = list(RECIPE.nesting.dims)
 CLIP_NORM = 1.0
 
@@ -60,54 +71,62 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print(f"batch {arguments.batch}, micro-batch {arguments.micro_batch}, load average {os.getloadavg()[0]:.2f}")
     distributed.start()
-    _accumulation(arguments)
+    print("\n1. Full-batch accumulation")
+    _accumulation(arguments, RECIPE)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vit-benchmark.json"
+        path.write_text(json.dumps(VIT))
+        _accumulation(arguments, configs.load(QUICKSTART, [f"model.name={path}"]))
     _deepspeed(arguments)
     distributed.stop()
     _collectives()
 
 
-def _accumulation(arguments: argparse.Namespace) -> None:
-    model, engine = _engine(arguments.batch)
-    whole, parts = _batch(arguments.batch), _batch(arguments.batch, arguments.micro_batch)
+def _accumulation(arguments: argparse.Namespace, recipe: Config) -> None:
+    model, engine = _engine(arguments.batch, recipe=recipe)
+    whole, parts = (_batch(arguments.batch, size, recipe) for size in (None, arguments.micro_batch))
 
-    def forward_and_backward() -> tuple[float, float]:
+    def forward_and_backward(batches: Sequence[MicroBatch]) -> tuple[float, float]:
         """The towers' own, without loss and optimiser."""
-        began = time.perf_counter()
-        image_BD, text_BD, scale, _ = model(*whole[0])
-        middle = time.perf_counter()
-        (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
-        ended = time.perf_counter()
+        forward = backward = 0.0
+        for batch in batches:
+            began = time.perf_counter()
+            image_BD, text_BD, scale, _ = model(*batch)
+            middle = time.perf_counter()
+            (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
+            forward, backward = forward + middle - began, backward + time.perf_counter() - middle
         model.zero_grad()
-        return middle - began, ended - middle
+        return forward, backward
 
     steps = {"whole": partial(_step, engine, whole), "in micro-batches": partial(_step, engine, parts)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    bounds = []
+    bounds, slowdowns = [], []
     for turn in range(arguments.repeats + 1):
-        forward, backward = forward_and_backward()
+        forward, backward = forward_and_backward(whole)
+        slowdown = sum(forward_and_backward(parts)) / (forward + backward)
         taken = {name: _seconds(steps[name]) for name in (list(steps) if turn % 2 else reversed(steps))}
         if turn:  # the first warms up
             bounds.append(1 + forward / (forward + backward))
+            slowdowns.append(slowdown)
             for name, value in taken.items():
                 seconds[name].append(value)
     ratios = [part / one for part, one in zip(seconds["in micro-batches"], seconds["whole"], strict=True)]
     over = [ratio / bound for ratio, bound in zip(ratios, bounds, strict=True)]
-    print("\n1. Full-batch accumulation")
+    print(f"   {recipe.model.name.rpartition('/')[2]}")
     for name, values in seconds.items():
         print(f"   {name:18} {1e3 * statistics.median(values):8.0f} ms")
     print(f"   ratio {statistics.median(ratios):.3f}, bound 1 + f/(f+b) = {statistics.median(bounds):.3f}")
     print(f"   ratio to the bound {_spread(over)} (wanted: at most 1.05)")
-    one = _batch(arguments.micro_batch)
-    pixels = sum(image.nbytes for image, _ in whole)
+    print(f"   the towers alone, in micro-batches to whole: {_spread(slowdowns)}")
+    one = _batch(arguments.micro_batch, recipe=recipe)
     peaks = {
         name: _peak_bytes(step) for name, step in (*steps.items(), ("one micro-batch", partial(_step, engine, one)))
     }
     for name, peak in peaks.items():
         print(f"   peak of {name:18} {peak / 2**20:8.1f} MiB")
     beyond = peaks["in micro-batches"] - peaks["one micro-batch"]
-    print(
-        f"   beyond one micro-batch's {beyond / 2**20:.1f} MiB; the step's uint8 pictures are {pixels / 2**20:.1f} MiB"
-    )
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    print(f"   beyond one micro-batch's {beyond / 2**20:.1f} MiB, of gradients there are {gradients / 2**20:.1f} MiB")
 
 
 def _deepspeed(arguments: argparse.Namespace) -> None:
@@ -168,16 +187,16 @@ def _count(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _engine(micro_batch: int, stage: int = 0) -> tuple[MatryoshkaCLIP, Engine]:
+def _engine(micro_batch: int, stage: int = 0, recipe: Config = RECIPE) -> tuple[MatryoshkaCLIP, Engine]:
     torch.manual_seed(0)
-    built = towers.build(RECIPE.model)
-    model = two_tower.from_towers(built, RECIPE.model.logit_scale, 1).train()
-    optimizer = optim.build(model, built.model_cfg, RECIPE.optim)
+    built = towers.build(recipe.model)
+    model = two_tower.from_towers(built, recipe.model.logit_scale, 1).train()
+    optimizer = optim.build(model, built.model_cfg, recipe.optim)
     return model, Engine(model, optimizer, EngineConfig(zero_stage=stage), CLIP_NORM, micro_batch)
 
 
-def _batch(size: int, micro_batch: int | None = None) -> list[MicroBatch]:
-    model_cfg = towers.read_model_cfg(RECIPE.model.name)
+def _batch(size: int, micro_batch: int | None = None, recipe: Config = RECIPE) -> list[MicroBatch]:
+    model_cfg = towers.read_model_cfg(recipe.model.name)
     side, text_cfg = towers.input_side(model_cfg), model_cfg["text_cfg"]
     draw = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (size, 3, side, side), generator=draw, dtype=torch.uint8)

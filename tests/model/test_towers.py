@@ -108,6 +108,49 @@ def test_locking_leaves_the_projection_to_learn(tiny_model: Path) -> None:
     assert all(p.requires_grad for p in built.text.parameters())
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "hf_model", "mmrl-starter"])
+def test_recomputed_activations_give_the_same_gradients(model: str, request: pytest.FixtureRequest) -> None:
+    """open_clip's ViT and text transformer, a BERT with its dropout, timm's NFNet; and less is kept for backward."""
+    name = model if model == "mmrl-starter" else str(request.getfixturevalue(model))
+    gradients, kept = [], []
+    for recomputes in (False, True):
+        torch.manual_seed(0)
+        built = towers.build(TowersConfig(name=name, grad_checkpointing=recomputes))
+        clip = two_tower.from_towers(built, LogitScaleConfig(), 1).train()
+        side = built.image_spec.height
+        pixels = torch.randint(
+            0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        )
+        storages: dict[int, int] = {}
+
+        def keep(x: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            image_BD, text_BD, _, _ = clip(pixels, built.tokenise(["a red square", "stripe"]))
+        assert image_BD is not None
+        assert text_BD is not None
+        (image_BD.square().sum() + text_BD.square().sum()).backward()
+        gradients.append({n: p.grad for n, p in clip.named_parameters() if p.grad is not None})
+        kept.append(sum(storages.values()))
+    assert kept[1] < kept[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", ["RN50", "inception_v3"])
+def test_a_tower_that_cannot_recompute_is_refused(tower: str, tmp_path: Path) -> None:
+    """Both would take open_clip's switch without a word."""
+    name = tower
+    if tower != "RN50":
+        vision = {"timm_model_name": tower, "timm_model_pretrained": False, "timm_pool": "", "image_size": 96}
+        (tmp_path / "timm-tower.json").write_text(json.dumps(TINY_MODEL | {"vision_cfg": vision}))
+        name = str(tmp_path / "timm-tower.json")
+    config = TowersConfig(name=name, grad_checkpointing=True)
+    with torch.device("meta"), pytest.raises(InputError, match=r"the image tower, a .*, cannot recompute .* false"):
+        towers.build_empty(config)
+
+
 @pytest.mark.parametrize(
     ("name", "pretrained", "says"),
     [
