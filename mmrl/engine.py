@@ -38,7 +38,7 @@ class EngineConfig(Settings):
     """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well, 3 weights as well."""
     reduce_each_micro_batch: bool = machine(False)
     """With train.micro_batch at stages 2 and 3: divide the gradients after each micro-batch instead of once a step.
-    Sends them once for each micro-batch. Saves memory above 5e8 trained parameters: 4 bytes for each one beyond."""
+    Sends them once for each micro-batch; saves 4 bytes a trained parameter, at stage 2 for each one beyond 5e8."""
     offload: bool = machine(False)
     """Keeps the optimiser's state in the host's memory and steps there, where a GPU is too small; wants ZeRO."""
     compile: bool = machine(False)
@@ -101,8 +101,9 @@ class Engine:
         self.clock = StepClock(world.device)
         self._zero_stage = config.zero_stage
         # One reduction a step: DeepSpeed reduces at each micro-batch from stage 2 on, unless told to wait. The price is
-        # whole gradients until the last of them, as at stage 1, but no bucket beside activations: up to 5e8 parameters
-        # that takes less memory, not more. Towers are rarely larger, and 16 reductions are not small beside a step.
+        # whole gradients until the last of them. At stage 2 they take the room of its bucket, which then comes after
+        # the activations: no more memory in all, up to 5e8 parameters. At stage 3, 4 bytes a parameter more. Towers are
+        # small beside their activations, and gradients sent 16 times are not small beside a step.
         self._reduces_at_the_end = config.zero_stage >= 2 and not config.reduce_each_micro_batch
         self._gathered = deepspeed.zero.GatheredParameters
         # Without ZeRO, DeepSpeed clips but does not tell the norm.

@@ -6,9 +6,9 @@ a process in all; D the embedding's width; e bytes of an embedding's number, 2 u
     weights       4P at stages 0–2 and 4P/N at stage 3, which gathers up to 4·min(P, 1e9) of them while it computes
                   (DeepSpeed's stage3_max_live_parameters)
     gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size);
-                  with micro-batches at 2 and 3 4T while the towers work, since they stay whole until they are reduced
-                  once, and then bucket and share; unless engine.reduce_each_micro_batch is set, which the plan advises
-                  only where nothing fits without
+                  with micro-batches, unless engine.reduce_each_micro_batch is set, they stay whole until they are
+                  reduced once: at 2 4T while the towers work, bucket and share after them; at 3, whose bucket stays,
+                  another 4T. The plan advises reduce_each_micro_batch only where nothing fits without
     optimiser     8T of Adam at stage 0; 12T/N at 1 to 3, with the float32 copy that DeepSpeed keeps of its share
     average       4P with train.ema
     activations   fixed + m·(a pair's): measured, by running forward and backward of the real towers on fake tensors
@@ -217,7 +217,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
         """The states, and what the work on them needs at the most."""
         keeps_whole = m < share and not each
         states = state_bytes(model, stage, machine.gpus, config.train.ema is not None, keeps_whole)
-        after = reduction_bytes(model, machine.gpus) if keeps_whole and stage >= 2 else 0.0
+        after = reduction_bytes(model, machine.gpus) if keeps_whole and stage == 2 else 0.0
         return states, _working(model, m, share, max(loss, after))
 
     wanted = [config.train.micro_batch] if config.train.micro_batch else _divisors(share)
@@ -280,12 +280,12 @@ def state_bytes(
         weights += 4 * model.parameters
     gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
     if stage >= 2 and keeps_whole:
-        gradients = 4.0 * model.trained
+        gradients = 4.0 * model.trained + (gradients if stage == 3 else 0)
     return weights, gradients, (12 if stage else 8) * model.trained * share
 
 
 def reduction_bytes(model: Footprint, gpus: int) -> float:
-    """What is needed beside whole gradients to reduce them once, when no activations are held: bucket and share."""
+    """What stage 2 needs beside whole gradients to reduce them once, when no activations are held: bucket and share."""
     return 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
 
 

@@ -449,6 +449,8 @@ class Trainer:
             tracker.say(f"{len(problems)} problems in the shards, such as {problems[0].shard}: {problems[0].reason}")
         if self.warmup >= self.total:
             tracker.say(f"Note: optim.warmup is {self.warmup:,} of {self.total:,} steps; the peak is never left.")
+        if self.engine.precision == "fp16" and self.world.device.type == "cpu":
+            tracker.say("Note: fp16 is many times slower than fp32 on a CPU; take engine.precision=auto.")
         if self.step_done:
             tracker.say(f"Resumed after step {self.step_done:,}.")
 
