@@ -6,7 +6,6 @@ Shapes: b pairs of this process, C channels, H and W the image's size, L tokens,
 import contextlib
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -22,7 +21,6 @@ from mmrl import checkpoint as checkpoints
 from mmrl.checkpoint import Checkpoints
 from mmrl.config import Config
 from mmrl.data import draws
-from mmrl.data.index import Problem, account
 from mmrl.data.stream import Batch, Stream, killed_worker
 from mmrl.distributed import World
 from mmrl.engine import Engine
@@ -38,9 +36,10 @@ from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.preflight import Plan, prepare
 from mmrl.ranks import Own, mean_seconds, not_finite, straggler
+from mmrl.skipped import Skipped
 from mmrl.stopping import Stop, stop_on_signals
 from mmrl.timing import Pacer, Trace, peak_memory
-from mmrl.tracking import BAD_SAMPLES, Tracker
+from mmrl.tracking import Tracker
 
 _DROPOUT_DRAW, _DIMS_DRAW = 1 << 21, 1 << 23
 
@@ -115,10 +114,7 @@ class Trainer:
         self._utilisation: float | None = None
         self.step_done = 0
         self.best = -math.inf
-        # What the shards themselves lack counts from the start; every process has found the same.
-        self._unlisted: list[Problem] = list(plan.reader.problems) if world.is_main else []
-        self._bad: Counter[str] = Counter()
-        self._seen = 0
+        self._skipped = Skipped(config.run, plan.reader.problems, config.data.max_bad_fraction)
         if plan.resume_from is not None:
             self._resume(plan.resume_from)
         self._logged = self.step_done
@@ -158,7 +154,8 @@ class Trainer:
             trace.step()
             if self.stream.epoch != epoch:
                 epoch = self.stream.epoch
-                self._tell_bad_samples(tracker, epoch)
+                self._skipped.tell(tracker, self.step_done)
+                self._skipped.sum_up(tracker, epoch)
             last = self.step_done == self.total
             if tracker:
                 tracker.advance(self.step_done)
@@ -207,8 +204,7 @@ class Trainer:
             self.ema.update_parameters(self.engine.model)
         self.step_done += 1
         for part in parts:
-            self._unlisted += part.bad
-            self._seen += len(part.keys)
+            self._skipped.meet(part)
         return loss, norm, rate
 
     def _loss(
@@ -321,13 +317,13 @@ class Trainer:
             tracker.say(f"step {self.step_done:,}  {name}, text→image R@10: {shown}")
 
     def _save(self, tracker: Tracker | None, is_best: bool) -> None:
-        self._list_bad_samples(tracker)  # the stream's position goes beyond them
+        self._skipped.tell(tracker, self.step_done)  # the stream's position goes beyond them
         self.engine.refresh()
         state = {
             "step": self.step_done,
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
-            "bad": self._bad,
+            "bad": self._skipped.counts,
             "loss_scale": self.engine.loss_scale and dataclasses.asdict(self.engine.loss_scale),
         }
         self.checkpoints.save(self.step_done, self.encoder, self.engine, state, is_best)
@@ -339,17 +335,15 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
-        self._unlisted = []
-        self._bad = Counter(state["bad"])
+        self._skipped.resume(state["bad"], self.step_done * self.config.train.batch_size // self.world.size)
         if self.engine.loss_scale is not None:
             self.engine.loss_scale = LossScale(**state["loss_scale"])
-        self._seen = self.step_done * self.config.train.batch_size // self.world.size
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.encoder_weights)
             self.ema.n_averaged.fill_(self.step_done)
 
     def _log(self, tracker: Tracker | None, loss: NestedLoss, norm: float, rate: float, speed: float) -> None:
-        self._list_bad_samples(tracker)
+        self._skipped.tell(tracker, self.step_done)
         measured = self._measured()
         slow = straggler(measured)
         self._tell_skipped(tracker)
@@ -375,10 +369,10 @@ class Trainer:
                     **({} if self._utilisation is None else {"model_flops_utilisation": self._utilisation}),
                     "seconds_per_step": mean_seconds(measured),
                     "peak_memory": max(one.peak_memory for one in measured),
-                    "bad_samples": self._bad.total(),
+                    "bad_samples": self._skipped.counts.total(),
                 }
             )
-        self._check_bad_share()
+        self._skipped.stop_if_too_many()
 
     def _tell_skipped(self, tracker: Tracker | None) -> None:
         scaled = self.engine.loss_scale
@@ -396,31 +390,6 @@ class Trainer:
         steps, self._logged = max(self.step_done - self._logged, 1), self.step_done
         seconds = {part: spent / steps for part, spent in self.engine.clock.take().items()}
         return distributed.gather_objects(Own(distributed.host(), seconds, peak_memory(self.engine.device)))
-
-    def _list_bad_samples(self, tracker: Tracker | None) -> None:
-        problems = [problem for share in distributed.gather_objects(self._unlisted) for problem in share]
-        self._unlisted = []
-        self._bad.update(problem.kind for problem in problems)
-        if tracker:
-            tracker.bad_samples(self.step_done, [dataclasses.asdict(problem) for problem in problems])
-
-    def _tell_bad_samples(self, tracker: Tracker | None, epochs: int) -> None:
-        self._list_bad_samples(tracker)
-        if tracker and self._bad:
-            tracker.say(f"Epoch {epochs:,} is over; skipped so far: {account(self._bad)}; listed in {self._bad_list}")
-
-    def _check_bad_share(self) -> None:
-        seen = self._seen * self.world.size
-        if self._bad.total() > self.config.data.max_bad_fraction * max(seen, 1000):
-            raise RunStopped(
-                f"{self._bad.total():,} of {seen:,} samples were bad, more than data.max_bad_fraction "
-                f"{self.config.data.max_bad_fraction:.2%} allows: {account(self._bad)}. "
-                f"{self._bad_list} lists them with their reasons."
-            )
-
-    @property
-    def _bad_list(self) -> str:
-        return f"{self.config.run}/{BAD_SAMPLES}"
 
     def _at_the_peak(self) -> float | None:
         """Seconds of a step that uses all processes' devices to the full, where it is known what they can do."""
