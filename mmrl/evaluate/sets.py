@@ -61,6 +61,10 @@ class EvaluationConfig(Settings):
     best: BestConfig | None = None
 
 
+Tokenise = Callable[[list[str]], torch.Tensor]
+"""Texts -> int64 (B, L)."""
+
+
 @dataclass(frozen=True)
 class Embedded:
     """A set's embeddings, whole, on every process; not normalised."""
@@ -87,7 +91,7 @@ def embed(
     reader: PictureReader,
     model: Any,
     image_spec: ImageSpec,
-    tokenise: Callable[[list[str]], torch.Tensor],
+    tokenise: Tokenise,
     *,
     captions: int | None = None,
     on_batch: Callable[[int], None] | None = None,

@@ -16,10 +16,10 @@ from mmrl.evaluate import report, sets, stored_ranks
 from mmrl.evaluate.advice import Budget, parse_budget, parse_count, words
 from mmrl.evaluate.analysis import CHAPTERS, Analysis, analyse
 from mmrl.evaluate.baselines import NAMES
+from mmrl.evaluate.encoders import Evaluated, open_encoder
 from mmrl.evaluate.sections import SetPart
 from mmrl.evaluate.sets import Embedded
-from mmrl.model import bundle
-from mmrl.model.bundle import Bundle
+from mmrl.model.manifest import find, read_manifest
 
 _VECTORS = "1M"
 
@@ -30,7 +30,7 @@ class Study:
     def __init__(
         self,
         model: str,
-        encoder: Bundle,
+        encoder: Evaluated,
         dims: Sequence[int],
         budget: str | None = None,
         vectors: str | None = None,
@@ -51,7 +51,7 @@ class Study:
                 name = other
             if name in self.others:
                 raise InputError(f"compare: {other} is given twice.")
-            self.others[name] = bundle.open_model(other)
+            self.others[name] = open_encoder(other)
             self.others[name].model.to(distributed.world().device)
         self.steps = CHAPTERS + len(self.others)
         """What `take` tells `on_step` in all."""
@@ -107,6 +107,7 @@ class Study:
             "Vectors": f"{self.encoder.dim} numbers; trained at {nested}",
             "Pictures": f"{spec.width} × {spec.height} pixels",
             "Weights": _weights(self.model),
+            "ONNX graphs": self.encoder.graphs,
             "Compared with": ", ".join(self.others),
             "Software": f"mmrl {mmrl.__version__}, torch {torch.__version__}",
             "Written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -118,8 +119,8 @@ def _weights(model: str) -> str:
     """The hash of what a checkpoint or an export holds."""
     if model.startswith("open_clip:"):
         return ""
-    folder = bundle.find(model)
-    return f"{folder.resolve().name}, sha256 {bundle.read_manifest(folder)['weights_sha256'][:16]}…"
+    folder = find(model)
+    return f"{folder.resolve().name}, sha256 {read_manifest(folder)['weights_sha256'][:16]}…"
 
 
 def _short_name(model: str) -> str:
