@@ -17,6 +17,7 @@ from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets, tables
 from mmrl.evaluate.degrade import score_degraded
 from mmrl.evaluate.encoders import Evaluated, open_encoder
+from mmrl.evaluate.ranks import KS
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.retrieval import check_ks
 from mmrl.evaluate.study import Study
@@ -59,7 +60,7 @@ def evaluate_model(
     Raises:
         InputError: no such model or shards, dims that it does not have, a set named twice.
     """
-    ks = sorted({1, 5, 10, *asked.ks})
+    ks = sorted({*KS, *asked.ks})
     check_ks(ks)
     asked = replace(asked, ks=ks)
     for way in asked.directions:

@@ -21,6 +21,8 @@ from mmrl.evaluate.tiles import Direction, Side, count_few, exact_products
 from mmrl.nesting import check_dims, cut
 
 Scores = dict[str, float]
+KS = (1, 5, 10)
+"""The K of each recall@K that is always told."""
 NO_POSITIVE = "retrieval: no query has a positive; check image_of_text_M or the groups."
 # Similarities in memory at once where rows are taken whole: 32 MB of float32.
 _CHUNK_ELEMENTS = 1 << 23
@@ -41,7 +43,7 @@ class PerQuery:
     ndcg_Q: Tensor
     """nDCG@10."""
 
-    def scores(self, ks: Sequence[int] = (1, 5, 10)) -> Scores:
+    def scores(self, ks: Sequence[int] = KS) -> Scores:
         """The means over the queries, as retrieval.json has them."""
         scores = {f"R@{k}": float((self.rank_Q <= k).double().mean()) for k in ks}
         return scores | {
@@ -55,7 +57,7 @@ class PerQuery:
         }
 
 
-def metric_names(ks: Sequence[int] = (1, 5, 10)) -> tuple[str, ...]:
+def metric_names(ks: Sequence[int] = KS) -> tuple[str, ...]:
     """The names of what `PerQuery.scores` gives."""
     one = torch.ones(1, dtype=torch.float64)
     return tuple(PerQuery(one.long(), one, one, one, one).scores(ks))

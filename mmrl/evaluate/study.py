@@ -13,7 +13,7 @@ from mmrl import distributed
 from mmrl.data.sequential import PictureReader
 from mmrl.errors import InputError
 from mmrl.evaluate import report, sets, stored_ranks
-from mmrl.evaluate.advice import Budget, parse_budget, parse_count, words
+from mmrl.evaluate.advice import Budget, other_words, parse_budget, parse_count, words
 from mmrl.evaluate.analysis import CHAPTERS, Analysis, analyse
 from mmrl.evaluate.baselines import NAMES
 from mmrl.evaluate.encoders import Evaluated, open_encoder
@@ -85,7 +85,7 @@ class Study:
         for part in self.parts:
             lines = words(part.analysis["advice"]).lines
             console.print(f"{part.name}, {self.budget.words} may be lost: {lines[0]}", style="bold", highlight=False)
-            for line in lines[1:]:
+            for line in (*lines[1:], other_words(part.analysis)):
                 console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
     def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:

@@ -52,6 +52,7 @@ def test_the_report_of_a_model_and_its_twin(
     flat = " ".join(shown.split())
     assert "val, 5 % of R@5, text→image may be lost:" in flat
     assert "2M vectors take" in flat
+    assert "The other way round, image→text:" in flat
     assert "report/index.html" in flat
     files = {path.name for path in (out / "report").iterdir()}
     assert files >= {"index.html", "report.md", "val.items.jsonl", "ranks.safetensors", "recall_by_dim.png"}
