@@ -94,7 +94,7 @@ def rank_queries(
     ascending = sorted(dims)
     device = distributed.world().device
     query = Side(query_QD, query_group_Q, ascending, device)
-    gallery = query if same_rows else Side(gallery_GD, gallery_group_G, ascending, device)
+    gallery = query if same_rows else Side(gallery_GD, gallery_group_G, ascending, device, columns=True)
     like = query.rows(0)
     direction = Direction(query, gallery, same_rows, like)
     told = _Telling(on_rows)
@@ -119,9 +119,8 @@ def rank_both(
     check_dims(dims, image_ND.shape[1])
     ascending = sorted(dims)
     device = distributed.world().device
-    image, text = (
-        Side(x, group, ascending, device) for x, group in ((image_ND, image_group_N), (text_MD, text_group_M))
-    )
+    image = Side(image_ND, image_group_N, ascending, device)
+    text = Side(text_MD, text_group_M, ascending, device, columns=True)
     like = image.rows(0)
     by_image, by_text = Direction(image, text, False, like), Direction(text, image, False, like)
     told = _Telling(on_rows)

@@ -25,20 +25,24 @@ from mmrl.evaluate.counting import Asked, Attempt, Counter, nearly
 
 # A query with more positives than these is ranked by sorting its scores, not by a comparison for each positive.
 MANY = 16
-# Rows, and columns, of a tile: 1 MB of float32, which a CPU keeps in its caches; a GPU wants few and large ones.
-_CPU_TILE, _GPU_TILE = 1024, 4096
+# Rows of a tile at most, and half of its columns where these are another side: 2 MB of float32 on a CPU, whose caches
+# keep them; a GPU wants few and large ones.
+_CPU_TILE, _GPU_TILE = 512, 4096
 
 
 class Side:
     """Embeddings sorted by group, in strips of equal length; the last is padded."""
 
-    def __init__(self, embedding_ND: Tensor, group_N: Tensor, dims: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, embedding_ND: Tensor, group_N: Tensor, dims: Sequence[int], device: torch.device, columns: bool = False
+    ) -> None:
+        """Args: columns: those of tiles whose rows are another side."""
         self.group_N, self.order_N = group_N.cpu().sort(stable=True)
         self.cuts = [slice(start, end) for start, end in pairwise((0, *dims))]
         self._width = dims[-1]
         self._in_order = bool((self.order_N == torch.arange(len(group_N))).all())
         self._embedding_ND = embedding_ND.to(device)
-        self.length = tile_length(len(group_N), device)
+        self.length = tile_length(len(group_N), device, columns)
 
     def __len__(self) -> int:
         return len(self.group_N)
@@ -83,9 +87,11 @@ class Side:
         return [rows_nD[:, cut] for cut in self.cuts]
 
 
-def tile_length(rows: int, device: torch.device) -> int:
-    """Rows of a strip: less than usual only where there are fewer."""
-    return min(_GPU_TILE if device.type == "cuda" else _CPU_TILE, -(-rows // 64) * 64)
+def tile_length(rows: int, device: torch.device, columns: bool = False) -> int:
+    """Rows of a strip: as many as there is room for, in as many equal strips as it takes, with little padding."""
+    most = _GPU_TILE if device.type == "cuda" else _CPU_TILE * (1 + columns)
+    strips = -(-rows // most)
+    return -(-rows // (64 * strips)) * 64
 
 
 @dataclass(frozen=True)
