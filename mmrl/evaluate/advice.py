@@ -232,8 +232,8 @@ def words(advice: Mapping[str, Any]) -> Words:
         headline = f"Probably {_kept(chosen, full)} will do; these queries confirm {least}."
     evidence = (
         f"{metric}, {where}, is {_percent(chosen['recall']['value'])} instead of {_percent(full['recall']['value'])}: "
-        f"{_lost(chosen['lost']['value'], budget)} lost (95 % interval {_range(chosen['lost'], budget)}) of the "
-        f"{budget.amount} that may be."
+        f"{_lost(chosen['lost']['value'], budget)} lost (95 % interval {_range(chosen['lost'], budget)}) where "
+        f"{budget.amount} may be."
     )
     if certain:
         certainty = f"The whole interval is within the budget, so {_asked(advice)} confirm it."

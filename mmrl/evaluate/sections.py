@@ -76,13 +76,18 @@ def headline(part: SetPart) -> str:
         (f"{chosen['times_smaller']:.3g}×", "smaller than the full vector in fp32"),
     ]
     shown = "".join(f'<div class="tile"><b>{big}</b><span>{small}</span></div>' for big, small in tiles)
-    others = "".join(f"<li>{escape(line)}</li>" for line in said.others)
+    others = "".join(f"<li>{_sentences(line)}</li>" for line in said.others)
     return (
         f'<div class="card headline"><p class="eyebrow">Within a budget of {budget_of(advice).words}</p>'
         f'<p class="big">{escape(said.headline)}</p><div class="tiles">{shown}</div>'
-        f"<p>{escape(said.evidence)} {escape(said.certainty)}</p><ul>{others}</ul>"
-        f'<p class="faint">{escape(other_words(part.analysis))}</p></div>'
+        f"<p>{_sentences(said.evidence, said.certainty)}</p><ul>{others}</ul>"
+        f'<p class="faint">{_sentences(other_words(part.analysis))}</p></div>'
     )
+
+
+def _sentences(*sentences: str) -> str:
+    """As HTML; a number and its % stay in one line."""
+    return escape(" ".join(sentences)).replace(" %", "\u00a0%")
 
 
 def curves_of(analysis: Mapping[str, Any], direction: str, metric: str) -> list[Curve]:
@@ -171,13 +176,14 @@ def compression(part: SetPart) -> str:
         asked += f" (drawn from {found['all_queries']:,} queries)"
     missing = found["product_quantisation"]
     missing = "" if missing == "measured" else f" Product quantisation {missing}."
+    turned = f"{DIRECTIONS[other['direction']]}: {other['queries']:,} queries among {other['gallery']:,}"
     return (
         "<h3>Bytes against recall</h3>"
         f"<p>Every dim in every precision, {DIRECTIONS[found['direction']]}, {asked}.{missing} "
         "Among more vectors all recalls fall, those of short codes faster, and a list has to be longer: measure on a "
         f"gallery like your own.</p>{_bytes_against_recall(part, part.analysis)}"
-        f"<details><summary>The other way round, {DIRECTIONS[other['direction']]}: {other['queries']:,} queries among "
-        f"{other['gallery']:,}</summary>{_bytes_against_recall(part, part.analysis['other_direction'])}</details>"
+        f'<details class="turned"><summary>The other way round, {turned}</summary>'
+        f"{_bytes_against_recall(part, part.analysis['other_direction'])}</details>"
     )
 
 
