@@ -40,7 +40,7 @@ class Attempt:
         self._rest = _REST
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
     """What is counted of a tile for the queries along one of its axes."""
 
