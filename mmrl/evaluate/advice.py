@@ -7,7 +7,7 @@ what the full vector finds) or `recall_drop=0.5pp` (percentage points).
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mmrl.evaluate.task import DIRECTIONS
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 # So many times the queries are worth telling of.
 _MANY_TIMES = 100
+_FEW_QUERIES = "Few queries make wide intervals, and so confirm longer vectors than are needed."
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -37,6 +38,11 @@ class Budget:
     def words(self) -> str:
         """For headings: "1 % of R@10, text→image"."""
         return f"{self.amount} of R@{self.k}, {DIRECTIONS[self.direction]}"
+
+    @property
+    def reversed(self) -> "Budget":
+        """The same of the other direction."""
+        return replace(self, direction=next(way for way in DIRECTIONS if way != self.direction))
 
     @property
     def amount(self) -> str:
@@ -186,6 +192,13 @@ def _as_json(
     }
 
 
+def other_words(analysis: Mapping[str, Any]) -> str:
+    """The advice in the other direction, in a line."""
+    advice = analysis["other_direction"]["advice"]
+    said = words(advice)
+    return f"The other way round, {DIRECTIONS[budget_of(advice).direction]}: {said.headline} {said.evidence}"
+
+
 @dataclass(frozen=True)
 class Words:
     """The advice in sentences, for the screen, the page and Markdown alike."""
@@ -195,7 +208,7 @@ class Words:
     certainty: str
     saving: str
     others: list[str]
-    """The other answers: sure ones, float32 alone, two stages."""
+    """The other answers: confirmed ones, float32 alone, two stages."""
 
     @property
     def lines(self) -> list[str]:
@@ -215,18 +228,21 @@ def words(advice: Mapping[str, Any]) -> Words:
     elif certain:
         headline = f"Keep {_kept(chosen, full)}."
     else:
-        headline = f"By the estimate, {_kept(chosen, full)} will do; for sure, {_kept(sure, full)}."
+        least = "nothing below the full vector" if sure is full else _kept(sure, full)
+        headline = f"Probably {_kept(chosen, full)} will do; these queries confirm {least}."
     evidence = (
         f"{metric}, {where}, is {_percent(chosen['recall']['value'])} instead of {_percent(full['recall']['value'])}: "
-        f"{_lost(chosen['lost']['value'], budget)} lost (95 % interval {_range(chosen['lost'], budget)}) of the "
-        f"{budget.amount} that may be."
+        f"{_lost(chosen['lost']['value'], budget)} lost (95 % interval {_range(chosen['lost'], budget)}) where "
+        f"{budget.amount} may be."
     )
     if certain:
-        certainty = f"The whole interval is within the budget, on {_asked(advice)}."
+        certainty = f"The whole interval is within the budget, so {_asked(advice)} confirm it."
     else:
         times = queries_to_be_sure(Interval(**chosen["lost"]), budget)
-        certainty = f"The interval reaches beyond the budget: {_asked(advice)} leave it open"
-        certainty += f"; {_rounded(times):,} times as many would settle it." if times <= _MANY_TIMES else "."
+        certainty = f"The interval reaches beyond the budget, so {_asked(advice)} are too few to confirm it"
+        certainty += f"; if the estimate is right, about {_rounded(times):,} times as many would."
+        if times > _MANY_TIMES:
+            certainty = f"The estimate is so near the limit that {_asked(advice)} cannot tell on which side it lies."
     saving = (
         f"{short_count(count)} vectors take {size_words(chosen['memory'])} instead of {size_words(full['memory'])}: "
         f"{_bytes(chosen['bytes'])} each instead of {full['bytes']:,}, {chosen['times_smaller']:.3g} times less."
@@ -238,9 +254,9 @@ def _others(advice: Mapping[str, Any], budget: Budget) -> list[str]:
     chosen, sure, dim, staged = (advice[name] for name in ("smallest", "sure", "dim", "two_stage"))
     lines = []
     if sure is None:
-        lines.append("Sure on these queries: nothing below the full vector in fp32.")
+        lines.append(f"Confirmed by these queries: nothing below the full vector in fp32. {_FEW_QUERIES}")
     elif sure != chosen:
-        lines.append(f"Sure on these queries: {_named(sure, budget)}.")
+        lines.append(f"Confirmed by these queries: {_named(sure, budget)}. {_FEW_QUERIES}")
     if dim != chosen:
         lines.append(f"If vectors stay float32: {_named(dim, budget)}.")
     if staged and staged["bytes"] < chosen["bytes"]:

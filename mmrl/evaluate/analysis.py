@@ -4,7 +4,8 @@
     baselines      PCA, best and random dims, other models: the same queries, the same gallery
     compression    every dim in every precision, in one stage and in two; the front of bytes against recall
     blocks         what each block of dims adds, and from which dim on an item is found
-    advice         the smallest of all that within the budget
+    advice         the smallest of all that within the budget; the last three in the budget's direction, compression and
+                   advice in the other, too
 
 The cost is bounded: what ranks anew does so for so many queries that these times the gallery stay within a number of
 pairs; the gallery is always whole, so that no score gets easier. The page tells where queries were drawn.
@@ -25,11 +26,10 @@ from mmrl.errors import InputError
 from mmrl.evaluate import baselines, blocks, compression
 from mmrl.evaluate.advice import Budget, advise
 from mmrl.evaluate.intervals import LEVEL, RESAMPLES, Bootstrap
-from mmrl.evaluate.ranks import PerQuery, rank_both, rank_queries
+from mmrl.evaluate.ranks import KS, PerQuery, rank_both, rank_queries
 from mmrl.evaluate.sets import Embedded
 from mmrl.evaluate.task import Task
 
-KS = (1, 5, 10)
 CHAPTERS = 5
 # Pairs of query and gallery row that a chapter ranks at each dim, and the queries it has at least and at most.
 _BASELINE_LIMITS = {"pairs": 1 << 28, "least": 1000, "most": 10_000}
@@ -110,6 +110,7 @@ def analyse(
         result.json |= _baselines(result, dims, ks, budget, others or {})
     with chapter("compression"):
         result.json |= _compression(result, dims, budget, vectors)
+        result.json["other_direction"] = _compression(result, dims, budget.reversed, vectors)
     with chapter("blocks"):
         result.json |= _blocks(result, dims, budget)
     result.json["method"] = {"resamples": RESAMPLES, "level": LEVEL, "unit": "items"}
@@ -196,7 +197,7 @@ def _of_other(name: str, other: Task, dims: Sequence[int]) -> dict[str, dict[int
 
 
 def _compression(result: Analysis, dims: Sequence[int], budget: Budget, vectors: int) -> dict[str, Any]:
-    """Every way to keep the gallery, in the budget's direction, and the advice that follows from it."""
+    """Every way to keep the gallery of the budget's direction, and the advice that follows from it."""
     drawn = _sample(result, budget.direction, _COMPRESSION_LIMITS)
     task, bootstrap = drawn.task, drawn.bootstrap
     options = compression.measure(task, dims, budget.k)

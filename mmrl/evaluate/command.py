@@ -16,12 +16,12 @@ from mmrl.data.index import Problem
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets, tables
 from mmrl.evaluate.degrade import score_degraded
+from mmrl.evaluate.encoders import Evaluated, open_encoder
+from mmrl.evaluate.ranks import KS
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.retrieval import check_ks
 from mmrl.evaluate.study import Study
 from mmrl.evaluate.zeroshot import class_vectors, embed_labelled, read_classes, score_labelled
-from mmrl.model import bundle
-from mmrl.model.bundle import Bundle
 from mmrl.nesting import check_dims
 
 
@@ -60,7 +60,7 @@ def evaluate_model(
     Raises:
         InputError: no such model or shards, dims that it does not have, a set named twice.
     """
-    ks = sorted({1, 5, 10, *asked.ks})
+    ks = sorted({*KS, *asked.ks})
     check_ks(ks)
     asked = replace(asked, ks=ks)
     for way in asked.directions:
@@ -75,7 +75,7 @@ def evaluate_model(
     if "WORLD_SIZE" in os.environ:
         distributed.start()
     world = distributed.world()
-    encoder = bundle.open_model(model)
+    encoder = open_encoder(model)
     encoder.model.to(world.device)
     dims = list(asked.dims) if asked.dims else sorted({*encoder.nested_dims, encoder.dim})
     check_dims(dims, encoder.dim)
@@ -142,7 +142,7 @@ class Bars:
 
 
 def _retrieve(
-    name: str, one: OpenSet, encoder: Bundle, dims: Sequence[int], asked: Asked, bars: Bars, study: Study | None
+    name: str, one: OpenSet, encoder: Evaluated, dims: Sequence[int], asked: Asked, bars: Bars, study: Study | None
 ) -> tuple[dict[str, Any], list[Problem]]:
     with bars.bar(f"embedding {name}", len(one.reader)) as advance:
         embedded = sets.embed(
@@ -177,7 +177,7 @@ def _retrieve(
 
 
 def _classify(
-    name: str, one: OpenSet, encoder: Bundle, dims: Sequence[int], bars: Bars
+    name: str, one: OpenSet, encoder: Evaluated, dims: Sequence[int], bars: Bars
 ) -> tuple[dict[str, Any], list[Problem]]:
     assert one.classes is not None
     with bars.bar(f"embedding {name}", len(one.reader)) as advance:

@@ -17,6 +17,7 @@ from mmrl.evaluate import pictures, stored_ranks
 from mmrl.evaluate.intervals import Bootstrap
 from mmrl.evaluate.markup import figure, frame, points, score, table
 from mmrl.evaluate.pictures import Curve
+from mmrl.evaluate.ranks import is_better_lower
 from mmrl.evaluate.task import DIRECTIONS
 
 _COLOURS = ("model", "pca", "other", "best_dims", "other_pca", "random_dims")
@@ -299,4 +300,4 @@ def _with_lead(value: str, lead: tuple[str, str, str], tone: str) -> str:
 
 
 def _is_share(metric: str) -> bool:
-    return not metric.endswith("_rank")
+    return not is_better_lower(metric)

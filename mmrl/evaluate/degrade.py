@@ -19,7 +19,7 @@ from mmrl import distributed
 from mmrl.data import draws
 from mmrl.data.sequential import PictureReader
 from mmrl.decode import decode_pixels, to_picture, to_tensor
-from mmrl.evaluate.ranks import rank_queries
+from mmrl.evaluate.ranks import KS, rank_queries
 from mmrl.image_spec import ImageSpec, resize
 
 _CROP_DRAW = 1 << 24
@@ -83,7 +83,7 @@ def score_degraded(
     image_ND: Tensor,
     dims: Sequence[int],
     most: int,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     on_pictures: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Degraded pictures among all originals, each looking for its own; called on all processes, which divide the work.

@@ -5,8 +5,7 @@ from html import escape
 from importlib.resources import files
 
 from mmrl.evaluate.pictures import COLOURS
-
-_RANKS = ("median_rank", "mean_rank")
+from mmrl.evaluate.ranks import is_better_lower
 
 
 def frame(title: str, under_title: str, body: str) -> str:
@@ -48,7 +47,7 @@ def figure(svg: str, label: str, caption: str = "") -> str:
 
 def score(value: float, metric: str) -> str:
     """Shares in per cent, ranks as they are."""
-    return f"{value:,.1f}".removesuffix(".0") if metric in _RANKS else f"{100 * value:.1f}"
+    return f"{value:,.1f}".removesuffix(".0") if is_better_lower(metric) else f"{100 * value:.1f}"
 
 
 def points(share: float) -> str:

@@ -21,6 +21,8 @@ from mmrl.evaluate.tiles import Direction, Side, count_few, exact_products
 from mmrl.nesting import check_dims, cut
 
 Scores = dict[str, float]
+KS = (1, 5, 10)
+"""The K of each recall@K that is always told."""
 NO_POSITIVE = "retrieval: no query has a positive; check image_of_text_M or the groups."
 # Similarities in memory at once where rows are taken whole: 32 MB of float32.
 _CHUNK_ELEMENTS = 1 << 23
@@ -41,7 +43,7 @@ class PerQuery:
     ndcg_Q: Tensor
     """nDCG@10."""
 
-    def scores(self, ks: Sequence[int] = (1, 5, 10)) -> Scores:
+    def scores(self, ks: Sequence[int] = KS) -> Scores:
         """The means over the queries, as retrieval.json has them."""
         scores = {f"R@{k}": float((self.rank_Q <= k).double().mean()) for k in ks}
         return scores | {
@@ -55,7 +57,7 @@ class PerQuery:
         }
 
 
-def metric_names(ks: Sequence[int] = (1, 5, 10)) -> tuple[str, ...]:
+def metric_names(ks: Sequence[int] = KS) -> tuple[str, ...]:
     """The names of what `PerQuery.scores` gives."""
     one = torch.ones(1, dtype=torch.float64)
     return tuple(PerQuery(one.long(), one, one, one, one).scores(ks))
@@ -92,7 +94,7 @@ def rank_queries(
     ascending = sorted(dims)
     device = distributed.world().device
     query = Side(query_QD, query_group_Q, ascending, device)
-    gallery = query if same_rows else Side(gallery_GD, gallery_group_G, ascending, device)
+    gallery = query if same_rows else Side(gallery_GD, gallery_group_G, ascending, device, columns=True)
     like = query.rows(0)
     direction = Direction(query, gallery, same_rows, like)
     told = _Telling(on_rows)
@@ -117,9 +119,8 @@ def rank_both(
     check_dims(dims, image_ND.shape[1])
     ascending = sorted(dims)
     device = distributed.world().device
-    image, text = (
-        Side(x, group, ascending, device) for x, group in ((image_ND, image_group_N), (text_MD, text_group_M))
-    )
+    image = Side(image_ND, image_group_N, ascending, device)
+    text = Side(text_MD, text_group_M, ascending, device, columns=True)
     like = image.rows(0)
     by_image, by_text = Direction(image, text, False, like), Direction(text, image, False, like)
     told = _Telling(on_rows)
@@ -254,14 +255,15 @@ def _measure_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
     first_q, count_q = direction.first_N[query_q], direction.count_N[query_q]
     measures = []
     product_qG = x_qD.new_zeros(len(query_q), len(gallery))
+    scores_qG = torch.empty_like(product_qG)
     for k in range(len(queries.cuts)):
-        score_qG = torch.empty_like(product_qG)
+        score_qG = scores_qG
         for strip in gallery.strips:
             span = gallery.span(strip)
             n = span.stop - span.start
             y_nd = gallery.rows(strip)[:, gallery.cuts[k]]
             product_qG[:, span] += (x_qD[:, queries.cuts[k]] @ y_nd.T)[: len(query_q), :n]
-            torch.mul(product_qG[:, span], gallery.inverse_norms[strip][k, :n], out=score_qG[:, span])
+            torch.mul(product_qG[:, span], gallery.norms[strip].inverse_Kn[k, :n], out=score_qG[:, span])
         if direction.same_rows:
             score_qG[torch.arange(len(query_q)), query_q] = -torch.inf
         score_qG = score_qG.cpu()
@@ -270,8 +272,8 @@ def _measure_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
         column_qP = (first_q[:, None] + torch.arange(most)).clamp_max(len(gallery) - 1)
         bound_qP = score_qG.gather(1, column_qP).masked_fill(torch.arange(most) >= count_q[:, None], torch.inf)
         bound_qP = bound_qP.sort(1).values[:, int(direction.same_rows) :].contiguous()
-        ascending_qG = torch.from_numpy(np.sort(score_qG.numpy(), axis=1))  # ten times torch's speed
-        at_least_qP = len(gallery) - torch.searchsorted(ascending_qG, bound_qP)
+        score_qG.numpy().sort(axis=1)  # ten times torch's speed
+        at_least_qP = len(gallery) - torch.searchsorted(score_qG, bound_qP)
         measures.append(_measures(bound_qP[None], at_least_qP[None], count_q - int(direction.same_rows)))
     return torch.cat(measures)
 

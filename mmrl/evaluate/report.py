@@ -11,6 +11,7 @@ FOLDER/
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from mmrl.data.sequential import PictureReader
 from mmrl.evaluate import examples, pictures
-from mmrl.evaluate.advice import words
+from mmrl.evaluate.advice import other_words, words
 from mmrl.evaluate.analysis import Analysis
 from mmrl.evaluate.blocks import found_from
 from mmrl.evaluate.page import render
@@ -26,18 +27,19 @@ from mmrl.evaluate.sections import SetPart, curves_of
 from mmrl.evaluate.sets import Embedded
 
 DIRECTIONS = {"image_to_text": "image→text", "text_to_image": "text→image"}
-_KS = ("R@1", "R@5", "R@10")
+_RECALL_COLOURS = ("#1b6ca8", "#2a9d6f", "#c8553d", "#7b4fa6", "#94741b")
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Header, one row a dim from the widest to the narrowest, and chance: recalls in per cent, both ways."""
-    header = ["dim", *(f"{direction} {k}" for direction in DIRECTIONS.values() for k in _KS)]
-    body = [[dim, *_per_cent(scores)] for dim, scores in result["dims"].items()]
-    return [header, *body, ["chance", *_per_cent(result["chance"])]]
+    recalls = list(result["chance"]["text_to_image"])
+    header = ["dim", *(f"{direction} {name}" for direction in DIRECTIONS.values() for name in recalls)]
+    body = [[dim, *_per_cent(scores, recalls)] for dim, scores in result["dims"].items()]
+    return [header, *body, ["chance", *_per_cent(result["chance"], recalls)]]
 
 
-def _per_cent(directions: Mapping[str, Mapping[str, float]]) -> list[str]:
-    return [f"{100 * directions[direction][k]:.1f}" for direction in DIRECTIONS for k in _KS]
+def _per_cent(directions: Mapping[str, Mapping[str, float]], recalls: Sequence[str]) -> list[str]:
+    return [f"{100 * directions[direction][name]:.1f}" for direction in DIRECTIONS for name in recalls]
 
 
 def table(name: str, result: Mapping[str, Any]) -> Table:
@@ -109,7 +111,7 @@ def _analysis_markdown(analysis: Mapping[str, Any]) -> list[str]:
             codes.append([code, f"{option['bytes']:,}", *_with_interval(option["recall"])])
     shown = [f"**{said.headline}** {said.evidence} {said.certainty}", said.saving]
     shown += ["\n".join(f"- {line}" for line in said.others)] if said.others else []
-    shown.append("Most recall in few bytes, one stage:\n\n" + _lines(codes))
+    shown += [other_words(analysis), "Most recall in few bytes, one stage:\n\n" + _lines(codes)]
     for direction, name in DIRECTIONS.items():
         curves = curves_of(analysis, direction, metric)
         compared = [["dim", *(curve.name for curve in curves)], ["---:"] * (1 + len(curves))]
@@ -168,7 +170,7 @@ def draw(path: Path, scores_of_set: Mapping[str, Mapping[str, Any]]) -> None:
     for number, (name, result) in enumerate(scores_of_set.items()):
         axes = figure.add_subplot(1, len(scores_of_set), number + 1)
         dims = [int(dim) for dim in result["dims"]]
-        for k, colour in zip(_KS, ("#1b6ca8", "#2a9d6f", "#c8553d"), strict=True):
+        for k, colour in zip(result["chance"]["text_to_image"], cycle(_RECALL_COLOURS), strict=False):
             for direction, dash in zip(DIRECTIONS, ("-", "--"), strict=True):
                 values = [100 * result["dims"][str(dim)][direction][k] for dim in dims]
                 axes.plot(dims, values, dash, color=colour, marker="o", markersize=4)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmrl.errors import InputError
-from mmrl.evaluate.ranks import OnRows, PerQuery, Scores, rank_both
+from mmrl.evaluate.ranks import KS, OnRows, PerQuery, Scores, rank_both
 from mmrl.nesting import check_dims
 
 Array = torch.Tensor | np.ndarray
@@ -27,7 +27,7 @@ def retrieval(
     image_group_N: Array | None = None,
     text_group_M: Array | None = None,
     dims: Sequence[int] | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     folds: int = 1,
     on_rows: OnRows | None = None,
     over_ranks: bool = False,

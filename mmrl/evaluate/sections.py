@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from mmrl.evaluate import pictures
-from mmrl.evaluate.advice import budget_of, short_count, size_words, words
+from mmrl.evaluate.advice import budget_of, other_words, short_count, size_words, words
 from mmrl.evaluate.baselines import NAMES, label
 from mmrl.evaluate.examples import Example
 from mmrl.evaluate.markup import anchor, figure, points, score, table, with_range
@@ -14,7 +14,6 @@ from mmrl.evaluate.pictures import Curve
 from mmrl.evaluate.tables import ARROWS
 from mmrl.evaluate.task import DIRECTIONS
 
-_METRICS = ("R@1", "R@5", "R@10", "mAP", "mAP@R", "nDCG@10", "MRR", "median_rank")
 # Codes of the front that lose more than this are in the picture and in the list of all.
 _LISTED_UP_TO = 0.25
 
@@ -77,12 +76,18 @@ def headline(part: SetPart) -> str:
         (f"{chosen['times_smaller']:.3g}×", "smaller than the full vector in fp32"),
     ]
     shown = "".join(f'<div class="tile"><b>{big}</b><span>{small}</span></div>' for big, small in tiles)
-    others = "".join(f"<li>{escape(line)}</li>" for line in said.others)
+    others = "".join(f"<li>{_sentences(line)}</li>" for line in said.others)
     return (
         f'<div class="card headline"><p class="eyebrow">Within a budget of {budget_of(advice).words}</p>'
         f'<p class="big">{escape(said.headline)}</p><div class="tiles">{shown}</div>'
-        f"<p>{escape(said.evidence)} {escape(said.certainty)}</p><ul>{others}</ul></div>"
+        f"<p>{_sentences(said.evidence, said.certainty)}</p><ul>{others}</ul>"
+        f'<p class="faint">{_sentences(other_words(part.analysis))}</p></div>'
     )
+
+
+def _sentences(*sentences: str) -> str:
+    """As HTML; a number and its % stay in one line."""
+    return escape(" ".join(sentences)).replace(" %", "\u00a0%")
 
 
 def curves_of(analysis: Mapping[str, Any], direction: str, metric: str) -> list[Curve]:
@@ -164,11 +169,30 @@ def _lead(entry: Mapping[str, Any]) -> str:
 
 
 def compression(part: SetPart) -> str:
-    """Bytes against recall: the picture, both fronts, and all that was measured."""
-    found, advice = part.analysis["compression"], part.analysis["advice"]
+    """Bytes against recall in the budget's direction, and folded in, in the other."""
+    found, other = part.analysis["compression"], part.analysis["other_direction"]["compression"]
+    asked = f"{found['queries']:,} queries among {found['gallery']:,}"
+    if found["queries"] < found["all_queries"]:
+        asked += f" (drawn from {found['all_queries']:,} queries)"
+    missing = found["product_quantisation"]
+    missing = "" if missing == "measured" else f" Product quantisation {missing}."
+    turned = f"{DIRECTIONS[other['direction']]}: {other['queries']:,} queries among {other['gallery']:,}"
+    return (
+        "<h3>Bytes against recall</h3>"
+        f"<p>Every dim in every precision, {DIRECTIONS[found['direction']]}, {asked}.{missing} "
+        "Among more vectors all recalls fall, those of short codes faster, and a list has to be longer: measure on a "
+        f"gallery like your own.</p>{_bytes_against_recall(part, part.analysis)}"
+        f'<details class="turned"><summary>The other way round, {turned}</summary>'
+        f"{_bytes_against_recall(part, part.analysis['other_direction'])}</details>"
+    )
+
+
+def _bytes_against_recall(part: SetPart, of_direction: Mapping[str, Any]) -> str:
+    """The picture, both fronts, and all that was measured, of one direction."""
+    found, advice = of_direction["compression"], of_direction["advice"]
     budget, full = budget_of(advice), advice["full"]["recall"]["value"]
     limit = full * (1 - budget.drop) if budget.relative else full - budget.drop
-    svg = pictures.bytes_against_recall(found, limit, name=f"{anchor(part.name)}-bytes")
+    svg = pictures.bytes_against_recall(found, limit, name=f"{anchor(part.name)}-{found['direction']}-bytes")
     front = sorted((o for o in found["options"] if o["front"]), key=lambda o: (bool(o["candidates"]), o["bytes"]))
     label = f"{part.metric} against bytes: " + "; ".join(
         f"{option_name(o)} {o['bytes']} bytes {100 * o['recall']['value']:.0f} %" for o in front
@@ -176,21 +200,12 @@ def compression(part: SetPart) -> str:
     good = [o for o in front if o["lost"]["value"] <= max(_LISTED_UP_TO, budget.drop)]
     single, staged = ([o for o in good if bool(o["candidates"]) == wanted] for wanted in (False, True))
     everything = sorted(found["options"], key=lambda o: (-o["dim"], -o["bytes"], o["precision"], o["candidates"]))
-    asked = f"{found['queries']:,} queries among {found['gallery']:,}"
-    if found["queries"] < found["all_queries"]:
-        asked += f" (drawn from {found['all_queries']:,} queries)"
-    missing = found["product_quantisation"]
-    missing = "" if missing == "measured" else f" Product quantisation {missing}."
     two_stages = (
         f"<h4>On the front, two stages</h4>{_options(staged, budget.unit)}<p class='note'>The short code gives a list; "
         "full vectors in fp16, in memory or on disk (the bytes after the plus), put it in order.</p>"
     )
     return (
-        "<h3>Bytes against recall</h3>"
-        f"<p>Every dim in every precision, {DIRECTIONS[found['direction']]}, {asked}.{missing} "
-        "Among more vectors all recalls fall, those of short codes faster, and a list has to be longer: measure on a "
-        f'gallery like your own.</p><div class="grid"><div class="card picture">'
-        f"{figure(svg, label, 'Numbers beside the marks are dims.')}</div>"
+        f'<div class="grid"><div class="card picture">{figure(svg, label, "Numbers beside the marks are dims.")}</div>'
         f'<div class="card"><h4>On the front, one stage</h4>{_options(single, budget.unit)}'
         f"{two_stages if staged else ''}</div></div>"
         f'<details class="card"><summary>All {len(everything)} that were measured</summary>'
@@ -318,7 +333,7 @@ def scores(part: SetPart) -> str:
     for direction, name in ARROWS.items():
         if direction not in present:
             continue
-        metrics = [metric for metric in _METRICS if metric in present[direction]]
+        metrics = list(present[direction])
         rows = []
         for dim, directions in by_dim.items():
             known = intervals.get(direction, {}).get(dim, {})

@@ -17,7 +17,7 @@ from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig
 from mmrl.data.sequential import PictureReader, WholeBatch, read_whole
 from mmrl.errors import InputError
-from mmrl.evaluate.ranks import OnRows, PerQuery, is_better_lower, rank_both, rank_queries
+from mmrl.evaluate.ranks import KS, OnRows, PerQuery, is_better_lower, rank_both, rank_queries
 from mmrl.evaluate.retrieval import as_json, chance, check_ks, checked, fold_rows, mean_of, of_directions
 from mmrl.image_spec import ImageSpec
 from mmrl.optim import Duration
@@ -61,6 +61,10 @@ class EvaluationConfig(Settings):
     best: BestConfig | None = None
 
 
+Tokenise = Callable[[list[str]], torch.Tensor]
+"""Texts -> int64 (B, L)."""
+
+
 @dataclass(frozen=True)
 class Embedded:
     """A set's embeddings, whole, on every process; not normalised."""
@@ -87,7 +91,7 @@ def embed(
     reader: PictureReader,
     model: Any,
     image_spec: ImageSpec,
-    tokenise: Callable[[list[str]], torch.Tensor],
+    tokenise: Tokenise,
     *,
     captions: int | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -141,7 +145,7 @@ def _join(parts: Sequence[tuple[WholeBatch, torch.Tensor, torch.Tensor]], bad: l
 def score(
     embedded: Embedded,
     dims: Sequence[int],
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     directions: Sequence[str] = CROSS,
     folds: int = 1,
     on_rows: OnRows | None = None,

@@ -13,13 +13,13 @@ from mmrl import distributed
 from mmrl.data.sequential import PictureReader
 from mmrl.errors import InputError
 from mmrl.evaluate import report, sets, stored_ranks
-from mmrl.evaluate.advice import Budget, parse_budget, parse_count, words
+from mmrl.evaluate.advice import Budget, other_words, parse_budget, parse_count, words
 from mmrl.evaluate.analysis import CHAPTERS, Analysis, analyse
 from mmrl.evaluate.baselines import NAMES
+from mmrl.evaluate.encoders import Evaluated, open_encoder
 from mmrl.evaluate.sections import SetPart
 from mmrl.evaluate.sets import Embedded
-from mmrl.model import bundle
-from mmrl.model.bundle import Bundle
+from mmrl.model.manifest import find, read_manifest
 
 _VECTORS = "1M"
 
@@ -30,7 +30,7 @@ class Study:
     def __init__(
         self,
         model: str,
-        encoder: Bundle,
+        encoder: Evaluated,
         dims: Sequence[int],
         budget: str | None = None,
         vectors: str | None = None,
@@ -51,7 +51,7 @@ class Study:
                 name = other
             if name in self.others:
                 raise InputError(f"compare: {other} is given twice.")
-            self.others[name] = bundle.open_model(other)
+            self.others[name] = open_encoder(other)
             self.others[name].model.to(distributed.world().device)
         self.steps = CHAPTERS + len(self.others)
         """What `take` tells `on_step` in all."""
@@ -85,7 +85,7 @@ class Study:
         for part in self.parts:
             lines = words(part.analysis["advice"]).lines
             console.print(f"{part.name}, {self.budget.words} may be lost: {lines[0]}", style="bold", highlight=False)
-            for line in lines[1:]:
+            for line in (*lines[1:], other_words(part.analysis)):
                 console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
     def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
@@ -107,6 +107,7 @@ class Study:
             "Vectors": f"{self.encoder.dim} numbers; trained at {nested}",
             "Pictures": f"{spec.width} × {spec.height} pixels",
             "Weights": _weights(self.model),
+            "ONNX graphs": self.encoder.graphs,
             "Compared with": ", ".join(self.others),
             "Software": f"mmrl {mmrl.__version__}, torch {torch.__version__}",
             "Written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -118,8 +119,8 @@ def _weights(model: str) -> str:
     """The hash of what a checkpoint or an export holds."""
     if model.startswith("open_clip:"):
         return ""
-    folder = bundle.find(model)
-    return f"{folder.resolve().name}, sha256 {bundle.read_manifest(folder)['weights_sha256'][:16]}…"
+    folder = find(model)
+    return f"{folder.resolve().name}, sha256 {read_manifest(folder)['weights_sha256'][:16]}…"
 
 
 def _short_name(model: str) -> str:

@@ -18,28 +18,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mmrl.evaluate.counting import Asked, Attempt, Counter, nearly
+
 # A query with more positives than these is ranked by sorting its scores, not by a comparison for each positive.
 MANY = 16
-# Rows, and columns, of a tile: 1 MB of float32, which a CPU keeps in its caches; a GPU wants few and large ones.
+# Rows of a tile at most, and half of its columns where these are another side: 2 MB of float32 on a CPU, whose caches
+# keep them; a GPU wants few and large ones.
 _CPU_TILE, _GPU_TILE = 512, 4096
-# Below this share of a tile, scores that may count are listed and looked at one by one.
-_SPARSE = 0.03
 
 
 class Side:
     """Embeddings sorted by group, in strips of equal length; the last is padded."""
 
-    def __init__(self, embedding_ND: Tensor, group_N: Tensor, dims: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, embedding_ND: Tensor, group_N: Tensor, dims: Sequence[int], device: torch.device, columns: bool = False
+    ) -> None:
+        """Args: columns: those of tiles whose rows are another side."""
         self.group_N, self.order_N = group_N.cpu().sort(stable=True)
         self.cuts = [slice(start, end) for start, end in pairwise((0, *dims))]
         self._width = dims[-1]
         self._in_order = bool((self.order_N == torch.arange(len(group_N))).all())
         self._embedding_ND = embedding_ND.to(device)
-        self.length = tile_length(len(group_N), device)
+        self.length = tile_length(len(group_N), device, columns)
 
     def __len__(self) -> int:
         return len(self.group_N)
@@ -68,16 +71,15 @@ class Side:
         return given.float() if given.dtype in (torch.float16, torch.bfloat16) else given
 
     @cached_property
-    def inverse_norms(self) -> list[Tensor]:
-        """1 / the norm of each prefix, at most 1e12, of each strip: (K, n). NaN where a strip is padded, so that no
-        comparison with what is there holds."""
+    def norms(self) -> list["Norms"]:
+        """Of each strip."""
         result = []
         for strip in self.strips:
             squares_Kn = torch.stack([part.square().sum(1) for part in self.blocks(self.rows(strip))]).cumsum(0)
-            inverse_Kn = 1 / squares_Kn.sqrt().clamp_min(1e-12)
+            norm_Kn = squares_Kn.sqrt().clamp_min(1e-12)
             span = self.span(strip)
-            inverse_Kn[:, span.stop - span.start :] = torch.nan
-            result.append(inverse_Kn)
+            norm_Kn[:, span.stop - span.start :] = torch.nan
+            result.append(Norms(norm_Kn, 1 / norm_Kn))
         return result
 
     def blocks(self, rows_nD: Tensor) -> list[Tensor]:
@@ -85,9 +87,20 @@ class Side:
         return [rows_nD[:, cut] for cut in self.cuts]
 
 
-def tile_length(rows: int, device: torch.device) -> int:
-    """Rows of a strip: less than usual only where there are fewer."""
-    return min(_GPU_TILE if device.type == "cuda" else _CPU_TILE, -(-rows // 64) * 64)
+def tile_length(rows: int, device: torch.device, columns: bool = False) -> int:
+    """Rows of a strip: as many as there is room for, in as many equal strips as it takes, with little padding."""
+    most = _GPU_TILE if device.type == "cuda" else _CPU_TILE * (1 + columns)
+    strips = -(-rows // most)
+    return -(-rows // (64 * strips)) * 64
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Of the prefixes of a strip's rows, at least 1e-12. NaN where the strip is padded, so that no comparison with what
+    is there holds."""
+
+    norm_Kn: Tensor
+    inverse_Kn: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,8 @@ class _Strip:
     """The positives' scores, ascending; +inf beyond the last."""
     at_least_KPn: Tensor
     """int32: the gallery rows that score as high or higher."""
+    nearly_Kn: Tensor
+    """Somewhat below the lowest of the positives' scores, by more than a product is rounded."""
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -125,6 +140,7 @@ class Direction:
         few_N = self.count_N.masked_fill(self.many_N | (self.count_N == int(same_rows)), 0)
         self.asks_few = bool(few_N.any())
         self.strips: list[_Strip] = []
+        self._listing = [Attempt() for _ in queries.cuts]
         for strip in queries.strips:
             span = queries.span(strip)
             missing = queries.length - (span.stop - span.start)
@@ -132,9 +148,8 @@ class Direction:
                 torch.nn.functional.pad(x[span], (0, missing)).to(like.device) for x in (self.first_N, few_N)
             )
             shape = (len(queries.cuts), max(int(count_n.max()), 1), queries.length)
-            self.strips.append(
-                _Strip(first_n, count_n, like.new_zeros(shape), like.new_zeros(shape, dtype=torch.int32))
-            )
+            bound_KPn, at_least_KPn = like.new_zeros(shape), like.new_zeros(shape, dtype=torch.int32)
+            self.strips.append(_Strip(first_n, count_n, bound_KPn, at_least_KPn, torch.empty_like(bound_KPn[:, 0])))
         self._reach = [strip.reach for strip in self.strips]
 
     def touches(self, strip: int, other: int) -> bool:
@@ -142,14 +157,15 @@ class Direction:
         (first, last), span = self._reach[strip], self.gallery.span(other)
         return first < span.stop and last > span.start
 
-    def take(self, k: int, strip: int, other: int, score_nJ: Tensor) -> None:
+    def take(self, k: int, strip: int, other: int, product_QG: Tensor) -> None:
         """Keeps the positives' scores that a tile holds."""
         one, start = self.strips[strip], other * self.gallery.length
-        nth_P1 = torch.arange(one.bound_KPn.shape[1], device=score_nJ.device)[:, None]
-        column_Pn = one.first_n + nth_P1 - start
-        here = (nth_P1 < one.count_n) & (column_Pn >= 0) & (column_Pn < self.gallery.length)
-        p, row = here.nonzero(as_tuple=True)
-        one.bound_KPn[k, p, row] = score_nJ[row, column_Pn[p, row]]
+        nth_P1 = torch.arange(one.bound_KPn.shape[1], device=product_QG.device)[:, None]
+        column_PQ = one.first_n + nth_P1 - start
+        here_PQ = (nth_P1 < one.count_n) & (column_PQ >= 0) & (column_PQ < self.gallery.length)
+        p, query = here_PQ.nonzero(as_tuple=True)
+        column = column_PQ[p, query]
+        one.bound_KPn[k, p, query] = product_QG[query, column] * self.gallery.norms[other].inverse_Kn[k, column]
 
     def ready(self, total: Callable[[Tensor], Tensor]) -> None:
         """After all are taken: what each process found is put together, and sorted."""
@@ -157,65 +173,21 @@ class Direction:
             nth_P1 = torch.arange(strip.bound_KPn.shape[1], device=strip.count_n.device)[:, None]
             found_KPn = total(strip.bound_KPn).masked_fill(nth_P1 >= strip.count_n, torch.inf)
             strip.bound_KPn.copy_(found_KPn.sort(dim=1).values)
+            lowest_Kn = strip.bound_KPn[:, 0]
+            strip.nearly_Kn.copy_(nearly(lowest_Kn)).nan_to_num_(nan=torch.inf)
 
-    def count(self, k: int, strip: int, score_IJ: Tensor, spare: "_Spare", axis: int) -> None:
-        """Counts a tile's scores against the bounds; the tile is used up. `axis` is the one of the queries."""
-        one = self.strips[strip]
-        bound_Pn, counts_Pn = one.bound_KPn[k], one.at_least_KPn[k]
-        todo = len(bound_Pn)
-        if todo > 1 and spare.mask_IJ is not None:
-            todo = _count_sparse(bound_Pn, counts_Pn, score_IJ, spare.mask_IJ, axis)
-        for p in range(len(bound_Pn) - todo, len(bound_Pn)):
-            bound = bound_Pn[p, :, None] if axis == 0 else bound_Pn[p]
-            if p < len(bound_Pn) - 1:
-                above_IJ = torch.sub(score_IJ, bound, out=spare.score_IJ).ge_(0)
-            else:
-                above_IJ = score_IJ.ge_(bound)  # in place, since that is several times faster than to booleans
-            counts_Pn[p] += above_IJ.sum(1 - axis).int()
-
-
-@dataclass(frozen=True)
-class _Spare:
-    """Memory that all tiles share."""
-
-    product_IJ: Tensor
-    scaled_IJ: Tensor
-    score_IJ: Tensor
-    mask_IJ: Tensor | None
-    """On a CPU."""
-
-
-def _count_sparse(bound_Pn: Tensor, counts_Pn: Tensor, score_IJ: Tensor, mask_IJ: Tensor, axis: int) -> int:
-    """Counts against the lowest bound; against the others too where few scores reach that one. Returns how many bounds
-    are left to count against."""
-    lowest = bound_Pn[0, :, None] if axis == 0 else bound_Pn[0]
-    if torch.get_num_threads() < 4:  # numpy's comparison is the faster, but runs on one core
-        np.greater_equal(score_IJ.numpy(), lowest.numpy(), out=mask_IJ.numpy())
-    else:
-        torch.ge(score_IJ, lowest, out=mask_IJ)
-    sums_n = _sums_of_mask(mask_IJ, axis)
-    counts_Pn[0] += sums_n
-    if int(sums_n.sum()) > _SPARSE * mask_IJ.numel():
-        return len(bound_Pn) - 1
-    place_c = torch.from_numpy(np.flatnonzero(mask_IJ.numpy()))
-    n = len(sums_n)
-    query_c = torch.arange(n).repeat_interleave(sums_n) if axis == 0 else place_c % n
-    reached_c = (score_IJ.view(-1)[place_c] >= bound_Pn[1:].index_select(1, query_c)).sum(0)
-    # So many candidates of each query reach no further bound, the second, the third …
-    reached_Pn = (reached_c * n + query_c).bincount(minlength=n * len(bound_Pn)).view(-1, n)
-    counts_Pn[1:] += reached_Pn[1:].flip(0).cumsum(0).flip(0).int()
-    return 0
-
-
-def _sums_of_mask(mask_IJ: Tensor, axis: int) -> Tensor:
-    """Sums along the other axis than `axis`, of eight booleans at a time: a word adds up eight counts below 256."""
-    height, width = mask_IJ.shape
-    words = mask_IJ.view(torch.int64)
-    if axis == 1:
-        parts = words.view(height // 64, 64, -1).sum(1).view(torch.uint8)
-        return parts.view(height // 64, width).sum(0, dtype=torch.int32)
-    parts = words.view(height, -1, 8).sum(1).view(torch.uint8)
-    return parts.view(height, 64).sum(1, dtype=torch.int32)
+    def asked(self, k: int, strip: int, other: int, axis: int) -> Asked:
+        """What is to be counted of a tile whose `axis` has the queries."""
+        one, norms = self.strips[strip], self.gallery.norms[other]
+        return Asked(
+            axis,
+            one.bound_KPn[k],
+            one.nearly_Kn[k],
+            norms.norm_Kn[k],
+            norms.inverse_Kn[k],
+            one.at_least_KPn[k],
+            self._listing[k],
+        )
 
 
 def count_few(
@@ -231,35 +203,16 @@ def count_few(
 ) -> None:
     """Fills `at_least_KPn` of both directions. `by_column` is left out where columns are no queries; it is `by_row`
     itself where the two sides are one, and then half of the tiles serve both."""
-    one_side = by_column is by_row
-    directions = [by_row] if one_side or by_column is None else [by_row, by_column]
-    like = rows.rows(0)
-    shape = (rows.length, columns.length)
-    product_IJ, scaled_IJ, score_IJ = (like.new_empty(shape) for _ in range(3))
-    mask_IJ = None if like.is_cuda else like.new_empty(shape, dtype=torch.bool)
-    spare = _Spare(product_IJ, scaled_IJ, score_IJ, mask_IJ)
+    walk = _Walk(rows, columns, by_row, by_column)
+    directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
     mine = rows.strips[rank::world_size]
-    with exact_products(like.device):
+    with exact_products(walk.product_IJ.device):
         for r in mine:
-            row_nD = None
-            for c in columns.strips[r if one_side else 0 :]:
-                if by_row.touches(r, c) or (by_column is not None and by_column.touches(c, r)):
-                    row_nD = rows.rows(r) if row_nD is None else row_nD
-                    for k, score_IJ, axis in _scores(rows, columns, r, c, row_nD, by_row, by_column, spare, torch.inf):
-                        if axis == 0:
-                            by_row.take(k, r, c, score_IJ)
-                        elif by_column is not None:
-                            by_column.take(k, c, r, score_IJ.T)
+            walk.find_bounds(r)
         for direction in directions:
             direction.ready(total)
         for r in mine:
-            row_nD = rows.rows(r)
-            for c in columns.strips[r if one_side else 0 :]:
-                for k, score_IJ, axis in _scores(rows, columns, r, c, row_nD, by_row, by_column, spare, -torch.inf):
-                    if axis == 0:
-                        by_row.count(k, r, score_IJ, spare, 0)
-                    elif by_column is not None:
-                        by_column.count(k, c, score_IJ, spare, 1)
+            walk.count(r)
             if on_strip:
                 on_strip(min((r + world_size) * rows.length, len(rows)) - rows.span(r).start)
     for direction in directions:
@@ -267,33 +220,56 @@ def count_few(
             strip.at_least_KPn.copy_(total(strip.at_least_KPn))
 
 
-def _scores(
-    rows: Side,
-    columns: Side,
-    r: int,
-    c: int,
-    row_nD: Tensor,
-    by_row: Direction,
-    by_column: Direction | None,
-    spare: _Spare,
-    own: float,
-) -> Iterator[tuple[int, Tensor, int]]:
-    """A tile's scores for each dim k and each axis of queries, the query's own norm left out, which orders nothing.
-    With `same_rows`, `own` stands for a query's score with itself."""
-    one_side = by_column is by_row
-    row_blocks, column_blocks = rows.blocks(row_nD), columns.blocks(columns.rows(c))
-    product_IJ, scaled_IJ = spare.product_IJ, spare.scaled_IJ
-    for k, (x, y) in enumerate(zip(row_blocks, column_blocks, strict=True)):
-        if k == 0:
-            torch.mm(x, y.T, out=product_IJ)
-        else:
-            torch.addmm(product_IJ, x, y.T, out=product_IJ)
-        torch.mul(product_IJ, columns.inverse_norms[c][k], out=scaled_IJ)
-        if by_row.same_rows and r == c:
-            scaled_IJ.fill_diagonal_(own)
-        yield k, scaled_IJ, 0
-        if by_column is not None and not (one_side and r == c):
-            yield k, torch.mul(product_IJ, rows.inverse_norms[r][k][:, None], out=scaled_IJ), 1
+class _Walk:
+    """Over the tiles of two sides, a strip of rows at a time."""
+
+    def __init__(self, rows: Side, columns: Side, by_row: Direction, by_column: Direction | None) -> None:
+        self.rows, self.columns, self.by_row, self.by_column = rows, columns, by_row, by_column
+        self.product_IJ = rows.rows(0).new_empty(rows.length, columns.length)
+        self._counter = Counter(self.product_IJ)
+
+    def find_bounds(self, r: int) -> None:
+        """The positives' scores, from those tiles that hold any."""
+        by_row, by_column = self.by_row, self.by_column
+        holding = [
+            c
+            for c in self._columns_of(r)
+            if by_row.touches(r, c) or (by_column is not None and by_column.touches(c, r))
+        ]
+        for c, k in self._tiles(r, holding, own=torch.inf):
+            by_row.take(k, r, c, self.product_IJ)
+            if by_column is not None and self._both(r, c):
+                by_column.take(k, c, r, self.product_IJ.T)
+
+    def count(self, r: int) -> None:
+        """All tiles of a strip of rows."""
+        for c, k in self._tiles(r, self._columns_of(r), own=-torch.inf):
+            asked = [self.by_row.asked(k, r, c, axis=0)]
+            if self.by_column is not None and self._both(r, c):
+                asked.append(self.by_column.asked(k, c, r, axis=1))
+            self._counter.count(asked)
+
+    def _columns_of(self, r: int) -> range:
+        return self.columns.strips[r if self.by_column is self.by_row else 0 :]
+
+    def _both(self, r: int, c: int) -> bool:
+        """Whether a tile's columns are other queries than its rows."""
+        return self.by_column is not self.by_row or r != c
+
+    def _tiles(self, r: int, chosen: Sequence[int], own: float) -> Iterator[tuple[int, int]]:
+        """(strip of columns, number of the dim), the tile's inner products being in `product_IJ`. With `same_rows`,
+        `own`, plus or minus infinity, stands for those of a row with itself."""
+        row_blocks = self.rows.blocks(self.rows.rows(r)) if chosen else []
+        for c in chosen:
+            column_blocks = self.columns.blocks(self.columns.rows(c))
+            for k, (x, y) in enumerate(zip(row_blocks, column_blocks, strict=True)):
+                if k == 0:
+                    torch.mm(x, y.T, out=self.product_IJ)
+                else:
+                    torch.addmm(self.product_IJ, x, y.T, out=self.product_IJ)
+                if self.by_row.same_rows and r == c:
+                    self.product_IJ.fill_diagonal_(own)
+                yield c, k
 
 
 @contextlib.contextmanager

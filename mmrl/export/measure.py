@@ -1,17 +1,13 @@
 """What a variant of lower precision costs in recall, measured on the exported graphs. Cosine errors cannot tell: on
 trained weights a small one can move many neighbours, and random weights flatter 8 bits by far.
-
-Shapes: B pictures or texts of a batch.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from mmrl.data.sources import open_reader
 from mmrl.evaluate import sets
+from mmrl.evaluate.encoders import Graphs
 from mmrl.export.contract import Reopened
 from mmrl.model.bundle import Bundle
 
@@ -43,7 +39,7 @@ class Recall:
         if self._source is None:
             self._source = self._embed(self._whole.model)
         wanted = sets.score(self._source, [dim], _KS)["dims"][str(dim)]
-        found = sets.score(self._embed(_Graphs(folder)), [dim], _KS)["dims"][str(dim)]
+        found = sets.score(self._embed(Graphs(folder.pixels, folder.tokens)), [dim], _KS)["dims"][str(dim)]
         losses = [1 - _mean(found, f"R@{k}") / max(_mean(wanted, f"R@{k}"), 1e-12) for k in _KS]
         return {
             "set": self._shards,
@@ -55,21 +51,6 @@ class Recall:
 
     def _embed(self, model: Any) -> sets.Embedded:
         return sets.embed(self._reader, model, self._whole.image_spec, self._whole.tokenise)
-
-
-class _Graphs(nn.Module):
-    """Opened graphs in the form that an evaluation embeds with."""
-
-    def __init__(self, folder: Reopened) -> None:
-        super().__init__()
-        self._folder = folder
-        self._device = nn.Parameter(torch.empty(0), requires_grad=False)  # an evaluation asks where the weights are
-
-    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._folder.pixels(image_BCHW))
-
-    def encode_text(self, text_BL: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._folder.tokens(text_BL))
 
 
 def _mean(directions: dict[str, dict[str, float]], metric: str) -> float:

@@ -45,6 +45,16 @@ class OnnxEncoder(LoadedEncoder):
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         return self._said(self._encoder.encode_texts, texts, batch_size)
 
+    def encode_tokens(self, tokens_NL: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
+        """int64 (N, L) of `tokenise` -> float32 (N, d), rows of length 1."""
+        return self._said(self._encoder.encode_tokens, np.ascontiguousarray(tokens_NL), batch_size)
+
+    def tokenise(self, texts: list[str]) -> "torch.Tensor":
+        """Texts -> int64 (N, L)."""
+        import torch
+
+        return torch.from_numpy(self._encoder.tokenise(texts))
+
     def _said(self, encode: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
         with _as_input_errors():
             return encode(*arguments)

@@ -38,7 +38,9 @@ def embeddings(images: int, noise: float) -> Embeddings:
     size_D = (1 + torch.arange(WIDTH)) ** -0.25
     image_ND = torch.randn(images, WIDTH, generator=rng) * size_D
     image_of_text_M = torch.arange(images * CAPTIONS) // CAPTIONS
-    text_MD = torch.randn(images * CAPTIONS, WIDTH, generator=rng).mul_(size_D * noise).add_(image_ND[image_of_text_M])
+    text_MD = torch.randn(images * CAPTIONS, WIDTH, generator=rng).mul_(size_D * noise)
+    for text_mD, image_of_text_m in zip(text_MD.split(4096), image_of_text_M.split(4096), strict=True):
+        text_mD += image_ND[image_of_text_m]  # by parts, or this would be the peak of the memory
     return image_ND, text_MD, torch.arange(images), image_of_text_M
 
 

@@ -71,12 +71,18 @@ def test_two_stages_are_apart() -> None:
 
 def test_the_words_say_the_numbers() -> None:
     said = words(advice_on(option(64, "int8", 3000), option(32, "int8", 2972)))
-    assert said.headline == "By the estimate, 32 of 64 numbers as int8 will do; for sure, all 64 numbers as int8."
+    assert said.headline == "Probably 32 of 64 numbers as int8 will do; these queries confirm all 64 numbers as int8."
+    assert "4,000 queries are too few to confirm it; if the estimate is right, about " in said.certainty
+    assert said.others[0].startswith("Confirmed by these queries: 64-d int8, 64 bytes, 0.0 % lost")
     assert said.evidence.startswith("R@10, text→image, is 74.3 % instead of 75.0 %: 0.9 % lost (95 % interval ")
     assert said.saving == "100M vectors take 3.2 GB instead of 25.6 GB: 32 bytes each instead of 256, 8 times less."
     sure = words(advice_on(option(32, "int8", 3000)))
     assert sure.headline == "Keep 32 of 64 numbers as int8."
-    assert "whole interval is within the budget, on 4,000 queries" in sure.certainty
+    assert sure.certainty == "The whole interval is within the budget, so 4,000 queries confirm it."
+    nothing = words(advice_on(option(32, "int8", 2972)))
+    assert nothing.headline.endswith("these queries confirm nothing below the full vector.")
+    near = words(advice_on(option(32, "int8", 2970)))
+    assert "so near the limit that 4,000 queries cannot tell on which side it lies" in near.certainty
 
 
 def test_a_model_that_finds_nothing_gets_no_advice() -> None:

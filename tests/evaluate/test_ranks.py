@@ -11,7 +11,7 @@ from test_distributed import run_in_world
 from torch import Tensor
 
 from mmrl.errors import InputError
-from mmrl.evaluate import ranks, tiles
+from mmrl.evaluate import counting, ranks, tiles
 from mmrl.evaluate.ranks import PerQuery, nearest, rank_both, rank_queries
 
 DIMS = [33, 5, 16]
@@ -97,8 +97,9 @@ def test_tiles_and_order_change_no_bit(monkeypatch: pytest.MonkeyPatch, groups: 
                 assert torch.equal(a, b[place])
     monkeypatch.setattr(tiles, "_CPU_TILE", 64)
     monkeypatch.setattr(ranks, "_CHUNK_ELEMENTS", 9000)
-    for sparse in (0, 1):
-        monkeypatch.setattr(tiles, "_SPARSE", sparse)
+    monkeypatch.setattr(counting, "_BAND", 32)
+    for few in (0, 1):  # scores never listed, always listed
+        monkeypatch.setattr(counting, "_FEW", few)
         for one, other in zip(whole, rank_both(x, y, query_group, gallery_group, DIMS), strict=True):
             assert_equal(one, other)
         assert_equal(alone, rank_queries(y, y, gallery_group, gallery_group, DIMS, same_rows=True))

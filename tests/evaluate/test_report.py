@@ -62,9 +62,11 @@ def make_set(seed: int, noise: float = 0.7) -> Embedded:
     )
 
 
-def evaluated(embedded: Embedded, others: dict[str, Embedded] | None = None) -> tuple[dict[str, Any], Analysis]:
+def evaluated(
+    embedded: Embedded, others: dict[str, Embedded] | None = None, budget: Budget | None = None
+) -> tuple[dict[str, Any], Analysis]:
     result = sets.score(embedded, DIMS)
-    analysis = analyse(embedded, DIMS, Budget(), 10**8, others)
+    analysis = analyse(embedded, DIMS, budget or Budget(), 10**8, others)
     result["analysis"] = analysis.json
     return result, analysis
 
@@ -108,6 +110,12 @@ def test_the_analysis_is_json_and_changes_no_score(first: tuple[Embedded, dict[s
     assert paired["full"]["16"]["lead"]["value"] == 0
     assert paired["twin"]["16"]["lead"]["low"] > 0  # the noisier twin
     assert paired["twin"]["16"]["p"] < 0.01
+    other = analysis.json["other_direction"]
+    assert other["compression"]["direction"] == other["advice"]["budget"]["direction"] == "image_to_text"
+    reversed_, _ = evaluated(embedded, budget=Budget(direction="image_to_text"))
+    assert reversed_["analysis"]["advice"] == other["advice"]
+    assert reversed_["analysis"]["compression"] == other["compression"]
+    assert reversed_["analysis"]["other_direction"]["advice"] == analysis.json["advice"]
     found = analysis.json["found_from"]
     assert found["items"] == sum(found[key] for key in ("4", "8", "16", "never")) == COUNT / 2
     assert set(analysis.json["seconds"]) == {"ranks", "intervals", "baselines", "compression", "blocks"}
@@ -180,6 +188,7 @@ def test_the_files_beside_the_page(folder: Path, first: tuple[Embedded, dict[str
     text = (folder / "report" / "report.md").read_text()
     assert "| 16 |" in text
     assert "PCA of the full vector" in text
+    assert "The other way round, image→text: " in text
     for name in ("recall_by_dim.png", "bytes_against_recall.png"):
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
@@ -217,7 +226,7 @@ def test_the_page_in_a_browser(folder: Path, browser: Any, width: int, theme: st
         one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(one => one.className)"""
     assert page.evaluate(too_wide) == []
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-    assert page.locator("figure svg").count() == 10
+    assert page.locator("figure svg").count() == 12
     # Text of the page and of the pictures stands out from what is behind it, in either theme.
     light = """selector => { const rgb = getComputedStyle(document.querySelector(selector))[selector.includes('text') ?
         'fill' : selector == 'body' ? 'backgroundColor' : 'color'].match(/[0-9.]+/g).map(Number);

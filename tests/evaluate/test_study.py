@@ -52,6 +52,7 @@ def test_the_report_of_a_model_and_its_twin(
     flat = " ".join(shown.split())
     assert "val, 5 % of R@5, text→image may be lost:" in flat
     assert "2M vectors take" in flat
+    assert "The other way round, image→text:" in flat
     assert "report/index.html" in flat
     files = {path.name for path in (out / "report").iterdir()}
     assert files >= {"index.html", "report.md", "val.items.jsonl", "ranks.safetensors", "recall_by_dim.png"}
@@ -75,6 +76,30 @@ def test_the_report_of_a_model_and_its_twin(
     assert compared["runs"] == ["scores", "twin"]
     assert compared["sets"]["val"]["image_to_text"]["8"]["R@10"]["twin"]["lead"]["low"] <= 0.5
     assert run("compare", out)[0] == 2
+
+
+def test_graphs_score_like_the_weights_they_were_made_from(
+    models: tuple[Path, Path], shards: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    graphs, out = tmp_path / "graphs", tmp_path / "scores"
+    assert run("export", models[0], graphs, "--dim", "8", "--format", "onnx")[0] == 0
+    code, shown, error = run("eval", graphs, f"val={shards}", "--dims", "8,4", "--out", out, "--json")
+    assert code == 0, error
+    found = json.loads(shown)
+    wanted = json.loads(run("eval", models[0], f"val={shards}", "--dims", "8,4", "--json")[1])
+    assert list(found["dims"]) == ["8", "4"]
+    for dim, directions in wanted["dims"].items():
+        for direction, scores in directions.items():
+            # Rounding may put two answers of nearly equal score in the other order.
+            one_query = 1.01 / found["num_images"]
+            near = {name: pytest.approx(value, abs=one_query) for name, value in scores.items() if "_rank" not in name}
+            assert {name: found["dims"][dim][direction][name] for name in near} == near
+    assert "<dt>ONNX graphs</dt><dd>fp32</dd>" in (out / "report" / "index.html").read_text()
+    # They can be what another model is compared with, too.
+    code, shown, error = run("eval", models[0], f"val={shards}", "--dims", "16,8", "--compare", graphs, "--json")
+    assert code == 0, error
+    baselines = json.loads(shown)["analysis"]["baselines"]["text_to_image"]
+    assert list(baselines["graphs"]) == ["8"]
 
 
 @pytest.mark.parametrize(
