@@ -117,8 +117,9 @@ def principal_rotation(moment_DD: torch.Tensor, keep: int = 0) -> torch.Tensor:
 
 def turned(weight: torch.Tensor, axis: int, matrix_DD: torch.Tensor) -> torch.Tensor:
     """A weight, or what an optimiser keeps of it, times a matrix along the axis of length D; in its own type."""
-    product = matrix_DD.to(weight.device) @ weight.double().movedim(axis, 0).flatten(1)
-    return product.view(weight.movedim(axis, 0).shape).movedim(0, axis).to(weight.dtype).contiguous()
+    first = weight.double().movedim(axis, 0)
+    product = (matrix_DD.to(weight.device) @ first.reshape(len(first), -1)).view(first.shape)
+    return product.movedim(0, axis).to(weight.dtype).contiguous()
 
 
 def effective_rank(moment_DD: torch.Tensor) -> float:

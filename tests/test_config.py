@@ -32,7 +32,7 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
 def test_the_plain_twin_differs_in_its_nesting_alone() -> None:
     nested, plain = (configs.load(CONFIGS / f"quickstart{suffix}.yaml") for suffix in ("", "_plain"))
     changed = {difference.split(":")[0] for difference in configs.differences(nested, plain)}
-    assert changed <= {"nesting.dims", "nesting.weights", "evaluation.dims", "evaluation.best"}
+    assert changed <= {"nesting.dims", "nesting.weights", "nesting.start", "evaluation.dims", "evaluation.best"}
 
 
 def test_machine_fields_are_no_difference() -> None:

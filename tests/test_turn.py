@@ -102,6 +102,13 @@ def test_a_start_of_0_turns_before_the_first_step(write_config: WriteConfig, tmp
     torch.testing.assert_close(moment_DD.diagonal(), torch.linalg.eigvalsh(moment_DD).flip(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((5,), 0), ((5, 3), 0), ((3, 5), 1), ((2, 5, 3), 1)])
+def test_a_weight_is_turned_along_its_axis(shape: tuple[int, ...], axis: int) -> None:
+    weight, matrix_DD = torch.randn(shape), torch.randn(5, 5, dtype=torch.float64)
+    expected = torch.tensordot(matrix_DD, weight.double(), ([1], [axis])).movedim(0, axis).float()  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(nesting.turned(weight, axis, matrix_DD), expected)
+
+
 def test_each_dims_scale_begins_with_the_full_dims(write_config: WriteConfig) -> None:
     trainer = trained(write_config(), 4, "model.logit_scale.per_dim=true", "nesting.start=0.65")
     before = trainer.engine.model.log_logit_scale.detach().clone()
