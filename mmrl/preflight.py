@@ -1,5 +1,7 @@
 """Before a run: everything that can be refused is refused here, in seconds, and the run folder is opened."""
 
+import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +86,10 @@ def _check(config: Config, world: World) -> Plan:
         )
     if config.loss.kernels == "triton":
         require_kernels(world.device)
+    if config.engine.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise InputError(
+            "engine.compile: torch.compile wants a C++ compiler, and there is none in PATH; install g++ or omit it."
+        )
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     _check_best(config, evaluation_dims)

@@ -72,6 +72,16 @@ def test_a_wrong_value_is_named_with_its_remedy(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_compiling_without_a_compiler_is_refused_before_the_run(
+    write_config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    said_so = said(capsys, monkeypatch, "train", write_config(), "engine.compile=true")
+    assert "engine.compile: torch.compile wants a C++ compiler, and there is none in PATH" in said_so
+
+
 def test_a_config_that_is_not_there_or_no_yaml(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
