@@ -16,8 +16,8 @@ The arms, all of the same data, steps and schedule (those of configs/quickstart.
     truncated       plain, cut
     rotated         plain, turned by `mmrl rotate` on the training set, cut
     PCA             plain, by principal components of both modalities, each centred by its own training mean
-    nested, equal   all dims with equal weights                                      trained
-    nested          all dims with the weights of configs/quickstart.yaml             trained
+    nested, equal   all dims with equal weights, from the first step on              trained
+    nested          all dims, weights and start as in configs/quickstart.yaml          trained
     nested, rotated the last, turned by `mmrl rotate`
 
 The test sets are opened here alone, on each run's last checkpoint: nothing is chosen by them. `--tiny` walks the same
