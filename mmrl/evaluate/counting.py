@@ -1,14 +1,14 @@
 """How many scores of a tile reach each of its queries' bounds: what more dims cost in a ranking.
 
 A tile is looked at no closer than it needs. First all scores are compared with a little less than the lowest bound of
-their query; where few reach it, these are listed and looked at one by one, else all are compared with all bounds. Both
-ways are exact, and which of them a tile takes changes no count. The tile is gone through in bands of rows for both of
-its directions at once, so that what is made of a band stays in a core's cache.
+their query; where few reach it, these are listed, for both directions in one list, and looked at one by one; else all
+are compared with all bounds. Both ways are exact, and which of them a tile takes changes no count.
 
-Shapes: I rows and J columns of a tile, b rows of a band; Q queries (one of the two) and G gallery rows (the other); P
-bounds of a query; c scores listed.
+Shapes: I rows and J columns of a tile; Q queries (one of the two) and G gallery rows (the other); P bounds of a query;
+c scores listed, w words of eight scores.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows of a band for each thread.
-_BAND = 64
 # Up to this share of a tile, for each bound of a query, scores are listed.
 _FEW = 0.008
 # For so many tiles listing is not tried again after there were too many.
@@ -53,13 +51,13 @@ class Asked:
     inverse_G: Tensor
     at_least_PQ: Tensor
     """int32; what is counted is added here."""
+    adding: threading.Lock
+    """Held meanwhile: other threads count of other tiles for the same queries."""
     listing: Attempt
 
-    def in_bands(self, queries: Tensor, gallery: Tensor, height: int) -> list[tuple[Tensor, Tensor]]:
-        """A number for each query and one for each gallery row, as they go with each band of the tile."""
-        if self.axis == 0:
-            return [(part, gallery) for part in queries[:, None].split(height)]
-        return [(queries, part) for part in gallery[:, None].split(height)]
+    def as_tile(self, queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+        """A number for each query and one for each gallery row, as they go with the tile."""
+        return (queries[:, None], gallery) if self.axis == 0 else (queries, gallery[:, None])
 
 
 def nearly(bound: Tensor) -> Tensor:
@@ -72,72 +70,67 @@ class Counter:
 
     def __init__(self, product_IJ: Tensor) -> None:
         self._product_IJ = product_IJ
+        self._score_IJ, self._reached_IJ = torch.empty_like(product_IJ), torch.empty_like(product_IJ)
         # A GPU would wait for the number of scores to list, and has its own ways with memory.
         self._lists = not product_IJ.is_cuda
-        self._height = min(len(product_IJ), _BAND * torch.get_num_threads()) if self._lists else len(product_IJ)
-        self._bands = product_IJ.split(self._height)
-        self._score_bJ, self._reached_bJ = (torch.empty_like(self._bands[0]) for _ in range(2))
         self._masks = [np.empty(product_IJ.shape if self._lists else (0, 0), dtype=bool) for _ in range(2)]
 
     def count(self, asked: Sequence[Asked]) -> None:
         """Counts for the queries of one axis, or of both."""
         listed = [one for one in asked if self._lists and one.listing.is_due()]
         compared = [one for one in asked if one not in listed]
-        self._go_through(listed, compared)
-        too_many = [one for one in listed if not self._count_listed(one)]
-        if too_many:
-            self._go_through([], too_many)
+        if listed:
+            compared += self._list(listed)
+        for one in compared:
+            self._compare(one)
 
-    def _go_through(self, listed: Sequence[Asked], compared: Sequence[Asked]) -> None:
-        marked = [(one.in_bands(one.nearly_Q, one.norm_G, self._height), self._masks[one.axis]) for one in listed]
-        counts = [_Comparison(one, self._height) for one in compared]
-        for number, product_bJ in enumerate(self._bands):
-            score_bJ, reached_bJ = (x[: len(product_bJ)] for x in (self._score_bJ, self._reached_bJ))
-            for bands, mask_IJ in marked:
-                above_bJ = torch.addcmul(product_bJ, *bands[number], value=-1, out=score_bJ)
-                start = number * self._height
-                np.greater_equal(above_bJ.numpy(), 0, out=mask_IJ[start : start + len(product_bJ)])
-            for one in counts:
-                one.take(number, product_bJ, score_bJ, reached_bJ)
-        for one in counts:
-            one.add()
-
-    def _count_listed(self, one: Asked) -> bool:
-        """Counts the scores that are marked; False where they are too many to be listed."""
-        place_c = np.flatnonzero(self._masks[one.axis])
-        if len(place_c) > _FEW * len(one.bound_PQ) * self._product_IJ.numel():
+    def _list(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Counts those scores one by one that may count; returns those asked of whom there are too many for that."""
+        masks = dict(zip(asked, self._masks, strict=False))
+        for one, mask_IJ in masks.items():
+            queries, gallery = one.as_tile(one.nearly_Q, one.norm_G)
+            above_IJ = torch.addcmul(self._product_IJ, queries, gallery, value=-1, out=self._score_IJ)
+            np.greater_equal(above_IJ.numpy(), 0, out=mask_IJ)
+        most = {one: int(_FEW * len(one.bound_PQ) * self._product_IJ.numel()) for one in asked}
+        too_many = [one for one, mask_IJ in masks.items() if np.count_nonzero(mask_IJ) > most[one]]
+        for one in too_many:
             one.listing.failed()
-            return False
-        width = self._product_IJ.shape[1]
-        row_c = place_c // width
-        column_c = place_c - row_c * width
-        query_c, gallery_c = (row_c, column_c) if one.axis == 0 else (column_c, row_c)
-        score_c = self._product_IJ.numpy().reshape(-1)[place_c] * one.inverse_G.numpy()[gallery_c]
-        for bound_Q, at_least_Q in zip(one.bound_PQ.numpy(), one.at_least_PQ.numpy(), strict=True):
-            if not len(query_c):
-                break
-            reached_c = score_c >= bound_Q[query_c]
-            query_c, score_c = query_c[reached_c], score_c[reached_c]  # bounds ascend
-            at_least_Q += np.bincount(query_c, minlength=len(at_least_Q)).astype(np.int32)
-        return True
+            del masks[one]
+        if masks:
+            first, *second = (mask_IJ.reshape(-1).view(np.uint64) for mask_IJ in masks.values())
+            for other in second:
+                first |= other
+            place_c = _places(first)
+            score_c = self._product_IJ.numpy().reshape(-1)[place_c]
+            row_c, column_c = np.divmod(place_c, self._product_IJ.shape[1])
+            for one in masks:
+                _count_listed(one, score_c, row_c, column_c)
+        return too_many
+
+    def _compare(self, one: Asked) -> None:
+        """All scores with all bounds. The answers are numbers: booleans take several times as long to write and sum."""
+        score_IJ = torch.mul(self._product_IJ, one.as_tile(one.inverse_G, one.inverse_G)[1], out=self._score_IJ)
+        for bound_Q, at_least_Q in zip(one.bound_PQ, one.at_least_PQ, strict=True):
+            reached_IJ = torch.ge(score_IJ, one.as_tile(bound_Q, bound_Q)[0], out=self._reached_IJ)
+            count_Q = reached_IJ.sum(1 - one.axis).int()
+            with one.adding:
+                at_least_Q += count_Q
 
 
-class _Comparison:
-    """All scores of a tile with all bounds."""
+def _places(word_w: np.ndarray) -> np.ndarray:
+    """Where the answers are true, ascending, of eight to a word: hardly any word holds one."""
+    some_w = np.flatnonzero(word_w != 0)
+    place_c = np.flatnonzero(word_w[some_w].view(bool))
+    return some_w[place_c >> 3] * 8 + (place_c & 7)
 
-    def __init__(self, asked: Asked, height: int) -> None:
-        self._asked = asked
-        self._bands = [asked.in_bands(bound_Q, asked.inverse_G, height) for bound_Q in asked.bound_PQ]
-        self._counts: list[list[Tensor]] = [[] for _ in asked.bound_PQ]
 
-    def take(self, number: int, product_bJ: Tensor, score_bJ: Tensor, reached_bJ: Tensor) -> None:
-        """A band; the other two are overwritten. The answers are numbers: booleans take several times as long to write
-        and to sum."""
-        torch.mul(product_bJ, self._bands[0][number][1], out=score_bJ)
-        for bands, counts in zip(self._bands, self._counts, strict=True):
-            counts.append(torch.ge(score_bJ, bands[number][0], out=reached_bJ).sum(1 - self._asked.axis))
-
-    def add(self) -> None:
-        """When all bands are taken."""
-        for counts, at_least_Q in zip(self._counts, self._asked.at_least_PQ, strict=True):
-            at_least_Q += (torch.cat(counts) if self._asked.axis == 0 else torch.stack(counts).sum(0)).int()
+def _count_listed(one: Asked, product_c: np.ndarray, row_c: np.ndarray, column_c: np.ndarray) -> None:
+    """Looks at each of the listed scores; those that count for the other axis alone reach none of these bounds."""
+    query_c, gallery_c = (row_c, column_c) if one.axis == 0 else (column_c, row_c)
+    score_c = product_c * one.inverse_G.numpy()[gallery_c]
+    for bound_Q, at_least_Q in zip(one.bound_PQ.numpy(), one.at_least_PQ.numpy(), strict=True):
+        reached_c = score_c >= bound_Q[query_c]
+        query_c, score_c = query_c[reached_c], score_c[reached_c]  # bounds ascend
+        count_Q = np.bincount(query_c, minlength=len(at_least_Q)).astype(np.int32)
+        with one.adding:
+            at_least_Q += count_Q

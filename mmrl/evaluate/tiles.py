@@ -13,7 +13,9 @@ greatest number of positives that a query of a strip has.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -140,6 +142,7 @@ class Direction:
         few_N = self.count_N.masked_fill(self.many_N | (self.count_N == int(same_rows)), 0)
         self.asks_few = bool(few_N.any())
         self.strips: list[_Strip] = []
+        self._adding = threading.Lock()
         self._listing = [Attempt() for _ in queries.cuts]
         for strip in queries.strips:
             span = queries.span(strip)
@@ -186,6 +189,7 @@ class Direction:
             norms.norm_Kn[k],
             norms.inverse_Kn[k],
             one.at_least_KPn[k],
+            self._adding,
             self._listing[k],
         )
 
@@ -203,21 +207,51 @@ def count_few(
 ) -> None:
     """Fills `at_least_KPn` of both directions. `by_column` is left out where columns are no queries; it is `by_row`
     itself where the two sides are one, and then half of the tiles serve both."""
-    walk = _Walk(rows, columns, by_row, by_column)
     directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
     mine = rows.strips[rank::world_size]
-    with exact_products(walk.product_IJ.device):
-        for r in mine:
-            walk.find_bounds(r)
+    with _Walkers(rows, columns, by_row, by_column) as walkers:
+        for _ in walkers.each(_Walk.find_bounds, mine):
+            pass
         for direction in directions:
             direction.ready(total)
-        for r in mine:
-            walk.count(r)
+        for r in walkers.each(_Walk.count, mine):
             if on_strip:
                 on_strip(min((r + world_size) * rows.length, len(rows)) - rows.span(r).start)
     for direction in directions:
         for strip in direction.strips:
             strip.at_least_KPn.copy_(total(strip.at_least_KPn))
+
+
+class _Walkers:
+    """As many threads as torch has, each with strips of its own and with its products to itself: a tile is too small to
+    be divided. A GPU is fed by one."""
+
+    def __init__(self, rows: Side, columns: Side, by_row: Direction, by_column: Direction | None) -> None:
+        self._sides = rows, columns, by_row, by_column
+        self._device = rows.norms[0].norm_Kn.device  # all norms are there before threads ask for them
+        assert columns.norms
+        self._mine = threading.local()
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> "_Walkers":
+        threads = 1 if self._device.type == "cuda" else self._threads
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # a part of it is every thread's
+
+    def each(self, what: Callable[["_Walk", int], None], strips: Sequence[int]) -> Iterator[int]:
+        """Does it for each strip; gives the strips in order, when they are done."""
+        return self._pool.map(lambda r: self._do(what, r), strips)
+
+    def _do(self, what: Callable[["_Walk", int], None], r: int) -> int:
+        with torch.inference_mode(), exact_products(self._device):
+            if not hasattr(self._mine, "walk"):
+                self._mine.walk = _Walk(*self._sides)
+            what(self._mine.walk, r)
+        return r
 
 
 class _Walk:

@@ -1,5 +1,7 @@
 """What is counted of a tile equals the plain formula, whichever way it is counted."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def test_both_ways_to_count_are_exact(
         bound_PQ = bounds_at(score_QG, places)
         at_least_PQ = torch.full(bound_PQ.shape, 7, dtype=torch.int32)
         lower_Q = nearly(bound_PQ[0]).nan_to_num_(nan=torch.inf)
-        asked.append(Asked(axis, bound_PQ, lower_Q, norm_G, 1 / norm_G, at_least_PQ, Attempt()))
+        asked.append(Asked(axis, bound_PQ, lower_Q, norm_G, 1 / norm_G, at_least_PQ, threading.Lock(), Attempt()))
         expected.append(7 + (score_QG >= bound_PQ[:, :, None]).sum(2))
     counter = Counter(product_IJ)
     counter.count(asked)
