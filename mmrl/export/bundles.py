@@ -139,7 +139,8 @@ def _measured_variants(job: _Job, dim: int, folder: Path, graphs: dict[str, Any]
     found = {}
     for name in ("fp32", *job.variants):
         opened = job.one.reopen(folder, name)
-        size = sum((folder / graphs[side][name]).stat().st_size for side in ("image", "text"))
+        parts = [path for side in ("image", "text") for path in folder.glob(f"{graphs[side][name]}*")]
+        size = sum(path.stat().st_size for path in parts)
         found[name] = {
             "megabytes": round(size / 1e6, 1),
             "cosine_error": job.source.errors(opened, dim, _ALLOWED_ERROR.get(name, 1e-6)),

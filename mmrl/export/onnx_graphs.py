@@ -23,7 +23,10 @@ from mmrl.errors import InputError
 from mmrl.image_spec import ImageSpec
 from mmrl.model.two_tower import Encoder
 
-# One file without data beside it; protobuf ends at 2 GiB.
+WEIGHTS = ".data"
+"""What follows a graph's name in that of the file of its weights, where they lie beside it: there onnxruntime maps them
+into memory, where it would parse and copy them otherwise, and they may be of any size."""
+# Of a graph that holds its weights itself; protobuf ends at 2 GiB.
 _MOST_BYTES = 1_900_000_000
 _LARGEST_BATCH = 4096
 # Smaller tensors stay float32: they are biases and scales, and weigh nothing.
@@ -92,14 +95,20 @@ class AnyLength(nn.Module):
         return x if self.projection is None else self.projection(x)
 
 
-def write_image(encoder: Encoder, spec: ImageSpec, path: Path, *, raw: bool, names: tuple[str, str]) -> None:
-    """Writes the image tower's graph; `names` are those of its input and output."""
+def write_image(
+    encoder: Encoder, spec: ImageSpec, path: Path, *, raw: bool, names: tuple[str, str], beside: bool
+) -> None:
+    """Writes the image tower's graph; `names` are those of its input and output.
+
+    Args:
+        beside: the weights go into a file of their own, here and in what follows.
+    """
     graph = ImageGraph(encoder, spec, raw).eval()
     example = torch.zeros(3, 3, spec.height, spec.width, dtype=torch.uint8 if raw else torch.float32)
-    _export(graph, example, {0: _batch()}, path, names)
+    _export(graph, example, {0: _batch()}, path, names, beside)
 
 
-def write_text(encoder: Encoder, context_length: int, path: Path, *, names: tuple[str, str]) -> bool:
+def write_text(encoder: Encoder, context_length: int, path: Path, *, names: tuple[str, str], beside: bool) -> bool:
     """Writes the text tower's graph; returns whether it takes texts of any length."""
     any_length = AnyLength.fits(encoder)
     graph = TextGraph(AnyLength(encoder) if any_length else encoder).eval()
@@ -107,7 +116,7 @@ def write_text(encoder: Encoder, context_length: int, path: Path, *, names: tupl
     dynamic = {0: _batch()}
     if any_length:
         dynamic[1] = torch.export.Dim("length", min=2, max=context_length)
-    _export(graph, example, dynamic, path, names)
+    _export(graph, example, dynamic, path, names, beside)
     return any_length
 
 
@@ -116,11 +125,14 @@ def _batch() -> Any:
 
 
 def _export(
-    graph: nn.Module, example: torch.Tensor, dynamic: dict[int, Any], path: Path, names: tuple[str, str]
+    graph: nn.Module, example: torch.Tensor, dynamic: dict[int, Any], path: Path, names: tuple[str, str], beside: bool
 ) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
-    if size > _MOST_BYTES:
-        raise InputError(f"format: a tower of {size / 1e9:.1f} GB does not fit into one ONNX file (2 GB at most).")
+    if size > _MOST_BYTES and not beside:
+        raise InputError(
+            f"format: a tower of {size / 1e9:.1f} GB does not fit into one ONNX file (2 GB at most); use onnx, which "
+            "keeps weights beside the graph."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
@@ -131,7 +143,7 @@ def _export(
             dynamic_shapes=(dynamic,),
             input_names=[names[0]],
             output_names=[names[1]],
-            external_data=False,
+            external_data=beside,
             verbose=False,
         )
 
@@ -149,7 +161,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def store_halved(source: Path, target: Path) -> None:
+def store_halved(source: Path, target: Path, *, beside: bool) -> None:
     """The same graph with its weights stored as float16, each widened by a Cast at the start: half the file, computed
     in float32 as before."""
     import onnx
@@ -169,10 +181,10 @@ def store_halved(source: Path, target: Path) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.save(model, target)
+    onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}{WEIGHTS}")
 
 
-def store_int8(source: Path, target: Path, *, embeddings: bool) -> None:
+def store_int8(source: Path, target: Path, *, beside: bool, embeddings: bool) -> None:
     """Matrix products in 8 bits: weights by channel, activations by the range that each run finds.
 
     Args:
@@ -192,5 +204,6 @@ def store_int8(source: Path, target: Path, *, embeddings: bool) -> None:
             op_types_to_quantize=kinds,
             per_channel=True,
             weight_type=QuantType.QInt8,
+            use_external_data_format=beside,
             nodes_to_exclude=[last, f"{last}_MatMul"],
         )

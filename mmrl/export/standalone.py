@@ -83,7 +83,7 @@ class Encoder:
         }
         self._tokenizer: Tokenizer | None = None
         if "text" in self._sessions:
-            self._tokenizer = Tokenizer.from_str(self._checked(self.graphs["tokenizer"]).decode())
+            self._tokenizer = Tokenizer.from_file(str(self._checked(self.graphs["tokenizer"])))
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(self.manifest["tokenizer"]["context_length"])
 
@@ -159,19 +159,22 @@ class Encoder:
                     f"device: this onnxruntime has no {device!r}; pip install onnxruntime-gpu, or use 'cpu'."
                 )
             providers.insert(0, "CUDAExecutionProvider")
-        return onnxruntime.InferenceSession(self._checked(name), options, providers=providers)
+        graph = self._checked(name)
+        if f"{name}.data" in self.manifest["files"]:  # its weights, which onnxruntime finds beside it
+            self._checked(f"{name}.data")
+        return onnxruntime.InferenceSession(graph, options, providers=providers)
 
-    def _checked(self, name: str) -> bytes:
-        """A file's bytes, if they are what the manifest was written for."""
+    def _checked(self, name: str) -> Path:
+        """A file, if it is what the manifest was written for."""
+        path = self.folder / name
         try:
-            data = (self.folder / name).read_bytes()
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             raise ValueError(f"{self.folder} is incomplete: {name} is missing.") from None
-        if hashlib.sha256(data).hexdigest() != self.manifest["files"].get(name):
-            raise ValueError(
-                f"{self.folder / name} is not the file that manifest.json was written for; export the encoder again."
-            )
-        return data
+        if digest != self.manifest["files"].get(name):
+            raise ValueError(f"{path} is not the file that manifest.json was written for; export the encoder again.")
+        return path
 
 
 def clean(text: str, how: str) -> str:

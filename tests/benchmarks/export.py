@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = (options.folder or Path(tempfile.mkdtemp(prefix="mmrl-export-"))) / "onnx"
+    kept = options.folder or Path(tempfile.mkdtemp(prefix="mmrl-export-"))
+    folder = kept / f"{options.model.replace(':', '-').replace('/', '-')}-{options.dim}"
     if not folder.exists():
         bundles.export(options.model, folder, [options.dim], "onnx", quantize=["fp16", "int8"])
     whole = bundle.open_model(options.model)

@@ -241,10 +241,11 @@ def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
         mmrl.load(tmp_path / "online").encode_images([tmp_path / "bad.jpg"])
     with pytest.raises(InputError, match="holds ONNX graphs, which give vectors but no weights"):
         bundles.export_bundle(str(tmp_path / "online"), tmp_path / "out", 4)
-    with (tmp_path / "online" / "text.onnx").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(InputError, match=r"text.onnx is not the file that manifest.json was written for"):
-        mmrl.load(tmp_path / "online", variant="fp32")
+    for name in ("text.onnx.data", "text.onnx"):
+        with (tmp_path / "online" / name).open("ab") as file:
+            file.write(b"x")
+        with pytest.raises(InputError, match=rf"{name} is not the file that manifest.json was written for"):
+            mmrl.load(tmp_path / "online", variant="fp32")
     mmrl.load(tmp_path / "online", variant="fp32", towers="image")
     (tmp_path / "online" / "image.onnx").unlink()
     with pytest.raises(InputError, match=r"is incomplete: image.onnx is missing"):

@@ -25,11 +25,11 @@ def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     files = {
         side: {"fp32": f"{side}.onnx", **{one: f"{side}.{one}.onnx" for one in variants}} for side in ("image", "text")
     }
-    return write_graphs(cut, folder, files, raw=True, inputs=("pixels", "input_ids"))
+    return write_graphs(cut, folder, files, raw=True, inputs=("pixels", "input_ids"), beside=True)
 
 
 def write_graphs(
-    cut: Cut, folder: Path, files: dict[str, dict[str, str]], *, raw: bool, inputs: tuple[str, str]
+    cut: Cut, folder: Path, files: dict[str, dict[str, str]], *, raw: bool, inputs: tuple[str, str], beside: bool
 ) -> dict[str, Any]:
     """Writes both towers' graphs and the tokenizer; returns the manifest's `graphs`.
 
@@ -37,19 +37,22 @@ def write_graphs(
         files: the file of each variant ("fp32" and others) of each side.
         raw: whether the image graph takes uint8 pixels, and normalises them itself.
         inputs: the names of the two graphs' inputs.
+        beside: whether each graph's weights are a file of their own.
     """
     model, bundle = cut.bundle.model, cut.bundle
     names = {side: (inputs[number], f"{side}_embeds") for number, side in enumerate(("image", "text"))}
     whole = {side: folder / files[side]["fp32"] for side in files}
-    onnx_graphs.write_image(model.image, bundle.image_spec, whole["image"], raw=raw, names=names["image"])
+    onnx_graphs.write_image(
+        model.image, bundle.image_spec, whole["image"], raw=raw, names=names["image"], beside=beside
+    )
     length = bundle.tokenise.context_length
-    any_length = onnx_graphs.write_text(model.text, length, whole["text"], names=names["text"])
+    any_length = onnx_graphs.write_text(model.text, length, whole["text"], names=names["text"], beside=beside)
     for side, of_variant in files.items():
         for variant, name in of_variant.items():
             if variant == "fp16":
-                onnx_graphs.store_halved(whole[side], folder / name)
+                onnx_graphs.store_halved(whole[side], folder / name, beside=beside)
             elif variant == "int8":
-                onnx_graphs.store_int8(whole[side], folder / name, embeddings=side == "text")
+                onnx_graphs.store_int8(whole[side], folder / name, beside=beside, embeddings=side == "text")
     tokenizer = tokenizer_json.write(bundle, cut.folder, folder)
     return {**files, "default": "fp32", **tokenizer, "any_length": any_length}
 

@@ -32,7 +32,7 @@ def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
         side: {one: f"onnx/{model}_model{_SUFFIX[one]}.onnx" for one in ("fp32", *variants)}
         for side, model in (("image", "vision"), ("text", "text"))
     }
-    graphs = onnx.write_graphs(cut, folder, files, raw=False, inputs=("pixel_values", "input_ids"))
+    graphs = onnx.write_graphs(cut, folder, files, raw=False, inputs=("pixel_values", "input_ids"), beside=False)
     length, dim = cut.bundle.tokenise.context_length, cut.bundle.dim
     config = {
         "model_type": "clip",
