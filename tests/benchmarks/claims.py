@@ -229,9 +229,15 @@ def embed_tests(run: Run, encoder: Path, prefix: str, only: str | None = None) -
 
 def _embed(encoder: Path, shards: str) -> Embeddings:
     opened = bundle.open_model(encoder)
-    found = sets.embed(open_reader(shards), opened.model, opened.image_spec, opened.tokenise, captions=1)
-    image_ND, text_ND = (F.normalize(rows.double(), dim=-1).float().numpy() for rows in (found.image_ND, found.text_MD))
-    return Embeddings(image_ND, text_ND, found.image_group_N.numpy())
+    found = sets.embed(open_reader(shards), opened.model, opened.image_spec, opened.tokenise)
+    image_ND, text_MD = (F.normalize(rows.double(), dim=-1).float().numpy() for rows in (found.image_ND, found.text_MD))
+    group_N, group_M = found.image_group_N.numpy(), found.text_group_M.numpy()
+    _, name_N = np.unique(found.image_of_text_M.numpy(), return_index=True)  # a sample's first text is its name
+    first_said: dict[tuple[int, str], int] = {}
+    for number, said in enumerate(zip(group_M.tolist(), found.captions, strict=True)):
+        first_said.setdefault(said, number)
+    distinct = list(first_said.values())
+    return Embeddings(image_ND, text_MD[name_N], group_N, text_MD[distinct], group_M[distinct])
 
 
 def _fit_pca(run: Run) -> None:
@@ -249,11 +255,11 @@ def _fit_pca(run: Run) -> None:
     rotation = nesting.principal_rotation(torch.from_numpy(sum(moments) / 2)).numpy()
     for name, path in paths.items():
         plain = Embeddings.load(run.folder / f"{name}.npz")
-        image, text = (
+        image_ND, text_ND, caption_MD = (
             ((rows - mean) @ rotation.T).astype(np.float32)
-            for rows, mean in zip((plain.image_ND, plain.text_ND), means, strict=True)
+            for rows, mean in zip((plain.image_ND, plain.text_ND, plain.caption_MD), [*means, means[1]], strict=True)
         )
-        Embeddings(image, text, plain.group_N).save(path)
+        Embeddings(image_ND, text_ND, plain.group_N, caption_MD, plain.caption_group_M).save(path)
 
 
 # ------------------------------------------------------------------------------------------------ what is compared

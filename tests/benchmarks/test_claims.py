@@ -1,6 +1,7 @@
 """The way of claims.py from nothing to the page, and its statistics against mmrl.retrieval and plain formulas."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import claims
@@ -16,7 +17,10 @@ def embeddings(count: int, concepts: int, seed: int = 0) -> Embeddings:
     rng = np.random.default_rng(seed)
     image, text = rng.normal(size=(2, count, 12)).astype(np.float32)
     group = rng.permutation(np.arange(count) % concepts)
-    return Embeddings(image + 3 * rng.normal(size=(concepts, 12))[group].astype(np.float32), text, group)
+    caption, caption_group = np.concatenate([text, image]), np.concatenate([group, group])
+    return Embeddings(
+        image + 3 * rng.normal(size=(concepts, 12))[group].astype(np.float32), text, group, caption, caption_group
+    )
 
 
 @pytest.mark.parametrize("concepts", [40, 9])
@@ -42,29 +46,32 @@ def test_a_picture_is_no_answer_to_itself() -> None:
     same = one.group_N[score.argmax(1)] == one.group_N
     assert ((rank_Q == 1) == same).all()
     assert np.isnan(claims_report.per_query(embeddings(40, 40), 12, "image_to_image")[0]).all()
+    rank_Q, _ = claims_report.per_query(embeddings(40, 40), 12, "text_to_text")  # two captions of each
+    assert rank_Q.shape == (80,)
+    assert not np.isnan(rank_Q).any()
 
 
 def test_an_interval_is_that_of_resampled_concepts_and_seeds() -> None:
     group = np.arange(400)
     hits_SQ = (np.random.default_rng(0).random((1, 400)) < 0.3).astype(float)
-    one = Draws(group, 1).measure(hits_SQ)
+    one = Draws(group, 1).measure(hits_SQ, group)
     low, high = one.interval
     spread = 1.96 * np.sqrt(hits_SQ.mean() * (1 - hits_SQ.mean()) / 400)
     assert one.value == pytest.approx(hits_SQ.mean())
     assert (high - low) / 2 == pytest.approx(spread, rel=0.1)
     # Queries of one concept come and go together: four copies of each tell no more.
-    copies = Draws(np.repeat(group, 4), 1).measure(np.repeat(hits_SQ, 4, axis=1))
+    four = np.repeat(group, 4)
+    copies = Draws(four, 1).measure(np.repeat(hits_SQ, 4, axis=1), four)
     assert copies.interval == pytest.approx((low, high), abs=0.01)
     # Seeds that differ widen it, and a difference of equals has no width.
-    two = Draws(group, 2).measure(np.concatenate([hits_SQ, np.zeros_like(hits_SQ)]))
+    two = Draws(group, 2).measure(np.concatenate([hits_SQ, np.zeros_like(hits_SQ)]), group)
     assert two.interval[0] == 0
     assert (one - one).interval == (0, 0)
 
 
 def test_the_share_of_steps_is_read_off_the_curve() -> None:
     good, poor = embeddings(30, 30), embeddings(30, 30, seed=1)
-    good = Embeddings(good.text_ND, good.text_ND, good.group_N)
-    poor = Embeddings(poor.image_ND, poor.text_ND, poor.group_N)
+    good = replace(good, image_ND=good.text_ND)
     curves = {"plain": {10: [poor], 20: [good]}, "nested": {5: [good], 20: [good]}}
     assert claims_report.steps_to_reach(curves, 12) == pytest.approx(5 / 20)
     curves["nested"] = {10: [poor], 20: [poor]}
@@ -113,7 +120,9 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     numbers = json.loads((page / "results.json").read_text())
     arms = numbers["starter"]["tests"]["test-artist"]
     assert set(arms) == set(claims_report.COLOURS)
-    assert "image_to_image" in arms["nested"]["8"]  # the starter's walk is tested on concepts of several artists
+    # The starter's walk is tested on concepts of several artists and names.
+    assert {*claims_report.CROSS, *claims_report.SAME} == set(arms["nested"]["8"])
+    assert "| text→text on test-artist: R@1 at 64, less plain's |" in text
     # Turning changes nothing at the full dim.
     for direction, metrics in arms["rotated"]["64"].items():
         for metric, (value, _, _) in metrics.items():

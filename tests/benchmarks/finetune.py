@@ -1,0 +1,101 @@
+"""A plain model made nested afterwards: what some steps more buy. Run by hand, after claims.py trained the plain ones:
+
+    python tests/benchmarks/finetune.py --cache runs/claims [--worlds starter world] [--world DIR] [--seeds 0]
+        [--steps 40 150]
+
+Each plain run of claims.py is a start: exported in the layout of open_clip, trained on by `mmrl train`, its weights
+being `model.pretrained`, nested from the first step on (nesting.start=0, which turns it first), the weights of the dims
+those of configs/quickstart.yaml, at a fifth of its learning rates, which is about where these stand when the quickstart
+begins to nest. The row of 0 steps is `mmrl rotate` alone; "nested" is the recipe that turns within as many steps as
+plain had.
+
+It prints a Markdown table: R@1 on the held-out artist in %, the mean of both directions and of the seeds.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import claims
+import claims_report
+import numpy as np
+import torch
+from claims import Plan, Run
+from claims_report import Embeddings
+from rich.console import Console
+
+from mmrl import config as configs
+from mmrl.export import bundles
+from mmrl.train import train
+
+SHARE_OF_LR = 0.2
+
+
+def tuned(plain: Run, dims: Sequence[int], steps: int) -> Run:
+    """The run that goes on from a plain one for so many nested steps."""
+    recipe = configs.load(claims.RECIPE)
+    lrs = {name: getattr(recipe.optim, name) for name in ("lr", "lr_token_embedding", "lr_logit_scale")}
+    folder = plain.folder.with_name(f"{plain.folder.name}-and-{steps}")
+    source = plain.folder / "open_clip"
+    overrides = [
+        f"nesting={{dims: {json.dumps(list(dims))}, weights: {json.dumps(recipe.nesting.weights)}, start: 0}}",
+        f"train.duration={steps} steps",
+        f"optim.warmup={max(1, steps // 16)} steps",
+        f"model.pretrained={source / 'open_clip_model.safetensors'}",
+        f"checkpoint.every={steps} steps",
+        *(f"optim.{name}={SHARE_OF_LR * value}" for name, value in lrs.items() if value is not None),
+    ]
+    if not source.exists():
+        bundles.export(str(plain.last), source, [max(dims)], "open_clip")
+    beside = plain.folder / "tuned.yaml"
+    beside.write_text(configs.dump(plain.config))
+    config = configs.load(beside, [*overrides, f"run={folder}"])
+    return replace(plain, arm=f"plain, then {steps} nested steps", config=config, curve=False)
+
+
+def r1(runs: Sequence[Run], dim: int, prefix: str = "") -> float:
+    """In %, on the first test set; the mean of both directions and of the runs."""
+    test = next(iter(runs[0].world.tests))
+    found = [Embeddings.load(run.folder / f"{prefix}{test}.npz") for run in runs]
+    ranks = [claims_report.per_query(one, dim, way)[0] for one in found for way in claims_report.CROSS]
+    return 100 * float(np.mean([rank <= 1 for rank in ranks]))
+
+
+def table(plan: Plan, name: str, steps: Sequence[int]) -> str:
+    """Trains what is missing; a row for each number of steps."""
+    runs = [run for run in claims.plan_runs(plan) if run.world.name == name]
+    of = {arm: [run for run in runs if run.arm == arm] for arm in ("plain", "nested")}
+    rows = [("plain, cut", of["plain"], ""), ("plain, then 0 steps: rotated", of["plain"], "rotated-")]
+    for count in steps:
+        more = [tuned(run, plan.dims, count) for run in of["plain"]]
+        for run in more:
+            if not run.last.exists():
+                train(run.config, Console(quiet=True))
+            claims.embed_tests(run, run.last, "")
+        rows.append((more[0].arm, more, ""))
+    rows.append(("nested", of["nested"], ""))
+    lines = [f"| {name} | {' | '.join(map(str, plan.dims))} |", f"|---|{'---:|' * len(plan.dims)}"]
+    for title, of_seeds, prefix in rows:
+        lines.append(f"| {title} | {' | '.join(f'{r1(of_seeds, dim, prefix):.1f}' for dim in plan.dims)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("runs/claims"), help="the folder of claims.py's runs")
+    parser.add_argument("--world", type=Path, default=Path("runs/world"), help="what world.py built")
+    parser.add_argument("--worlds", nargs="+", choices=("starter", "world"), default=("starter",))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--steps", nargs="+", type=int, default=(40, 150))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    plan = claims.full_plan(given.world, given.cache, seeds, given.worlds)
+    for name in given.worlds:
+        print(table(plan, name, given.steps), flush=True)
+
+
+if __name__ == "__main__":
+    main()
