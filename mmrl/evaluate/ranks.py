@@ -161,7 +161,7 @@ def _sweep(
         rank=world.rank,
         world_size=world.size,
         total=distributed.total if over_ranks else _same,
-        on_strip=lambda count: told.add(count / len(rows) * few),
+        on_share=lambda share: told.add(share * few),
     )
 
 

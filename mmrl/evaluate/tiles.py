@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +30,10 @@ MANY = 16
 # Rows of a tile at most, and half of its columns where these are another side: 2 MB of float32 on a CPU, whose caches
 # keep them; a GPU wants few and large ones.
 _CPU_TILE, _GPU_TILE = 512, 4096
+# Tiles that a thread takes at once: some tenths of a second, for which Ctrl-C may have to wait.
+_AT_A_TIME = 16
+# How many threads torch has is in part a matter of the whole process.
+_one_walk = threading.Lock()
 
 
 class Side:
@@ -45,6 +49,8 @@ class Side:
         self._in_order = bool((self.order_N == torch.arange(len(group_N))).all())
         self._embedding_ND = embedding_ND.to(device)
         self.length = tile_length(len(group_N), device, columns)
+        self.norms = [self._norms(strip) for strip in self.strips]
+        """Of each strip."""
 
     def __len__(self) -> int:
         return len(self.group_N)
@@ -72,17 +78,12 @@ class Side:
         given = given[:, : self._width]
         return given.float() if given.dtype in (torch.float16, torch.bfloat16) else given
 
-    @cached_property
-    def norms(self) -> list["Norms"]:
-        """Of each strip."""
-        result = []
-        for strip in self.strips:
-            squares_Kn = torch.stack([part.square().sum(1) for part in self.blocks(self.rows(strip))]).cumsum(0)
-            norm_Kn = squares_Kn.sqrt().clamp_min(1e-12)
-            span = self.span(strip)
-            norm_Kn[:, span.stop - span.start :] = torch.nan
-            result.append(Norms(norm_Kn, 1 / norm_Kn))
-        return result
+    def _norms(self, strip: int) -> "Norms":
+        squares_Kn = torch.stack([part.square().sum(1) for part in self.blocks(self.rows(strip))]).cumsum(0)
+        norm_Kn = squares_Kn.sqrt().clamp_min(1e-12)
+        span = self.span(strip)
+        norm_Kn[:, span.stop - span.start :] = torch.nan
+        return Norms(norm_Kn, 1 / norm_Kn)
 
     def blocks(self, rows_nD: Tensor) -> list[Tensor]:
         """What each dim adds to the one before."""
@@ -203,88 +204,87 @@ def count_few(
     rank: int = 0,
     world_size: int = 1,
     total: Callable[[Tensor], Tensor] = lambda values: values,
-    on_strip: Callable[[int], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
 ) -> None:
     """Fills `at_least_KPn` of both directions. `by_column` is left out where columns are no queries; it is `by_row`
-    itself where the two sides are one, and then half of the tiles serve both."""
+    itself where the two sides are one, and then half of the tiles serve both.
+
+    Args:
+        on_share: told shares of the work, which add up to 1.
+    """
     directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
-    mine = rows.strips[rank::world_size]
-    with _Walkers(rows, columns, by_row, by_column) as walkers:
-        for _ in walkers.each(_Walk.find_bounds, mine):
+    parts = [
+        (r, others[start : start + _AT_A_TIME])
+        for r in rows.strips[rank::world_size]
+        for others in (columns.strips[r if by_column is by_row else 0 :],)
+        for start in range(0, len(others), _AT_A_TIME)
+    ]
+    tiles = sum(len(others) for _, others in parts)
+    device, mine = rows.norms[0].norm_Kn.device, threading.local()
+
+    def walk(how: Callable[[_Walk, int, Sequence[int]], None], part: tuple[int, Sequence[int]]) -> int:
+        if not hasattr(mine, "walk"):
+            mine.walk = _Walk(rows, columns, by_row, by_column)
+        with torch.inference_mode(), exact_products(device):
+            how(mine.walk, *part)
+        return len(part[1])
+
+    with _on_threads(device) as each:
+        for _ in each(partial(walk, _Walk.find_bounds), parts):
             pass
         for direction in directions:
             direction.ready(total)
-        for r in walkers.each(_Walk.count, mine):
-            if on_strip:
-                on_strip(min((r + world_size) * rows.length, len(rows)) - rows.span(r).start)
+        for done in each(partial(walk, _Walk.count), parts):
+            if on_share:
+                on_share(done / tiles)
     for direction in directions:
         for strip in direction.strips:
             strip.at_least_KPn.copy_(total(strip.at_least_KPn))
 
 
-class _Walkers:
-    """As many threads as torch has, each with strips of its own and with its products to itself: a tile is too small to
-    be divided. A GPU is fed by one."""
-
-    def __init__(self, rows: Side, columns: Side, by_row: Direction, by_column: Direction | None) -> None:
-        self._sides = rows, columns, by_row, by_column
-        self._device = rows.norms[0].norm_Kn.device  # all norms are there before threads ask for them
-        assert columns.norms
-        self._mine = threading.local()
-        self._threads = torch.get_num_threads()
-
-    def __enter__(self) -> "_Walkers":
-        threads = 1 if self._device.type == "cuda" else self._threads
-        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)  # a part of it is every thread's
-
-    def each(self, what: Callable[["_Walk", int], None], strips: Sequence[int]) -> Iterator[int]:
-        """Does it for each strip; gives the strips in order, when they are done."""
-        return self._pool.map(lambda r: self._do(what, r), strips)
-
-    def _do(self, what: Callable[["_Walk", int], None], r: int) -> int:
-        with torch.inference_mode(), exact_products(self._device):
-            if not hasattr(self._mine, "walk"):
-                self._mine.walk = _Walk(*self._sides)
-            what(self._mine.walk, r)
-        return r
+@contextlib.contextmanager
+def _on_threads(device: torch.device) -> Iterator[Callable[..., Iterator[int]]]:
+    """A `map` over as many threads as torch has, in each of which a product has one: a tile is too small to be divided.
+    A GPU is fed by the caller."""
+    count = 1 if device.type == "cuda" else torch.get_num_threads()
+    if count == 1:
+        yield map
+        return
+    with _one_walk:
+        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            yield pool.map
+        finally:
+            try:
+                pool.shutdown(cancel_futures=True)
+            finally:
+                torch.set_num_threads(count)
 
 
 class _Walk:
-    """Over the tiles of two sides, a strip of rows at a time."""
+    """Over tiles of two sides, some of a strip of rows at a time."""
 
     def __init__(self, rows: Side, columns: Side, by_row: Direction, by_column: Direction | None) -> None:
         self.rows, self.columns, self.by_row, self.by_column = rows, columns, by_row, by_column
         self.product_IJ = rows.rows(0).new_empty(rows.length, columns.length)
         self._counter = Counter(self.product_IJ)
 
-    def find_bounds(self, r: int) -> None:
+    def find_bounds(self, r: int, columns: Sequence[int]) -> None:
         """The positives' scores, from those tiles that hold any."""
         by_row, by_column = self.by_row, self.by_column
-        holding = [
-            c
-            for c in self._columns_of(r)
-            if by_row.touches(r, c) or (by_column is not None and by_column.touches(c, r))
-        ]
+        holding = [c for c in columns if by_row.touches(r, c) or (by_column is not None and by_column.touches(c, r))]
         for c, k in self._tiles(r, holding, own=torch.inf):
             by_row.take(k, r, c, self.product_IJ)
             if by_column is not None and self._both(r, c):
                 by_column.take(k, c, r, self.product_IJ.T)
 
-    def count(self, r: int) -> None:
-        """All tiles of a strip of rows."""
-        for c, k in self._tiles(r, self._columns_of(r), own=-torch.inf):
+    def count(self, r: int, columns: Sequence[int]) -> None:
+        """All of these tiles."""
+        for c, k in self._tiles(r, columns, own=-torch.inf):
             asked = [self.by_row.asked(k, r, c, axis=0)]
             if self.by_column is not None and self._both(r, c):
                 asked.append(self.by_column.asked(k, c, r, axis=1))
             self._counter.count(asked)
-
-    def _columns_of(self, r: int) -> range:
-        return self.columns.strips[r if self.by_column is self.by_row else 0 :]
 
     def _both(self, r: int, c: int) -> bool:
         """Whether a tile's columns are other queries than its rows."""

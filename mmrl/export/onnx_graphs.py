@@ -21,12 +21,13 @@ from torch import nn
 
 from mmrl.errors import InputError
 from mmrl.image_spec import ImageSpec
+from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import Encoder
 
 WEIGHTS = ".data"
-"""What follows a graph's name in that of the file of its weights, where they lie beside it: there onnxruntime maps them
-into memory, where it would parse and copy them otherwise, and they may be of any size."""
-# Of a graph that holds its weights itself; protobuf ends at 2 GiB.
+"""What follows a graph's name in that of the file of its weights, where they lie beside it: onnxruntime then opens it
+in a fraction of the time, since it parses no weights, and protobuf's limit of 2 GB is none."""
+# Of a graph that holds its weights itself.
 _MOST_BYTES = 1_900_000_000
 _LARGEST_BATCH = 4096
 # Smaller tensors stay float32: they are biases and scales, and weigh nothing.
@@ -120,6 +121,19 @@ def write_text(encoder: Encoder, context_length: int, path: Path, *, names: tupl
     return any_length
 
 
+def check_size(whole: Bundle, format: str) -> None:
+    """Raises:
+    InputError: a tower is too large for a graph that holds its weights.
+    """
+    for encoder in (whole.model.image, whole.model.text):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in encoder.state_dict().values())
+        if size > _MOST_BYTES:
+            raise InputError(
+                f"format: {format} wants a tower in one file, which protobuf ends at 2 GB, and this one has "
+                f"{size / 1e9:.1f} GB; use onnx, which keeps weights beside the graph."
+            )
+
+
 def _batch() -> Any:
     return torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
 
@@ -127,12 +141,6 @@ def _batch() -> Any:
 def _export(
     graph: nn.Module, example: torch.Tensor, dynamic: dict[int, Any], path: Path, names: tuple[str, str], beside: bool
 ) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
-    if size > _MOST_BYTES and not beside:
-        raise InputError(
-            f"format: a tower of {size / 1e9:.1f} GB does not fit into one ONNX file (2 GB at most); use onnx, which "
-            "keeps weights beside the graph."
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
@@ -146,6 +154,7 @@ def _export(
             external_data=beside,
             verbose=False,
         )
+    assert Path(f"{path}{WEIGHTS}").is_file() == beside  # the name is the exporter's
 
 
 @contextmanager
@@ -207,3 +216,4 @@ def store_int8(source: Path, target: Path, *, beside: bool, embeddings: bool) ->
             use_external_data_format=beside,
             nodes_to_exclude=[last, f"{last}_MatMul"],
         )
+    assert Path(f"{target}{WEIGHTS}").is_file() == beside  # the name is the quantiser's

@@ -1,6 +1,7 @@
 """An encoder of ONNX graphs: pictures and texts -> unit vectors, without torch and without mmrl.
 
-This file goes along with every ONNX export as encoder.py. It needs numpy, Pillow, tokenizers and onnxruntime:
+This file goes along with every ONNX export as encoder.py. It needs Python 3.10, numpy, Pillow, tokenizers and
+onnxruntime:
 
     from encoder import Encoder
 
@@ -8,6 +9,9 @@ This file goes along with every ONNX export as encoder.py. It needs numpy, Pillo
     query = encoder.encode_texts(["red running shoes"])
     shelf = encoder.encode_images(["a.jpg", "b.jpg"])
     print(shelf @ query.T)
+
+The weights of image.onnx are in image.onnx.data, beside it, and may stay mapped from there: replace a folder that is in
+use by renaming another, never in place.
 
 Shapes: N inputs, d the vectors' length, H and W the graph's picture size, L tokens.
 """
@@ -162,17 +166,21 @@ class Encoder:
         graph = self._checked(name)
         if f"{name}.data" in self.manifest["files"]:  # its weights, which onnxruntime finds beside it
             self._checked(f"{name}.data")
-        return onnxruntime.InferenceSession(graph, options, providers=providers)
+        try:
+            return onnxruntime.InferenceSession(graph, options, providers=providers)
+        except Exception as error:  # onnxruntime's kinds have no base of their own
+            raise ValueError(f"{graph}: onnxruntime cannot open it: {' '.join(str(error).split())}") from error
 
     def _checked(self, name: str) -> Path:
         """A file, if it is what the manifest was written for."""
-        path = self.folder / name
+        path, digest = self.folder / name, hashlib.sha256()
         try:
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
         except FileNotFoundError:
             raise ValueError(f"{self.folder} is incomplete: {name} is missing.") from None
-        if digest != self.manifest["files"].get(name):
+        if digest.hexdigest() != self.manifest["files"].get(name):
             raise ValueError(f"{path} is not the file that manifest.json was written for; export the encoder again.")
         return path
 

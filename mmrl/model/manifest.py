@@ -49,7 +49,7 @@ class GraphsSection(Settings):
     """The ONNX graphs of a folder, and what is done with a text before the text graph."""
 
     image: dict[str, _File]
-    """The file of each variant: fp32, fp16, int8."""
+    """The file of each variant: fp32, fp16, int8. In `onnx`, its weights are in FILE.data."""
     text: dict[str, _File]
     default: str
     """The variant that is opened when none is named."""

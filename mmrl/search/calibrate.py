@@ -13,8 +13,7 @@ from mmrl.search.funnel import Funnel
 
 K = 10
 """Recall is counted among so many nearest."""
-TARGET = 0.99
-# Shortlists are chosen for a little more, since the other half of the queries may be harder.
+# Shortlists are chosen for a little more than the 0.99 that is wanted, since other queries may be harder.
 _AIM = 0.993
 _FIRST = (100, 200, 400, 700, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12_000, 16_000, 24_000, 32_000)
 _SECOND = (20, 30, 50, 70, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200)
@@ -55,7 +54,7 @@ def exact_neighbours(vectors_ND: np.ndarray, queries: Queries, k: int = K) -> np
 
 
 def calibrate(funnel: Funnel, vectors_ND: np.ndarray, queries: Queries) -> tuple[Shortlists, dict[str, Any]]:
-    """The shortest lists by which the queries of each modality find TARGET of the K nearest, or the longest that there
+    """The shortest lists by which the queries of each modality find _AIM of the K nearest, or the longest that there
     are; and the measurement for the manifest, on queries that had no part in the choice."""
     truth_Qk = exact_neighbours(vectors_ND, queries)
     longest = min(_FIRST[-1], len(vectors_ND))

@@ -60,6 +60,7 @@ RECIPE = ROOT / "configs" / "quickstart.yaml"
 TOWERS = Path(__file__).parent / "claims_towers.json"
 CURVE_POINTS = 6
 _DONE = "done.json"
+_FORMAT = 2
 _TINY_TOWERS = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -158,9 +159,10 @@ def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: 
 
 
 def _hash(config: Config, world: World) -> str:
-    """Of all that decides what is learnt, wherever the files lie."""
+    """Of all that decides what is learnt, wherever the files lie, and of what is kept of a run."""
     towers = json.loads(Path(config.model.name).read_text())
-    text = json.dumps({**learning_values(config), "model.name": towers, "data.train": world.name}, sort_keys=True)
+    decides = {**learning_values(config), "model.name": towers, "data.train": world.name, "claims.format": _FORMAT}
+    text = json.dumps(decides, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -227,17 +229,24 @@ def embed_tests(run: Run, encoder: Path, prefix: str, only: str | None = None) -
             _embed(encoder, shards).save(path)
 
 
-def _embed(encoder: Path, shards: str) -> Embeddings:
+def _embed(encoder: Path, shards: str, captions: int | None = None) -> Embeddings:
     opened = bundle.open_model(encoder)
-    found = sets.embed(open_reader(shards), opened.model, opened.image_spec, opened.tokenise)
+    found = sets.embed(open_reader(shards), opened.model, opened.image_spec, opened.tokenise, captions=captions)
     image_ND, text_MD = (F.normalize(rows.double(), dim=-1).float().numpy() for rows in (found.image_ND, found.text_MD))
     group_N, group_M = found.image_group_N.numpy(), found.text_group_M.numpy()
     _, name_N = np.unique(found.image_of_text_M.numpy(), return_index=True)  # a sample's first text is its name
-    first_said: dict[tuple[int, str], int] = {}
-    for number, said in enumerate(zip(group_M.tolist(), found.captions, strict=True)):
-        first_said.setdefault(said, number)
-    distinct = list(first_said.values())
+    distinct = _distinct(group_M.tolist(), found.captions)
     return Embeddings(image_ND, text_MD[name_N], group_N, text_MD[distinct], group_M[distinct])
+
+
+def _distinct(groups: Sequence[int], captions: Sequence[str]) -> list[int]:
+    """Which captions are kept for text→text: none begins with another one that is kept of its group."""
+    kept: dict[int, list[int]] = {}
+    for number in sorted(range(len(captions)), key=lambda number: len(captions[number])):
+        of_group = kept.setdefault(groups[number], [])
+        if not any(captions[number].startswith(captions[other]) for other in of_group):
+            of_group.append(number)
+    return sorted(number for of_group in kept.values() for number in of_group)
 
 
 def _fit_pca(run: Run) -> None:
@@ -246,7 +255,7 @@ def _fit_pca(run: Run) -> None:
     paths = {name: run.folder / f"pca-{name}.npz" for name in run.world.tests}
     if all(path.exists() for path in paths.values()):
         return
-    trained = _embed(run.last, run.world.train)
+    trained = _embed(run.last, run.world.train, captions=1)
     means = [rows.astype(np.float64).mean(0) for rows in (trained.image_ND, trained.text_ND)]
     moments = [
         (rows - mean).T @ (rows - mean) / len(rows)

@@ -43,7 +43,8 @@ class Embeddings:
     """Of each picture's name."""
     group_N: np.ndarray
     caption_MD: np.ndarray
-    """Of what an item is called besides, and its name: what differs, word for word."""
+    """Of all that an item is called, where there is more: in other words, in other languages. None begins with another
+    of its item, which would be found by its letters."""
     caption_group_M: np.ndarray
 
     def save(self, path: Path) -> None:
@@ -128,7 +129,8 @@ class Draws:
         rng = np.random.default_rng(0)
         count = len(self.concepts)
         self._weight_RC = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(float)
-        self._seed_RS = rng.integers(0, seeds, size=(DRAWS, seeds))
+        # The same for all test sets, since the same models are behind them.
+        self._seed_RS = np.random.default_rng(1).integers(0, seeds, size=(DRAWS, seeds))
 
     def measure(self, value_SQ: np.ndarray, group_Q: np.ndarray) -> Measured:
         """The mean of a score over queries and seeds."""

@@ -1,6 +1,6 @@
 """Ranking all dims in one walk, beside one dim by the same code and beside CLIP_benchmark's functions; run by hand:
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/evaluate.py [--images 20000] [--repeats 3] [--peer-images 2000]
+    python tests/benchmarks/evaluate.py [--images 20000] [--repeats 3] [--peer-images 2000]
 
 Five captions an image, D = 512, dims 32 … 512. The embeddings are like trained ones: the first numbers carry the most,
 and a caption lies near its image; `--noise 50` makes them all but random, the worst case, since then most scores have

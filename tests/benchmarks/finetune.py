@@ -5,14 +5,15 @@
 
 Each plain run of claims.py is a start: exported in the layout of open_clip, trained on by `mmrl train`, its weights
 being `model.pretrained`, nested from the first step on (nesting.start=0, which turns it first), the weights of the dims
-those of configs/quickstart.yaml, at a fifth of its learning rates, which is about where these stand when the quickstart
-begins to nest. The row of 0 steps is `mmrl rotate` alone; "nested" is the recipe that turns within as many steps as
+those of configs/quickstart.yaml, at a fifth of its learning rates: these stand at a sixth when the quickstart begins to
+nest. The row of 0 steps is `mmrl rotate` alone; "nested" is the recipe that turns within as many steps as
 plain had.
 
 It prints a Markdown table: R@1 on the held-out artist in %, the mean of both directions and of the seeds.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,13 +38,11 @@ def tuned(plain: Run, dims: Sequence[int], steps: int) -> Run:
     """The run that goes on from a plain one for so many nested steps."""
     recipe = configs.load(claims.RECIPE)
     lrs = {name: getattr(recipe.optim, name) for name in ("lr", "lr_token_embedding", "lr_logit_scale")}
-    folder = plain.folder.with_name(f"{plain.folder.name}-and-{steps}")
     source = plain.folder / "open_clip"
-    overrides = [
+    changes = [
         f"nesting={{dims: {json.dumps(list(dims))}, weights: {json.dumps(recipe.nesting.weights)}, start: 0}}",
         f"train.duration={steps} steps",
         f"optim.warmup={max(1, steps // 16)} steps",
-        f"model.pretrained={source / 'open_clip_model.safetensors'}",
         f"checkpoint.every={steps} steps",
         *(f"optim.{name}={SHARE_OF_LR * value}" for name, value in lrs.items() if value is not None),
     ]
@@ -51,7 +50,9 @@ def tuned(plain: Run, dims: Sequence[int], steps: int) -> Run:
         bundles.export(str(plain.last), source, [max(dims)], "open_clip")
     beside = plain.folder / "tuned.yaml"
     beside.write_text(configs.dump(plain.config))
-    config = configs.load(beside, [*overrides, f"run={folder}"])
+    name = f"{plain.folder.name}-and-{steps}-{hashlib.sha256(' '.join(changes).encode()).hexdigest()[:10]}"
+    places = [f"run={plain.folder.with_name(name)}", f"model.pretrained={source / 'open_clip_model.safetensors'}"]
+    config = configs.load(beside, [*changes, *places])
     return replace(plain, arm=f"plain, then {steps} nested steps", config=config, curve=False)
 
 
@@ -71,8 +72,7 @@ def table(plan: Plan, name: str, steps: Sequence[int]) -> str:
     for count in steps:
         more = [tuned(run, plan.dims, count) for run in of["plain"]]
         for run in more:
-            if not run.last.exists():
-                train(run.config, Console(quiet=True))
+            train(run.config, Console(quiet=True))
             claims.embed_tests(run, run.last, "")
         rows.append((more[0].arm, more, ""))
     rows.append(("nested", of["nested"], ""))

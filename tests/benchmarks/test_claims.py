@@ -51,6 +51,11 @@ def test_a_picture_is_no_answer_to_itself() -> None:
     assert not np.isnan(rank_Q).any()
 
 
+def test_captions_that_begin_with_another_of_their_concept_are_no_queries() -> None:
+    captions = ["red heart: love", "red heart", "coeur rouge", "red heart", "red", "red heart"]
+    assert claims._distinct([0, 0, 0, 0, 1, 1], captions) == [1, 2, 4]
+
+
 def test_an_interval_is_that_of_resampled_concepts_and_seeds() -> None:
     group = np.arange(400)
     hits_SQ = (np.random.default_rng(0).random((1, 400)) < 0.3).astype(float)
@@ -120,9 +125,9 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     numbers = json.loads((page / "results.json").read_text())
     arms = numbers["starter"]["tests"]["test-artist"]
     assert set(arms) == set(claims_report.COLOURS)
-    # The starter's walk is tested on concepts of several artists and names.
-    assert {*claims_report.CROSS, *claims_report.SAME} == set(arms["nested"]["8"])
-    assert "| text→text on test-artist: R@1 at 64, less plain's |" in text
+    # The starter's walk is tested on concepts of several artists, whose longer captions begin with their names.
+    assert {*claims_report.CROSS, "image_to_image"} == set(arms["nested"]["8"])
+    assert "| image→image on test-artist: R@1 at 64, less plain's |" in text
     # Turning changes nothing at the full dim.
     for direction, metrics in arms["rotated"]["64"].items():
         for metric, (value, _, _) in metrics.items():

@@ -1,5 +1,7 @@
-"""Ranks against brute force; ties; and that neither tiles, order nor processes change a bit of them."""
+"""Ranks against brute force; ties; and that neither tiles, order, threads nor processes change a bit of them."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 
@@ -81,6 +83,15 @@ def test_all_equal_vectors_have_the_worst_ranks() -> None:
         assert by_text[dim].rank_Q.unique().tolist() == [100]
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("groups", [500, 20])
 def test_tiles_and_order_change_no_bit(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     x, y, query_group, gallery_group = given(330, 590, groups, repeat=True)
@@ -97,13 +108,32 @@ def test_tiles_and_order_change_no_bit(monkeypatch: pytest.MonkeyPatch, groups: 
                 assert torch.equal(a, b[place])
     monkeypatch.setattr(tiles, "_CPU_TILE", 64)
     monkeypatch.setattr(ranks, "_CHUNK_ELEMENTS", 9000)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(tiles, "_AT_A_TIME", 2)
     for few in (0, 1):  # scores never listed, always listed
         monkeypatch.setattr(counting, "_FEW", few)
         for one, other in zip(whole, rank_both(x, y, query_group, gallery_group, DIMS), strict=True):
             assert_equal(one, other)
         assert_equal(alone, rank_queries(y, y, gallery_group, gallery_group, DIMS, same_rows=True))
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_torch_has_its_threads_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads_of_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    few = given(330, 590, 500)
+    rank_both(*few, DIMS)
+    assert threads_of_a_new_thread() == 3
+
+    def fails(*_: object) -> None:
+        assert torch.get_num_threads() == 1
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(counting.Counter, "count", fails)
+    with pytest.raises(ZeroDivisionError):
+        rank_both(*few, DIMS)
+    assert threads_of_a_new_thread() == 3
 
 
 def _ranked(over_ranks: bool) -> list[dict[int, PerQuery]]:

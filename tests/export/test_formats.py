@@ -19,7 +19,7 @@ from stored import PICTURES, TEXTS, prefix, stored
 
 import mmrl
 from mmrl.errors import InputError, RunStopped
-from mmrl.export import bundles, contract
+from mmrl.export import bundles, contract, onnx_graphs
 from mmrl.export.formats import base
 from mmrl.export.summary import line
 from mmrl.model import bundle
@@ -241,11 +241,14 @@ def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
         mmrl.load(tmp_path / "online").encode_images([tmp_path / "bad.jpg"])
     with pytest.raises(InputError, match="holds ONNX graphs, which give vectors but no weights"):
         bundles.export_bundle(str(tmp_path / "online"), tmp_path / "out", 4)
-    for name in ("text.onnx.data", "text.onnx"):
+    for variant, name in (("int8", "text.int8.onnx.data"), ("fp32", "text.onnx.data"), ("fp32", "text.onnx")):
         with (tmp_path / "online" / name).open("ab") as file:
             file.write(b"x")
         with pytest.raises(InputError, match=rf"{name} is not the file that manifest.json was written for"):
-            mmrl.load(tmp_path / "online", variant="fp32")
+            mmrl.load(tmp_path / "online", variant=variant)
+    (tmp_path / "online" / "text.fp16.onnx.data").unlink()
+    with pytest.raises(InputError, match=r"is incomplete: text.fp16.onnx.data is missing"):
+        mmrl.load(tmp_path / "online", variant="fp16")
     mmrl.load(tmp_path / "online", variant="fp32", towers="image")
     (tmp_path / "online" / "image.onnx").unlink()
     with pytest.raises(InputError, match=r"is incomplete: image.onnx is missing"):
@@ -330,6 +333,15 @@ def test_formats_that_a_tower_does_not_allow_are_refused(hf_model: Path, source:
     for keywords, says in mistakes:
         with pytest.raises(InputError, match=says):
             bundles.export(str(source), tmp_path / "out", [8], **keywords)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_beyond_one_file_is_refused_where_one_file_is_wanted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graphs, "_MOST_BYTES", 0)
+    with pytest.raises(InputError, match=r"transformers.js wants a tower in one file, .* use onnx"):
+        bundles.export(str(source), tmp_path / "out", [8], "transformers.js")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,5 @@
-"""`onnx`: image.onnx and text.onnx, pixels and token ids in, unit vectors out, with a tokenizer.json and a small
-encoder.py that needs neither torch nor mmrl."""
+"""`onnx`: image.onnx and text.onnx, pixels and token ids in, unit vectors out, the weights of each in NAME.onnx.data
+beside it, with a tokenizer.json and a small encoder.py that needs neither torch nor mmrl."""
 
 import shutil
 from collections.abc import Sequence
@@ -93,6 +93,8 @@ from encoder import Encoder  # the file of this folder: numpy, Pillow, tokenizer
 encoder = Encoder("FOLDER")  # mmrl.load("FOLDER") has the same calls
 vectors = encoder.encode_texts(["a red shoe"])  # encode_images(["shoe.jpg"]) likewise
 ```
+
+The weights of each graph are in a file beside it, `image.onnx.data` and so on: copy both.
 """,
     library="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),

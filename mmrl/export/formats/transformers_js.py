@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.errors import InputError
-from mmrl.export import tokenizer_json
+from mmrl.export import onnx_graphs, tokenizer_json
 from mmrl.export.formats import onnx
 from mmrl.export.formats.base import Cut, Format
 from mmrl.export.formats.transformers import check_preprocessing, write_preprocessing
@@ -19,6 +19,7 @@ _SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 
 def _check(whole: Bundle) -> None:
     tokenizer_json.check(whole, "transformers.js")
+    onnx_graphs.check_size(whole, "transformers.js")
     check_preprocessing(whole.image_spec, "transformers.js")
     if not tokenizer_json.is_bpe(whole):
         raise InputError(
