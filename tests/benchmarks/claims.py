@@ -1,4 +1,4 @@
-"""Does nesting keep its promises? Trains and evaluates every rival on two real sets, and writes the page of results.
+"""Does nesting keep its promises? Trains and evaluates every rival on two real sets, and writes a page on each.
 
     python tests/benchmarks/claims.py --world DIR [--seeds 0,1,2] [--worlds starter world] [--jobs 2]
         [--cache runs/claims] [--out tests/benchmarks/claims]
@@ -21,7 +21,7 @@ The arms, all of the same data, steps and schedule (those of configs/quickstart.
     nested, rotated the last, turned by `mmrl rotate`
 
 The test sets are opened here alone, on each run's last checkpoint: nothing is chosen by them. `--tiny` walks the same
-way in a minute, on a handful of pictures and steps, to test the way; its page says that it is no result.
+way in a minute, on a handful of pictures and steps, to test the way; its pages say that they are no result.
 """
 
 import argparse
@@ -41,7 +41,7 @@ import claims_report
 import numpy as np
 import torch
 import torch.nn.functional as F
-from claims_report import Embeddings
+from claims_scores import Embeddings
 from rich.console import Console
 
 from mmrl import config as configs
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train and evaluate every rival of nesting; write the results.")
     parser.add_argument("--world", type=Path, default=Path("runs/world"), help="what world.py built")
     parser.add_argument("--cache", type=Path, default=Path("runs/claims"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "claims", help="folder of the page")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "claims", help="folder of the pages")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--worlds", nargs="+", choices=("starter", "world"), default=("starter", "world"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
@@ -380,16 +380,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_all(runs, given.jobs, console)
     except (InputError, RunStopped) as error:
         parser.exit(2 if isinstance(error, InputError) else 1, f"{error}\n")
-    results = {
-        world.name: {
+    for world in plan.worlds:
+        results = {
             "tests": {test: list(compared(plan, runs, world, test)) for test in world.tests},
             "curves": curves(runs, world, next(iter(world.tests))),
             "ranks": ranks(runs, world),
         }
-        for world in plan.worlds
-    }
-    page = claims_report.write(out, results, plan.dims, plan.seeds, tiny=given.tiny)
-    console.print(f"Written: {page}")
+        page = claims_report.write(out / world.name, {world.name: results}, plan.dims, plan.seeds, tiny=given.tiny)
+        console.print(f"Written: {page}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import claims
-import claims_report
+import claims_scores
 import numpy as np
 import torch
 from claims import Plan, Run
-from claims_report import Embeddings
+from claims_scores import Embeddings
 from rich.console import Console
 
 from mmrl import config as configs
@@ -60,7 +60,7 @@ def r1(runs: Sequence[Run], dim: int, prefix: str = "") -> float:
     """In %, on the first test set; the mean of both directions and of the runs."""
     test = next(iter(runs[0].world.tests))
     found = [Embeddings.load(run.folder / f"{prefix}{test}.npz") for run in runs]
-    ranks = [claims_report.per_query(one, dim, way)[0] for one in found for way in claims_report.CROSS]
+    ranks = [claims_scores.per_query(one, dim, way)[0] for one in found for way in claims_scores.CROSS]
     return 100 * float(np.mean([rank <= 1 for rank in ranks]))
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import claims
 import claims_report
+import claims_scores
 import numpy as np
 import pytest
-from claims_report import Draws, Embeddings, Measured
+from claims_scores import Draws, Embeddings, Measured
 
 import mmrl
 
@@ -30,8 +31,8 @@ def test_scores_of_each_query_average_to_those_of_the_evaluation(concepts: int) 
         one.image_ND, one.text_ND, image_group_N=one.group_N, text_group_M=one.group_N, dims=[12, 3]
     )
     for dim in (12, 3):
-        for direction in claims_report.CROSS:
-            rank_Q, average_Q = claims_report.per_query(one, dim, direction)
+        for direction in claims_scores.CROSS:
+            rank_Q, average_Q = claims_scores.per_query(one, dim, direction)
             for k in (1, 5, 10):
                 assert (rank_Q <= k).mean() == pytest.approx(expected[dim][direction][f"R@{k}"])
             assert average_Q.mean() == pytest.approx(expected[dim][direction]["mAP"])
@@ -39,14 +40,14 @@ def test_scores_of_each_query_average_to_those_of_the_evaluation(concepts: int) 
 
 def test_a_picture_is_no_answer_to_itself() -> None:
     one = embeddings(40, 9)
-    rank_Q, _ = claims_report.per_query(one, 12, "image_to_image")
+    rank_Q, _ = claims_scores.per_query(one, 12, "image_to_image")
     unit = one.image_ND / np.linalg.norm(one.image_ND, axis=1, keepdims=True)
     score = unit @ unit.T
     np.fill_diagonal(score, -np.inf)
     same = one.group_N[score.argmax(1)] == one.group_N
     assert ((rank_Q == 1) == same).all()
-    assert np.isnan(claims_report.per_query(embeddings(40, 40), 12, "image_to_image")[0]).all()
-    rank_Q, _ = claims_report.per_query(embeddings(40, 40), 12, "text_to_text")  # two captions of each
+    assert np.isnan(claims_scores.per_query(embeddings(40, 40), 12, "image_to_image")[0]).all()
+    rank_Q, _ = claims_scores.per_query(embeddings(40, 40), 12, "text_to_text")  # two captions of each
     assert rank_Q.shape == (80,)
     assert not np.isnan(rank_Q).any()
 
@@ -78,15 +79,15 @@ def test_the_share_of_steps_is_read_off_the_curve() -> None:
     good, poor = embeddings(30, 30), embeddings(30, 30, seed=1)
     good = replace(good, image_ND=good.text_ND)
     curves = {"plain": {10: [poor], 20: [good]}, "nested": {5: [good], 20: [good]}}
-    assert claims_report.steps_to_reach(curves, 12) == pytest.approx(5 / 20)
+    assert claims_scores.steps_to_reach(curves, 12) == pytest.approx(5 / 20)
     curves["nested"] = {10: [poor], 20: [poor]}
-    assert claims_report.steps_to_reach(curves, 12) is None
+    assert claims_scores.steps_to_reach(curves, 12) is None
 
 
 def test_ratios_and_means_are_taken_within_each_draw() -> None:
     one, two = Measured(2.0, np.array([1.0, 3.0])), Measured(4.0, np.array([2.0, 4.0]))
     assert (one / two).draws_R.tolist() == [0.5, 0.75]
-    assert claims_report.mean_of([one, two]).draws_R.tolist() == [1.5, 3.5]
+    assert claims_scores.mean_of([one, two]).draws_R.tolist() == [1.5, 3.5]
 
 
 def test_arms_differ_in_their_nesting_alone(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_world_that_is_not_whole_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--tiny", "--cache", str(tmp_path), "--out", str(tmp_path / "never")]
     claims.main(arguments)
-    page = tmp_path / "tiny" / "page"
+    page = tmp_path / "tiny" / "page" / "starter"
     text = (page / "results.md").read_text()
     assert "These numbers mean nothing" in text
     assert not (tmp_path / "never").exists()
@@ -126,7 +127,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     arms = numbers["starter"]["tests"]["test-artist"]
     assert set(arms) == set(claims_report.COLOURS)
     # The starter's walk is tested on concepts of several artists, whose longer captions begin with their names.
-    assert {*claims_report.CROSS, "image_to_image"} == set(arms["nested"]["8"])
+    assert {*claims_scores.CROSS, "image_to_image"} == set(arms["nested"]["8"])
     assert "| image→image on test-artist: R@1 at 64, less plain's |" in text
     # Turning changes nothing at the full dim.
     for direction, metrics in arms["rotated"]["64"].items():
