@@ -7,13 +7,14 @@ Each plain run of claims.py is a start: exported in the layout of open_clip, tra
 being `model.pretrained`, nested from the first step on (nesting.start=0, which turns it first), the weights of the dims
 those of configs/quickstart.yaml, at a fifth of its learning rates: these stand at a sixth when the quickstart begins to
 nest. The row of 0 steps is `mmrl rotate` alone; "nested" is the recipe that turns within as many steps as
-plain had.
+plain had. Rows of as many plain steps more tell what is the steps' doing.
 
 It prints a Markdown table: R@1 on the held-out artist in %, the mean of both directions and of the seeds.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,12 +36,13 @@ SHARE_OF_LR = 0.2
 
 
 def tuned(plain: Run, dims: Sequence[int], steps: int) -> Run:
-    """The run that goes on from a plain one for so many nested steps."""
+    """The run that goes on from a plain one for so many steps, nested at `dims`, or plain where there is one."""
     recipe = configs.load(claims.RECIPE)
     lrs = {name: getattr(recipe.optim, name) for name in ("lr", "lr_token_embedding", "lr_logit_scale")}
     source = plain.folder / "open_clip"
+    nested = f", weights: {json.dumps(recipe.nesting.weights)}, start: 0" if len(dims) > 1 else ""
     changes = [
-        f"nesting={{dims: {json.dumps(list(dims))}, weights: {json.dumps(recipe.nesting.weights)}, start: 0}}",
+        f"nesting={{dims: {json.dumps(list(dims))}{nested}}}",
         f"train.duration={steps} steps",
         f"optim.warmup={max(1, steps // 16)} steps",
         f"checkpoint.every={steps} steps",
@@ -53,7 +55,8 @@ def tuned(plain: Run, dims: Sequence[int], steps: int) -> Run:
     name = f"{plain.folder.name}-and-{steps}-{hashlib.sha256(' '.join(changes).encode()).hexdigest()[:10]}"
     places = [f"run={plain.folder.with_name(name)}", f"model.pretrained={source / 'open_clip_model.safetensors'}"]
     config = configs.load(beside, [*changes, *places])
-    return replace(plain, arm=f"plain, then {steps} nested steps", config=config, curve=False)
+    arm = f"plain, then {steps} {'nested' if nested else 'plain'} steps"
+    return replace(plain, arm=arm, config=config, curve=False)
 
 
 def r1(runs: Sequence[Run], dim: int, prefix: str = "") -> float:
@@ -69,8 +72,8 @@ def table(plan: Plan, name: str, steps: Sequence[int]) -> str:
     runs = [run for run in claims.plan_runs(plan) if run.world.name == name]
     of = {arm: [run for run in runs if run.arm == arm] for arm in ("plain", "nested")}
     rows = [("plain, cut", of["plain"], ""), ("plain, then 0 steps: rotated", of["plain"], "rotated-")]
-    for count in steps:
-        more = [tuned(run, plan.dims, count) for run in of["plain"]]
+    for dims, count in itertools.product(([plan.dims[0]], plan.dims), steps):
+        more = [tuned(run, dims, count) for run in of["plain"]]
         for run in more:
             train(run.config, Console(quiet=True))
             claims.embed_tests(run, run.last, "")
