@@ -17,7 +17,7 @@ import numpy as np
 from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
 from mmrl.data.opening import keep_index
 from mmrl.data.samples import NO_GROUP, UNUSABLE, FieldsConfig, group_number, parse, reason_of
-from mmrl.data.stores import Store, is_remote
+from mmrl.data.stores import Store
 from mmrl.decode import decode_pixels
 
 # Kinds of problems that are told apart here and in check.py.
@@ -27,7 +27,6 @@ LEFT_OUT = ("duplicate key", "cut sample")
 _PIECE = 1 << 20
 # Captions are handed to the tokenizer so many at a time.
 _TEXTS = 512
-_FETCHES = 5
 _NO_PICTURE = bytes(16)
 # First bytes of a file -> the format, as Pillow calls it.
 _MAGIC = (
@@ -124,8 +123,10 @@ def check_shard(location: str, fields: FieldsConfig, work: Work) -> ShardFacts:
     """All that can be found out about one shard. A shard that cannot be read is a problem, not an error."""
     facts = ShardFacts(location)
     try:
-        path, index = _indexed(location, work.store)
-        with path.open("rb", buffering=0) as raw:
+        # Open from the first to the last: other workers' copies may push this one out of a small cache folder.
+        with os.fdopen(work.store.open(location), "rb", buffering=0) as raw:
+            _read_ahead(raw.fileno())
+            index = index_shard(Path(location), raw)
             facts.samples, facts.size = len(index), os.fstat(raw.fileno()).st_size
             for key, reason in index.problems:
                 facts.note(key, reason)
@@ -149,25 +150,10 @@ def check_shard(location: str, fields: FieldsConfig, work: Work) -> ShardFacts:
     return facts
 
 
-def _indexed(location: str, store: Store) -> tuple[Path, ShardIndex]:
-    """A shard's local file and its index. Other workers' copies may push this one out of a small cache folder before
-    it is open; it is fetched again then."""
-    for attempt in range(1, _FETCHES + 1):
-        path = store.local(location)
-        try:
-            _read_ahead(path)
-            return path, index_shard(path)
-        except FileNotFoundError:
-            if not is_remote(location) or attempt == _FETCHES:
-                raise
-    raise AssertionError
-
-
-def _read_ahead(path: Path) -> None:
+def _read_ahead(file: int) -> None:
     """Lets the kernel read the whole file in one go, or the scan of the headers would hop over the disk."""
     if hasattr(os, "posix_fadvise"):
-        with path.open("rb", buffering=0) as raw:
-            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _extensions(index: ShardIndex) -> dict[str, int]:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -128,17 +128,25 @@ class ShardIndex:
         return {self.extensions[self.kind[m]]: (int(self.offset[m]), int(self.size[m])) for m in span}
 
 
-def index_shard(path: Path) -> ShardIndex:
+def index_shard(path: Path, opened: IO[bytes] | None = None) -> ShardIndex:
     """Reads a tar's headers. Members that follow each other under one key (the name up to its first dot, as
     WebDataset has it) are one sample. Where the tar is cut short or damaged, the samples that are whole before that
     are kept, and the loss is recorded among the problems.
 
+    Args:
+        opened: the file, where it is open already; `path` is then its name alone.
+
     Raises:
         NotATar: the file is no plain tar at all.
     """
-    builder, length, cut, end = _IndexBuilder(), path.stat().st_size, None, 0
+    with contextlib.nullcontext(opened) if opened else path.open("rb") as raw:
+        return _index(path, raw)
+
+
+def _index(path: Path, raw: IO[bytes]) -> ShardIndex:
+    builder, length, cut, end = _IndexBuilder(), os.fstat(raw.fileno()).st_size, None, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in tar:
                 if member.size < 0:  # which tarfile would step back by, for ever
                     raise tarfile.ReadError(f"{member.name} has a size below 0")
@@ -152,45 +160,44 @@ def index_shard(path: Path) -> ShardIndex:
                 end = member.offset_data + member.size
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else tarfile keeps them all
             else:
-                cut = _cut_at(path, tar.offset)
+                cut = _cut_at(raw, tar.offset)
                 if cut and not cut.startswith(_BEYOND):
                     builder.drop_unfinished()
     except OSError:
         raise
     except Exception as error:  # damaged headers make tarfile raise many kinds
         if not builder.has_members:
-            hint = "; decompress it first" if _is_gzip(path) else ""
+            hint = "; decompress it first" if _is_gzip(raw) else ""
             raise NotATar(path, f"not a plain tar file: {error}{hint}") from error
         cut = f"damaged tar: {error}; its last {length - end:,} bytes cannot be read"
         builder.drop_unfinished()
     if cut:
         builder.problem("", cut)
-    return builder.finish(path)
+    return builder.finish(raw.fileno())
 
 
 _BEYOND = "data beyond the end of the tar"
 
 
-def _cut_at(path: Path, offset: int) -> str | None:
+def _cut_at(raw: IO[bytes], offset: int) -> str | None:
     """What is wrong with the end of a tar of which tarfile read no further than `offset`. A whole one ends there in
     blocks of zeros; a cut at the edge of a member, or a damaged header, raises nothing in any reader."""
-    with path.open("rb") as raw:
-        raw.seek(offset)
-        rest = path.stat().st_size - offset
-        block = raw.read(BLOCK)
-        if len(block) < BLOCK:
-            return "truncated tar: no end-of-archive mark"
-        if any(block):
-            return f"damaged tar: no header at byte {offset:,}; its last {rest:,} bytes cannot be read"
-        while piece := raw.read(_PIECE):
-            if any(piece):
-                return f"{_BEYOND}: its last {rest:,} bytes are not read; tars are not joined by cat"
+    raw.seek(offset)
+    rest = os.fstat(raw.fileno()).st_size - offset
+    block = raw.read(BLOCK)
+    if len(block) < BLOCK:
+        return "truncated tar: no end-of-archive mark"
+    if any(block):
+        return f"damaged tar: no header at byte {offset:,}; its last {rest:,} bytes cannot be read"
+    while piece := raw.read(_PIECE):
+        if any(piece):
+            return f"{_BEYOND}: its last {rest:,} bytes are not read; tars are not joined by cat"
     return None
 
 
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as raw:
-        return raw.read(2) == b"\x1f\x8b"
+def _is_gzip(raw: IO[bytes]) -> bool:
+    raw.seek(0)
+    return raw.read(2) == b"\x1f\x8b"
 
 
 def _key_of(name: str) -> tuple[str, str]:
@@ -253,12 +260,12 @@ class _IndexBuilder:
             self._keys.append(self._key.encode(errors="surrogateescape"))
             self._first.append(len(self._members))
 
-    def finish(self, path: Path) -> ShardIndex:
+    def finish(self, file: int) -> ShardIndex:
+        """The index of that open file."""
         self._close()
         kind, offset, size = np.array(self._members, np.int64).reshape(-1, 3).T
         probes = np.unique(np.linspace(0, len(offset) - 1, _PROBES).astype(int)) if len(offset) else []
-        with path.open("rb", buffering=0) as raw:
-            mark = TarMark.of(raw.fileno(), [int(offset[m]) - BLOCK for m in probes])
+        mark = TarMark.of(file, [int(offset[m]) - BLOCK for m in probes])
         return ShardIndex(
             key_bytes=np.frombuffer(b"".join(self._keys), np.uint8),
             key_end=np.array([*itertools.accumulate(map(len, self._keys))], np.int64),

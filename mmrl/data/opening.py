@@ -181,7 +181,8 @@ def _opened(location: str, stored: Path) -> Shard | None:
 
 def _make(location: str, store: Store) -> Shard:
     try:
-        index = index_shard(store.local(location))
+        with os.fdopen(store.open(location), "rb") as raw:
+            index = index_shard(Path(location), raw)
     except NotATar:
         store.discard(location)  # a page that says why there is no shard is no copy to keep
         raise

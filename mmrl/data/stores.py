@@ -29,8 +29,6 @@ _LONGEST_PAUSE = 20.0
 _SECONDS_GIVEN_UP, _LONGEST_GIVEN_UP = 60.0, 600.0
 _SECONDS_UNTIL_DEAD = 86_400.0
 _FETCHERS = 2
-# So often a copy may be pushed out of a folder that is too small before it is opened.
-_EVICTIONS = 5
 _LARGEST_SMALL = 1 << 30
 
 
@@ -136,15 +134,8 @@ class Store:
         """
         if not is_remote(location):
             return Path(location)
-        target = self._target(location)
-        if target.exists():
-            with contextlib.suppress(OSError):
-                os.utime(target)  # what is used stays
-            return target
-        with self._locked(target) as lock:
-            if not target.exists():
-                self._fetch_noted(location, target, lock)
-        return target
+        os.close(self.open(location))
+        return self._target(location)
 
     def open(self, location: str) -> int:
         """A file descriptor to read it by, which stays good whatever becomes of the copy.
@@ -152,12 +143,15 @@ class Store:
         Raises:
             OSError: as `local`.
         """
-        for _ in range(_EVICTIONS):
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(self.local(location), os.O_RDONLY)
-            if not is_remote(location):
-                break
-        return os.open(self.local(location), os.O_RDONLY)
+        if not is_remote(location):
+            return os.open(location, os.O_RDONLY)
+        target = self._target(location)
+        with contextlib.suppress(FileNotFoundError):
+            return _open_copy(target)
+        with self._locked(target) as lock:
+            with contextlib.suppress(FileNotFoundError):  # another process has fetched it meanwhile
+                return _open_copy(target)
+            return self._fetch_noted(location, target, lock)
 
     def discard(self, location: str) -> None:
         """Throws a copy away that turned out to be wrong; the next who wants it fetches it again."""
@@ -214,15 +208,16 @@ class Store:
                 if not target.exists():
                     with self._locked(target, wait=False) as lock:
                         if not target.exists():
-                            self._fetch_noted(location, target, lock)
+                            os.close(self._fetch_noted(location, target, lock))
             self._asked.discard(location)
 
     def _pauses(self) -> Iterator[float]:
         for attempt in range(self.config.retries):
             yield min(0.1 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
-    def _fetch_noted(self, location: str, target: Path, lock: IO[str]) -> None:
-        """Fetches, unless it failed shortly before, here or in another process: the lock's file tells."""
+    def _fetch_noted(self, location: str, target: Path, lock: IO[str]) -> int:
+        """Fetches, unless it failed shortly before, here or in another process: the lock's file tells. Returns a
+        descriptor."""
         lock.seek(0)
         since, _, why = lock.read().partition(" ")
         if why and time.time() - float(since) < _SECONDS_GIVEN_UP:
@@ -230,7 +225,7 @@ class Store:
         began = time.time()
         note = ""
         try:
-            self._fetch(location, target)
+            return self._fetch(location, target)
         except OSError as error:
             # What took long to fail is not tried again sooner than that.
             note = f"{time.time() + min(time.time() - began, _LONGEST_GIVEN_UP)} {error}"
@@ -240,8 +235,9 @@ class Store:
             lock.truncate()
             lock.write(note)
 
-    def _fetch(self, location: str, target: Path) -> None:
-        """Piece by piece into a file beside; after a cut the rest alone is asked for."""
+    def _fetch(self, location: str, target: Path) -> int:
+        """Piece by piece into a file beside; after a cut the rest alone is asked for. Returns a descriptor, opened
+        before others can push the copy out again."""
         partial, pauses = _partial(target), self._pauses()
         while True:
             had = partial.stat().st_size if partial.exists() else 0
@@ -260,8 +256,10 @@ class Store:
                     raise OSError(f"{location} cannot be fetched: {error}") from None
                 time.sleep(pause)
         self._make_room(partial.stat().st_size)
+        file = os.open(partial, os.O_RDONLY)
         partial.replace(target)
         _mark(target).unlink(missing_ok=True)
+        return file
 
     def _make_room(self, size: int) -> None:
         """Removes the copies that were unused for longest, and what dead downloads left. Who has one open goes on
@@ -281,6 +279,13 @@ class Store:
                 break
             path.unlink(missing_ok=True)
             excess -= size_of_one
+
+
+def _open_copy(target: Path) -> int:
+    file = os.open(target, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.utime(target)  # what is used stays
+    return file
 
 
 def _partial(target: Path) -> Path:

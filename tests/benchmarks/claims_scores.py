@@ -20,6 +20,7 @@ from mmrl.nesting import cut
 METRICS = ("R@1", "R@5", "R@10", "mAP")
 CROSS, SAME = ("image_to_text", "text_to_image"), ("image_to_image", "text_to_text")
 DRAWS = 1000
+_FEWEST_QUERIES = 30
 REFERENCE = "plain, d only"
 
 
@@ -132,13 +133,13 @@ class Draws:
 
 
 def scores(seeds: Sequence[Embeddings], dim: int, draws: Draws) -> dict[str, dict[str, Measured]]:
-    """Direction → metric → what was measured; directions without a positive are left out."""
+    """Direction → metric → what was measured; directions with too few queries that have a positive are left out."""
     found = {}
     for direction in (*CROSS, *SAME):
         group_Q = seeds[0].caption_group_M if direction == "text_to_text" else seeds[0].group_N
         both = [per_query(one, dim, direction) for one in seeds]
         rank_SQ, average_SQ = (np.stack(rows) for rows in zip(*both, strict=True))
-        if np.isnan(rank_SQ).all():
+        if (~np.isnan(rank_SQ[0])).sum() < _FEWEST_QUERIES:
             continue
         found[direction] = {
             metric: draws.measure(np.where(np.isnan(rank_SQ), np.nan, rank_SQ <= int(metric[2:])), group_Q)

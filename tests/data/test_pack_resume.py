@@ -275,7 +275,7 @@ def test_ctrl_c_ends_the_command_and_all_its_workers(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
-        shown, errors = process.communicate(timeout=60)  # to the end of both, which workers would keep open
+        shown, errors = process.communicate(timeout=180)  # to the end of both, which workers would keep open
     assert process.returncode not in (0, None)
     assert "Traceback" not in errors
     assert "Stopped. The same command goes on after the" in shown
