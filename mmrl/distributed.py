@@ -8,6 +8,8 @@ Shapes: b rows of this process, B = b * world_size rows of all, in the order of 
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,8 @@ from torch._C._distributed_c10d import HashStore
 
 from mmrl import launchers
 from mmrl.errors import InputError, RunStopped
+
+_alone = False
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,21 @@ def stop() -> None:
 
 def world() -> World:
     """The present world; rank 0 of 1 before `start`."""
-    if not dist.is_initialized():
+    if _alone or not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For what one process does by itself while the others wait for it: within, its world is of one."""
+    global _alone
+    assert not _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 class _Gather(torch.autograd.Function):

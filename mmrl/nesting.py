@@ -27,11 +27,13 @@ class NestingConfig(Settings):
     dims_per_step: int | None = Field(default=None, ge=1)
     """So many of the dims are trained at each step, drawn anew, the same on all processes; all when left out.
     Distillation is then from the largest of the drawn."""
-    start: float | None = Field(default=None, ge=0, lt=1)
+    start: float | None = Field(default=None, ge=0, le=1)
     """The share of the run, such as 0.75, in which the full dim is trained alone. Then both towers' projections are
-    turned by one orthogonal matrix, which changes no similarity and moves the principal directions to the front, and
-    the prefixes, which now hold most of what was learnt, are trained as well. 0 turns pretrained towers before the
-    first step. When left out, nothing is turned, and all dims are trained from the first step on."""
+    turned by one orthogonal matrix, which changes no similarity and moves what tells pairs apart to the front: it is
+    learnt by the loss of the smaller dims, all weighted alike, on vectors of the training set. From there on all dims
+    are trained. 0 turns pretrained towers before the first step; 1 turns after the last one, so that the full dim is
+    what it would be without nesting. When left out, nothing is turned, and all dims are trained from the first step
+    on."""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
         self.total = max(1, self._steps(config.train.duration))
         self.warmup, self.cooldown = self._steps(config.optim.warmup), self._steps(config.optim.cooldown)
-        # The step before which the embedding is turned, and its prefixes join.
+        # The step before which the embedding is turned and its prefixes join; beyond the last, all ends with the turn.
         self.nests_from = None if config.nesting.start is None else int(config.nesting.start * self.total)
         self.save_every = max(1, self._steps(config.checkpoint.every))
         self.evaluate_every = max(1, self._steps(config.evaluation.every))
@@ -143,9 +143,7 @@ class Trainer:
         trace = Trace(Path(self.config.run) / "profile", self.world.rank, self.config.tracking.profile)
         while self.step_done < self.total:
             if self.step_done == self.nests_from:
-                self._at("turning the embedding")
-                with clock.paused():
-                    self._turn(tracker)
+                self._turn(tracker, clock)
             self._at("loading data")
             with self.engine.clock.part("data"):
                 parts = list(islice(batches, self.plan.accumulation))
@@ -162,6 +160,8 @@ class Trainer:
             if last or self.step_done % self.config.tracking.log_every == 0:
                 speed = clock.steps_per_second(self.step_done) * self.config.train.batch_size
                 self._log(tracker, loss, norm, rate, speed)
+            if last and self.nests_from == self.total:
+                self._turn(tracker, clock)
             with clock.paused():
                 stopping = distributed.anywhere(stop.asked)
                 is_best = False
@@ -240,18 +240,18 @@ class Trainer:
             return list(range(count))
         return sorted(draws.permutation(count, self.config.seed, self.step_done, _DIMS_DRAW)[:drawn].tolist())
 
-    def _turn(self, tracker: Tracker | None) -> None:
-        """From here on the prefixes are trained. A checkpoint of this step holds the encoder as it was before."""
-        self.engine.refresh()
-        training = dataclasses.replace(self.encoder, model=self.engine.whole_model)
-        with self._evaluating(training.model):
-            found = turn.find(self.config.run, training, self.plan.reader)
-        turn.apply(self.engine, training, self.encoder, found.rotation_DD)
+    def _turn(self, tracker: Tracker | None, clock: Pacer) -> None:
+        """From here on the prefixes are trained. A checkpoint of this step holds the encoder as it was before, but for
+        the last one, which the turn has shaped."""
+        self._at("turning the embedding")
+        with clock.paused():
+            self.engine.refresh()
+            training = dataclasses.replace(self.encoder, model=self.engine.whole_model)
+            with self._evaluating(training.model):
+                found = turn.find(self.config.run, training, self.plan.reader)
+            turn.apply(self.engine, training, self.encoder, found.rotation_DD)
         if tracker:
-            tracker.say(
-                f"step {self.step_done:,}  turned by {found.images:,} pictures and {found.texts:,} texts, effective "
-                f"rank {found.effective_rank:.1f} of {training.dim}; the prefixes are trained from here on"
-            )
+            tracker.say(f"step {self.step_done:,}  {found.told()}")
 
     def _seed_dropout(self, part: int) -> None:
         """Dropout, where a tower has any, is a function of (seed, step, rank, micro-batch): it is the same in both
@@ -407,6 +407,9 @@ class Trainer:
             f"{self.config.train.batch_size:,} (another {tail} left out each epoch), {self.total:,} steps; "
             f"{self.world.size} process(es) on {self.world.device.type}, {self.engine.precision}",
         )
+        if self.nests_from and self.step_done < self.nests_from:
+            then = "at its end" if self.nests_from == self.total else f"after step {self.nests_from:,}"
+            tracker.say(f"The full dim is trained alone, and the embedding turned {then}: until then cuts lose much.")
         for name, reader in self.plan.evaluation_readers.items():
             if len(reader) < (whole := self.plan.evaluation_samples[name]):
                 tracker.say(

@@ -1,8 +1,9 @@
-"""The turn in the middle of a run (`nesting.start`): the embedding's principal directions come first.
+"""The turn of a run (`nesting.start`): what tells pairs apart comes first in the embedding.
 
 Until then the full dim was trained alone, and what it learnt lies anywhere. One orthogonal matrix is multiplied into
-both projections: no similarity changes, so the full dim's loss goes on where it was, and each prefix begins with as
-much of the embedding as so many numbers can hold, instead of from nothing.
+both projections: no similarity changes, so the full dim's loss goes on where it was, and each prefix begins with what
+so many numbers can do, instead of from nothing. The matrix begins as the principal directions, and is learnt by the
+nested loss on vectors of the training set (export/learnt_rotation.py).
 
 The optimiser's state turns along: the mean of the gradients as the weights do; the mean of their squares, of which Adam
 keeps those of single numbers alone, by the matrix of squares, as if the gradients of two numbers were uncorrelated.
@@ -16,21 +17,29 @@ from rich.console import Console
 from mmrl import distributed, nesting
 from mmrl.data.samples import SampleReader
 from mmrl.engine import Engine
-from mmrl.export import moments
+from mmrl.export import learnt_rotation, moments
+from mmrl.export.learnt_rotation import Learnt
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
-
-_SAMPLES_PER_DIM = 20  # twice what `mmrl rotate` takes for enough
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One orthogonal matrix, and what it was found from."""
+    """What was found."""
 
     rotation_DD: torch.Tensor
+    """Orthogonal, float64 (D, D), on the CPU."""
     images: int
     texts: int
     effective_rank: float
+    learnt: Learnt | None
+
+    def told(self) -> str:
+        """For the user."""
+        by = f"turned by {self.images:,} pictures and {self.texts:,} texts"
+        return f"{by}, effective rank {self.effective_rank:.1f} of {len(self.rotation_DD)}" + (
+            f"; {self.learnt.told()}" if self.learnt else ""
+        )
 
 
 def find(run: str, encoder: Bundle, reader: SampleReader) -> Turn:
@@ -39,10 +48,10 @@ def find(run: str, encoder: Bundle, reader: SampleReader) -> Turn:
     Raises:
         InputError: a vector is not finite, or the part has nothing but bad samples.
     """
-    found = moments.of_set(run, encoder, reader, _SAMPLES_PER_DIM * encoder.dim, None, Console(quiet=True))
-    moment_DD = distributed.from_main(found.moment_DD)  # one matrix, whatever the machines round
-    rotation_DD = nesting.principal_rotation(moment_DD)
-    return Turn(rotation_DD, found.images, found.texts, nesting.effective_rank(moment_DD))
+    samples, console = moments.enough(encoder.dim), Console(quiet=True)
+    found = moments.of_set(run, encoder, reader, samples, None, console, with_pairs=True)
+    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, encoder.nested_dims)
+    return Turn(rotation_DD, found.images, found.texts, nesting.effective_rank(found.moment_DD), learnt)
 
 
 def apply(engine: Engine, training: Bundle, averaged: Bundle, rotation_DD: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("nesting.weights=[1]", "weights: 1 given for 3 dims"),
         ("nesting.dims_per_step=4", "nesting.dims_per_step: 4 of 3 dims; at most all of them"),
         ("nesting={dims: [16, 8], weights: [1, 0], dims_per_step: 1}", "a dim of weight 0 would be drawn in vain"),
-        ("nesting.start=1.0", "nesting.start: Input should be less than 1; got 1.0"),
+        ("nesting.start=1.5", "nesting.start: Input should be less than or equal to 1; got 1.5"),
         ("nesting={dims: [8, 4], start: 0.5}", "nesting.dims must go up to its width, 16; the largest is 8"),
         ("loss.name=siglip", "loss.name: Input should be 'infonce' or 'sigmoid'; got 'siglip'"),
         ("loss={name: sigmoid, label_smoothing: 0.1}", "label_smoothing and distillation belong to name: infonce"),

@@ -186,3 +186,18 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     assert distributed.gather_objects("a") == ["a"]
     assert distributed.from_main(5) == 5
     assert torch.equal(distributed.total(x), x)
+
+
+def _alone_on_one(folder: Path) -> None:
+    rows_bD = torch.full((2, 3), float(distributed.world().rank))
+    if distributed.world().is_main:
+        with distributed.alone():  # the other process takes no part, so a gather would wait for ever
+            assert distributed.world().size == 1
+            assert torch.equal(distributed.gather(rows_bD), rows_bD)
+            assert distributed.from_main("mine") == "mine"
+    assert distributed.world().size == 2
+    assert distributed.gather(rows_bD).shape == (4, 3)
+
+
+def test_one_process_can_work_alone_while_others_wait(tmp_path: Path) -> None:
+    run_in_world(2, _alone_on_one, tmp_path)

@@ -68,12 +68,17 @@ def rotate(
         int | None, typer.Option(min=1, help="Read about so many, spread over the shards; all when left out")
     ] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
+    steps: Annotated[
+        int,
+        typer.Option(min=0, help="Of learning the rotation from the vectors; 0 stops at their principal directions"),
+    ] = 300,
     as_json: Json = False,
 ) -> None:
     """Make a trained encoder cuttable without training: whole vectors compare as before, a prefix says most of it."""
     from mmrl import distributed
     from mmrl.export.rotate import rotate_model
 
-    manifest = rotate_model(model, shards, out, numbers("dims", dims), validate, keep, samples, captions, quiet=as_json)
+    cuts = numbers("dims", dims)
+    manifest = rotate_model(model, shards, out, cuts, validate, keep, samples, captions, steps, quiet=as_json)
     if as_json and distributed.world().is_main:
         print(json.dumps(manifest, indent=2))

@@ -1,6 +1,6 @@
-"""The second moments of a set's embeddings, in one pass and bounded memory: what a rotation is found from.
+"""What a rotation is found from, in one pass and bounded memory: a set's second moments, and some of its vectors.
 
-Two choices, and why:
+Two choices of the moments, and why:
 - The vectors are made unit vectors first, since it is their directions that are compared: a long one would otherwise
   count more than a short one.
 - Pictures and texts weigh one half each, however many texts a picture has: the same matrix serves both, and neither
@@ -9,6 +9,7 @@ Two choices, and why:
 Shapes: N pictures or texts, D the embedding's width.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,14 @@ from mmrl.data.index import Problem
 from mmrl.data.samples import SampleReader
 from mmrl.data.sequential import WholeBatch, read_whole
 from mmrl.errors import InputError
+from mmrl.export.learnt_rotation import Pairs
 from mmrl.model.bundle import Bundle
 
 # The set is read in parts of so many neighbouring samples. They are the same whatever the number of processes.
 PART = 256
+# So many pictures' vectors are kept to learn from, for each number of the vector, and so many at most: 67 MB of 512-d,
+# and as much for each of their texts.
+PICTURES_PER_DIM, MOST_PICTURES = 64, 1 << 15
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Moments:
     images: int
     texts: int
     bad: list[Problem]
+    pairs: Pairs | None
+    """Vectors of pictures spread evenly over the set, where they were asked for and any are good."""
 
 
 class SecondMoment:
@@ -75,7 +82,13 @@ class SecondMoment:
 
 @torch.inference_mode()
 def of_set(
-    model: str, whole: Bundle, reader: SampleReader, samples: int | None, captions: int | None, console: Console
+    model: str,
+    whole: Bundle,
+    reader: SampleReader,
+    samples: int | None,
+    captions: int | None,
+    console: Console,
+    with_pairs: bool = False,
 ) -> Moments:
     """Embeds the set, divided over the processes.
 
@@ -83,6 +96,7 @@ def of_set(
         model: how the user names it.
         samples: about so many, spread evenly over the set; all for None.
         captions: texts of each sample at most; all for None.
+        with_pairs: keep vectors to learn from, too.
 
     Raises:
         InputError: a vector that is not finite, or nothing but bad samples.
@@ -91,10 +105,12 @@ def of_set(
     of_images, of_texts = (SecondMoment(whole.dim, world.device) for _ in range(2))
     bad = list(reader.problems) if world.is_main else []
     broken: list[str] = []
+    kept: list[Pairs] = []
     with progress_bar(console) as progress:
         parts = own_parts(len(reader), samples)
+        kept_parts = set(_spread(wanted_parts(len(reader), samples), -(-enough(whole.dim) // PART)))
         task = progress.add_task("embedding", total=min(len(parts) * PART, len(reader)))
-        for batch in read(whole, reader, parts, captions):
+        for (part, _), batch in zip(parts, read(whole, reader, parts, captions), strict=True):
             progress.advance(task, len(batch.keys) + len(batch.bad))
             bad += batch.bad
             if not batch.keys:
@@ -105,6 +121,8 @@ def of_set(
                 break
             of_images.add(image_ND)
             of_texts.add(text_ND)
+            if with_pairs and part in kept_parts:
+                kept.append(Pairs(image_ND.float().cpu(), text_ND.float().cpu(), batch.row_of_text_M, batch.group_B))
     shares = distributed.gather_objects((broken, bad))
     broken = [key for share, _ in shares for key in share]
     bad = [problem for _, share in shares for problem in share]
@@ -116,16 +134,46 @@ def of_set(
     images, texts = of_images.count(), of_texts.count()
     if not images:
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
-    return Moments(((of_images.mean() + of_texts.mean()) / 2).cpu(), images, texts, bad)
+    moment_DD = ((of_images.mean() + of_texts.mean()) / 2).cpu()
+    return Moments(moment_DD, images, texts, bad, _gathered(kept) if with_pairs else None)
+
+
+def enough(dim: int) -> int:
+    """Pictures to learn a rotation of vectors of `dim` numbers from."""
+    return min(PICTURES_PER_DIM * dim, MOST_PICTURES)
+
+
+def wanted_parts(count: int, samples: int | None) -> list[int]:
+    """The numbers of the parts that are read, by all processes together."""
+    parts = range(-(-count // PART))
+    return list(parts) if samples is None else _spread(parts, -(-samples // PART))
 
 
 def own_parts(count: int, samples: int | None) -> list[tuple[int, int]]:
-    """This process's share of the set's parts, each as (its number, how many there are)."""
-    parts = -(-count // PART)
-    wanted = parts if samples is None else min(parts, -(-samples // PART))
-    world = distributed.world()
-    own = range(wanted * world.rank // world.size, wanted * (world.rank + 1) // world.size)
-    return [(parts * i // wanted, parts) for i in own]
+    """This process's share of them, each as (its number, how many the set has)."""
+    wanted, world = wanted_parts(count, samples), distributed.world()
+    own = wanted[len(wanted) * world.rank // world.size : len(wanted) * (world.rank + 1) // world.size]
+    return [(part, -(-count // PART)) for part in own]
+
+
+def _spread(parts: Sequence[int], most: int) -> list[int]:
+    """So many of them at most, evenly."""
+    count = min(len(parts), most)
+    return [parts[len(parts) * place // count] for place in range(count)]
+
+
+def _gathered(kept: Sequence[Pairs]) -> Pairs | None:
+    """Of all processes, in the order of the set; None where every sample of theirs is bad."""
+    every = [one for share in distributed.gather_objects(kept) for one in share]
+    if not every:
+        return None
+    before = itertools.accumulate((len(one.image_ND) for one in every), initial=0)
+    return Pairs(
+        torch.cat([one.image_ND for one in every]),
+        torch.cat([one.text_MD for one in every]),
+        torch.cat([one.image_of_text_M + first for first, one in zip(before, every, strict=False)]),
+        torch.cat([one.group_N for one in every]),
+    )
 
 
 def read(
@@ -136,7 +184,7 @@ def read(
 ) -> Iterator[WholeBatch]:
     """The parts of a set, each a batch; all of them for None."""
     count = -(-len(reader) // PART)
-    for part, of in parts or [(part, count) for part in range(count)]:
+    for part, of in [(part, count) for part in range(count)] if parts is None else parts:
         yield from read_whole(
             reader, encoder.image_spec, encoder.tokenise, batch_size=PART, captions=captions, rank=part, world_size=of
         )

@@ -1,8 +1,9 @@
 """`mmrl rotate`: any trained pair of towers made cuttable, without training.
 
 One orthogonal matrix, found from the embeddings of pictures and texts together, is folded into both projections. Every
-similarity of whole vectors stays what it was; every prefix becomes what uncentred principal component analysis of both
-modalities keeps in so many numbers.
+similarity of whole vectors stays what it was. The matrix begins as the principal directions of both modalities, and is
+then learnt by the nested loss of the prefixes, on vectors alone (learnt_rotation.py). Without that (steps=0) every
+prefix is what uncentred principal component analysis keeps in so many numbers.
 
 Shapes: N pictures or texts, D the embedding's width.
 """
@@ -24,7 +25,7 @@ from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
 from mmrl.evaluate.sets import Embedded
-from mmrl.export import moments
+from mmrl.export import learnt_rotation, moments
 from mmrl.export.moments import Moments
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
@@ -47,6 +48,7 @@ def rotate_model(
     keep: int | None = None,
     samples: int | None = None,
     captions: int | None = None,
+    steps: int = learnt_rotation.STEPS,
     quiet: bool = False,
 ) -> Result:
     """Writes MODEL to OUT, turned so that its prefixes are embeddings; returns its manifest.
@@ -61,6 +63,7 @@ def rotate_model(
             none; with `validate`, as many as serve best.
         samples: read about so many, spread evenly over the shards; all when left out.
         captions: texts of each sample that are used, the plain one first; all when left out.
+        steps: in which the rotation is learnt, after the principal directions; 0 leaves these.
 
     Raises:
         InputError: no such model or shards, too few samples, dims that it does not have, vectors that are not finite,
@@ -78,15 +81,20 @@ def rotate_model(
     _check_keep(whole, keep)
     _check_count(shards, len(reader), whole.dim)
     _tell_before(console, model, whole, keep, validate)
-    found = moments.of_set(model, whole, reader, samples, captions, console)
+    found = moments.of_set(model, whole, reader, samples, captions, console, with_pairs=steps > 0)
     _check_count(shards, found.images, whole.dim)
     _tell_after(console, whole.dim, found)
-    kept, judged = keep or 0, None
+    candidates = [keep or 0]
+    if validation is not None and keep is None:
+        candidates = [0, *(dim for dim in whole.nested_dims if dim < whole.dim)]
+    turns = {kept: learnt_rotation.best(found.moment_DD, found.pairs, dims, kept, steps) for kept in candidates}
+    kept, judged = candidates[0], None
     if validation is not None:
-        candidates = [0, *(d for d in whole.nested_dims if d < whole.dim)] if keep is None else [keep]
-        turns = {kept: nesting.principal_rotation(found.moment_DD, kept) for kept in candidates}
-        kept, judged = _judge(whole, turns, validation, dims, captions, console)
-    rotation_DD = nesting.principal_rotation(found.moment_DD, kept)
+        rotations = {kept: rotation_DD for kept, (rotation_DD, _) in turns.items()}
+        kept, judged = _judge(whole, rotations, validation, dims, captions, console)
+    rotation_DD, learnt = turns[kept]
+    if learnt is not None:
+        console.print(learnt.told(), soft_wrap=True, highlight=False)
     about = {
         "moments": "mean of x x^T over unit vectors, uncentred; pictures and texts weigh one half each",
         "images": found.images,
@@ -94,6 +102,7 @@ def rotate_model(
         "kept_as_they_were": kept,
         "effective_rank": nesting.effective_rank(found.moment_DD),
         "share_of_second_moment": _shares(rotation_DD, found.moment_DD, dims),
+        **({} if learnt is None else {"learnt": learnt.as_json()}),
         **({} if judged is None else {"validation": {"shards": validate, **judged}}),
     }
     manifest, refusal = distributed.from_main(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, drawing, sample_members, write_tar
+from rich.console import Console
 from sklearn.decomposition import TruncatedSVD
 from test_bundles import stored
 
@@ -18,7 +20,7 @@ from mmrl.config import load as load_config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import Asked, evaluate_model
-from mmrl.export import moments
+from mmrl.export import learnt_rotation, moments
 from mmrl.export.bundles import export_bundle
 from mmrl.export.encoder import LoadedEncoder
 from mmrl.export.moments import SecondMoment
@@ -89,8 +91,8 @@ def unit(rows: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ what it is
 
 
-def test_every_prefix_is_shared_uncentred_pca(plain: Path, shards: Path, tmp_path: Path) -> None:
-    rotate_model(str(plain), str(shards), tmp_path / "out")
+def test_without_steps_every_prefix_is_shared_uncentred_pca(plain: Path, shards: Path, tmp_path: Path) -> None:
+    assert "learnt" not in rotate_model(str(plain), str(shards), tmp_path / "out", steps=0)["rotation"]
     before, after = mmrl.load(plain), mmrl.load(tmp_path / "out")
     image, text = everything(before, shards)
     assert len(text) == 2 * len(image)  # yet pictures and texts weigh the same
@@ -130,19 +132,35 @@ def test_whole_vectors_compare_as_before_and_the_manifest_tells(plain: Path, sha
     assert bundle.origin(manifest) == manifest["weights_sha256"] != origin  # their vectors do not agree
 
 
+def test_what_is_learnt_is_what_is_written(trained: Path, shards: Path, tmp_path: Path) -> None:
+    about = rotate_model(str(trained), str(shards), tmp_path / "out", dims=[4, 16], steps=25)["rotation"]
+    whole = bundle.open_model(trained)
+    found = moments.of_set("", whole, open_reader(str(shards)), None, None, Console(quiet=True), with_pairs=True)
+    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, [4], steps=25)
+    assert learnt is not None
+    assert about["learnt"] == learnt.as_json()
+    assert (learnt.pictures, learnt.judged_by) == (44, 4)
+    before, after = (mmrl.load(path).encode_images(PICTURES) for path in (trained, tmp_path / "out"))
+    np.testing.assert_allclose(after, before @ rotation_DD.numpy().T, atol=1e-6)
+
+
 def test_turning_twice_changes_nothing_more(plain: Path, shards: Path, tmp_path: Path) -> None:
-    rotate_model(str(plain), str(shards), tmp_path / "once")
-    rotate_model(str(tmp_path / "once"), str(shards), tmp_path / "twice")
+    rotate_model(str(plain), str(shards), tmp_path / "once", steps=0)
+    rotate_model(str(tmp_path / "once"), str(shards), tmp_path / "twice", steps=0)
     once, twice = (mmrl.load(tmp_path / name).encode_images(PICTURES) for name in ("once", "twice"))
     np.testing.assert_allclose(np.abs(once), np.abs(twice), atol=1e-4)
 
 
-def test_the_first_numbers_can_be_kept(nested: Path, shards: Path, tmp_path: Path) -> None:
-    manifest = rotate_model(str(nested), str(shards), tmp_path / "out", keep=4)
+@pytest.mark.parametrize("steps", [0, 20])
+def test_the_first_numbers_can_be_kept(nested: Path, shards: Path, tmp_path: Path, steps: int) -> None:
+    manifest = rotate_model(str(nested), str(shards), tmp_path / "out", keep=4, steps=steps)
     assert manifest["nested_dims"] == [4, 8, 16]
+    assert ("learnt" in manifest["rotation"]) == (steps > 0)
     before, after = (mmrl.load(path).encode_images(PICTURES) for path in (nested, tmp_path / "out"))
     np.testing.assert_allclose(after[:, :4], before[:, :4], atol=1e-6)
     assert np.abs(after - before)[:, 4:].max() > 0.1
+    if steps:
+        return
     image, text = everything(mmrl.load(tmp_path / "out"), shards)
     moment = (image.T @ image / len(image) + text.T @ text / len(text))[4:, 4:]
     np.testing.assert_allclose(moment, np.diag(np.diag(moment)), atol=1e-6)
@@ -240,9 +258,9 @@ def test_it_is_kept_where_validation_improves(trained: Path, shards: Path, tmp_p
 def test_nothing_is_written_where_it_does_not(
     trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rotate_model(str(trained), str(shards), tmp_path / "once", dims=[4, 16])
+    rotate_model(str(trained), str(shards), tmp_path / "once", dims=[4, 16], steps=0)
     with pytest.raises(RunStopped, match=r"does not help on 48 validation pictures .* nothing was written"):
-        rotate_model(str(tmp_path / "once"), str(shards), tmp_path / "twice", validate=str(shards))
+        rotate_model(str(tmp_path / "once"), str(shards), tmp_path / "twice", validate=str(shards), steps=0)
     assert not (tmp_path / "twice").exists()
     shown = capsys.readouterr().out
     assert "turning all but the first 4 numbers: mean mAP" in shown
@@ -266,19 +284,22 @@ def test_any_number_of_processes_writes_the_same_bits(
 ) -> None:
     from test_distributed import run_in_world
 
-    monkeypatch.setattr(moments, "PART", 7)  # seven parts of the 48 samples
+    monkeypatch.setattr(moments, "PART", moments.PART)  # which is set to 7 below
     hashes = set()
     for size in (1, 2, 3):
         folder = tmp_path / str(size)
         folder.mkdir()
 
-        def work(folder: Path) -> None:
-            rotate_model(str(plain), str(shards), folder / "out", validate=None, quiet=True)
-
-        run_in_world(size, work, folder)
+        run_in_world(size, partial(_rotate_by_sevens, plain, shards), folder, start_method="spawn")
         hashes.add(bundle.read_manifest(folder / "out")["weights_sha256"])
-    rotate_model(str(plain), str(shards), tmp_path / "out")
+    _rotate_by_sevens(plain, shards, tmp_path)
     assert hashes == {bundle.read_manifest(tmp_path / "out")["weights_sha256"]}
+
+
+def _rotate_by_sevens(plain: Path, shards: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    moments.PART = 7  # seven parts of the 48 samples
+    assert "learnt" in rotate_model(str(plain), str(shards), folder / "out", steps=20, quiet=True)["rotation"]
 
 
 def test_a_part_of_the_samples_is_spread_over_the_shards(
@@ -288,6 +309,24 @@ def test_a_part_of_the_samples_is_spread_over_the_shards(
     manifest = rotate_model(str(plain), str(shards), tmp_path / "out", samples=20)
     assert manifest["rotation"]["images"] == 24
     assert [part for part, _ in moments.own_parts(48, 20)] == [0, 2, 4]
+
+
+def test_the_pairs_to_learn_from_are_spread_over_the_shards_too(
+    plain: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "PART", 8)
+    monkeypatch.setattr(moments, "PICTURES_PER_DIM", 1)  # 16 of the 48, from two of the six parts
+    whole, reader = bundle.open_model(plain), open_reader(str(shards))
+    found = moments.of_set("plain", whole, reader, None, None, Console(quiet=True), with_pairs=True)
+    assert found.images == 48
+    assert found.pairs is not None
+    batches = list(moments.read(whole, reader, [(0, 6), (3, 6)]))
+    vectors = [moments.embed(whole, batch) for batch in batches]
+    torch.testing.assert_close(found.pairs.image_ND, torch.cat([image_ND for image_ND, _ in vectors]))
+    torch.testing.assert_close(found.pairs.text_MD, torch.cat([text_MD for _, text_MD in vectors]))
+    rows = [batch.row_of_text_M + 8 * number for number, batch in enumerate(batches)]
+    assert torch.equal(found.pairs.image_of_text_M, torch.cat(rows))
+    assert torch.equal(found.pairs.group_N, torch.cat([batch.group_B for batch in batches]))
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -344,7 +383,7 @@ def test_a_tower_that_a_rotation_would_change_is_refused(
 ) -> None:
     monkeypatch.setattr("mmrl.nesting.principal_rotation", lambda moment, keep=0: 2 * torch.eye(16).double().cumsum(0))
     with pytest.raises(RunStopped, match=r"differs from itself by .* nothing was written"):
-        rotate_model(str(plain), str(shards), tmp_path / "out")
+        rotate_model(str(plain), str(shards), tmp_path / "out", steps=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -361,4 +400,5 @@ def test_the_command(
         main()
     shown = capsys.readouterr().out
     assert "turned by 48 pictures and 96 texts; similarities changed by" in shown
+    assert "learnt from 44 of them: mean reciprocal rank of the smaller dims among 4 others" in shown
     assert "effective rank" in shown
