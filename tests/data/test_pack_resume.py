@@ -265,7 +265,9 @@ def test_a_damaged_or_busy_folder_is_named(half: Path, folder: Path) -> None:
 def test_ctrl_c_ends_the_command_and_all_its_workers(tmp_path: Path) -> None:
     put(tmp_path / "a.png", encoded(drawing(0, size=256)[0]))
     write_csv(tmp_path / "t.csv", [{"image": "a.png", "caption": f"number {number}"} for number in range(20_000)])
-    code = "from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
+    # A job of the background ignores Ctrl-C, and what it starts does.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
     arguments = [tmp_path / "t.csv", tmp_path / "out", "--samples-per-shard", "100", "--workers", "2"]
     command = [sys.executable, "-c", code, "pack", *arguments]
     with subprocess.Popen(
