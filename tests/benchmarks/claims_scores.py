@@ -8,7 +8,7 @@ Shapes: N pictures and their names, M distinct captions, S seeds, Q queries and 
 concepts, R draws.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -170,17 +170,3 @@ def quick(seeds: Sequence[Embeddings], dim: int, k: int) -> float:
     """R@k, the mean of both directions and all seeds, without intervals."""
     ranks = [per_query(one, dim, direction)[0] for one in seeds for direction in CROSS]
     return float(np.nanmean([rank <= k for rank in ranks]))
-
-
-def steps_to_reach(curves: Mapping[str, Mapping[int, list[Embeddings]]], dim: int) -> float | None:
-    """After which share of plain's steps the nested model has plain's last R@1 at `dim`, between the points of the
-    curve by a straight line; None if it never has."""
-    plain, nested = ({step: quick(seeds, dim, 1) for step, seeds in curves[arm].items()} for arm in ("plain", "nested"))
-    last = max(plain)
-    goal, before, at_before = plain[last], 0, 0.0
-    for step, value in nested.items():
-        if value >= goal:
-            share = (goal - at_before) / max(value - at_before, 1e-9)
-            return (before + share * (step - before)) / last
-        before, at_before = step, value
-    return None

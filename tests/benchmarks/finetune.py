@@ -4,10 +4,13 @@
         [--steps 40 150]
 
 Each plain run of claims.py is a start: exported in the layout of open_clip, trained on by `mmrl train`, its weights
-being `model.pretrained`, nested from the first step on (nesting.start=0, which turns it first), the weights of the dims
-those of configs/quickstart.yaml, at a fifth of its learning rates: these stand at a sixth when the quickstart begins to
-nest. The row of 0 steps is `mmrl rotate` alone; "nested" is the recipe that turns within as many steps as
-plain had. Rows of as many plain steps more tell what is the steps' doing.
+being `model.pretrained`, at a fifth of the quickstart's learning rates, for some steps in which it is
+
+    plain     trained at the full dim alone
+    turned    the same, and turned after the last step (nesting.start=1)
+    nested    turned before the first step, then trained at all dims (nesting.start=0), the full one weighing most
+
+The rows of no more steps are `mmrl rotate --steps 0`, by principal directions, and `mmrl rotate`.
 
 It prints a Markdown table: R@1 on the held-out artist in %, the mean of both directions and of the seeds.
 """
@@ -35,28 +38,32 @@ from mmrl.train import train
 SHARE_OF_LR = 0.2
 
 
-def tuned(plain: Run, dims: Sequence[int], steps: int) -> Run:
-    """The run that goes on from a plain one for so many steps, nested at `dims`, or plain where there is one."""
+def tuned(plain: Run, plan: Plan, kind: str, steps: int) -> Run:
+    """The run that goes on from a plain one for so many steps."""
     recipe = configs.load(claims.RECIPE)
     lrs = {name: getattr(recipe.optim, name) for name in ("lr", "lr_token_embedding", "lr_logit_scale")}
     source = plain.folder / "open_clip"
-    nested = f", weights: {json.dumps(recipe.nesting.weights)}, start: 0" if len(dims) > 1 else ""
+    light = [1.0, *[0.15] * (len(plan.dims) - 1)]
+    nesting = {
+        "plain": f"dims: [{plan.dims[0]}]",
+        "turned": f"dims: {json.dumps(plan.dims)}, start: 1",
+        "nested": f"dims: {json.dumps(plan.dims)}, weights: {json.dumps(light)}, start: 0",
+    }
     changes = [
-        f"nesting={{dims: {json.dumps(list(dims))}{nested}}}",
+        f"nesting={{{nesting[kind]}}}",
         f"train.duration={steps} steps",
         f"optim.warmup={max(1, steps // 16)} steps",
         f"checkpoint.every={steps} steps",
         *(f"optim.{name}={SHARE_OF_LR * value}" for name, value in lrs.items() if value is not None),
     ]
     if not source.exists():
-        bundles.export(str(plain.last), source, [max(dims)], "open_clip")
+        bundles.export(str(plain.last), source, [plan.dims[0]], "open_clip")
     beside = plain.folder / "tuned.yaml"
     beside.write_text(configs.dump(plain.config))
     name = f"{plain.folder.name}-and-{steps}-{hashlib.sha256(' '.join(changes).encode()).hexdigest()[:10]}"
     places = [f"run={plain.folder.with_name(name)}", f"model.pretrained={source / 'open_clip_model.safetensors'}"]
     config = configs.load(beside, [*changes, *places])
-    arm = f"plain, then {steps} {'nested' if nested else 'plain'} steps"
-    return replace(plain, arm=arm, config=config, curve=False)
+    return replace(plain, arm=f"plain, then {steps} steps, {kind}", config=config, curve=False)
 
 
 def r1(runs: Sequence[Run], dim: int, prefix: str = "") -> float:
@@ -70,15 +77,18 @@ def r1(runs: Sequence[Run], dim: int, prefix: str = "") -> float:
 def table(plan: Plan, name: str, steps: Sequence[int]) -> str:
     """Trains what is missing; a row for each number of steps."""
     runs = [run for run in claims.plan_runs(plan) if run.world.name == name]
-    of = {arm: [run for run in runs if run.arm == arm] for arm in ("plain", "nested")}
-    rows = [("plain, cut", of["plain"], ""), ("plain, then 0 steps: rotated", of["plain"], "rotated-")]
-    for dims, count in itertools.product(([plan.dims[0]], plan.dims), steps):
-        more = [tuned(run, dims, count) for run in of["plain"]]
+    plain = [run for run in runs if run.arm == "plain"]
+    rows = [
+        ("plain, cut", plain, ""),
+        ("plain, principal directions", plain, "rotated-"),
+        ("plain, turned", plain, "nested-"),
+    ]
+    for kind, count in itertools.product(("plain", "turned", "nested"), steps):
+        more = [tuned(run, plan, kind, count) for run in plain]
         for run in more:
             train(run.config, Console(quiet=True))
             claims.embed_tests(run, run.last, "")
         rows.append((more[0].arm, more, ""))
-    rows.append(("nested", of["nested"], ""))
     lines = [f"| {name} | {' | '.join(map(str, plan.dims))} |", f"|---|{'---:|' * len(plan.dims)}"]
     for title, of_seeds, prefix in rows:
         lines.append(f"| {title} | {' | '.join(f'{r1(of_seeds, dim, prefix):.1f}' for dim in plan.dims)} |")
