@@ -76,8 +76,8 @@ class Learnt:
         """For the user."""
         taken = "" if self.helps else ", so the principal directions are kept"
         return (
-            f"learnt from {self.pictures:,} of them: mean reciprocal rank of the smaller dims among {self.judged_by:,} "
-            f"others {100 * self.before:.1f} → {100 * self.after:.1f} %{taken}"
+            f"learnt from {self.pictures:,} pictures: mean reciprocal rank of the smaller dims among "
+            f"{self.judged_by:,} others {100 * self.before:.1f} → {100 * self.after:.1f} %{taken}"
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -400,5 +400,5 @@ def test_the_command(
         main()
     shown = capsys.readouterr().out
     assert "turned by 48 pictures and 96 texts; similarities changed by" in shown
-    assert "learnt from 44 of them: mean reciprocal rank of the smaller dims among 4 others" in shown
+    assert "learnt from 44 pictures: mean reciprocal rank of the smaller dims among 4 others" in shown
     assert "effective rank" in shown
