@@ -37,9 +37,8 @@ class Turn:
     def told(self) -> str:
         """For the user."""
         by = f"turned by {self.images:,} pictures and {self.texts:,} texts"
-        return f"{by}, effective rank {self.effective_rank:.1f} of {len(self.rotation_DD)}" + (
-            f"; {self.learnt.told()}" if self.learnt else ""
-        )
+        learnt = f"; {self.learnt.told()}" if self.learnt else ""
+        return f"{by}, effective rank {self.effective_rank:.1f} of {len(self.rotation_DD)}{learnt}"
 
 
 def find(run: str, encoder: Bundle, reader: SampleReader) -> Turn:

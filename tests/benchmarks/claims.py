@@ -17,8 +17,9 @@ The arms, all of the same data, steps and schedule (those of configs/quickstart.
     rotated         plain, turned by its principal directions (`mmrl rotate --steps 0` on the training set), cut
     PCA             plain, by principal components of both modalities, each centred by its own training mean
     nested, equal   all dims with equal weights, from the first step on              trained
-    nested          as in configs/quickstart.yaml, whose nesting.start is 1: plain, turned after the last step by what
-                    `mmrl rotate` does; so it is made of the plain run (tests/test_turn.py: the two are the same)
+    nested          as in configs/quickstart.yaml, whose nesting.start is 1: plain, and turned after the last step; so
+                    it is made of the plain run (tests/test_turn.py: the towers are the same) by `mmrl rotate`, which
+                    turns as a run does, but finds the principal directions to begin with from the whole training set
 
 The test sets are opened here alone, on each run's last checkpoint: nothing is chosen by them. `--tiny` walks the same
 way in a minute, on a handful of pictures and steps, to test the way; its pages say that they are no result.
