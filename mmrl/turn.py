@@ -49,7 +49,8 @@ def find(run: str, encoder: Bundle, reader: SampleReader) -> Turn:
     """
     samples, console = moments.enough(encoder.dim), Console(quiet=True)
     found = moments.of_set(run, encoder, reader, samples, None, console, with_pairs=True)
-    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, encoder.nested_dims)
+    scale = encoder.model.logit_scale[-1].item()
+    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, scale, encoder.nested_dims)
     return Turn(rotation_DD, found.images, found.texts, nesting.effective_rank(found.moment_DD), learnt)
 
 

@@ -90,12 +90,12 @@ def _duplicate_lines(found: Duplicates) -> list[str]:
     said = []
     if found.pictures:
         said.append(
-            f"duplicates  {found.pictures:,} samples show a picture that another one shows as well, "
-            f"{found.pictures_apart:,} of them without a common group, so that they are each other's negatives"
+            f"duplicates  pictures that an earlier sample shows as well: {found.pictures:,}, without a common group, "
+            f"so that both are each other's negatives: {found.pictures_apart:,}"
         )
         said += [f"            {one} = {other}" for one, other in found.picture_examples]
     if found.keys:
-        said.append(f"duplicates  {found.keys:,} keys come again in another shard; they are told apart by its name")
+        said.append(f"duplicates  keys that come again in another shard: {found.keys:,}; its name tells them apart")
         said += [f"            {one} = {other}" for one, other in found.key_examples]
     return said
 

@@ -149,8 +149,8 @@ def _show(console: Console, source: Path, packer: writer.PackWriter, shards: lis
         lines.append(f"Left out: {packer.account_of_bad()}")
     if packer.progress.repeated:
         lines.append(
-            f"{packer.progress.repeated:,} samples show a picture that another one shows as well; without a common "
-            "group they are each other's negatives: give them one by --group-column (the column of paths will do), or "
+            f"Pictures that an earlier sample shows as well: {packer.progress.repeated:,}; without a common group such "
+            "samples are each other's negatives: give them one by --group-column (the column of paths will do), or "
             "keep the first alone by --dedup."
         )
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -4,12 +4,19 @@ Principal directions are those in which vectors differ most. What tells pairs ap
 much that no text speaks of. So the matrix is learnt: beginning with the principal directions, the nested loss of the
 prefixes goes down over orthogonal matrices, on vectors embedded once. Similarities of whole vectors cannot change.
 
+Towers may know the very pictures that taught them by heart, and then pairs teach little. So prefixes are pulled to the
+whole vectors' softmaxes as well, which for new pictures are the best there is to go by (tests/benchmarks/LOG.md).
+
+The loss leaves any order within the numbers that one dim adds to the next smaller one. There it is by what pictures and
+their texts have in common, so that cuts between the dims serve, too.
+
 An orthogonal matrix is Cayley's (I - S)⁻¹ (I + S) of a skew-symmetric S, which Adam moves: every S gives one, and S = 0
 the identity. (Cayley 1846; Helfrich et al. 2018, arXiv 1707.09520, for learning by it.)
 
 Shapes: N pictures, M texts, D the embedding's width, R the entries that are turned, B pairs of a batch.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from mmrl import distributed, nesting
-from mmrl.losses.nested_infonce import nested_info_nce
+from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 
 STEPS = 300
 _BATCH = 512
-_LR, _SCALE_LR, _FIRST_SCALE = 1e-2, 1e-2, 20.0
+_LR, _SCALE_LR = 1e-2, 1e-2
+_OPTIONS = InfoNCEOptions(distillation=1.0)
 _HELD_OUT = 10  # every tenth picture judges what the others taught
 _MOST_JUDGES = 2048
 
@@ -86,20 +94,26 @@ class Learnt:
 
 
 def best(
-    moment_DD: torch.Tensor, pairs: Pairs | None, dims: Sequence[int], keep: int = 0, steps: int = STEPS
+    moment_DD: torch.Tensor,
+    pairs: Pairs | None,
+    logit_scale: float,
+    dims: Sequence[int],
+    keep: int = 0,
+    steps: int = STEPS,
 ) -> tuple[torch.Tensor, Learnt | None]:
     """The principal rotation, or a better one learnt from it; on every process that of the main one.
 
     Args:
         moment_DD: the mean of x xᵀ.
         pairs: what to learn from; nothing is learnt for None.
+        logit_scale: the model's, of its whole vectors.
         keep: leave the first so many numbers as they are.
     """
     found = None
     if distributed.world().is_main:
         rotation_DD = nesting.principal_rotation(moment_DD, keep)
         with distributed.alone():
-            learnt = None if pairs is None else learn(pairs, rotation_DD, dims, keep, steps)
+            learnt = None if pairs is None else learn(pairs, logit_scale, rotation_DD, dims, keep, steps)
         found = (rotation_DD, None) if learnt is None else (learnt.rotation_DD, learnt)
     found = distributed.from_main(found)
     assert found is not None
@@ -107,11 +121,18 @@ def best(
 
 
 def learn(
-    pairs: Pairs, begin_DD: torch.Tensor, dims: Sequence[int], keep: int = 0, steps: int = STEPS, seed: int = 0
+    pairs: Pairs,
+    logit_scale: float,
+    begin_DD: torch.Tensor,
+    dims: Sequence[int],
+    keep: int = 0,
+    steps: int = STEPS,
+    seed: int = 0,
 ) -> Learnt | None:
-    """Turns `begin_DD` on, by the mean of the InfoNCE at all of `dims` that a rotation can change.
+    """Turns `begin_DD` on, by the mean loss of all of `dims` that a rotation can change.
 
     Args:
+        logit_scale: of the whole vectors' softmaxes, which prefixes are pulled to.
         begin_DD: orthogonal, float64 (D, D); the directions to begin with, such as the principal ones.
         keep: leave the first so many numbers as `begin_DD` has them.
 
@@ -126,31 +147,38 @@ def learn(
     begun = pairs.turned(begin_DD)
     own, judges = begun.of(number_N[~judge_N]), begun.of(number_N[judge_N][:_MOST_JUDGES])
     turn_DD = torch.eye(width, dtype=torch.float64)
-    turn_DD[keep:, keep:] = _descend(own, dims, keep, steps, torch.Generator().manual_seed(seed))
+    turn_DD[keep:, keep:] = _descend(own, logit_scale, dims, keep, steps, torch.Generator().manual_seed(seed))
+    turn_DD = _ordered(own.turned(turn_DD), [keep, *dims, width]) @ turn_DD
     before, after = (mean_reciprocal_rank(one, dims) for one in (judges, judges.turned(turn_DD)))
     rotation_DD = turn_DD @ begin_DD if after > before else begin_DD
     return Learnt(rotation_DD, len(own.image_ND), len(judges.image_ND), before, after)
 
 
-def _descend(pairs: Pairs, dims: Sequence[int], keep: int, steps: int, draw: torch.Generator) -> torch.Tensor:
+def _descend(
+    pairs: Pairs, logit_scale: float, dims: Sequence[int], keep: int, steps: int, draw: torch.Generator
+) -> torch.Tensor:
     """The orthogonal matrix (R, R) of the numbers after `keep`, in float64."""
     width, texts = pairs.image_ND.shape[1] - keep, len(pairs.text_MD)
     free_RR = torch.zeros(width, width, requires_grad=True)
-    log_scale_K = torch.full((len(dims),), math.log(_FIRST_SCALE), requires_grad=True)
+    log_scale_K = torch.full((len(dims),), math.log(logit_scale), requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [free_RR], "lr": _LR}, {"params": [log_scale_K], "lr": _SCALE_LR}])
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [lambda step: (1 + math.cos(math.pi * step / steps)) / 2, lambda step: 1.0]
     )
     group_N = _groups(pairs)
+    whole, weights = torch.tensor([logit_scale]), [1.0] * len(dims) + [0.0]
     for _ in range(steps):
         text_B = torch.randint(texts, (min(_BATCH, texts),), generator=draw)
         image_B = pairs.image_of_text_M[text_B]
-        cayley_rR = _cayley(free_RR)[: max(dims) - keep]
-        image_Bd, text_Bd = (
-            torch.cat([rows[:, :keep], rows[:, keep:] @ cayley_rR.T], 1)
+        cayley_RR = _cayley(free_RR)
+        image_BD, text_BD = (
+            torch.cat([rows[:, :keep], rows[:, keep:] @ cayley_RR.T], 1)
             for rows in (pairs.image_ND[image_B], pairs.text_MD[text_B])
         )
-        loss = nested_info_nce(image_Bd, text_Bd, log_scale_K.exp(), dims, groups=group_N[image_B])
+        scale_K = torch.cat([log_scale_K.exp(), whole])
+        loss = nested_info_nce(
+            image_BD, text_BD, scale_K, [*dims, keep + width], weights, groups=group_N[image_B], options=_OPTIONS
+        )
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -164,6 +192,19 @@ def _cayley(free_RR: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(one_RR - skew_RR, one_RR + skew_RR)
 
 
+def _ordered(pairs: Pairs, edges: Sequence[int]) -> torch.Tensor:
+    """Orthogonal (D, D) in float64, which turns the numbers between two edges among themselves: those in which pictures
+    and their texts vary together the most come first."""
+    image_MD, text_MD = (
+        rows.double() - rows.double().mean(0) for rows in (pairs.image_ND[pairs.image_of_text_M], pairs.text_MD)
+    )
+    order_DD = torch.eye(image_MD.shape[1], dtype=torch.float64)
+    for first, last in itertools.pairwise(edges):
+        shared = image_MD[:, first:last].T @ text_MD[:, first:last] / len(text_MD)
+        order_DD[first:last, first:last] = nesting.principal_rotation(shared)
+    return order_DD
+
+
 def _groups(pairs: Pairs) -> torch.Tensor:
     """A group for each picture: its own where it has none, so that two of its texts are no negatives of each other."""
     _, group_N = pairs.group_N.unique(return_inverse=True)  # below N
@@ -171,7 +212,8 @@ def _groups(pairs: Pairs) -> torch.Tensor:
 
 
 def mean_reciprocal_rank(pairs: Pairs, dims: Sequence[int]) -> float:
-    """Of each picture's first text among all pictures' first texts, and the other way; the mean over `dims` too."""
+    """Of each picture's first text among all pictures' first texts, and the other way; the mean over `dims` too. What
+    scores as high as the right one comes before it."""
     text_N = _first_places(pairs.image_of_text_M, len(pairs.image_ND))
     group_N = _groups(pairs)
     masked_NN = (group_N[:, None] == group_N[None, :]).fill_diagonal_(False)
@@ -179,7 +221,7 @@ def mean_reciprocal_rank(pairs: Pairs, dims: Sequence[int]) -> float:
     for dim in dims:
         image_Nd, text_Nd = (F.normalize(rows[:, :dim], dim=-1) for rows in (pairs.image_ND, pairs.text_MD[text_N]))
         score_NN = (image_Nd @ text_Nd.T).masked_fill(masked_NN, -math.inf)
-        found += [1 / (one > one.diagonal()[:, None]).sum(1).add(1) for one in (score_NN, score_NN.T)]
+        found += [1 / (one >= one.diagonal()[:, None]).sum(1) for one in (score_NN, score_NN.T)]
     return float(torch.stack(found).double().mean())
 
 

@@ -87,7 +87,8 @@ def rotate_model(
     candidates = [keep or 0]
     if validation is not None and keep is None:
         candidates = [0, *(dim for dim in whole.nested_dims if dim < whole.dim)]
-    turns = {kept: learnt_rotation.best(found.moment_DD, found.pairs, dims, kept, steps) for kept in candidates}
+    scale = whole.model.logit_scale[-1].item()
+    turns = {kept: learnt_rotation.best(found.moment_DD, found.pairs, scale, dims, kept, steps) for kept in candidates}
     kept, judged = candidates[0], None
     if validation is not None:
         rotations = {kept: rotation_DD for kept, (rotation_DD, _) in turns.items()}

@@ -1,4 +1,4 @@
-"""The page of claims.py and its three pictures."""
+"""The page of claims.py and its four pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,13 @@ COLOURS = {
     "nested": "#2a9d6f",
 }
 _CHANCE = 0.01
+_BLOCKS = 16
 
 
 def write(
     out: Path, results: Mapping[str, Mapping[str, Any]], dims: Sequence[int], seeds: Sequence[int], tiny: bool
 ) -> Path:
-    """OUT/results.md, results.json and three pictures."""
+    """OUT/results.md, results.json and four pictures."""
     out.mkdir(parents=True, exist_ok=True)
     scored = {(world, test): score_all(arms) for world, one in results.items() for test, arms in one["tests"].items()}
     warning = "**A walk through a few pictures and steps, to test the program. These numbers mean nothing.**\n\n"
@@ -43,7 +44,7 @@ def write(
         "this page; that file tells what the arms are. In %, the mean of image→text and text→image; brackets hold 95 % "
         "of 1,000 draws of concepts and seeds.\n\n",
         "![recall by dim](recall_by_dim.png)\n\n![recall over steps](recall_over_steps.png)\n\n"
-        "![recall at any cut](any_cut.png)\n\n",
+        "![recall at any cut](any_cut.png)\n\n![recall of each block of numbers alone](blocks.png)\n\n",
     ]
     for world, one in results.items():
         parts.append(f"## {world}\n\n{_about(one['ranks'])}\n\n{_verdicts(scored, results, world, dims)}\n")
@@ -61,6 +62,7 @@ def write(
     _draw_by_dim(out / "recall_by_dim.png", scored)
     _draw_over_steps(out / "recall_over_steps.png", results, dims)
     _draw_any_cut(out / "any_cut.png", results, dims)
+    _draw_blocks(out / "blocks.png", results, dims)
     return out / "results.md"
 
 
@@ -244,3 +246,21 @@ def _draw_any_cut(path: Path, results: Mapping[str, Any], dims: Sequence[int]) -
                 axes.plot(cuts, values, color=COLOURS[arm], label=arm)
 
     _panels(path, list(results), draw, "R@10, %", "any dim", log=True)
+
+
+def _draw_blocks(path: Path, results: Mapping[str, Any], dims: Sequence[int]) -> None:
+    """What each block of the numbers finds by itself: where they are ranked, the line falls."""
+    width = max(1, dims[0] // _BLOCKS)
+    starts = range(0, dims[0], width)
+
+    def draw(title: str, axes: Any) -> None:
+        tests = results[title]["tests"]
+        for arm, dim, seeds in tests[next(iter(tests))]:
+            if dim == dims[0] and arm != REFERENCE:
+                blocks = [[one.block(first, first + width) for one in seeds] for first in starts]
+                values = [100 * quick(of_seeds, width, 10) for of_seeds in blocks]
+                axes.plot(
+                    [first + 1 for first in starts], values, color=COLOURS[arm], marker="o", markersize=3, label=arm
+                )
+
+    _panels(path, list(results), draw, f"R@10 of {width} numbers alone, %", "first of them", log=False)

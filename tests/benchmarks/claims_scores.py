@@ -9,7 +9,7 @@ concepts, R draws.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,11 @@ class Embeddings:
     def load(path: Path) -> "Embeddings":
         with np.load(path) as arrays:
             return Embeddings(**arrays)
+
+    def block(self, first: int, last: int) -> "Embeddings":
+        """The numbers from `first` to before `last` alone."""
+        rows = {name: getattr(self, name)[:, first:last] for name in ("image_ND", "text_ND", "caption_MD")}
+        return replace(self, **rows)
 
     def sides(self, direction: str, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The queries and the gallery, cut to `dim`, and the groups of both."""

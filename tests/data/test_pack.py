@@ -216,7 +216,7 @@ def test_of_equal_pictures_dedup_keeps_the_first(tmp_path: Path, capsys: pytest.
         if name != "a":  # without a caption it is not packed, so it takes nobody's place
             put(tmp_path / "in" / f"{name}.txt", name)
     pack(tmp_path / "in", tmp_path / "all")
-    assert "1 samples show a picture that another one shows as well" in capsys.readouterr().out
+    assert "Pictures that an earlier sample shows as well: 1;" in capsys.readouterr().out
     result = pack(tmp_path / "in", tmp_path / "out", dedup=True)
     assert result["bad"] == {"no caption": 1, "duplicate": 1}
     assert {line["key"]: line["reason"] for line in bad_lines(tmp_path / "out")}["sub_d"] == (
@@ -321,7 +321,7 @@ def test_a_picture_that_many_rows_share_is_pointed_out(tmp_path: Path, capsys: p
     put(tmp_path / "a.png", encoded(drawing(0)[0]))
     write_csv(tmp_path / "t.csv", [{"image": "a.png", "text": text} for text in ("one", "two", "three")])
     pack(tmp_path / "t.csv", tmp_path / "out")
-    assert "2 samples show a picture that another one shows as well" in capsys.readouterr().out
+    assert "Pictures that an earlier sample shows as well: 2;" in capsys.readouterr().out
     pack(tmp_path / "t.csv", tmp_path / "grouped", group_column="image")
     assert "as well" not in capsys.readouterr().out
     (batch,) = mmrl.stream(tmp_path / "grouped", batch_size=3)

@@ -136,7 +136,8 @@ def test_what_is_learnt_is_what_is_written(trained: Path, shards: Path, tmp_path
     about = rotate_model(str(trained), str(shards), tmp_path / "out", dims=[4, 16], steps=25)["rotation"]
     whole = bundle.open_model(trained)
     found = moments.of_set("", whole, open_reader(str(shards)), None, None, Console(quiet=True), with_pairs=True)
-    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, [4], steps=25)
+    scale = whole.model.logit_scale[-1].item()
+    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, scale, [4], steps=25)
     assert learnt is not None
     assert about["learnt"] == learnt.as_json()
     assert (learnt.pictures, learnt.judged_by) == (44, 4)
