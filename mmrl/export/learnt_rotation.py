@@ -194,7 +194,7 @@ def _cayley(free_RR: torch.Tensor) -> torch.Tensor:
 
 def _ordered(pairs: Pairs, edges: Sequence[int]) -> torch.Tensor:
     """Orthogonal (D, D) in float64, which turns the numbers between two edges among themselves: those in which pictures
-    and their texts vary together the most come first."""
+    and their texts vary together the most come first, by the symmetric part of their covariance."""
     image_MD, text_MD = (
         rows.double() - rows.double().mean(0) for rows in (pairs.image_ND[pairs.image_of_text_M], pairs.text_MD)
     )

@@ -122,7 +122,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     text = (page / "results.md").read_text()
     assert "These numbers mean nothing" in text
     assert not (tmp_path / "never").exists()
-    for picture in ("recall_by_dim", "recall_over_steps", "any_cut"):
+    for picture in ("recall_by_dim", "recall_over_steps", "any_cut", "blocks"):
         assert (page / f"{picture}.png").stat().st_size > 10_000
     numbers = json.loads((page / "results.json").read_text())
     arms = numbers["starter"]["tests"]["test-artist"]
