@@ -36,7 +36,7 @@ lint: $(VENV)/.installed  ## Ruff, pyright, import-linter
 	$(BIN)/lint-imports
 
 claims: runs/world/NOTICE  ## Train and measure every rival of nesting, write tests/benchmarks/claims (hours on 2 cores; resumable)
-	$(BIN)/python tests/benchmarks/claims.py --world runs/world
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/claims.py --world runs/world
 
 runs/world/NOTICE: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/world.py runs/world
