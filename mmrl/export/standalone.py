@@ -172,7 +172,9 @@ class Encoder:
             raise ValueError(f"{graph}: onnxruntime cannot open it: {' '.join(str(error).split())}") from error
 
     def _checked(self, name: str) -> Path:
-        """A file, if it is what the manifest was written for."""
+        """A file of the folder, if it is what the manifest was written for."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{self.folder / 'manifest.json'} names {name!r}, which is outside its folder.")
         path, digest = self.folder / name, hashlib.sha256()
         try:
             with path.open("rb") as file:

@@ -153,8 +153,9 @@ def load_tokenise(folder: Path, manifest: dict[str, Any]) -> TokeniseList:
 def _build_encoder(folder: Path, manifest: dict[str, Any], side: Side) -> Encoder:
     """One tower of a bundle, with unset weights."""
     model_cfg, dim = towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL), manifest["dim"]
-    projection = added_projection(model_cfg, side, dim)
-    tower = towers.build_tower(model_cfg, side, dim if projection is None else model_cfg["embed_dim"])
+    with towers.library_code_only(), towers.offline():
+        projection = added_projection(model_cfg, side, dim)
+        tower = towers.build_tower(model_cfg, side, dim if projection is None else model_cfg["embed_dim"])
     prepare = ImageSpec.from_json(manifest["image"]).normalise if side == "image" else None
     return Encoder(tower, projection, prepare)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from mmrl.errors import InputError
+from mmrl.model.model_cfg import check_model_cfg
 from mmrl.settings import Settings
 
 FORMAT, VERSION = "mmrl-bundle", 2
@@ -115,6 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {place}: {first['msg']}; export the encoder again.") from None
+    check_model_cfg(checked.model_cfg, path)
     if (checked.layout in GRAPH_LAYOUTS) != (checked.graphs is not None):
         raise InputError(f"{path}: graphs: must be there for the layouts of ONNX graphs alone; export it again.")
     return {"layout": checked.layout, "files": {}, **manifest}

@@ -3,6 +3,7 @@
 open_clip takes seconds to import, so this file imports it where it is used.
 """
 
+import gzip
 import json
 import logging
 import math
@@ -19,11 +20,14 @@ from torch import nn
 
 from mmrl.errors import InputError, did_you_mean
 from mmrl.image_spec import ImageSpec
+from mmrl.model.model_cfg import check_config_folder, check_model_cfg
 from mmrl.settings import Settings, machine
 
 Side = Literal["image", "text"]
 
 _BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# open_clip's own unpacks to 3.2 MB.
+_MOST_BPE_BYTES = 32 << 20
 # Model configs of our own, in open_clip's format and found by name like open_clip's.
 OWN_CONFIGS = Path(__file__).parent / "open_clip_configs"
 
@@ -124,7 +128,7 @@ def build(config: TowersConfig) -> Towers:
 
     name = _register(config.name)
     model_cfg = read_model_cfg(config.name)
-    with quiet():
+    with quiet(), library_code_only():
         try:
             model = open_clip.create_model(
                 name,
@@ -184,7 +188,7 @@ def tokenise_of(name: str) -> TokeniseList:
     import open_clip
 
     read_model_cfg(name)
-    with quiet():
+    with quiet(), library_code_only():
         try:
             return TokeniseList(open_clip.get_tokenizer(_register(name)))
         except Exception as error:  # transformers raises many kinds
@@ -214,18 +218,28 @@ def input_side(model_cfg: dict[str, Any]) -> int:
 
 
 def read_model_cfg(name: str) -> dict[str, Any]:
-    """open_clip's config of a model, with the text tower as a module of its own.
+    """open_clip's config of a model, with the text tower as a module of its own. Every command that opens a model by
+    name reads its config here first, so that no key is handed on unchecked.
 
     Raises:
-        InputError: an unknown name, or a JSON file that is no model config.
+        InputError: an unknown name, a JSON file that is no model config, or one with a key that is not allowed.
     """
     import open_clip
 
     try:
         model_cfg = open_clip.get_model_config(_register(name))
-    except (RuntimeError, FileNotFoundError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"model.name {name!r}: {error}") from error
-    assert model_cfg is not None
+    model_cfg = check_model_cfg(model_cfg, f"model.name {name!r}")
+    text_cfg = model_cfg["text_cfg"]
+    if "siglip" in Path(name).stem.lower() and ":" not in name and not text_cfg.get("hf_tokenizer_name"):
+        raise InputError(  # by such a file name alone, open_clip would fetch a tokenizer from an address of its own
+            f"model.name: {name} has 'siglip' in its name, so it must name its tokenizer as text_cfg.hf_tokenizer_name."
+        )
+    named = [text_cfg.get("hf_model_name"), text_cfg.get("hf_tokenizer_name"), name.removeprefix("local-dir:")]
+    for folder in filter(None, named):
+        if Path(folder).is_dir():
+            check_config_folder(Path(folder))
     return {**model_cfg, "custom_text": True}
 
 
@@ -268,15 +282,38 @@ def projection_axes(model_cfg: dict[str, Any], side: Side) -> dict[str, int] | N
 
 
 def load_tokenise(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]) -> TokeniseList:
-    """The tokenizer that `TokeniseList.save` wrote, from its files alone."""
+    """The tokenizer that `TokeniseList.save` wrote, from its files alone: no network, no code of the folder's.
+
+    Raises:
+        InputError: a file is missing, too large, damaged, or names code to run.
+    """
     from open_clip import tokenizer as kinds
 
     settings = model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
     length = info["context_length"]
-    if info["kind"] == "open_clip_bpe":
-        return TokeniseList(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
-    mode = model_cfg["text_cfg"].get("tokenizer_mode")
-    return TokeniseList(kinds.HFTokenizer(str(folder), context_length=length, tokenizer_mode=mode, **settings))
+    check_config_folder(folder)
+    try:
+        if info["kind"] == "open_clip_bpe":
+            with gzip.open(folder / _BPE_FILE) as file:
+                if len(file.read(_MOST_BPE_BYTES + 1)) > _MOST_BPE_BYTES:
+                    raise ValueError(f"{_BPE_FILE} unpacks to more than {_MOST_BPE_BYTES:,} bytes")
+            return TokeniseList(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
+        if not folder.is_dir():  # transformers would take its path for the name of a hub repository
+            raise FileNotFoundError("the folder is missing")
+        mode = model_cfg["text_cfg"].get("tokenizer_mode")
+        with library_code_only(), offline():
+            theirs = kinds.HFTokenizer(
+                str(folder),
+                context_length=length,
+                tokenizer_mode=mode,
+                trust_remote_code=False,
+                local_files_only=True,
+                **settings,
+            )
+    except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); export the encoder again.") from error
+    return TokeniseList(theirs)
 
 
 def save_text_config(text_tower: nn.Module, folder: Path) -> None:
@@ -288,8 +325,11 @@ def save_text_config(text_tower: nn.Module, folder: Path) -> None:
 
 def with_local_text_config(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The model config, with the name of a Hugging Face text tower replaced by the folder of `save_text_config`."""
-    if "hf_model_name" not in model_cfg["text_cfg"]:
+    if not model_cfg["text_cfg"].get("hf_model_name"):
         return model_cfg
+    if not (folder / "config.json").is_file():  # transformers would take its path for the name of a hub repository
+        raise InputError(f"{folder / 'config.json'} is missing: it describes the text tower; export the encoder again.")
+    check_config_folder(folder)
     return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(folder)}}
 
 
@@ -365,3 +405,29 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
+
+
+@contextmanager
+def library_code_only() -> Iterator[None]:
+    """Has transformers refuse Python files that lie in a model's folder or hub repository. By itself it asks on the
+    terminal whether to run them."""
+    from transformers import dynamic_module_utils
+
+    seconds, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """No hub is asked, whatever a name says; what its cache holds is used. For names that a stored file gives, which
+    its reader did not choose."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

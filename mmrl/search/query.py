@@ -4,6 +4,7 @@ Shapes: D the length of a query's vector.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from rich.text import Text
 from mmrl import sheet
 from mmrl.errors import InputError
 from mmrl.export.encoder import LoadedEncoder, load
+from mmrl.model.towers import offline
 from mmrl.nesting import check_dims
 from mmrl.search.embed import LONGEST_TEXT, identify
 from mmrl.search.index import Index, open_index
@@ -62,7 +64,10 @@ class Searcher:
             InputError: no index, an encoder that is gone or is not the one that the index was built with.
         """
         index = open_index(folder)
-        return cls(index, load(_encoder_of(index, model), towers=towers))
+        with (
+            nullcontext() if model else offline()
+        ):  # an index may name a hub's repository that its reader did not choose
+            return cls(index, load(_encoder_of(index, model), towers=towers))
 
     @property
     def widest(self) -> int:
