@@ -6,22 +6,24 @@ The public names are imported on first use, so that ``import mmrl`` loads neithe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mmrl.version import __version__
+
 if TYPE_CHECKING:
     from mmrl.data.stream import stream as stream
-    from mmrl.evaluate.retrieval import retrieval as retrieval
-    from mmrl.export.encoder import load as load
+    from mmrl.evaluate.ranking.retrieval import retrieval as retrieval
+    from mmrl.images.image_spec import ImageSpec as ImageSpec
+    from mmrl.inference.load import load as load
     from mmrl.losses.nested_infonce import nested_info_nce as nested_info_nce
 
-__version__ = "0.1.0"
-
 _HOME_OF = {
-    "load": "mmrl.export.encoder",
+    "ImageSpec": "mmrl.images.image_spec",
+    "load": "mmrl.inference.load",
     "nested_info_nce": "mmrl.losses.nested_infonce",
-    "retrieval": "mmrl.evaluate.retrieval",
+    "retrieval": "mmrl.evaluate.ranking.retrieval",
     "stream": "mmrl.data.stream",
 }
 
-__all__ = ["__version__", "load", "nested_info_nce", "retrieval", "stream"]
+__all__ = ["ImageSpec", "__version__", "load", "nested_info_nce", "retrieval", "stream"]
 
 
 def __getattr__(name: str) -> Any:

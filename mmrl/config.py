@@ -10,17 +10,18 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from mmrl.checkpoint import CheckpointConfig
 from mmrl.data.sources import DataConfig
-from mmrl.engine import EngineConfig
+from mmrl.durations import Duration
+from mmrl.engine.checkpoint import CheckpointConfig
+from mmrl.engine.engine import EngineConfig
+from mmrl.engine.optim import OptimConfig
+from mmrl.engine.tracking import TrackingConfig
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.sets import EvaluationConfig
 from mmrl.losses.config import LossConfig
 from mmrl.model.two_tower import ModelConfig
 from mmrl.nesting import NestingConfig
-from mmrl.optim import Duration, OptimConfig
 from mmrl.settings import Settings, learning_values, machine
-from mmrl.tracking import TrackingConfig
 
 
 class TrainConfig(Settings):

@@ -3,7 +3,7 @@
 Until then the full dim was trained alone, and what it learnt lies anywhere. One orthogonal matrix is multiplied into
 both projections: no similarity changes, so the full dim's loss goes on where it was, and each prefix begins with what
 so many numbers can do, instead of from nothing. The matrix begins as the principal directions, and is learnt by the
-nested loss on vectors of the training set (export/learnt_rotation.py).
+nested loss on vectors of the training set (rotation/learned.py).
 
 The optimiser's state turns along: the mean of the gradients as the weights do; the mean of their squares, of which Adam
 keeps those of single numbers alone, by the matrix of squares, as if the gradients of two numbers were uncorrelated.
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from mmrl import distributed, nesting
+from mmrl import nesting
 from mmrl.data.samples import SampleReader
-from mmrl.engine import Engine
-from mmrl.export import learnt_rotation, moments
-from mmrl.export.learnt_rotation import Learnt
+from mmrl.distributed import comm
+from mmrl.engine.engine import Engine
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
+from mmrl.rotation import learned, moments
+from mmrl.rotation.learned import Learnt
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def find(run: str, encoder: Bundle, reader: SampleReader) -> Turn:
     samples, console = moments.enough(encoder.dim), Console(quiet=True)
     found = moments.of_set(run, encoder, reader, samples, None, console, with_pairs=True)
     scale = encoder.model.logit_scale[-1].item()
-    rotation_DD, learnt = learnt_rotation.best(found.moment_DD, found.pairs, scale, encoder.nested_dims)
+    rotation_DD, learnt = learned.best(found.moment_DD, found.pairs, scale, encoder.nested_dims)
     return Turn(rotation_DD, found.images, found.texts, nesting.effective_rank(found.moment_DD), learnt)
 
 
@@ -58,7 +59,7 @@ def apply(engine: Engine, training: Bundle, averaged: Bundle, rotation_DD: torch
     """Turns what the engine trains, its optimiser's state, and the moving average where there is one; called on every
     process. Where each dim has a logit scale, all begin with the full dim's."""
     axes = bundle.embedding_axes(training.model_cfg)
-    state = distributed.from_main(engine.moments(of=axes))
+    state = comm.from_main(engine.moments(of=axes))
     for label, value in state.items():
         kind, _, name = label.partition("/")
         if name:

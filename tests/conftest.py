@@ -165,7 +165,7 @@ _TRAIN_ALL = """
 import sys
 from rich.console import Console
 from mmrl import config as configs
-from mmrl.train import train
+from mmrl.train.trainer import train
 for case in sys.argv[2:]:
     train(configs.load(sys.argv[1], case.split()), Console(quiet=True))
 """

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mmrl import config as configs
-from mmrl import optim
+from mmrl import durations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -54,7 +54,7 @@ def test_the_schema_describes_the_shipped_configs() -> None:
     [(7, 7), ("7 steps", 7), ("2 epochs", 90), ("0.5 epochs", 23), ("1_000 samples", 8), ("1 step", 1)],
 )
 def test_durations_become_steps(duration: int | str, expected: int) -> None:
-    assert optim.steps(duration, batch_size=128, batches_per_epoch=45) == expected
+    assert durations.steps(duration, batch_size=128, batches_per_epoch=45) == expected
 
 
 def test_importing_the_package_and_asking_for_help_load_nothing_heavy() -> None:

@@ -14,14 +14,15 @@ from conftest import start_training
 from rich.console import Console
 
 from mmrl import config as configs
-from mmrl import distributed, nesting, turn
+from mmrl import nesting, turn
 from mmrl.data.sources import open_reader
+from mmrl.distributed import comm
+from mmrl.engine.timing import Pacer
 from mmrl.evaluate import sets
 from mmrl.evaluate.command import Asked, evaluate_model
 from mmrl.model import bundle
-from mmrl.preflight import prepare
-from mmrl.timing import Pacer
-from mmrl.train import Trainer, train
+from mmrl.train.preflight import prepare
+from mmrl.train.trainer import Trainer, train
 
 WriteConfig = Callable[..., Path]
 
@@ -38,7 +39,7 @@ def embedded(trainer: Trainer, shards: Path) -> tuple[torch.Tensor, torch.Tensor
 
 def trained(path: Path, steps: int, *overrides: str) -> Trainer:
     config = configs.load(path, overrides)
-    trainer = Trainer(config, prepare(config, distributed.start()), distributed.world(), Console(quiet=True))
+    trainer = Trainer(config, prepare(config, comm.start()), comm.world(), Console(quiet=True))
     batches = trainer.stream.forever()
     for _ in range(steps):
         trainer.step([next(batches)])

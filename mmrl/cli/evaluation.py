@@ -46,7 +46,7 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Score retrieval in all directions, or zero-shot classification, at every dim. Under torchrun work is divided."""
-    from mmrl import distributed
+    from mmrl.distributed import comm
     from mmrl.evaluate.command import Asked, evaluate_model
     from mmrl.evaluate.sets import DIRECTIONS
 
@@ -64,7 +64,7 @@ def eval_(
         compare=compare or (),
     )
     result = evaluate_model(model, shards, asked, out, quiet=as_json)
-    if as_json and distributed.world().is_main:
+    if as_json and comm.world().is_main:
         print(json.dumps(result, indent=2))
 
 
@@ -75,7 +75,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put evaluated runs side by side, with paired intervals of each one's lead over the first."""
-    from mmrl.evaluate import compare as comparing
+    from mmrl.evaluate.report import compare as comparing
 
     result = comparing.compare(runs, metric or comparing.METRICS, out, quiet=as_json)
     if as_json:

@@ -31,7 +31,7 @@ def export(
 ) -> None:
     """Write the encoder whose vectors are the first DIM numbers, with its projections really cut (layers are not)."""
     from mmrl.export.bundles import export as export_encoders
-    from mmrl.export.summary import line
+    from mmrl.export.card import line
 
     manifests = export_encoders(
         model,
@@ -75,10 +75,10 @@ def rotate(
     as_json: Json = False,
 ) -> None:
     """Make a trained encoder cuttable without training: whole vectors compare as before, a prefix says most of it."""
-    from mmrl import distributed
-    from mmrl.export.rotate import rotate_model
+    from mmrl.distributed import comm
+    from mmrl.rotation.command import rotate_model
 
     cuts = numbers("dims", dims)
     manifest = rotate_model(model, shards, out, cuts, validate, keep, samples, captions, steps, quiet=as_json)
-    if as_json and distributed.world().is_main:
+    if as_json and comm.world().is_main:
         print(json.dumps(manifest, indent=2))

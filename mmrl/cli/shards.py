@@ -10,7 +10,7 @@ from mmrl.cli.options import Json
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
-    from mmrl.data.check_shard import Tokens
+    from mmrl.data.check.shard import Tokens
     from mmrl.data.sources import DataConfig
 
 
@@ -36,7 +36,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Pack image-text pairs of your own into shards. Stopped, the same command goes on where it stood."""
-    from mmrl.data import pack as packing
+    from mmrl.data.pack import command as packing
     from mmrl.data.workers import usable_cores
 
     result = packing.pack(
@@ -76,7 +76,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Find every problem of SHARDS before a run: exit 0 if they are fit to train on, 1 if not."""
-    from mmrl.data import check as checking
+    from mmrl.data.check import command as checking
 
     data, tokens, side, planned = _to_check(shards or [], config, tokenizer)
     result = checking.check(
@@ -104,7 +104,7 @@ def _to_check(
 ) -> "tuple[DataConfig, Tokens | None, int, int | None]":
     """The data section, the tokenizer, the least side of a picture and the batch size that the options mean."""
     from mmrl import config as configs
-    from mmrl.data.check_shard import Tokens
+    from mmrl.data.check.shard import Tokens
     from mmrl.data.sources import DataConfig
 
     if config is None and not shards:

@@ -14,7 +14,7 @@ def train(
 ) -> None:
     """Carry out the run that CONFIG describes. Start it under torchrun for several processes."""
     from mmrl import config as configs
-    from mmrl.train import train
+    from mmrl.train.trainer import train
 
     train(configs.load(config, overrides or []))
 
@@ -36,7 +36,7 @@ def plan(
 ) -> None:
     """Tell what CONFIG needs of memory, network and time, before anything is booked."""
     from mmrl import config as configs
-    from mmrl import plan as planning
+    from mmrl.train import plan as planning
 
     result = planning.plan(configs.load(config, overrides or []), gpus, memory, tflops, gigabytes)
     print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(planning.lines(result)))

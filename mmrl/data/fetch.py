@@ -9,7 +9,7 @@ import time
 from functools import cache
 from urllib import error, parse, request
 
-import mmrl
+from mmrl.version import __version__
 
 MAX_BYTES = 64 * 2**20
 SILENCE = 10.0
@@ -51,7 +51,7 @@ def fetch(address: str) -> bytes:
 
 def _fetched_once(address: str) -> bytes:
     try:
-        asked = request.Request(_quoted(address), headers={"User-Agent": f"mmrl/{mmrl.__version__}"})  # noqa: S310
+        asked = request.Request(_quoted(address), headers={"User-Agent": f"mmrl/{__version__}"})  # noqa: S310
         with opener().open(asked, timeout=SILENCE) as response:
             return _body(response)
     except error.HTTPError as answer:

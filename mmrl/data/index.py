@@ -25,6 +25,8 @@ from safetensors.numpy import save
 from mmrl.errors import InputError
 
 SUFFIX = ".index"
+BAD_SAMPLES = "bad_samples.jsonl"
+"""The file that lists the problems of a run, a pack or an embedding."""
 _FORMAT = "mmrl-index-1"
 BLOCK = 512
 # So many headers, spread over the tar, tell whether an index is of this tar.

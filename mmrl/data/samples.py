@@ -6,10 +6,11 @@ Nothing here runs code from the data: members are images, text and JSON, whateve
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ from pydantic import Field
 from mmrl.data.index import BLOCK, Problem, header_size
 from mmrl.data.opening import Shard
 from mmrl.data.order import Share
-from mmrl.data.recent import Recent
 from mmrl.data.stores import Store, is_remote
-from mmrl.decode import decode_pixels
 from mmrl.errors import InputError, did_you_mean
+from mmrl.images.decode import decode_pixels
 from mmrl.settings import Settings
 
 # How many samples of a set are looked at before training, to tell a wrong field name from a rare gap.
@@ -339,3 +339,38 @@ def group_number(name: str) -> int:
 
 def _absolute(location: str) -> str:
     return location if is_remote(location) else os.path.abspath(location)  # noqa: PTH100 (a string, for speed)
+
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """Values by number, opened when first asked for. Those unused for longest are closed again when all together are
+    larger than `limit`; the size of each is 1 where `size_of` does not tell."""
+
+    def __init__(
+        self,
+        limit: int,
+        open_one: Callable[[int], Value],
+        size_of: Callable[[Value], int] = lambda _: 1,
+        close: Callable[[Value], None] = lambda _: None,
+    ) -> None:
+        self._limit, self._open, self._size_of, self._close = limit, open_one, size_of, close
+        self._values: OrderedDict[int, Value] = OrderedDict()
+        self._size = 0
+
+    def __del__(self) -> None:
+        for value in self._values.values():
+            self._close(value)
+
+    def __getitem__(self, number: int) -> Value:
+        if number in self._values:
+            self._values.move_to_end(number)
+            return self._values[number]
+        value = self._values[number] = self._open(number)
+        self._size += self._size_of(value)
+        while self._size > self._limit and len(self._values) > 1:
+            _, oldest = self._values.popitem(last=False)
+            self._size -= self._size_of(oldest)
+            self._close(oldest)
+        return value

@@ -11,7 +11,7 @@ import torch
 
 from mmrl.data.index import Problem
 from mmrl.data.samples import BadSample, Sample
-from mmrl.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec
 
 
 class PictureReader(Protocol):

@@ -26,9 +26,9 @@ from mmrl.data.samples import BadSample, Sample, SampleReader
 from mmrl.data.shards import Spec
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.transforms import Augmentation
-from mmrl.decode import to_picture
 from mmrl.errors import InputError, RunStopped
-from mmrl.image_spec import ImageSpec
+from mmrl.images.decode import to_picture
+from mmrl.images.image_spec import ImageSpec
 from mmrl.settings import learning_values
 
 Tokenise = Callable[[list[str]], torch.Tensor]

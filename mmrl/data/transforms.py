@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 
 from mmrl.data import draws
-from mmrl.image_spec import ImageSpec, resize
+from mmrl.images.image_spec import ImageSpec, resize
 from mmrl.settings import Settings
 
 

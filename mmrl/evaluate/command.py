@@ -11,17 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmrl import distributed
 from mmrl.data.index import Problem
+from mmrl.distributed import comm
 from mmrl.errors import InputError, did_you_mean
-from mmrl.evaluate import sets, tables
+from mmrl.evaluate import sets
 from mmrl.evaluate.degrade import score_degraded
-from mmrl.evaluate.encoders import Evaluated, open_encoder
-from mmrl.evaluate.ranks import KS
+from mmrl.evaluate.ranking.ranks import KS
+from mmrl.evaluate.ranking.retrieval import check_ks
 from mmrl.evaluate.readers import OpenSet, open_set
-from mmrl.evaluate.retrieval import check_ks
-from mmrl.evaluate.study import Study
+from mmrl.evaluate.report import tables
+from mmrl.evaluate.report.study import Study
 from mmrl.evaluate.zeroshot import class_vectors, embed_labelled, read_classes, score_labelled
+from mmrl.inference.evaluated import Evaluated, open_encoder
 from mmrl.nesting import check_dims
 
 
@@ -43,8 +44,8 @@ class Asked:
     """A file with a class a line, or `imagenet`: the sets are then for zero-shot classification."""
     templates: str | None = None
     budget: str | None = None
-    """How much recall may be lost, as `mmrl.evaluate.advice` has it. With this, one of the next two, or a folder for
-    the report, the sets are analysed."""
+    """How much recall may be lost, as `mmrl.evaluate.analysis.advice` has it. With this, one of the next two, or a
+    folder for the report, the sets are analysed."""
     vectors: str | None = None
     compare: Sequence[str] = ()
     """Other models."""
@@ -73,8 +74,8 @@ def evaluate_model(
             raise InputError(f"{option}: needs both directions between pictures and texts; add them to directions.")
     opened = _open(shards, asked)
     if "WORLD_SIZE" in os.environ:
-        distributed.start()
-    world = distributed.world()
+        comm.start()
+    world = comm.world()
     encoder = open_encoder(model)
     encoder.model.to(world.device)
     dims = list(asked.dims) if asked.dims else sorted({*encoder.nested_dims, encoder.dim})

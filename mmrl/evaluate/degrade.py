@@ -15,12 +15,12 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
-from mmrl import distributed
 from mmrl.data import draws
 from mmrl.data.sequential import PictureReader
-from mmrl.decode import decode_pixels, to_picture, to_tensor
-from mmrl.evaluate.ranks import KS, rank_queries
-from mmrl.image_spec import ImageSpec, resize
+from mmrl.distributed import comm
+from mmrl.evaluate.ranking.ranks import KS, rank_queries
+from mmrl.images.decode import decode_pixels, to_picture, to_tensor
+from mmrl.images.image_spec import ImageSpec, resize
 
 _CROP_DRAW = 1 << 24
 _BATCH = 64
@@ -95,7 +95,7 @@ def score_degraded(
 
     Returns: {"num_queries": …, "jpeg": {"what": "JPEG quality", "severities": {"30": {"512": {"R@1": …}}}}, …}.
     """
-    world, device = distributed.world(), next(model.parameters()).device
+    world, device = comm.world(), next(model.parameters()).device
     rows = chosen_rows(keys, most)
     settings = [(kind, amount) for kind, (_, _, amounts) in KINDS.items() for amount in amounts]
     first, last = (len(rows) * r // world.size for r in (world.rank, world.rank + 1))
@@ -111,7 +111,7 @@ def score_degraded(
         mine.append(torch.cat(query_D).view(len(batch), len(settings), -1))
         if on_pictures:
             on_pictures(len(batch))
-    query_qsD = torch.cat(distributed.gather_objects(torch.cat(mine)))
+    query_qsD = torch.cat(comm.gather_objects(torch.cat(mine)))
     row_q, row_N = torch.tensor(rows), torch.arange(len(image_ND))
     result: dict[str, Any] = {"num_queries": len(rows)}
     for place, (kind, amount) in enumerate(settings):

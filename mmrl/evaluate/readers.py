@@ -12,13 +12,13 @@ import torch
 
 from mmrl.data import draws
 from mmrl.data.index import Problem
-from mmrl.data.pairs import CAPTION_COLUMNS, FolderPairs, Pair
+from mmrl.data.pack.pairs import CAPTION_COLUMNS, FolderPairs, Pair
 from mmrl.data.samples import NO_GROUP, BadSample, FieldsConfig, Sample, SampleReader, group_number
 from mmrl.data.sequential import PictureReader
 from mmrl.data.sources import open_reader
-from mmrl.decode import decode_pixels
 from mmrl.errors import InputError
 from mmrl.evaluate.zeroshot import Classes, read_classes
+from mmrl.images.decode import decode_pixels
 
 _NAMES, _TEMPLATES, _TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 _SHARDS_DRAW = 1 << 25

@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from mmrl import distributed
 from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig
 from mmrl.data.sequential import PictureReader, WholeBatch, read_whole
+from mmrl.distributed import comm
+from mmrl.durations import Duration
 from mmrl.errors import InputError
-from mmrl.evaluate.ranks import KS, OnRows, PerQuery, is_better_lower, rank_both, rank_queries
-from mmrl.evaluate.retrieval import as_json, chance, check_ks, checked, fold_rows, mean_of, of_directions
-from mmrl.image_spec import ImageSpec
-from mmrl.optim import Duration
+from mmrl.evaluate.ranking.ranks import KS, OnRows, PerQuery, is_better_lower, rank_both, rank_queries
+from mmrl.evaluate.ranking.retrieval import as_json, chance, check_ks, checked, fold_rows, mean_of, of_directions
+from mmrl.images.image_spec import ImageSpec
+from mmrl.inference.evaluated import Tokenise
 from mmrl.settings import Settings, machine
 
 CROSS = ("image_to_text", "text_to_image")
@@ -61,10 +62,6 @@ class EvaluationConfig(Settings):
     best: BestConfig | None = None
 
 
-Tokenise = Callable[[list[str]], torch.Tensor]
-"""Texts -> int64 (B, L)."""
-
-
 @dataclass(frozen=True)
 class Embedded:
     """A set's embeddings, whole, on every process; not normalised."""
@@ -102,7 +99,7 @@ def embed(
         model: has encode_image and encode_text; it is used as it is, in the mode that it is in.
         on_batch: told the number of images after each batch, for a progress bar.
     """
-    world = distributed.world()
+    world = comm.world()
     device = next(model.parameters()).device
     mine: list[tuple[WholeBatch, torch.Tensor, torch.Tensor]] = []
     bad = list(reader.problems) if world.is_main else []
@@ -116,7 +113,7 @@ def embed(
         mine.append((batch, image_BD, text_MD))
         if on_batch:
             on_batch(len(batch.keys))
-    shares = distributed.gather_objects((mine, bad))
+    shares = comm.gather_objects((mine, bad))
     return _join([part for parts, _ in shares for part in parts], [problem for _, bad in shares for problem in bad])
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl import distributed
 from mmrl.data.index import Problem
 from mmrl.data.sequential import PictureReader, read_whole
+from mmrl.distributed import comm
 from mmrl.errors import InputError
-from mmrl.evaluate.ranks import rank_queries
-from mmrl.image_spec import ImageSpec
+from mmrl.evaluate.ranking.ranks import rank_queries
+from mmrl.images.image_spec import ImageSpec
 from mmrl.model import towers
 from mmrl.nesting import cut
 
@@ -95,7 +95,7 @@ def embed_labelled(
     Raises:
         InputError: no sample can be used.
     """
-    world = distributed.world()
+    world = comm.world()
     device = next(model.parameters()).device
     images, labels = [], []
     bad = list(reader.problems) if world.is_main else []
@@ -110,7 +110,7 @@ def embed_labelled(
             labels.append(label_B[label_B >= 0])
         if on_batch:
             on_batch(len(batch.keys) + len(batch.bad))
-    shares = distributed.gather_objects((images, labels, bad))
+    shares = comm.gather_objects((images, labels, bad))
     images, labels, bad = ([one for share in shares for one in share[part]] for part in range(3))
     if not images:
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
@@ -131,7 +131,7 @@ def class_vectors(
     classes: Classes, model: Any, tokenise: Callable[[list[str]], Tensor], dims: Sequence[int]
 ) -> dict[int, Tensor]:
     """The vectors of all classes at each dim, (C, d); the classes are divided over the processes."""
-    world = distributed.world()
+    world = comm.world()
     device = next(model.parameters()).device
     count = len(classes.names)
     first, last = (count * r // world.size for r in (world.rank, world.rank + 1))
@@ -140,7 +140,7 @@ def class_vectors(
         prompt_TD = model.encode_text(tokenise(classes.prompts(number)).to(device)).float().cpu()
         for dim in dims:
             mine[dim].append(cut(cut(prompt_TD, dim).mean(0), dim))
-    shares = distributed.gather_objects(mine)
+    shares = comm.gather_objects(mine)
     return {dim: torch.stack([row for share in shares for row in share[dim]]) for dim in dims}
 
 

@@ -18,10 +18,10 @@ from typing import Any
 from mmrl.errors import InputError
 from mmrl.export import card, contract, measure
 from mmrl.export.contract import Source
-from mmrl.export.extras import need
 from mmrl.export.formats import base
 from mmrl.export.formats.base import Cut, Format
 from mmrl.export.measure import Recall
+from mmrl.inference.extras import need
 from mmrl.model import bundle, layouts
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import hash_files, write_manifest

@@ -16,8 +16,8 @@ from PIL import Image
 from mmrl import nesting
 from mmrl.data.samples import BadSample
 from mmrl.data.sources import open_reader
-from mmrl.decode import to_picture
 from mmrl.errors import InputError, RunStopped
+from mmrl.images.decode import to_picture
 from mmrl.model.bundle import Bundle
 
 STARTER = "starter:val-pictures"

@@ -7,8 +7,8 @@ from typing import Any
 
 from mmrl.data.sources import open_reader
 from mmrl.evaluate import sets
-from mmrl.evaluate.encoders import Graphs
 from mmrl.export.contract import Reopened
+from mmrl.inference.evaluated import Graphs
 from mmrl.model.bundle import Bundle
 
 # A variant is opened by default where it loses at most this share of the recall.

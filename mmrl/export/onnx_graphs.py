@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmrl.errors import InputError
-from mmrl.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import Encoder
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmrl import distributed
+from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.losses import sweep
 from mmrl.losses.sweep import LOG2_E, Block
@@ -50,7 +50,7 @@ def check(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, 
     if finite:
         bad = [len(x) - int(x.isfinite().all(1).sum()) for x in (image_BD, text_BD)]
         # Raised on all processes, since one alone would leave the others waiting.
-        if distributed.anywhere(any(bad)):
+        if comm.anywhere(any(bad)):
             raise InputError(
                 f"image_BD, text_BD: {bad[0]} and {bad[1]} of {len(image_BD)} rows here hold NaN or infinity; all must "
                 "be finite, on every process."
@@ -92,13 +92,13 @@ def strip(
     """This process's images against all texts; `groups`, if any, are of the images here and of all texts."""
     scales = [scale * LOG2_E for scale in scales]
     sides = (sweep.side(image_bD, nested.dims), sweep.side(text_BD, nested.dims))
-    return Block(*sides, scales, distributed.own_rows(len(image_bD)).start, *groups)
+    return Block(*sides, scales, comm.own_rows(len(image_bD)).start, *groups)
 
 
 def gather_groups(groups: Groups) -> torch.Tensor:
     """Of all processes' pairs, the image's group and the text's: (B, 2)."""
     pair = groups if isinstance(groups, tuple) else (groups, groups)
-    return distributed.gather(torch.stack(pair, dim=1))
+    return comm.gather(torch.stack(pair, dim=1))
 
 
 def groups_of_strip(group_B2: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:

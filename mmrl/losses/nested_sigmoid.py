@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mmrl import distributed
+from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.losses import inputs, sweep
 from mmrl.losses.inputs import Groups, NestedLoss
@@ -72,8 +72,8 @@ class _NestedSigmoid(torch.autograd.Function):
         groups: Groups | None,
         positive: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        text_BD = distributed.gather(text_bD)
-        own, both, positives = distributed.own_rows(len(image_bD)), (), len(image_bD)
+        text_BD = comm.gather(text_bD)
+        own, both, positives = comm.own_rows(len(image_bD)), (), len(image_bD)
         if groups is not None:
             group_B2 = inputs.gather_groups(groups)
             both = inputs.groups_of_strip(group_B2, own)
@@ -83,7 +83,7 @@ class _NestedSigmoid(torch.autograd.Function):
         biases = [bias * LOG2_E for bias in bias_K.tolist()]
         with sweep.own_precision(image_bD.dtype, image_bD.device):
             loss_K = _losses(block, biases, targets)
-        by_dim_K = distributed.total(loss_K) / len(text_BD)
+        by_dim_K = comm.total(loss_K) / len(text_BD)
         ctx.save_for_backward(image_bD, text_BD, scale_K, *both)
         ctx.nested, ctx.biases, ctx.bias_dtype = nested, biases, bias_K.dtype
         ctx.positive, ctx.positives, ctx.scales = positive, positives, scales
@@ -98,10 +98,10 @@ class _NestedSigmoid(torch.autograd.Function):
         image_bD, text_BD, scale_K, *both = ctx.saved_tensors
         block, targets = _block(image_bD, text_BD, ctx.scales, ctx.nested, both, ctx.positive)
         slope = _Sigmoids(ctx.biases, like=block.rows.inverse_norm_Kn)
-        factor_K = [share * distributed.world().size / len(text_BD) for share in ctx.nested.shares]
+        factor_K = [share * comm.world().size / len(text_BD) for share in ctx.nested.shares]
         with sweep.own_precision(image_bD.dtype, image_bD.device):
             found = sweep.gradients(block, slope, factor_K, targets, image_bD.shape[1])
-        text_grad_bD = distributed.scatter_sum(found.column_mD)
+        text_grad_bD = comm.scatter_sum(found.column_mD)
         bias_grad_K = (slope.total_K - ctx.positives) * slope.total_K.new_tensor(factor_K)
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),

@@ -18,17 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mmrl.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts, towers, two_tower
-from mmrl.model.manifest import (
-    FORMAT,
-    VERSION,
-    check_files,
-    find,
-    hash_files,
-    read_manifest,
-    write_manifest,
-)
+from mmrl.model.manifest import FORMAT, VERSION, check_files, find, hash_files, read_manifest, write_manifest
 from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
 from mmrl.model.towers import Side, TokeniseList, Towers

@@ -27,7 +27,7 @@ _File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
 
 
 class ImageSection(Settings):
-    """How a picture is fitted and normalised, as mmrl.image_spec.ImageSpec."""
+    """How a picture is fitted and normalised, as mmrl.images.image_spec.ImageSpec."""
 
     height: int = Field(ge=1)
     width: int = Field(ge=1)

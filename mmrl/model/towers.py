@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from mmrl.errors import InputError, did_you_mean
-from mmrl.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec
 from mmrl.model.model_cfg import check_config_folder, check_model_cfg
 from mmrl.settings import Settings, machine
 

@@ -23,12 +23,12 @@ from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import mmrl
 from mmrl.errors import InputError
 from mmrl.search.calibrate import K
 from mmrl.search.embed import LONGEST_TEXT
 from mmrl.search.items import Item
 from mmrl.search.query import Hit, Searcher
+from mmrl.version import __version__
 
 MOST_UPLOAD = 16 << 20
 """Bytes of a request's body."""
@@ -192,7 +192,7 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
     """The application. `hosts` are the names by which it may be called, ["*"] for any."""
     app = FastAPI(
         title="mmrl: search an index",
-        version=mmrl.__version__,
+        version=__version__,
         description="Search pictures by words or by picture, at any nested dim.",
         docs_url=None,  # FastAPI's own page fetches its parts from elsewhere; ours is in page/
         redoc_url=None,

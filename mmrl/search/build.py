@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-import mmrl
-from mmrl.data.tables import arrow
+from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
-from mmrl.export.encoder import load
+from mmrl.inference.load import load
 from mmrl.nesting import check_dims, cut, nesting
 from mmrl.search import items
 from mmrl.search.calibrate import K, Queries, calibrate
@@ -31,6 +30,7 @@ from mmrl.search.funnel import CODES, Code, Funnel, faiss_module
 from mmrl.search.index import DELETED, FORMAT, ITEMS, MANIFEST, VECTORS, VERSION, Index, open_index
 from mmrl.search.index import TEXTS as SAMPLE_OF_TEXTS
 from mmrl.search.table import METADATA_KEY, vectors_in
+from mmrl.version import __version__
 
 EXACT_UP_TO = 50_000
 """Pictures that are searched outright: faster than they are compressed, and nothing is lost."""
@@ -282,7 +282,7 @@ def _write(
             "data": data.name,
             "codes": facts.get("codes"),
             "search": facts.get("search", {"shortlists": None, f"recall@{K}": "exact"}),
-            "mmrl_version": mmrl.__version__,
+            "mmrl_version": __version__,
         }
         _put_in_force(out, manifest)
     except BaseException:

@@ -27,19 +27,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import mmrl
-from mmrl.data.index import Problem
-from mmrl.data.tables import arrow
+from mmrl.data.index import BAD_SAMPLES, Problem
+from mmrl.data.pack.tables import arrow
 from mmrl.data.workers import Workers, usable_cores
-from mmrl.decode import to_picture
 from mmrl.errors import InputError, did_you_mean
-from mmrl.export.encoder import LoadedEncoder, load
+from mmrl.images.decode import to_picture
+from mmrl.inference.base import LoadedEncoder
+from mmrl.inference.load import load
 from mmrl.model import bundle
 from mmrl.nesting import check_dims, cut
 from mmrl.search import table
 from mmrl.search.pictures import Pictures, open_pictures
 from mmrl.search.precision import PRECISIONS, Column, Precision, columns_of, quantised
-from mmrl.tracking import BAD_SAMPLES
+from mmrl.version import __version__
 
 FORMAT, VERSION = "mmrl-embeddings", 2
 EMBEDDINGS, TEXTS, PARTS = "embeddings.parquet", "texts.parquet", ".parts"
@@ -94,7 +94,7 @@ def embed_pictures(
         "dim": encoder.dim,
         "nested_dims": list(encoder.nested_dims),
         "columns": [column.to_json() for column in columns],
-        "mmrl_version": mmrl.__version__,
+        "mmrl_version": __version__,
     }
     work = _Work(where, source, group_key, columns, metadata, texts, batch_size, out / PARTS, workers)
     work.pictures, work.encoder = pictures, encoder

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmrl.data.tables import arrow
+from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
 
 COLUMNS = ["key", "captions", "group", "group_name", "thumbnail"]

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 
 from mmrl.data.index import Problem
-from mmrl.data.pairs import FolderPairs
+from mmrl.data.pack.pairs import FolderPairs
 from mmrl.data.samples import NO_GROUP, BadSample, FieldsConfig, Sample, SampleReader, group_number
 from mmrl.data.sources import open_reader
-from mmrl.decode import decode_pixels
+from mmrl.images.decode import decode_pixels
 
 Picture = tuple[Sample, torch.Tensor]
 """A sample and its pixels, uint8 (C, H, W)."""

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmrl import sheet
 from mmrl.errors import InputError
-from mmrl.export.encoder import LoadedEncoder, load
+from mmrl.images import contact_sheet
+from mmrl.inference.base import LoadedEncoder
+from mmrl.inference.load import load
 from mmrl.model.towers import offline
 from mmrl.nesting import check_dims
 from mmrl.search.embed import LONGEST_TEXT, identify
@@ -141,7 +142,7 @@ def search(
     if k < 1:
         raise InputError(f"k: {k} is too small; give at least 1.")
     if picture is not None:
-        sheet.check(picture)
+        contact_sheet.check(picture)
     searcher = Searcher.open(folder, model, "text" if image is None else "image")
     index = searcher.index
     dim = searcher.widest if dim is None else dim
@@ -155,7 +156,7 @@ def search(
     console.print(_table(shown, index, dim, hits))
     if picture is not None:
         note = f"{len(hits)} nearest of {len(index):,} pictures, by {dim} of {index.dim} numbers"
-        sheet.write(picture, shown, note, [_tile(hit) for hit in hits], image)
+        contact_sheet.write(picture, shown, note, [_tile(hit) for hit in hits], image)
         console.print(f"Written: {picture}", highlight=False, markup=False, soft_wrap=True)
     return {
         "query": {"image": str(image)} if image is not None else {"text": text},
@@ -218,5 +219,5 @@ def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
     return table
 
 
-def _tile(hit: Hit) -> sheet.Tile:
-    return sheet.Tile(hit.item.thumbnail, f"{hit.rank}.", f"{hit.score:.3f}", hit.item.caption)
+def _tile(hit: Hit) -> contact_sheet.Tile:
+    return contact_sheet.Tile(hit.item.thumbnail, f"{hit.rank}.", f"{hit.score:.3f}", hit.item.caption)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmrl.data.pack.tables import arrow
 from mmrl.data.samples import Sample
-from mmrl.data.tables import arrow
 from mmrl.search.precision import Column
 
 METADATA_KEY = b"mmrl"

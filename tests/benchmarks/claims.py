@@ -51,11 +51,11 @@ from mmrl.config import Config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
-from mmrl.export import learnt_rotation
-from mmrl.export.rotate import rotate_model
 from mmrl.model import bundle
+from mmrl.rotation import learned
+from mmrl.rotation.command import rotate_model
 from mmrl.settings import learning_values
-from mmrl.train import train
+from mmrl.train.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "configs" / "quickstart.yaml"
@@ -214,7 +214,7 @@ def measure(run: Run) -> None:
         width = bundle.open_model(run.last).dim
         dims = sorted(dim for dim in configs.load(RECIPE).nesting.dims if dim <= width)
         _turn(run, "rotated", dims, captions=1, steps=0)
-        _turn(run, "nested", dims, captions=None, steps=learnt_rotation.STEPS)
+        _turn(run, "nested", dims, captions=None, steps=learned.STEPS)
         _fit_pca(run)
 
 

@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from mmrl.data.check import check
-from mmrl.data.pack import pack
+from mmrl.data.check.command import check
+from mmrl.data.pack.command import pack
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.stream import Stream
 from mmrl.data.transforms import AugmentConfig
-from mmrl.decode import decode_pixels, to_picture
-from mmrl.image_spec import ImageSpec
+from mmrl.images.decode import decode_pixels, to_picture
+from mmrl.images.image_spec import ImageSpec
 
 wds: Any = importlib.import_module("webdataset")  # its names come from everywhere, which type checkers do not see
 SPEC = ImageSpec(height=224, width=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))

@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
-from mmrl.evaluate.ranks import rank_both
+from mmrl.engine.timing import peak_memory
+from mmrl.evaluate.ranking.ranks import rank_both
 from mmrl.nesting import cut
-from mmrl.timing import peak_memory
 
 WIDTH, CAPTIONS = 512, 5
 DIMS = (512, 256, 128, 64, 32)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from mmrl.export import bundles
-from mmrl.export.standalone import Encoder
+from mmrl.inference.standalone import Encoder
 from mmrl.model import bundle
 from mmrl.nesting import cut
 

@@ -33,7 +33,7 @@ from rich.console import Console
 
 from mmrl import config as configs
 from mmrl.export import bundles
-from mmrl.train import train
+from mmrl.train.trainer import train
 
 SHARE_OF_LR = 0.2
 

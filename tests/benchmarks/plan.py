@@ -12,7 +12,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from mmrl import config as configs
-from mmrl import footprint, plan
+from mmrl.model import footprint
+from mmrl.train import plan
 
 RECIPE = Path(__file__).parents[2] / "configs" / "vit_b32_512_to_64.yaml"
 # Tower and dims: an L/14's embedding is 768 wide.

@@ -35,11 +35,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from mmrl import accumulation, distributed, optim
 from mmrl import config as configs
-from mmrl.accumulation import MicroBatch
 from mmrl.config import Config
-from mmrl.engine import Engine, EngineConfig
+from mmrl.distributed import comm
+from mmrl.engine import grad_cache, optim
+from mmrl.engine.engine import Engine, EngineConfig
+from mmrl.engine.grad_cache import MicroBatch
 from mmrl.losses.config import LossConfig, nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model import towers, two_tower
@@ -70,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     print(f"batch {arguments.batch}, micro-batch {arguments.micro_batch}, load average {os.getloadavg()[0]:.2f}")
-    distributed.start()
+    comm.start()
     print("\n1. Full-batch accumulation")
     _accumulation(arguments, RECIPE)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,7 @@ def main() -> None:
         path.write_text(json.dumps(VIT))
         _accumulation(arguments, configs.load(QUICKSTART, [f"model.name={path}"]))
     _deepspeed(arguments)
-    distributed.stop()
+    comm.stop()
     _collectives()
 
 
@@ -213,13 +214,13 @@ def _loss(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> NestedLoss:
-    groups = torch.arange(len(image_bD)) + distributed.world().rank * len(image_bD)
+    groups = torch.arange(len(image_bD)) + comm.world().rank * len(image_bD)
     nested = nesting(dims, None, image_bD.shape[1])
     return nested_loss(LossConfig(), image_bD, text_bD, scale, bias, nested, groups)
 
 
 def _step(engine: Engine, parts: Sequence[MicroBatch], dims: Sequence[int] = ALL_DIMS) -> None:
-    accumulation.backward(engine, parts, partial(_loss, dims), _seed)
+    grad_cache.backward(engine, parts, partial(_loss, dims), _seed)
     engine.step()
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import drawing, encoded, sample_members, write_tar
+from helpers.samples import SPEC, bad_members
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,9 +18,7 @@ from mmrl.data.sources import DataConfig, open_reader, open_training_set
 from mmrl.data.stream import Batch, Stream, pick_caption
 from mmrl.data.transforms import AugmentConfig
 from mmrl.errors import InputError
-from mmrl.image_spec import ImageSpec
 
-SPEC = ImageSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 AUGMENT = AugmentConfig(
     random_resized_crop=[0.5, 1.0], rotate=20, zoom=[0.8, 1.2], shift=0.1, flip=0.5, brightness=0.2, grey=0.3
 )
@@ -284,21 +283,6 @@ def test_groups_are_stable_hashes_and_absent_ones_minus_one(tmp_path: Path) -> N
     assert group["00000"] == group["00012"] == group_number("red square") == 2006242075667802697
     assert group["00001"] != group["00000"]
     assert group["00002"] == -1
-
-
-def bad_members() -> list[tuple[str, bytes]]:
-    """Good samples 0 … 39, and after them one of each kind of bad one."""
-    picture, caption = encoded(drawing(0)[0]), b"a caption"
-    good = [member for number in range(40) for member in sample_members(number)]
-    return [
-        *good,
-        ("corrupt.png", picture[:40] + bytes(50)), ("corrupt.txt", caption),
-        ("halved.png", picture[: len(picture) // 2]), ("halved.txt", caption),
-        ("noimage.txt", caption),
-        ("silent.png", picture), ("silent.txt", b"  \n"),
-        ("latin.png", picture), ("latin.txt", "caf\u00e9".encode("latin-1")),
-        ("badjson.png", picture), ("badjson.txt", caption), ("badjson.json", b"{"),
-    ]  # fmt: skip
 
 
 def test_bad_samples_are_replaced_and_listed_on_any_division(tmp_path: Path) -> None:

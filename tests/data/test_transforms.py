@@ -4,8 +4,8 @@ import torch
 from conftest import drawing
 
 from mmrl.data.transforms import Augmentation, AugmentConfig
-from mmrl.decode import to_tensor
-from mmrl.image_spec import ImageSpec
+from mmrl.images.decode import to_tensor
+from mmrl.images.image_spec import ImageSpec
 
 SPEC = ImageSpec(height=32, width=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from conftest import drawing, encoded, write_tar
+from helpers.worlds import run_in_world
 from rich.console import Console
-from test_distributed import run_in_world
 
 from mmrl import config as configs
 from mmrl.data.sources import open_reader
@@ -28,7 +28,7 @@ from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
-from mmrl.train import train
+from mmrl.train.trainer import train
 
 CLASSES = ["red", "green", "blue", "grey"]
 

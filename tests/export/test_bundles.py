@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY_MODEL
-from stored import PICTURES, TEXTS, prefix, stored
+from helpers.encoders import PICTURES, TEXTS, prefix, stored
 
 import mmrl
 from mmrl.errors import InputError
@@ -96,7 +96,7 @@ def test_one_tower_alone(source: Path) -> None:
 
 _FOREIGN = """
 import sys
-for name in ("deepspeed", "webdataset", "mmrl.data", "mmrl.train", "mmrl.engine"):
+for name in ("deepspeed", "webdataset", "mmrl.data", "mmrl.train.trainer", "mmrl.engine.engine"):
     sys.modules[name] = None
 import mmrl, numpy
 encoder = mmrl.load(sys.argv[1])

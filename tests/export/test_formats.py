@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_MODEL
-from stored import PICTURES, TEXTS, prefix, stored
+from helpers.encoders import PICTURES, TEXTS, prefix, stored
 
 import mmrl
 from mmrl.errors import InputError, RunStopped
 from mmrl.export import bundles, contract, onnx_graphs
+from mmrl.export.card import line
 from mmrl.export.formats import base
-from mmrl.export.summary import line
 from mmrl.model import bundle
 from mmrl.model.manifest import hash_files, read_manifest, write_manifest
 
@@ -348,7 +348,7 @@ def test_a_tower_beyond_one_file_is_refused_where_one_file_is_wanted(
 def test_a_missing_extra_is_named_with_its_command(
     source: Path, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmrl.export.extras.find_spec", lambda _: None)
+    monkeypatch.setattr("mmrl.inference.extras.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"onnx is not installed; pip install 'mmrl-clip\[export\]'"):
         bundles.export(str(source), tmp_path / "out", [8], "onnx")
     with pytest.raises(InputError, match=r"sentence-transformers is not installed; pip install 'mmrl-clip\[sentence-"):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from mmrl.data.sources import open_reader
 from mmrl.export import tokenizer_json
-from mmrl.export.standalone import clean
+from mmrl.inference.standalone import clean
 from mmrl.model import towers
 
 ODD = [

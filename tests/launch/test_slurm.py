@@ -114,7 +114,7 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
     slowly = tmp_path / "slowly"
     slowly.mkdir()
     (slowly / "sitecustomize.py").write_text(
-        "import time, mmrl.distributed as d\nreal = d.anywhere\n"
+        "import time, mmrl.distributed.comm as d\nreal = d.anywhere\n"
         "def anywhere(flag):\n    time.sleep(1.0)\n    return real(flag)\nd.anywhere = anywhere\n"
     )
     folder = tmp_path / "slurm"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_places import brute_force, clustered, generated_embeddings, rows_of
+from helpers.search_places import brute_force, clustered, generated_embeddings, rows_of
 
 from mmrl.errors import InputError
 from mmrl.search import build, calibrate, funnel

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import drawing, encoded, sample_members, write_tar
+from helpers.search_places import COUNT, metadata_of, place, rows_of
 from PIL import Image
-from search_places import COUNT, metadata_of, place, rows_of
 
 import mmrl
 from mmrl.data.samples import NO_GROUP, group_number

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from search_places import brute_force, place, rows_of
+from helpers.search_places import brute_force, place, rows_of
 
 from mmrl.search.embed import EMBEDDINGS, embed_pictures
 

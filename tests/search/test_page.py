@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import drawing, encoded
-from search_places import place
+from helpers.search_places import place
 
 from mmrl.search.query import Searcher, search
 

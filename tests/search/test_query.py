@@ -14,13 +14,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import drawing
+from helpers.search_places import COUNT, brute_force, place
 from PIL import Image
-from search_places import COUNT, brute_force, place
 
 import mmrl
-from mmrl import sheet
 from mmrl.errors import InputError
 from mmrl.export.bundles import export_bundle
+from mmrl.images import contact_sheet
 from mmrl.model import bundle, towers, two_tower
 from mmrl.search import embed
 from mmrl.search import index as indexes
@@ -131,8 +131,8 @@ def test_the_contact_sheet(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "word", "many words " * 30, "w" * 400, "語" * 100])
 def test_lines_keep_to_their_width(text: str) -> None:
-    font = sheet._font(13)
-    lines = sheet._wrapped(text, font, 160, 3)
+    font = contact_sheet._font(13)
+    lines = contact_sheet._wrapped(text, font, 160, 3)
     assert 1 <= len(lines) <= 3
     assert all(font.getlength(line) <= 160 for line in lines)
     assert lines[-1].endswith("…") == (len(text) > 20)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import drawing, encoded
+from helpers.search_places import COUNT, place
 from PIL import Image
-from search_places import COUNT, place
 
 from mmrl.errors import InputError
 from mmrl.search import app as app_module

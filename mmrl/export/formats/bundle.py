@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import mmrl
 from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Cut, Format
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
+from mmrl.version import __version__
 
 
 def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     def images(pictures: list[Image.Image]) -> np.ndarray:
         return pixels(torch.stack([one.image_spec.pixels(picture) for picture in pictures]))
 
-    return Reopened(f"mmrl {mmrl.__version__}", pixels, tokens, images, lambda texts: tokens(one.tokenise(texts)))
+    return Reopened(f"mmrl {__version__}", pixels, tokens, images, lambda texts: tokens(one.tokenise(texts)))
 
 
 def _check(whole: Bundle) -> None:

@@ -13,7 +13,7 @@ from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Cut, Format
 from mmrl.model.bundle import Bundle
 
-_STANDALONE = Path(__file__).parents[1] / "standalone.py"
+_STANDALONE = Path(__file__).parents[2] / "inference" / "standalone.py"
 
 
 def _check(whole: Bundle) -> None:
@@ -61,7 +61,7 @@ def reopen(folder: Path, variant: str | None) -> Reopened:
     """A folder of graphs, by onnxruntime."""
     import onnxruntime
 
-    from mmrl.export.standalone import Encoder
+    from mmrl.inference.standalone import Encoder
 
     one = Encoder(folder, variant=variant)
     pad = one.graphs["pad_id"]

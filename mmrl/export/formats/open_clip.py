@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from mmrl.errors import InputError
 from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Cut, Format
-from mmrl.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts, towers
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import read_manifest

@@ -16,7 +16,7 @@ from mmrl.errors import InputError
 from mmrl.export import tokenizer_json
 from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Cut, Format
-from mmrl.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import read_manifest

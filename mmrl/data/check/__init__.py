@@ -1,0 +1,1 @@
+"""`mmrl check`: every problem of a data set, before a run."""

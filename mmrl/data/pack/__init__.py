@@ -1,0 +1,1 @@
+"""`mmrl pack`: a folder or a table of image-text pairs -> shards."""

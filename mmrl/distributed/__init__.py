@@ -1,0 +1,1 @@
+"""Processes: the launcher's environment, collectives, the heartbeat, stragglers."""

@@ -1,0 +1,1 @@
+"""DeepSpeed, optimizer, gradient accumulation, checkpoints and logs of a run."""

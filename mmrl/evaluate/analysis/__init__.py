@@ -1,0 +1,1 @@
+"""What an evaluation derives from embeddings: baselines, compression, advice, confidence intervals."""

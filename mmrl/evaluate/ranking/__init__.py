@@ -1,0 +1,1 @@
+"""Exact ranks, recall, average precision and nDCG at every dim."""

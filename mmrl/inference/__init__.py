@@ -1,0 +1,1 @@
+"""Trained encoders in use: `mmrl.load`."""

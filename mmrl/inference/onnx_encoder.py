@@ -1,0 +1,91 @@
+"""A stored encoder of ONNX graphs, as `mmrl.load` returns it; torch is not imported for pictures and texts.
+
+Shapes: N inputs, d the encoder's dim.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmrl.errors import InputError
+from mmrl.inference.base import LoadedEncoder, Picture
+from mmrl.inference.extras import need
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmrl.images.image_spec import ImageSpec
+    from mmrl.inference.standalone import Encoder
+
+
+class OnnxEncoder(LoadedEncoder):
+    """The same calls, answered by onnxruntime."""
+
+    def __init__(self, encoder: "Encoder") -> None:
+        self._encoder = encoder
+        self.dim = encoder.dim
+        self.variant = encoder.variant
+        self.nested_dims = tuple(d for d in encoder.manifest["nested_dims"] if d <= encoder.dim)
+
+    @property
+    def image_spec(self) -> "ImageSpec":
+        from mmrl.images.image_spec import ImageSpec
+
+        return ImageSpec.from_json(self._encoder.manifest["image"])
+
+    def encode_images(self, images: Sequence[Picture], batch_size: int = 64) -> np.ndarray:
+        return self._said(self._encoder.encode_images, images, batch_size)
+
+    def encode_pixels(self, pixels_NCHW: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
+        return self._said(self._encoder.encode_pixels, np.ascontiguousarray(pixels_NCHW), batch_size)
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        return self._said(self._encoder.encode_texts, texts, batch_size)
+
+    def encode_tokens(self, tokens_NL: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
+        """int64 (N, L) of `tokenise` -> float32 (N, d), rows of length 1."""
+        return self._said(self._encoder.encode_tokens, np.ascontiguousarray(tokens_NL), batch_size)
+
+    def tokenise(self, texts: list[str]) -> "torch.Tensor":
+        """Texts -> int64 (N, L)."""
+        import torch
+
+        return torch.from_numpy(self._encoder.tokenise(texts))
+
+    def _said(self, encode: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+        with _as_input_errors():
+            return encode(*arguments)
+
+
+def open_onnx(
+    folder: Path,
+    dim: int | None,
+    device: "str | torch.device | None",
+    dtype: "torch.dtype | None",
+    towers: str,
+    variant: str | None,
+) -> OnnxEncoder:
+    """What `mmrl.load` returns for a folder of graphs.
+
+    Raises:
+        InputError: as `mmrl.load`; onnxruntime is not installed.
+    """
+    if dtype is not None:
+        raise InputError("dtype: ONNX graphs compute in what they were exported in; name a variant instead.")
+    need("onnxruntime")
+    from mmrl.inference.standalone import Encoder
+
+    with _as_input_errors():
+        return OnnxEncoder(Encoder(folder, dim, towers, variant, device=str(device or "cpu")))
+
+
+@contextmanager
+def _as_input_errors() -> Iterator[None]:
+    """The stand-alone file knows ValueError alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,1 @@
+"""`mmrl train` and `mmrl plan`."""

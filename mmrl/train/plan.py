@@ -1,0 +1,342 @@
+"""`mmrl plan`: what a run needs of memory, network and time on N GPUs, before any is booked.
+
+Memory of a process (bytes; P weights, of which T are trained; N processes; m pairs of a micro-batch; b = B / N pairs of
+a process in all; D the embedding's width; e bytes of an embedding's number, 2 under bf16 and 4 else)
+
+    weights       4P at stages 0–2 and 4P/N at stage 3, which gathers up to 4·min(P, 1e9) of them while it computes
+                  (DeepSpeed's stage3_max_live_parameters)
+    gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size);
+                  with micro-batches, unless engine.reduce_each_micro_batch is set, they stay whole until they are
+                  reduced once: at 2 4T while the towers work, bucket and share after them; at 3, whose bucket stays,
+                  another 4T. The plan advises reduce_each_micro_batch only where nothing fits without
+    optimiser     8T of Adam at stage 0; 12T/N at 1 to 3, with the float32 copy that DeepSpeed keeps of its share
+    average       4P with train.ema
+    activations   fixed + m·(a pair's): measured, by running forward and backward of the real towers on fake tensors
+                  (torch's FakeTensorMode: shapes without memory) and following every allocation
+    loss          16(b + B)D + 32K(b + B), and tiles of 1/128 of the GPU's memory: of both sides the embedding, its
+                  blocks, its gradient's blocks and their concatenation, each of at most 4 bytes a number
+                  (losses/sweep.py)
+
+Stages as in Rajbhandari et al. 2020 (arXiv 1910.02054, section 3 and figure 1), with DeepSpeed 0.19's own buffers,
+which tests/test_plan.py and tests/benchmarks/scale.py measure. With micro-batches the loss is computed while no
+activations are held, so that the larger of the two counts; without, their sum.
+
+Traffic of a process a step, in a ring: an all-gather or reduce-scatter of S bytes sends S(N-1)/N, an all-reduce twice
+that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-batches.
+
+    loss          all-gather of the texts eBD and of the groups 16B; all-reduce of the columns' sums 4KB;
+                  reduce-scatter of the texts' gradient 4BD                   (losses/nested_infonce.py)
+    stage 0       all-reduce of the gradients 4T, once
+    stage 1       the same, and all-gather of the new weights 4T
+    stage 2       the same; with reduce_each_micro_batch the all-reduce A times
+    stage 3       reduce-scatter of the gradients 4T, once or A times likewise; all-gather of the weights 4P for each
+                  forward and each backward, of which DeepSpeed may save some on a small model
+
+Time of a step = (towers' + loss's operations) / (peak · share reached) + traffic / bandwidth + calls · latency ·
+log2 N, nothing overlapped: an upper bound, where the share reached holds. The towers' operations are counted on the
+fake tensors (torch's FlopCounterMode): 3 times a forward's for a trained tower, 1 for a locked one, one more forward of
+a trained tower with micro-batches; the loss's are 8B²D/N (4 multiply-adds, see README, "The loss").
+
+Constants, of an H100 SXM as NVIDIA's data sheets give it; none of them was measured by this project, and --tflops and
+--gigabytes take your own: 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink each way within a host of 8; 50 GB/s
+of network a GPU between hosts (400 Gb/s each); 20 µs of latency a call and doubling. Assumed: 40 % of the peak and 80 %
+of the bandwidth are reached, and 1.5 GB of the GPU's memory and 5 % of it are lost to CUDA and to fragments.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mmrl import durations
+from mmrl.config import Config
+from mmrl.data.sources import open_training_set
+from mmrl.engine.engine import bucket_size
+from mmrl.errors import InputError
+from mmrl.hardware import H100_TFLOPS_16
+from mmrl.model import footprint
+from mmrl.model.footprint import Footprint
+
+GB = 1e9
+LIVE = 1e9
+PEAK_TFLOPS = {"bf16": H100_TFLOPS_16, "fp16": H100_TFLOPS_16, "fp32": 67.0}
+SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.8
+GPUS_OF_A_HOST, WITHIN_GB_S, BETWEEN_GB_S = 8, 450.0, 50.0
+LATENCY_S = 20e-6
+RESERVED_GB, FRAGMENTS = 1.5, 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One ZeRO stage on one GPU, with the largest micro-batch that fits."""
+
+    zero_stage: int
+    micro_batch: int | None
+    """None where not even one pair fits."""
+    reduce_each_micro_batch: bool
+    """Whether it fits only so."""
+    weights_gb: float
+    gradients_gb: float
+    optimizer_gb: float
+    activations_gb: float
+    loss_gb: float
+    total_gb: float
+    traffic_gb: float
+    """That a process sends a step."""
+    collective_calls: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """All of the plan."""
+
+    gpus: int
+    memory_gb: float
+    precision: str
+    parameters: int
+    trained_parameters: int
+    global_batch: int
+    pairs_a_gpu: int
+    steps_an_epoch: int | None
+    steps: int | None
+    notes: list[str]
+    stages: list[Fit]
+    best: int | None
+    """The smallest stage that fits."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def plan(
+    config: Config,
+    gpus: int,
+    memory_gb: float,
+    tflops: float | None = None,
+    gigabytes: float | None = None,
+    measured: Footprint | None = None,
+) -> Result:
+    """What `config` needs on so many GPUs of so much memory.
+
+    Args:
+        tflops: what a GPU really does a second, instead of the constants above.
+        gigabytes: what a GPU really sends a second, likewise.
+        measured: the towers' footprint, where it is known already.
+
+    Raises:
+        InputError: a batch that the GPUs do not divide; an unknown model.
+    """
+    batch = config.train.batch_size
+    if batch % gpus:
+        raise InputError(
+            f"train.batch_size: {batch} cannot be divided over {gpus} GPUs; take a multiple of {gpus}, such as "
+            f"{max(gpus, round(batch / gpus) * gpus)}."
+        )
+    precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
+    model = measured or footprint.measure(config.model, precision != "fp32")
+    flops_s = (tflops or PEAK_TFLOPS[precision] * SHARE_OF_PEAK) * 1e12
+    within = gpus <= GPUS_OF_A_HOST
+    bytes_s = (gigabytes or (WITHIN_GB_S if within else BETWEEN_GB_S) * SHARE_OF_BANDWIDTH) * GB
+    machine = _Machine(gpus, memory_gb, flops_s, bytes_s)
+    fits = [_fit(config, model, machine, stage, precision) for stage in range(4)]
+    best = next((fit.zero_stage for fit in fits if fit.micro_batch is not None and _allowed(config, fit)), None)
+    samples, note = _samples(config)
+    notes = [note] if note else []
+    if config.train.ema is not None:
+        notes.append("train.ema keeps a second set of weights, which is counted; it excludes stage 3.")
+    per_epoch = None if samples is None else samples // batch
+    return Result(
+        gpus=gpus,
+        memory_gb=memory_gb,
+        precision=precision,
+        parameters=model.parameters,
+        trained_parameters=model.trained,
+        global_batch=batch,
+        pairs_a_gpu=batch // gpus,
+        steps_an_epoch=per_epoch,
+        steps=_steps(config, per_epoch),
+        notes=notes,
+        stages=fits,
+        best=best,
+    )
+
+
+def lines(result: Result) -> list[str]:
+    """The plan for people."""
+    epoch = "unknown" if result.steps_an_epoch is None else f"{result.steps_an_epoch:,}"
+    steps = "unknown" if result.steps is None else f"{result.steps:,}"
+    shown = [
+        f"{result.parameters / 1e6:,.1f} M parameters, {result.trained_parameters / 1e6:,.1f} M trained, "
+        f"{result.precision}; {result.gpus} GPUs of {result.memory_gb:g} GB",
+        f"global batch {result.global_batch:,}: {result.pairs_a_gpu:,} pairs a GPU; steps an epoch: {epoch}, in all: "
+        f"{steps}",
+        "",
+        "GB a GPU      weights  gradients  optimiser  activations     loss    total   micro-batch"
+        "   sent a step   calls   step",
+    ]
+    for fit in result.stages:
+        parts = (fit.weights_gb, fit.gradients_gb, fit.optimizer_gb, fit.activations_gb, fit.loss_gb, fit.total_gb)
+        widths = (9, 11, 11, 13, 9, 9)
+        numbers = "".join(f"{part:{width}.2f}" for part, width in zip(parts, widths, strict=True))
+        micro = "does not fit" if fit.micro_batch is None else f"{fit.micro_batch:,}"
+        shown.append(
+            f"ZeRO stage {fit.zero_stage}{numbers}{micro:>14}{fit.traffic_gb:11.2f} GB{fit.collective_calls:8,}"
+            f"{fit.step_seconds:6.2f} s"
+        )
+    shown.append("")
+    if result.best is None:
+        shown.append("Nothing fits: take more memory, model.grad_checkpointing=true, or a smaller global batch.")
+    else:
+        fit = result.stages[result.best]
+        micro = "" if fit.micro_batch == result.pairs_a_gpu else f" train.micro_batch={fit.micro_batch}"
+        each = " engine.reduce_each_micro_batch=true" if fit.reduce_each_micro_batch else ""
+        shown.append(f"Smallest that fits: engine.zero_stage={result.best}{micro}{each}")
+    return [*shown, *(f"Note: {note}" for note in result.notes)]
+
+
+@dataclass(frozen=True)
+class _Machine:
+    gpus: int
+    memory_gb: float
+    flops_s: float
+    bytes_s: float
+
+
+def _allowed(config: Config, fit: Fit) -> bool:
+    return config.train.ema is None or fit.zero_stage < 3
+
+
+def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precision: str) -> Fit:
+    """The largest micro-batch of a stage that fits, with its figures; those of one pair where none does."""
+    share = config.train.batch_size // machine.gpus
+    loss = loss_bytes(config, model, machine.gpus) + machine.memory_gb * GB / 128
+    room = machine.memory_gb * GB * (1 - FRAGMENTS) - RESERVED_GB * GB
+
+    def bytes_of(m: int, each: bool) -> tuple[tuple[float, float, float], float]:
+        """The states, and what the work on them needs at the most."""
+        keeps_whole = m < share and not each
+        states = state_bytes(model, stage, machine.gpus, config.train.ema is not None, keeps_whole)
+        after = reduction_bytes(model, machine.gpus) if keeps_whole and stage == 2 else 0.0
+        return states, _working(model, m, share, max(loss, after))
+
+    wanted = [config.train.micro_batch] if config.train.micro_batch else _divisors(share)
+    fitting: list[int] = []
+    each = False
+    for each in (True,) if config.engine.reduce_each_micro_batch else (False, stage >= 2):
+        needed = {m: bytes_of(m, each) for m in wanted if share % m == 0}
+        fitting = [m for m, (states, working) in needed.items() if sum(states) + working <= room]
+        if fitting:
+            break
+    m = max(fitting, default=min(wanted))
+    accumulation = share // m
+    states, working = bytes_of(m, each)
+    traffic, calls = traffic_of(config, model, machine.gpus, stage, accumulation, precision, each)
+    activations = model.activations_fixed + m * model.activations_a_pair
+    flops = footprint.step_flops(
+        model.forward_flops_a_pair,
+        model.locked_flops_a_pair,
+        model.embed_dim,
+        config.train.batch_size,
+        forwards=1 if accumulation == 1 else 2,
+    )
+    return Fit(
+        zero_stage=stage,
+        micro_batch=m if fitting else None,
+        reduce_each_micro_batch=each and stage >= 2 and accumulation > 1,
+        weights_gb=states[0] / GB,
+        gradients_gb=states[1] / GB,
+        optimizer_gb=states[2] / GB,
+        activations_gb=activations / GB,
+        loss_gb=loss / GB,
+        total_gb=(sum(states) + working) / GB + RESERVED_GB,
+        traffic_gb=traffic / GB,
+        collective_calls=calls,
+        step_seconds=flops / machine.gpus / machine.flops_s
+        + traffic / machine.bytes_s
+        + calls * LATENCY_S * math.log2(max(machine.gpus, 2)),
+    )
+
+
+def _working(model: Footprint, m: int, share: int, loss: float) -> float:
+    activations = model.activations_fixed + m * model.activations_a_pair
+    return activations + loss if m == share else max(activations, loss)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def state_bytes(
+    model: Footprint, stage: int, gpus: int, averaged: bool = False, keeps_whole: bool = False
+) -> tuple[float, float, float]:
+    """Weights, gradients and optimiser state of one process, which keeps whole gradients until the last micro-batch at
+    stages 2 and 3 too, or not; see the file's head."""
+    share = 1 / gpus if stage else 1
+    weights = 4.0 * model.parameters * (share if stage == 3 else 1)
+    if stage == 3:
+        weights += 4 * min(model.parameters, LIVE)
+    if averaged:
+        weights += 4 * model.parameters
+    gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
+    if stage >= 2 and keeps_whole:
+        gradients = 4.0 * model.trained + (gradients if stage == 3 else 0)
+    return weights, gradients, (12 if stage else 8) * model.trained * share
+
+
+def reduction_bytes(model: Footprint, gpus: int) -> float:
+    """What stage 2 needs beside whole gradients to reduce them once, when no activations are held: bucket and share."""
+    return 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
+
+
+def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
+    """The loss's memory on one process, but for its tiles."""
+    rows = config.train.batch_size // gpus + config.train.batch_size
+    return rows * (16.0 * model.embed_dim + 32.0 * _num_dims(config))
+
+
+def traffic_of(
+    config: Config, model: Footprint, gpus: int, stage: int, accumulation: int, precision: str, each: bool = False
+) -> tuple[float, int]:
+    """Bytes that one process sends a step, and the collective calls of a step, with a reduction for each micro-batch or
+    one in all; see the file's head."""
+    if gpus == 1:
+        return 0.0, 0
+    B, D, e = config.train.batch_size, model.embed_dim, 2 if precision == "bf16" else 4
+    # Texts and groups gathered, columns' sums and the loss reduced, the texts' gradient scattered.
+    once = B * (e * D + 16) + 2 * 4 * _num_dims(config) * B + 4 * B * D
+    calls = 5
+    gradients, weights = 4.0 * model.trained, 4.0 * model.parameters
+    buckets = math.ceil(model.trained / bucket_size(model.parameters))
+    times = accumulation if each and stage >= 2 else 1
+    if stage == 0:
+        once += 2 * gradients
+        calls += buckets
+    elif stage < 3:
+        once += times * 2 * gradients + gradients
+        calls += times * buckets + 2 + 2 * buckets
+    else:
+        forwards = 2 * accumulation if accumulation > 1 else 1
+        once += times * gradients + (forwards + accumulation) * weights
+        calls += times * buckets + 2 + (forwards + accumulation) * math.ceil(model.parameters / 5e7)
+    return once * (gpus - 1) / gpus, calls
+
+
+def _num_dims(config: Config) -> int:
+    return len(config.nesting.dims)
+
+
+def _samples(config: Config) -> tuple[int | None, str | None]:
+    """The samples of an epoch, where the shards are at hand; else why not."""
+    try:
+        return sum(share.per_epoch for share in open_training_set(config.data).shares), None
+    except InputError as error:
+        return None, f"The steps of an epoch are unknown, since the shards are not at hand here: {error}"
+
+
+def _steps(config: Config, per_epoch: int | None) -> int | None:
+    duration = config.train.duration
+    if per_epoch is None and isinstance(duration, str) and "epoch" in duration:
+        return None
+    return max(1, durations.steps(duration, config.train.batch_size, per_epoch or 0))

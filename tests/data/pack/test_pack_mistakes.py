@@ -1,0 +1,119 @@
+"""What `mmrl pack` says to a user's mistakes, before long work starts."""
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import drawing, encoded
+from helpers.pack_sources import members, put
+
+from mmrl.data.pack.command import pack
+from mmrl.data.pack.writer import BAD_SAMPLES
+from mmrl.errors import InputError
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    put(tmp_path / "a.png", encoded(drawing(0)[0]))
+    return put(tmp_path / "t.csv", "image,caption,product\na.png,x,p\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "imag"}, r"image-column: .*t\.csv has no column 'imag'\. Did you mean 'image'\?"),
+        ({"caption_columns": ["capton"]}, r"caption-column: .*'capton'\. Did you mean 'caption'\?"),
+        ({"group_column": "xyz"}, r"group-column: .*'xyz'\. Allowed: caption, image, product\."),
+        ({"samples_per_shard": 0}, r"samples-per-shard: 0 .* at least 1"),
+        ({"max_side": 0}, r"max-side: 0 .* at least 1"),
+        ({"workers": 0}, r"workers: 0 .* at least 1"),
+    ],
+)
+def test_a_wrong_option_is_named(table: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pack(table, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.xlsx", "", r"no table that can be read; give \.csv, \.tsv, \.jsonl, \.parquet or a folder"),
+        ("t.csv", "", r"has no rows"),
+        ("t.csv", "image,caption\n", r"has no rows"),
+        ("t.csv", "picture,caption\na,b\n", r"has none of image, .*; its columns are picture, caption\. Name one"),
+        ("t.csv", "image,words\na,b\n", r"caption-column: .* has none of caption, "),
+        ("t.csv", 'image,caption\na.png,"x\nb.png,y\n', r"line 3: .*put texts .* in quotes"),
+        ("t.csv", "image,caption\na.png,é\n".encode("latin-1"), r"not UTF-8 text; save it as UTF-8"),
+        ("t.parquet", "image,caption", r"not a readable Parquet file"),
+        ("t.jsonl", '{"image": "gone.png", "text": "x"}', r"nothing in .* can be packed: 1 missing image; listed in"),
+        ("in/readme.md", "", r"holds no picture \(\.jpg, "),
+    ],
+)
+def test_a_source_that_will_not_do(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    put(tmp_path / name, content)
+    with pytest.raises(InputError, match=message):
+        pack(tmp_path / Path(name).parts[0], tmp_path / "out", quiet=True)
+
+
+def test_a_source_that_is_not_there_and_a_column_of_a_folder(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; give a folder of pictures or a table"):
+        pack(tmp_path / "gone", tmp_path / "out")
+    with pytest.raises(InputError, match="is a folder; only a table has columns"):
+        pack(tmp_path, tmp_path / "out", image_column="image")
+
+
+def test_out_must_be_new_or_empty(table: Path, tmp_path: Path) -> None:
+    put(tmp_path / "out" / "thesis.tex", "mine")
+    with pytest.raises(InputError, match=r"out already holds thesis\.tex; name a new or empty folder"):
+        pack(table, tmp_path / "out")
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        pack(table, table)
+    pack(table, tmp_path / "first", quiet=True)
+    with pytest.raises(InputError, match=r"already holds shard-000000\.tar"):
+        pack(table, tmp_path / "first")
+
+
+def test_a_failed_attempt_leaves_only_its_list_and_can_be_repeated(table: Path, tmp_path: Path) -> None:
+    bad = put(tmp_path / "bad.csv", "image,caption\ngone.png,x\n")
+    put(tmp_path / "out" / ".partial" / "shard-000000.tar.partial", "killed here")
+    with pytest.raises(InputError, match="nothing in"):
+        pack(bad, tmp_path / "out", quiet=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [BAD_SAMPLES]
+    pack(table, tmp_path / "out", quiet=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["shard-000000.tar", "shard-000000.tar.index"]
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "t.parquet", "")
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"needs pyarrow.*pip install 'mmrl-clip\[search\]'"):
+        pack(tmp_path / "t.parquet", tmp_path / "out")
+
+
+def test_the_command(table: Path, tmp_path: Path) -> None:
+    code = "from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
+    mmrl_pack = [sys.executable, "-c", code, "pack"]
+    good = subprocess.run(
+        [*mmrl_pack, table, tmp_path / "out", "--caption-column", "caption", "--caption-column", "product", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(good.stdout)["columns"]["captions"] == ["caption", "product"]
+    assert json.loads(members(tmp_path / "out")["a.json"])["captions"] == ["x", "p"]
+    wrong = subprocess.run(
+        [*mmrl_pack, table, tmp_path / "o", "--group-column", "x"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("mmrl: group-column: ")
+    assert "Traceback" not in wrong.stderr

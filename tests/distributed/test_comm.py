@@ -1,0 +1,183 @@
+"""Several gloo processes against one: gather, loss and gradients under data-parallel averaging."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pytest
+import torch
+import torch.multiprocessing
+from helpers.worlds import run_in_world
+
+from mmrl.distributed import comm
+from mmrl.losses import reference
+from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
+from mmrl.losses.nested_sigmoid import nested_sigmoid
+
+DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
+GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
+
+
+class Given(NamedTuple):
+    """What a loss takes, of some rows or of all."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    groups: torch.Tensor
+
+
+Result = tuple[torch.Tensor, dict[int, torch.Tensor]]
+# Ours, and the plain formula.
+LossPair = tuple[Callable[[Given], Result], Callable[[Given], Result]]
+
+
+def _infonce(options: InfoNCEOptions) -> LossPair:
+    def ours(given: Given) -> Result:
+        loss = nested_info_nce(given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, options)
+        return loss.total + 0 * given.bias.sum(), loss.by_dim
+
+    def plain(given: Given) -> Result:
+        total, by_dim = reference.nested_info_nce(
+            given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, **options.model_dump(exclude={"kernels"})
+        )
+        return total + 0 * given.bias.sum(), by_dim
+
+    return ours, plain
+
+
+def _sigmoid(same_group: Literal["mask", "positive"]) -> LossPair:
+    def ours(given: Given) -> Result:
+        image, text, scale, bias, groups = given
+        loss = nested_sigmoid(image, text, scale, bias, DIMS, WEIGHTS, groups, same_group)
+        return loss.total, loss.by_dim
+
+    def plain(given: Given) -> Result:
+        image, text, scale, bias, groups = given
+        return reference.nested_sigmoid(image, text, scale, bias, DIMS, WEIGHTS, groups, same_group)
+
+    return ours, plain
+
+
+LOSSES = {
+    "plain": _infonce(InfoNCEOptions()),
+    "all options": _infonce(InfoNCEOptions(same_group="positive", label_smoothing=0.1, distillation=0.5)),
+    "masked options": _infonce(InfoNCEOptions(label_smoothing=0.1, distillation=0.5)),
+    "sigmoid": _sigmoid("mask"),
+    "sigmoid, positives": _sigmoid("positive"),
+}
+
+
+def _parameters() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    image, text = torch.nn.Linear(6, 8).double(), torch.nn.Linear(6, 8).double()
+    scale = torch.tensor([90.0], dtype=torch.float64, requires_grad=True)
+    return image, text, scale, torch.tensor([-5.0], dtype=torch.float64, requires_grad=True)
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(4)
+    return torch.randn(12, 6).double(), torch.randn(12, 6).double()
+
+
+def _losses_of_my_rows(folder: Path) -> None:
+    world, (x, y) = comm.world(), _inputs()
+    rows = comm.own_rows(12 // world.size)
+    results = {}
+    for name, (ours, _) in LOSSES.items():
+        image, text, scale, bias = _parameters()
+        total, by_dim = ours(Given(image(x[rows]), text(y[rows]), scale, bias, GROUPS[rows]))
+        total.backward()
+        grads = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
+        averaged = [comm.total(grad) / world.size for grad in grads if grad is not None]
+        results[name] = total.detach(), by_dim, averaged
+    torch.save(results, folder / f"rank{world.rank}.pt")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_losses_and_averaged_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
+    run_in_world(size, _losses_of_my_rows, tmp_path, "spawn")
+    (x, y), results = _inputs(), [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(size)]
+    for name, (_, plain) in LOSSES.items():
+        image, text, scale, bias = _parameters()
+        total, by_dim = plain(Given(image(x), text(y), scale, bias, GROUPS))
+        total.backward()
+        expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
+        for result in results:
+            got_total, got_by_dim, grads = result[name]
+            torch.testing.assert_close(got_total, total.detach())
+            torch.testing.assert_close(got_by_dim, {dim: value.detach() for dim, value in by_dim.items()})
+            torch.testing.assert_close(grads, expected)
+
+
+def _loss_under_ddp(folder: Path) -> None:
+    world, (x, y) = comm.world(), _inputs()
+    image, text, scale, bias = _parameters()
+    towers = torch.nn.ModuleList([image, text])
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = towers
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return image(x), text(y)
+
+    model, rows = torch.nn.parallel.DistributedDataParallel(Both()), comm.own_rows(12 // world.size)
+    total, _ = LOSSES["plain"][0](Given(*model(x[rows], y[rows]), scale=scale, bias=bias, groups=GROUPS[rows]))
+    total.backward()
+    if world.is_main:
+        torch.save([parameter.grad for parameter in towers.parameters()], folder / "grads.pt")
+
+
+def test_gradients_under_ddp_equal_one_process(tmp_path: Path) -> None:
+    run_in_world(2, _loss_under_ddp, tmp_path, "spawn")
+    image, text, scale, bias = _parameters()
+    x, y = _inputs()
+    LOSSES["plain"][1](Given(image(x), text(y), scale, bias, GROUPS))[0].backward()
+    expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters())]
+    torch.testing.assert_close(torch.load(tmp_path / "grads.pt"), expected)
+
+
+def _count_collectives(folder: Path) -> None:
+    counts = {}
+    for dims in ([8], [1, 2, 3, 4, 5, 8]):
+        image = torch.randn(6, 8, requires_grad=True)
+        text = torch.randn(6, 8, requires_grad=True)
+        with torch.profiler.profile() as profile:
+            nested_info_nce(image, text, 20.0, dims).total.backward()
+        names = [event.name for event in profile.events() or [] if event.name.startswith("gloo:")]
+        counts[len(dims)] = sorted(names)
+    torch.save(counts, folder / f"rank{comm.world().rank}.pt")
+
+
+def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -> None:
+    run_in_world(2, _count_collectives, tmp_path, "spawn")
+    counts = torch.load(tmp_path / "rank0.pt")
+    assert counts[1] == counts[6]
+    # One gather and one scattered gradient, both of the texts; the columns' sums, and the scalar of the rows'.
+    assert len(counts[1]) == 4
+
+
+def test_a_world_of_one_needs_no_process_group() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert comm.gather(x) is x
+    assert comm.gather_objects("a") == ["a"]
+    assert comm.from_main(5) == 5
+    assert torch.equal(comm.total(x), x)
+
+
+def _alone_on_one(folder: Path) -> None:
+    rows_bD = torch.full((2, 3), float(comm.world().rank))
+    if comm.world().is_main:
+        with comm.alone():  # the other process takes no part, so a gather would wait for ever
+            assert comm.world().size == 1
+            assert torch.equal(comm.gather(rows_bD), rows_bD)
+            assert comm.from_main("mine") == "mine"
+    assert comm.world().size == 2
+    assert comm.gather(rows_bD).shape == (4, 3)
+
+
+def test_one_process_can_work_alone_while_others_wait(tmp_path: Path) -> None:
+    run_in_world(2, _alone_on_one, tmp_path)

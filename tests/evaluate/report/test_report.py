@@ -1,0 +1,318 @@
+"""The report of a synthetic set with every section, read by a real browser; what is compared query by query."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import drawing
+
+from mmrl.data.index import Problem
+from mmrl.data.samples import BadSample, Sample
+from mmrl.errors import InputError
+from mmrl.evaluate import sets
+from mmrl.evaluate.analysis.advice import Budget
+from mmrl.evaluate.analysis.run import Analysis, analyse
+from mmrl.evaluate.ranking.ranks import rank_queries
+from mmrl.evaluate.report import examples, stored_ranks
+from mmrl.evaluate.report import write as report
+from mmrl.evaluate.report.compare import compare
+from mmrl.evaluate.report.plots import COLOURS
+from mmrl.evaluate.report.sections import SetPart
+from mmrl.evaluate.sets import Embedded
+from mmrl.images.decode import to_tensor
+
+COUNT, DIMS, HOSTILE = 1100, [16, 8, 4], 'a <b>"bold"</b> & <script>alert(1)</script>'
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+class Drawings:
+    """Endless drawings; every third cannot be read."""
+
+    problems: tuple[Problem, ...] = ()
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def read_picture(self, number: int) -> tuple[Sample, torch.Tensor]:
+        if number % 3 == 2:
+            raise BadSample(Problem("x.tar", str(number), "gone"))
+        return Sample(f"key{number}", b"", ["x"], -1), to_tensor(drawing(number)[0])
+
+
+def make_set(seed: int, noise: float = 0.7) -> Embedded:
+    rng = torch.Generator().manual_seed(seed)
+    image_ND = torch.randn(COUNT, 16, generator=rng) * torch.linspace(1.5, 0.5, 16)
+    text_MD = image_ND + noise * torch.randn(COUNT, 16, generator=rng)
+    return Embedded(
+        keys=[f"key{number}" for number in range(COUNT)],
+        captions=[HOSTILE, *(f"caption {number}" for number in range(1, COUNT))],
+        image_ND=image_ND,
+        text_MD=text_MD,
+        image_of_text_M=torch.arange(COUNT),
+        image_group_N=torch.arange(COUNT) // 2,
+        bad=[],
+        numbers=list(range(COUNT)),
+    )
+
+
+def evaluated(
+    embedded: Embedded, others: dict[str, Embedded] | None = None, budget: Budget | None = None
+) -> tuple[dict[str, Any], Analysis]:
+    result = sets.score(embedded, DIMS)
+    analysis = analyse(embedded, DIMS, budget or Budget(), 10**8, others)
+    result["analysis"] = analysis.json
+    return result, analysis
+
+
+@pytest.fixture(scope="module")
+def first() -> tuple[Embedded, dict[str, Any], Analysis]:
+    embedded = make_set(0)
+    return embedded, *evaluated(embedded, {"twin": make_set(0, noise=1.5)})
+
+
+@pytest.fixture(scope="module")
+def folder(first: tuple[Embedded, dict[str, Any], Analysis], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    embedded, result, analysis = first
+    result = {
+        **result,
+        "degraded": {"num_queries": 5, "jpeg": {"severities": {"quality 5": {str(d): {"R@1": 0.5} for d in DIMS}}}},
+    }
+    out = tmp_path_factory.mktemp("run")
+    part = report.part_of("val", result, analysis, embedded, Drawings())
+    hidden = SetPart("<i>other</i>", {**result, "num_bad": 3, "folds": 2})
+    classes = {"classification": {"accuracy": 0.5}}
+    labelled = {"shop": {"dims": {"16": classes}, "chance": classes, "num_images": 7, "num_classes": 2}}
+    report.write_items(out / "val.items.jsonl", embedded, analysis, 10)
+    report.write_page(out / "report", f"runs/{HOSTILE}", [part, hidden], labelled, {"Model": HOSTILE})
+    stored_ranks.write(out / "report", {"val": (embedded, analysis)})
+    sets.write_retrieval_json(out, sets.as_retrieval_json({"val": result}))
+    return out
+
+
+def test_the_analysis_is_json_and_changes_no_score(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+    embedded, result, analysis = first
+    again = json.loads(json.dumps(result, allow_nan=False))
+    assert {key: value for key, value in again.items() if key != "analysis"} == sets.score(embedded, DIMS)
+    for direction in ("text_to_image", "image_to_text"):
+        for dim in ("16", "8", "4"):
+            interval = analysis.json["intervals"][direction][dim]["R@10"]
+            assert interval["value"] == pytest.approx(result["dims"][dim][direction]["R@10"])
+            assert interval["low"] < interval["value"] < interval["high"]
+    assert set(analysis.json["baselines"]["text_to_image"]) == {"pca", "best_dims", "random_dims", "twin", "twin, PCA"}
+    paired = analysis.json["paired"]["text_to_image"]
+    assert paired["full"]["16"]["lead"]["value"] == 0
+    assert paired["twin"]["16"]["lead"]["low"] > 0  # the noisier twin
+    assert paired["twin"]["16"]["p"] < 0.01
+    other = analysis.json["other_direction"]
+    assert other["compression"]["direction"] == other["advice"]["budget"]["direction"] == "image_to_text"
+    reversed_, _ = evaluated(embedded, budget=Budget(direction="image_to_text"))
+    assert reversed_["analysis"]["advice"] == other["advice"]
+    assert reversed_["analysis"]["compression"] == other["compression"]
+    assert reversed_["analysis"]["other_direction"]["advice"] == analysis.json["advice"]
+    found = analysis.json["found_from"]
+    assert found["items"] == sum(found[key] for key in ("4", "8", "16", "never")) == COUNT / 2
+    assert set(analysis.json["seconds"]) == {"ranks", "intervals", "baselines", "compression", "blocks"}
+
+
+def test_queries_are_drawn_where_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"pairs": 110_000, "least": 1, "most": 1000}
+    for name in ("_BASELINE_LIMITS", "_COMPRESSION_LIMITS"):
+        monkeypatch.setattr(f"mmrl.evaluate.analysis.run.{name}", limits)
+    result, _ = evaluated(make_set(1))
+    assert result["analysis"]["baseline_queries"] == 100
+    assert result["analysis"]["compression"]["queries"] == 100
+    assert result["analysis"]["compression"]["gallery"] == result["analysis"]["compression"]["all_queries"] == COUNT
+    from mmrl.evaluate.report import sections
+
+    part = SetPart("val", result)
+    assert "100 queries among 1,100 (drawn from 1,100 queries)" in sections.compression(part)
+    assert "measured on up to 100 queries" in sections.recall_by_dim(part)
+
+
+def test_another_set_cannot_be_compared(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+    embedded, _, _ = first
+    other = make_set(0)
+    other.captions[3] = "else"
+    with pytest.raises(InputError, match="twin reads other samples"):
+        analyse(embedded, DIMS, Budget(), 1, {"twin": other})
+
+
+def test_examples_show_what_is_nearest(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+    embedded, _, analysis = first
+    task, ranked = analysis.tasks["text_to_image"], analysis.ranked["text_to_image"]
+    chosen = examples.choose(task, embedded.captions, {d: p.rank_Q for d, p in ranked.items()}, ranked[16].query_Q, 4)
+    assert {example.kind for example in chosen} >= {"found by both", "lost by the short one", "missed by both"}
+    for example in chosen:
+        row = embedded.captions.index(example.query)
+        for answer in example.answers:
+            x, y = embedded.text_MD[row, : answer.dim].numpy(), embedded.image_ND[:, : answer.dim].numpy()
+            score = y @ x / np.linalg.norm(y, axis=1) / np.linalg.norm(x)
+            assert [found.row for found in answer.found] == np.argsort(-score, kind="stable")[:5].tolist()
+            assert [found.is_right for found in answer.found] == [found.row // 2 == row // 2 for found in answer.found]
+            places = [n for n, found in enumerate(answer.found, 1) if found.is_right]
+            assert (answer.rank in places) if answer.rank <= 5 else not places
+    shown = examples.thumbnails(Drawings(), embedded, [0, 1, 2, 0])
+    assert list(shown) == [0, 1]  # the third cannot be read
+    assert shown[0].startswith("data:image/webp;base64,")
+
+
+def test_the_page_holds_all_that_it_shows(folder: Path) -> None:
+    page = (folder / "report" / "index.html").read_text()
+    assert "<script" not in page
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page.replace("xlink:href", "href"))
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert not re.findall("|".join(light for light, _ in COLOURS.values()), page.partition("</style>")[2])
+    identities = re.findall(r'\bid="([^"]*)"', page)
+    assert len(identities) == len(set(identities))
+    for words in ("Recall by dim", "Bytes against recall", "What each block of dims adds", "Queries to look at"):
+        assert words in page
+    for words in (
+        "From which dim on",
+        "Degraded pictures",
+        "Zero-shot classification",
+        "3 bad samples",
+        "How this was",
+    ):
+        assert words in page
+
+
+def test_the_files_beside_the_page(folder: Path, first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+    embedded, _, _ = first
+    text = (folder / "report" / "report.md").read_text()
+    assert "| 16 |" in text
+    assert "PCA of the full vector" in text
+    assert "The other way round, image→text: " in text
+    for name in ("recall_by_dim.png", "bytes_against_recall.png"):
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+    lines = [json.loads(line) for line in (folder / "val.items.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * COUNT
+    plain = rank_queries(embedded.text_MD, embedded.image_ND, embedded.text_group_M, embedded.image_group_N, DIMS)
+    mine = next(line for line in lines if line["query"] == "caption 7")
+    assert mine["rank"] == {str(dim): int(plain[dim].rank_Q[7]) for dim in DIMS}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@in_a_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_in_a_browser(folder: Path, browser: Any, width: int, theme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
+    asked, troubles = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: troubles.append(message.text))
+    address = (folder / "report" / "index.html").as_uri()
+    page.goto(address)
+    assert [url for url in asked if not url.startswith("data:")] == [address]
+    assert not troubles
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # it does not scroll sideways
+    too_wide = """[...document.querySelectorAll('main *')].filter(one => !one.closest('.wide') &&
+        one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(one => one.className)"""
+    assert page.evaluate(too_wide) == []
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert page.locator("figure svg").count() == 12
+    # Text of the page and of the pictures stands out from what is behind it, in either theme.
+    light = """selector => { const rgb = getComputedStyle(document.querySelector(selector))[selector.includes('text') ?
+        'fill' : selector == 'body' ? 'backgroundColor' : 'color'].match(/[0-9.]+/g).map(Number);
+        return (0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]) / 255 }"""
+    behind, ink, label = (page.evaluate(light, selector) for selector in ("body", "h1", "figure svg text"))
+    assert (behind < 0.2) == (theme == "dark")
+    assert abs(behind - ink) > 0.6
+    assert abs(behind - label) > 0.4
+    page.close()
+
+
+# ------------------------------------------------------------------------------------------------ compare
+
+
+@pytest.fixture(scope="module")
+def noisier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run on the same set."""
+    out = tmp_path_factory.mktemp("noisier")
+    embedded = make_set(0, noise=1.0)
+    result, analysis = evaluated(embedded)
+    (out / "report").mkdir()
+    stored_ranks.write(out / "report", {"val": (embedded, analysis)})
+    sets.write_retrieval_json(out, sets.as_retrieval_json({"val": result}))
+    return out
+
+
+def test_runs_are_compared_query_by_query(
+    folder: Path, noisier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = compare([folder, noisier], out=tmp_path / "side-by-side")
+    names = result["runs"]
+    cells = result["sets"]["val"]["text_to_image"]["16"]["R@10"]
+    mine, theirs = (json.loads((run / "retrieval.json").read_text()) for run in (folder, noisier))
+    for name, scores in zip(names, (mine, theirs), strict=True):
+        assert cells[name]["value"] == scores["dims"]["16"]["text_to_image"]["R@10"]
+    difference = cells[names[1]]["value"] - cells[names[0]]["value"]
+    assert cells[names[1]]["lead"]["value"] == pytest.approx(difference)
+    assert cells[names[1]]["lead"]["high"] < 0
+    assert "lead" not in cells[names[0]]
+    shown = capsys.readouterr().out
+    assert "val, text→image R@10, %" in shown
+    assert "*" in shown
+    assert json.loads((tmp_path / "side-by-side" / "compare.json").read_text()) == result
+    assert "<svg" in (tmp_path / "side-by-side" / "index.html").read_text()
+    assert "| 16 |" in (tmp_path / "side-by-side" / "compare.md").read_text()
+
+
+@in_a_browser
+def test_the_comparison_in_a_browser(folder: Path, noisier: Path, tmp_path: Path, browser: Any) -> None:
+    compare([folder, noisier], out=tmp_path, quiet=True)
+    page = browser.new_page(viewport={"width": 360, "height": 800})
+    page.goto((tmp_path / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("figure svg").count() == 4
+    page.close()
+
+
+def test_runs_without_ranks_are_shown_without_intervals(
+    folder: Path, noisier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(noisier / "retrieval.json", tmp_path)
+    result = compare([folder, tmp_path], metrics=["mAP", "median_rank"])
+    assert all(set(cell) == {"value"} for cell in result["sets"]["val"]["text_to_image"]["8"]["mAP"].values())
+    assert "kept no ranks of single queries; mmrl eval --out keeps them" in capsys.readouterr().out
+
+
+def test_unfit_runs_are_named(folder: Path, noisier: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least two runs"):
+        compare([folder])
+    with pytest.raises(InputError, match="is given twice"):
+        compare([folder, folder / "."])
+    with pytest.raises(InputError, match=r"has no retrieval\.json; evaluate it with mmrl eval"):
+        compare([folder, tmp_path])
+    with pytest.raises(InputError, match="'R@7' is not among the scores"):
+        compare([folder, noisier], metrics=["R@7"])
+    scores = json.loads((noisier / "retrieval.json").read_text())
+    (tmp_path / "retrieval.json").write_text(json.dumps({**scores, "sets": {"test": scores["sets"]["val"]}}))
+    with pytest.raises(InputError, match="no set in common"):
+        compare([folder, tmp_path])
+    (tmp_path / "retrieval.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        compare([folder, tmp_path])
+    (tmp_path / "report").mkdir()
+    (tmp_path / "retrieval.json").write_text(json.dumps(scores))
+    (tmp_path / "report" / stored_ranks.FILE).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot be read"):
+        compare([folder, tmp_path])

@@ -1,0 +1,28 @@
+"""A world of several gloo processes on this machine."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_method: str = "fork") -> None:
+    """Runs work(folder) on `size` processes. Forked ones start at once; those that go backward are spawned,
+    since a fork of a process that has may refuse to."""
+    torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+        _child, (size, work, folder), nprocs=size, start_method=start_method
+    )
+
+
+def _child(rank: int, size: int, work: Callable[[Path], None], folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    if dist.is_initialized():  # inherited, where another test of this process has trained
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    try:
+        work(folder)
+    finally:
+        dist.destroy_process_group()

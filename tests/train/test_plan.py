@@ -1,0 +1,242 @@
+"""The planner against what is really allocated, stored and sent."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.worlds import run_in_world
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from mmrl import config as configs
+from mmrl.cli import app
+from mmrl.distributed import comm
+from mmrl.errors import InputError
+from mmrl.hardware import peak_flops
+from mmrl.losses.nested_infonce import nested_info_nce
+from mmrl.model import footprint, towers, two_tower
+from mmrl.model.footprint import Footprint
+from mmrl.train import plan
+
+WriteConfig = Callable[..., Path]
+MODEL = Footprint(
+    parameters=400_000_000,
+    trained=400_000_000,
+    embed_dim=512,
+    activations_fixed=1e9,
+    activations_a_pair=100e6,
+    forward_flops_a_pair=1e11,
+    locked_flops_a_pair=0,
+)
+
+
+def _allocated_at_the_peak(work: Callable[[], object]) -> float:
+    """Bytes that PyTorch's own allocator holds at the most while it works, beyond what it held before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = peak = 0.0
+    events = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.grad_checkpointing=true"], pytest.param(["model.lock_image=true"], marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_activations_are_those_of_the_real_towers(
+    write_config: WriteConfig, tiny_model: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    values = json.loads(tiny_model.read_text())
+    values["vision_cfg"] |= {"layers": 3, "width": 64}
+    values["text_cfg"] |= {"layers": 3, "width": 64}
+    (tmp_path / "planned.json").write_text(json.dumps(values))
+    config = configs.load(write_config(model={"name": str(tmp_path / "planned.json")}), overrides)
+    predicted = footprint.measure(config.model, in_16_bits=False, on_gpu=False)
+    built = towers.build(config.model)
+    model = two_tower.from_towers(built, config.model.logit_scale, 1).train()
+    assert predicted.parameters == sum(p.numel() for p in model.parameters())
+    assert predicted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    for size in (8, 32):
+
+        def step(size: int = size) -> None:
+            pixels = torch.zeros(size, 3, 32, 32, dtype=torch.uint8)
+            image_BD, text_BD, scale, _ = model(pixels, torch.zeros(size, 12, dtype=torch.int64))
+            (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
+
+        step()
+        measured = _allocated_at_the_peak(step)
+        expected = predicted.activations_fixed + size * predicted.activations_a_pair
+        assert expected == pytest.approx(measured, rel=0.1), size
+
+
+@pytest.mark.parametrize("locks_image", [False, True])
+def test_operations_are_those_of_the_real_step(
+    write_config: WriteConfig, tiny_model: Path, locks_image: bool, tmp_path: Path
+) -> None:
+    """torch's counter over a real forward and backward. It counts no gradient for pixels, which the formula does."""
+    values = json.loads(tiny_model.read_text())
+    values["vision_cfg"] |= {"layers": 4, "width": 64}
+    (tmp_path / "counted.json").write_text(json.dumps(values))
+    model_config = configs.load(
+        write_config(model={"name": str(tmp_path / "counted.json"), "lock_image": locks_image})
+    ).model
+    built = towers.build(model_config)
+    model = two_tower.from_towers(built, model_config.logit_scale, 1).train()
+    with FlopCounterMode(display=False) as counter:
+        image_BD, text_BD, _, _ = model(
+            torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, 12, dtype=torch.int64)
+        )
+        (image_BD.sum() + text_BD.sum()).backward()
+    of_loss = 8.0 * 8**2 * 16
+    assert footprint.model_flops(model_config, 8) - of_loss == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("Tesla T4", 65),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce GTX 1060", None),
+    ],
+)
+def test_a_peak_is_known_or_not(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    expected = None if tflops is None else tflops * 1e12
+    assert peak_flops(torch.device("cuda"), "bf16") == peak_flops(torch.device("cuda"), "fp16") == expected
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+@pytest.mark.parametrize(("batch", "width"), [(512, 256), (2048, 128)])
+def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int) -> None:
+    config = configs.load(write_config(train={"batch_size": batch, "duration": 1}, nesting={"dims": [16, 64, width]}))
+    model = Footprint(0, 0, width, 0, 0, 0, 0)
+    image_BD, text_BD = torch.randn(2, batch, width).unbind()
+    rows = (image_BD.requires_grad_(), text_BD.requires_grad_())
+
+    def step() -> None:
+        nested_info_nce(*rows, 20.0, [16, 64, width]).total.backward()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmrl.losses.sweep._cache_bytes", lambda: 1 << 19)  # small tiles: the rest is what is planned
+        measured = _allocated_at_the_peak(step)
+    predicted = plan.loss_bytes(config, model, gpus=1)
+    assert 0.5 * predicted < measured < 1.1 * predicted
+
+
+def _live_bytes(folder: Path) -> None:
+    """What one process keeps between two steps, in units of 4 bytes a parameter."""
+    import gc
+
+    from mmrl.engine.engine import Engine, EngineConfig
+    from mmrl.model.two_tower import Encoder, MatryoshkaCLIP
+
+    def live() -> int:
+        gc.collect()
+        storages = {}
+        for one in gc.get_objects():
+            if type(one) in (torch.Tensor, torch.nn.Parameter) and one.device.type == "cpu":
+                storages[one.untyped_storage()._cdata] = one.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    found = {}
+    for stage in (0, 1, 2):
+        before = live()
+        linear = [torch.nn.Linear(256, 256, bias=False) for _ in range(8)]
+        model = MatryoshkaCLIP(Encoder(torch.nn.Sequential(*linear)), Encoder(linear[0]), torch.ones(1))
+        count = sum(p.numel() for p in model.parameters())
+        groups = [{"params": list(model.parameters())[1:]}, {"params": list(model.parameters())[:1]}]
+        engine = Engine(model, torch.optim.AdamW(groups), EngineConfig(zero_stage=stage), 1.0, 2)
+        for _ in range(2):
+            image_BD, text_BD, scale, _ = engine(torch.randn(2, 256), torch.randn(2, 256))
+            engine.backward(image_BD.sum() + text_BD.sum() + scale.sum(), last=True)
+            engine.step()
+            del image_BD, text_BD, scale
+        found[stage] = (live() - before) / 4 / count
+        del engine, model, linear, groups
+    torch.save(found, folder / f"rank{comm.world().rank}.pt")
+
+
+@pytest.mark.slow
+def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) -> None:
+    run_in_world(2, _live_bytes, tmp_path, "spawn")
+    found = torch.load(tmp_path / "rank0.pt")
+    for stage in (0, 1, 2):
+        weights, _, optimizer = plan.state_bytes(MODEL, stage, gpus=2)
+        assert found[stage] == pytest.approx((weights + optimizer) / 4 / MODEL.parameters, rel=0.05), stage
+
+
+def test_what_fits(write_config: WriteConfig) -> None:
+    config = configs.load(write_config(train={"batch_size": 32768, "duration": "1 epochs"}))
+    large = plan.plan(config, gpus=64, memory_gb=80, measured=MODEL)
+    assert (large.best, large.stages[0].micro_batch, large.pairs_a_gpu) == (0, 512, 512)
+    small = plan.plan(config, gpus=64, memory_gb=24, measured=MODEL)
+    micro = small.stages[0].micro_batch
+    assert small.best == 0
+    assert micro is not None
+    assert micro < 512
+    assert small.stages[0].total_gb <= 24
+    # Twice as many pairs would not have fitted, and the second forward costs time.
+    assert small.stages[0].total_gb + micro * 0.1 > 24 * 0.95
+    assert small.stages[0].step_seconds > large.stages[0].step_seconds
+    # Whole gradients do not fit beside divided weights: they are divided at each micro-batch.
+    giant = dataclasses.replace(MODEL, parameters=3_000_000_000, trained=3_000_000_000)
+    narrow = plan.plan(config, gpus=64, memory_gb=24, measured=giant)
+    assert narrow.best == 2
+    assert narrow.stages[2].reduce_each_micro_batch
+    assert not small.stages[2].reduce_each_micro_batch
+    advice = r"Smallest that fits: engine.zero_stage=2 train.micro_batch=\d+ engine.reduce_each_micro_batch=true"
+    assert any(re.fullmatch(advice, line) for line in plan.lines(narrow))
+    nothing = plan.plan(config, gpus=64, memory_gb=4, measured=MODEL)
+    assert nothing.best is None
+    assert any("Nothing fits" in line for line in plan.lines(nothing))
+
+
+def test_the_network_carries_what_the_formulas_say() -> None:
+    config = configs.parse(
+        {
+            "run": "x",
+            "model": {"name": "m"},
+            "nesting": {"dims": [128, 256, 512]},
+            "data": {"train": "x"},
+            "optim": {"lr": 1e-3},
+            "train": {"batch_size": 1024, "duration": 1},
+        },
+        "test",
+    )
+    loss = 1024 * (4 * 512 + 16) + 2 * 4 * 3 * 1024 + 4 * 1024 * 512
+    gradients = 4 * MODEL.trained
+    for stage, accumulation, moved, moved_each in (
+        (0, 4, 2, 2), (1, 4, 3, 3), (2, 1, 3, 3), (2, 4, 3, 9), (3, 1, 3, 3), (3, 4, 13, 16),
+    ):  # fmt: skip
+        for each, times in ((False, moved), (True, moved_each)):
+            traffic, _ = plan.traffic_of(config, MODEL, 4, stage, accumulation, "fp32", each)
+            assert traffic == pytest.approx((loss + times * gradients) * 3 / 4)
+    assert plan.traffic_of(config, MODEL, 1, 2, 1, "fp32") == (0.0, 0)
+
+
+def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: WriteConfig) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["plan", str(write_config()), "--gpus", "2", "--memory", "16", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["best"] == 0
+    assert result["steps_an_epoch"] == 4
+    assert len(result["stages"]) == 4
+    refused = runner.invoke(app, ["plan", str(write_config()), "--gpus", "5"])
+    assert isinstance(refused.exception, InputError)
+    assert "12 cannot be divided over 5 GPUs; take a multiple of 5, such as 10" in str(refused.exception)

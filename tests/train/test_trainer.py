@@ -1,0 +1,374 @@
+"""Runs, whole: several processes = one, killed and resumed = uninterrupted, and every option takes steps."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import sample_members, write_tar
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mmrl import config as configs
+from mmrl.distributed import comm
+from mmrl.errors import InputError, RunStopped
+from mmrl.evaluate.command import Asked, evaluate_model
+from mmrl.export.bundles import export_bundle
+from mmrl.model import bundle
+from mmrl.model.footprint import model_flops
+from mmrl.train.preflight import prepare
+from mmrl.train.trainer import Trainer, train
+
+WriteConfig = Callable[..., Path]
+
+
+def run(path: Path, *overrides: str) -> Path:
+    return train(configs.load(path, overrides))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / which / "model.safetensors")
+
+
+def command(*arguments: str | Path, processes: int = 1) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+    return [sys.executable, "-m", *launcher, "mmrl.cli", "train", *map(str, arguments)]
+
+
+def go_back_to(folder: Path, checkpoint: str) -> None:
+    """As if the run had been lost after this checkpoint."""
+    last = folder / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to(checkpoint)
+
+
+def without_key_bias(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adam blows up the rounding of a gradient that is truly zero, as that of attention's key bias is."""
+    return {name: tensor for name, tensor in state.items() if "in_proj_bias" not in name}
+
+
+def test_a_run_leaves_what_it_promises(write_config: WriteConfig) -> None:
+    best = "evaluation.best={set: val, dim: 8, metric: R@10}"
+    folder = run(write_config(), best, "evaluation.every=4", "train.duration=2 epochs", "checkpoint.every=2")
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["samples"] == 96
+    assert list(lines[0]["loss_by_dim"]) == ["4", "8", "16"]
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0]["loss_by_dim"].values()) / 3)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["lr"] < lines[1]["lr"] == 1e-3
+    result = json.loads((folder / "retrieval.json").read_text())
+    assert list(result["dims"]) == ["16", "8", "4"]
+    assert result["sets"]["val"]["dims"] == result["dims"]
+    assert result["num_images"] == 48
+    assert (folder / "report" / "recall_by_dim.png").stat().st_size > 5000
+    assert "| 16 |" in (folder / "report" / "report.md").read_text()
+    assert (folder / "checkpoints" / "best").resolve().name.startswith("step-")
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.is_symlink())
+    assert set(kept) >= {"step-6", "step-8"}
+    assert len(kept) <= 3
+    assert configs.differences(configs.load(folder / "config.yaml"), configs.load(folder / "config.yaml")) == []
+    encoder = bundle.load(bundle.find(folder))
+    assert encoder.nested_dims == (4, 8, 16)
+
+
+def test_flops_are_told_where_the_devices_peak_is_known(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Console(record=True, width=200)
+    path = write_config(evaluation={})
+    assert "model_flops_utilisation" not in metrics(train(configs.load(path, ["train.duration=1"]), said))[-1]
+    assert "FLOPs" not in said.export_text()
+    monkeypatch.setattr("mmrl.train.trainer.peak_flops", lambda device, precision: 1e12)
+    last = metrics(train(configs.load(path, [f"run={path.parent}/known"]), said))[-1]
+    flops = model_flops(configs.load(path).model, 12)
+    share = flops * last["samples_per_second"] / 12 / 1e12
+    assert last["model_flops_utilisation"] == pytest.approx(share)
+    assert f"model FLOPs utilisation {100 * share:.1f} %" in said.export_text()
+
+
+def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
+    one = run(write_config())
+    path = write_config("two.yaml", run=str(tmp_path / "two"))
+    subprocess.run(command(path, processes=2), check=True, capture_output=True)
+    alone, together = metrics(one), metrics(tmp_path / "two")
+    for first, second in zip(alone, together, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], abs=2e-5)
+        assert second["loss_by_dim"] == pytest.approx(first["loss_by_dim"], abs=2e-5)
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(without_key_bias(weights(tmp_path / "two")), without_key_bias(weights(one)), **close)
+    scores = [json.loads((folder / "retrieval.json").read_text()) for folder in (one, tmp_path / "two")]
+    assert scores[0]["num_images"] == scores[1]["num_images"]
+    # What two began, one finishes.
+    path = write_config("half.yaml", run=str(tmp_path / "half"), checkpoint={"every": "4 steps"})
+    subprocess.run(command(path, processes=2), check=True, capture_output=True)
+    go_back_to(tmp_path / "half", "step-4")
+    resumed = run(path, "resume=auto")
+    torch.testing.assert_close(without_key_bias(weights(resumed)), without_key_bias(weights(one)), **close)
+
+
+def _kill_at(path: Path, folder: Path, step: int, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Starts (or goes on with) a run and sends it a signal once `step` is logged."""
+    process = subprocess.Popen(command(path, "resume=auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        log = folder / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+MEASURED = ("samples_per_second", "seconds_per_step", "peak_memory")
+
+
+def test_a_run_tells_where_its_time_and_memory_go(write_config: WriteConfig, tmp_path: Path) -> None:
+    folder = run(write_config(evaluation={}), "train.micro_batch=4", "tracking.profile=true", "tracking.log_every=2")
+    for line in metrics(folder):
+        spent = line["seconds_per_step"]
+        assert spent.keys() == {"data", "towers", "loss", "backward", "optimizer"}
+        assert 0 < sum(spent.values()) <= 12 / line["samples_per_second"]
+        assert line["peak_memory"] > 1e8
+    trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 3
+
+
+def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
+    sections = {"train": {"batch_size": 12, "duration": "60 steps", "ema": 0.9}, "checkpoint": {"every": "7 steps"}}
+    whole = run(write_config(**sections))
+    path = write_config("killed.yaml", run=str(tmp_path / "killed"), **sections)
+    for step in (10, 33):
+        assert _kill_at(path, tmp_path / "killed", step, signal.SIGKILL).returncode == -signal.SIGKILL
+    subprocess.run(command(path, "resume=auto"), check=True, capture_output=True)
+    got, expected = weights(tmp_path / "killed"), weights(whole)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    stripped = [
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics(folder)]
+        for folder in (whole, tmp_path / "killed")
+    ]
+    assert stripped[0] == stripped[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(train={"batch_size": 12, "duration": "5000 steps"})
+    done = _kill_at(path, tmp_path / "run", 3, signal.SIGTERM)
+    assert done.returncode == 1
+    assert "Stopped by SIGTERM at step" in done.stderr
+    assert "resume=auto" in done.stderr
+    last = (tmp_path / "run" / "checkpoints" / "last").resolve().name
+    assert last == f"step-{metrics(tmp_path / 'run')[-1]['step']}"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConfig) -> None:
+    path = write_config(optim={"lr": 1e30, "clip_norm": None}, checkpoint={"every": "1 steps"})
+    with pytest.raises(RunStopped, match=r"Step 2: the loss is nan. The last good .* is .*step-1; lower optim.lr"):
+        run(path)
+
+
+_WITH_A_KILLED_LOADER = """
+import os, signal, sys
+from mmrl import cli
+from mmrl.train.trainer import Trainer
+step = Trainer.step
+def killing(self, parts):
+    if self.step_done == 2:
+        os.kill(self.stream._loader._iterator._workers[0].pid, signal.SIGKILL)
+    return step(self, parts)
+Trainer.step = killing
+cli.main()
+"""
+
+
+def test_a_killed_loader_process_is_one_sentence_and_no_hang(write_config: WriteConfig, tmp_path: Path) -> None:
+    """In a process of its own: DataLoader tells of it at whatever line the main process is."""
+    script = tmp_path / "killed_loader.py"
+    script.write_text(_WITH_A_KILLED_LOADER)
+    path = write_config(evaluation={}, data={"train": str(tmp_path), "workers": 2})
+    write_tar(tmp_path / "a.tar", [m for number in range(48) for m in sample_members(number)])
+    command = [sys.executable, str(script), "train", str(path), "train.duration=500", "checkpoint.every=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "mmrl: data: a loader process was killed from outside (" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("has_products", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_what_the_machine_is_good_at(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, has_products: bool, precision: str
+) -> None:
+    monkeypatch.setattr("mmrl.engine.engine.multiplies_bfloat16", lambda _: has_products)
+    config = configs.load(write_config(), ["engine.precision=auto", "train.duration=1"])
+    trainer = Trainer(config, prepare(config, comm.start()), comm.world(), Console(quiet=True))
+    assert trainer.engine.precision == precision
+
+
+def test_fine_tuning_starts_where_the_source_stood(
+    write_config: WriteConfig, tiny_model: Path, tmp_path: Path, shards: Path
+) -> None:
+    open_clip.add_model_config(tiny_model)
+    torch.manual_seed(8)
+    source = open_clip.create_model("tiny-test")
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    pretrained = str(tmp_path / "source.pt")
+    path = write_config(model={"name": str(tiny_model), "pretrained": pretrained})
+    config = configs.load(path, ["evaluation.at_start=true", "train.duration=1"])
+    plan = prepare(config, comm.start())
+    trainer = Trainer(config, plan, comm.world(), Console(quiet=True))
+    before = trainer.score_sets()
+    theirs = evaluate_model(
+        f"open_clip:tiny-test:{pretrained}", [str(shards)], Asked(dims=[16], captions=1), quiet=True
+    )
+    assert before["val"]["dims"]["16"].items() <= theirs["dims"]["16"].items()  # which has the other directions as well
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.zero_stage=1"],
+        ["engine.zero_stage=2", "engine.precision=bf16"],
+        ["engine.precision=bf16"],
+        ["model.grad_checkpointing=true"],
+        ["model.lock_image=true"],
+        ["model.logit_scale.per_dim=true", "nesting.weights=[1,2,0.5]"],
+        ["loss.label_smoothing=0.1", "loss.distillation=0.5", "loss.same_group=positive"],
+        ["loss.name=sigmoid", "engine.zero_stage=1"],
+        ["loss.name=sigmoid", "loss.same_group=positive", "model.logit_scale={per_dim: true, bias_init: -5.0}"],
+        ["nesting.dims_per_step=2", "model.logit_scale.per_dim=true"],
+        ["train.ema=0.5", "optim.schedule=constant", "optim.cooldown=3 steps"],
+        ["nesting.start=0.5", "train.ema=0.5", "model.logit_scale.per_dim=true"],
+        ["nesting.start=0.25", "engine.zero_stage=2", "model.lock_image=true"],
+        ["optim.layer_decay=0.5", "optim.lr_image=1e-4", "optim.lr_projection=0", "optim.schedule=rsqrt"],
+        ["data.workers=2", "tracking.tensorboard=true"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_every_option_takes_steps_and_resumes(write_config: WriteConfig, overrides: list[str]) -> None:
+    path = write_config(checkpoint={"every": "4 steps"})
+    folder = run(path, *overrides)
+    assert math.isfinite(metrics(folder)[-1]["loss"])
+    whole = weights(folder)
+    go_back_to(folder, "step-4")
+    assert run(path, *overrides, "resume=auto") == folder
+    again = weights(folder)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_the_sigmoid_loss_learns_its_bias(write_config: WriteConfig) -> None:
+    folder = run(write_config(), "loss.name=sigmoid", "model.logit_scale.per_dim=true")
+    lines = metrics(folder)
+    assert lines[0]["logit_scale"] == pytest.approx([10, 10, 10], abs=0.1)
+    assert lines[0]["logit_bias"] == pytest.approx([-10, -10, -10], abs=0.01)
+    assert lines[-1]["logit_bias"] != lines[0]["logit_bias"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    export_bundle(str(folder), folder / "cut", 8)
+    assert bundle.load(folder / "cut").model.state_dict()["logit_bias"].shape == (2,)
+
+
+def test_a_step_trains_a_drawn_part_of_the_dims(write_config: WriteConfig) -> None:
+    lines = metrics(run(write_config(), "nesting.dims_per_step=2", "nesting.weights=[1,2,1]"))
+    drawn = [tuple(line["loss_by_dim"]) for line in lines]
+    assert all(len(dims) == 2 for dims in drawn)
+    assert set().union(*drawn) == {"4", "8", "16"}
+    weight = {"4": 2, "8": 1, "16": 1}
+    for line, dims in zip(lines, drawn, strict=True):
+        mean = sum(weight[dim] * line["loss_by_dim"][dim] for dim in dims) / sum(weight[dim] for dim in dims)
+        assert line["loss"] == pytest.approx(mean)
+
+
+def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) -> None:
+    path = write_config(checkpoint={"every": "1 steps", "keep": 9}, evaluation={})
+    folder = run(path, "model.lock_image=true", "optim.lr_logit_scale=0")
+    first, last = weights(folder, "step-1"), weights(folder, "step-8")
+    moved = {name for name in last if not torch.equal(first[name], last[name])}
+    assert "log_logit_scale" not in moved
+    assert {name for name in moved if name.startswith("image")} == {"image.tower.proj"}
+    assert any(name.startswith("text") for name in moved)
+
+
+_WITH_A_FULL_DISK = """
+import resource, sys
+from mmrl import checkpoint, cli
+write = checkpoint.Checkpoints._write
+def limited(self, partial, snapshot):
+    if snapshot.step > 3:  # from here on no file may grow beyond what a manifest needs
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    write(self, partial, snapshot)
+checkpoint.Checkpoints._write = limited
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(
+    write_config: WriteConfig, tmp_path: Path, processes: int
+) -> None:
+    path = write_config(checkpoint={"every": "3 steps"}, evaluation={}, engine={"timeout_minutes": 0.5})
+    script = tmp_path / "full_disk.py"
+    script.write_text(_WITH_A_FULL_DISK)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), "train", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "mmrl: The checkpoint of step 6 could not be written (" in done.stderr
+    assert "step-3 is whole; run again with resume=auto." in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last", "step-3"]
+    assert run(path, "resume=auto") == folder
+    assert metrics(folder)[-1]["step"] == 8
+
+
+def test_a_start_that_is_not_surpassed_is_the_best(write_config: WriteConfig) -> None:
+    best = "evaluation.best={set: val, dim: 8, metric: R@10}"
+    folder = run(write_config(), best, "evaluation.at_start=true", "optim.lr=1e-12")
+    assert (folder / "checkpoints" / "best").resolve().name == "step-0"
+
+
+def test_a_damaged_checkpoint_is_named_before_training(write_config: WriteConfig) -> None:
+    path = write_config(evaluation={}, checkpoint={"every": "4 steps"})
+    folder = run(path)
+    moments = folder / "checkpoints" / "last" / "training" / "optimizer.safetensors"
+    moments.write_bytes(moments.read_bytes()[:1000])
+    go_back_to(folder, "step-8")
+    with pytest.raises(InputError, match=r"resume: .*step-8 is damaged or of an older version .*; remove it"):
+        run(path, "resume=auto", "train.duration=8 steps")
+
+
+def test_a_run_folder_is_never_mixed(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(evaluation={})
+    folder = run(path)
+    with pytest.raises(InputError, match=r"already holds a run \(last checkpoint step-8\); add resume=auto"):
+        run(path)
+    with pytest.raises(InputError, match=r"another config \(optim.lr: 0.001 -> 0.002\)"):
+        run(path, "resume=auto", "optim.lr=2e-3")
+    # What only says how the work is done may change.
+    assert run(path, "resume=auto", "data.workers=1", "tracking.log_every=5") == folder
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="exists and is no run folder"):
+        run(path, f"run={tmp_path / 'mine'}")
+
+
+@pytest.mark.slow
+def test_compiled_towers_learn_the_same(write_config: WriteConfig, tmp_path: Path) -> None:
+    eager = run(write_config(evaluation={}))
+    compiled = run(write_config("compiled.yaml", run=str(tmp_path / "compiled"), evaluation={}), "engine.compile=true")
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
