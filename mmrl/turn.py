@@ -21,7 +21,7 @@ from mmrl.engine.engine import Engine
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 from mmrl.rotation import learned, moments
-from mmrl.rotation.learned import Learnt
+from mmrl.rotation.learned import LearnedRotation
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Turn:
     images: int
     texts: int
     effective_rank: float
-    learnt: Learnt | None
+    learnt: LearnedRotation | None
 
     def told(self) -> str:
         """For the user."""
@@ -59,7 +59,7 @@ def apply(engine: Engine, training: Bundle, averaged: Bundle, rotation_DD: torch
     """Turns what the engine trains, its optimiser's state, and the moving average where there is one; called on every
     process. Where each dim has a logit scale, all begin with the full dim's."""
     axes = bundle.embedding_axes(training.model_cfg)
-    state = comm.from_main(engine.moments(of=axes))
+    state = comm.broadcast_object(engine.moments(of=axes))
     for label, value in state.items():
         kind, _, name = label.partition("/")
         if name:

@@ -64,7 +64,7 @@ def eval_(
         compare=compare or (),
     )
     result = evaluate_model(model, shards, asked, out, quiet=as_json)
-    if as_json and comm.world().is_main:
+    if as_json and comm.world().is_rank_0:
         print(json.dumps(result, indent=2))
 
 

@@ -80,5 +80,5 @@ def rotate(
 
     cuts = numbers("dims", dims)
     manifest = rotate_model(model, shards, out, cuts, validate, keep, samples, captions, steps, quiet=as_json)
-    if as_json and comm.world().is_main:
+    if as_json and comm.world().is_rank_0:
         print(json.dumps(manifest, indent=2))

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import HashStore
 from mmrl.distributed import launchers
 from mmrl.errors import InputError, RunStopped
 
-_alone = False
+_is_single = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class World:
     local_rank: int = 0
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_0(self) -> bool:
         """True on the one process that writes files and talks to the user."""
         return self.rank == 0
 
@@ -101,21 +101,21 @@ def stop() -> None:
 
 def world() -> World:
     """The present world; rank 0 of 1 before `start`."""
-    if _alone or not dist.is_initialized():
+    if _is_single or not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """For what one process does by itself while the others wait for it: within, its world is of one."""
-    global _alone
-    assert not _alone
-    _alone = True
+    global _is_single
+    assert not _is_single
+    _is_single = True
     try:
         yield
     finally:
-        _alone = False
+        _is_single = False
 
 
 class _Gather(torch.autograd.Function):
@@ -134,7 +134,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return scatter_sum(grads[0])
+        return reduce_scatter_sum(grads[0])
 
 
 def gather(rows_bD: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def gather(rows_bD: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def scatter_sum(rows_BD: torch.Tensor) -> torch.Tensor:
+def reduce_scatter_sum(rows_BD: torch.Tensor) -> torch.Tensor:
     """Our own rows of the sum over processes, without gradient: (B, …) -> (b, …). B is divided by the world size."""
     if world().size == 1:
         return rows_BD
@@ -154,7 +154,7 @@ def scatter_sum(rows_BD: torch.Tensor) -> torch.Tensor:
     return rows_bD
 
 
-def own_rows(b: int) -> slice:
+def local_rows(b: int) -> slice:
     """Where this process's b rows are among the gathered ones."""
     return slice(world().rank * b, (world().rank + 1) * b)
 
@@ -166,10 +166,10 @@ def host() -> str:
 
 def hosts() -> list[str]:
     """The name of each process's host, in the order of ranks; called on every process."""
-    return gather_objects(host())
+    return all_gather_objects(host())
 
 
-def gather_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """One object a process, small and picklable, in the order of ranks, on every process."""
     if world().size == 1:
         return [value]
@@ -178,12 +178,12 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over processes, without gradient."""
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 
-def largest(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
     """The elementwise maximum over processes, without gradient."""
     return _all_reduce(values, dist.ReduceOp.MAX)
 
@@ -196,7 +196,7 @@ def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> tor
     return values
 
 
-def pass_on(values: torch.Tensor) -> torch.Tensor:
+def ring_shift(values: torch.Tensor) -> torch.Tensor:
     """What the process before this one gives, as this one gives `values` to the next, in a ring."""
     rank, size = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(values)
@@ -212,7 +212,7 @@ def pass_on(values: torch.Tensor) -> torch.Tensor:
     return received
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The main process's object, on every process."""
     values = [value]
     if world().size > 1:
@@ -220,7 +220,7 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is up on any process, on every process."""
     raised = torch.tensor([float(flag)], device=world().device)
     if world().size > 1:

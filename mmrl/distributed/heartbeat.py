@@ -72,11 +72,11 @@ class Heartbeat:
             return self
         hosts = comm.hosts()
         offer = None
-        if self._world.is_main:
+        if self._world.is_rank_0:
             self._main = _Main(hosts, self._lost_after_s)
             offer = (self._main.port, self._main.token)
-        port, token = comm.from_main(offer)
-        address = "127.0.0.1" if self._world.is_main else os.environ.get("MASTER_ADDR", "127.0.0.1")
+        port, token = comm.broadcast_object(offer)
+        address = "127.0.0.1" if self._world.is_rank_0 else os.environ.get("MASTER_ADDR", "127.0.0.1")
         self._member = _Member(self._world, hosts, (address, port), token, self._lost_after_s, self._told)
         self._member.where = lambda: self._where
         if self._main:

@@ -19,7 +19,7 @@ def not_finite(image_bD: torch.Tensor, text_bD: torch.Tensor, keys: Sequence[str
     """Whose embeddings of which samples hold NaN or infinity; empty where none do, or all, as when the weights are the
     cause. Called on every process."""
     rows = (~(image_bD.isfinite().all(1) & text_bD.isfinite().all(1))).nonzero().flatten().tolist()
-    found = comm.gather_objects((comm.host(), len(rows), [keys[row] for row in rows[:2]]))
+    found = comm.all_gather_objects((comm.host(), len(rows), [keys[row] for row in rows[:2]]))
     if not any(count for _, count, _ in found) or all(count == len(keys) for _, count, _ in found):
         return ""
     shown = [

@@ -96,7 +96,7 @@ class Checkpoints:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
-        problem = comm.from_main(self._problem)
+        problem = comm.broadcast_object(self._problem)
         if problem:
             raise RunStopped(problem)
 
@@ -190,7 +190,7 @@ def read(checkpoint: Path) -> Saved:
 
 
 def _is_main() -> bool:
-    return comm.world().is_main
+    return comm.world().is_rank_0
 
 
 def _copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ class Engine:
         world = comm.world()
         self.precision = config.precision
         if config.precision == "auto":
-            self.precision = "fp32" if comm.anywhere(not multiplies_bfloat16(world.device)) else "bf16"
+            self.precision = "fp32" if comm.any_rank(not multiplies_bfloat16(world.device)) else "bf16"
         if world.device.type == "cpu":
             _keep_freed_memory()
         if config.compile:

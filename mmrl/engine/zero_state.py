@@ -83,11 +83,11 @@ def gather_moments(
             if fragment is not None:
                 fragment.read(state[key], whole)
             if divided:
-                whole = comm.total(whole)
-            if world.is_main:
+                whole = comm.all_reduce_sum(whole)
+            if world.is_rank_0:
                 moments[f"{key}/{name}"] = whole.cpu()
-    step = comm.largest(torch.tensor([max(steps, default=0.0)], device=world.device))
-    return {**moments, "step": step.cpu()} if world.is_main else {}
+    step = comm.all_reduce_max(torch.tensor([max(steps, default=0.0)], device=world.device))
+    return {**moments, "step": step.cpu()} if world.is_rank_0 else {}
 
 
 def scatter_moments(

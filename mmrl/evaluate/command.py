@@ -82,7 +82,7 @@ def evaluate_model(
     check_dims(dims, encoder.dim)
     analysed = out or asked.budget or asked.vectors or asked.compare
     study = Study(model, encoder, dims, asked.budget, asked.vectors, asked.compare) if analysed else None
-    console = Console(quiet=quiet or not world.is_main)
+    console = Console(quiet=quiet or not world.is_rank_0)
     results: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -100,7 +100,7 @@ def evaluate_model(
         console.print(*tables.all_tables(name, results[name]), sep="\n")
     if study:
         study.say(console)
-    if out is not None and world.is_main:
+    if out is not None and world.is_rank_0:
         sets.write_retrieval_json(out, result)
         page = study.write(out / "report", results) if study else None
         console.print(

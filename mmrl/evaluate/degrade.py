@@ -111,7 +111,7 @@ def score_degraded(
         mine.append(torch.cat(query_D).view(len(batch), len(settings), -1))
         if on_pictures:
             on_pictures(len(batch))
-    query_qsD = torch.cat(comm.gather_objects(torch.cat(mine)))
+    query_qsD = torch.cat(comm.all_gather_objects(torch.cat(mine)))
     row_q, row_N = torch.tensor(rows), torch.arange(len(image_ND))
     result: dict[str, Any] = {"num_queries": len(rows)}
     for place, (kind, amount) in enumerate(settings):

@@ -102,7 +102,7 @@ def embed(
     world = comm.world()
     device = next(model.parameters()).device
     mine: list[tuple[WholeBatch, torch.Tensor, torch.Tensor]] = []
-    bad = list(reader.problems) if world.is_main else []
+    bad = list(reader.problems) if world.is_rank_0 else []
     for batch in read_whole(reader, image_spec, tokenise, captions=captions, rank=world.rank, world_size=world.size):
         if not batch.keys:
             bad += batch.bad
@@ -113,7 +113,7 @@ def embed(
         mine.append((batch, image_BD, text_MD))
         if on_batch:
             on_batch(len(batch.keys))
-    shares = comm.gather_objects((mine, bad))
+    shares = comm.all_gather_objects((mine, bad))
     return _join([part for parts, _ in shares for part in parts], [problem for _, bad in shares for problem in bad])
 
 

@@ -98,7 +98,7 @@ def embed_labelled(
     world = comm.world()
     device = next(model.parameters()).device
     images, labels = [], []
-    bad = list(reader.problems) if world.is_main else []
+    bad = list(reader.problems) if world.is_rank_0 else []
     for batch in read_whole(reader, image_spec, _no_tokens, captions=1, rank=world.rank, world_size=world.size):
         bad += batch.bad
         label_B = torch.tensor([_label(caption, num_classes) for caption in batch.captions], dtype=torch.int64)
@@ -110,7 +110,7 @@ def embed_labelled(
             labels.append(label_B[label_B >= 0])
         if on_batch:
             on_batch(len(batch.keys) + len(batch.bad))
-    shares = comm.gather_objects((images, labels, bad))
+    shares = comm.all_gather_objects((images, labels, bad))
     images, labels, bad = ([one for share in shares for one in share[part]] for part in range(3))
     if not images:
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
@@ -140,7 +140,7 @@ def class_vectors(
         prompt_TD = model.encode_text(tokenise(classes.prompts(number)).to(device)).float().cpu()
         for dim in dims:
             mine[dim].append(cut(cut(prompt_TD, dim).mean(0), dim))
-    shares = comm.gather_objects(mine)
+    shares = comm.all_gather_objects(mine)
     return {dim: torch.stack([row for share in shares for row in share[dim]]) for dim in dims}
 
 

@@ -15,7 +15,7 @@ from mmrl.images.decode import decode_pixels, to_tensor, upright_rgb
 from mmrl.images.image_spec import ImageSpec
 from mmrl.inference.base import LoadedEncoder, Picture, check_list, not_loaded
 from mmrl.model import bundle
-from mmrl.model.towers import Side, TokeniseList
+from mmrl.model.towers import Side, Tokenizer
 from mmrl.model.two_tower import Encoder
 from mmrl.nesting import check_dims, cut
 
@@ -26,7 +26,7 @@ class TorchEncoder(LoadedEncoder):
     def __init__(
         self,
         encoders: dict[Side, Encoder],
-        tokenise: TokeniseList | None,
+        tokenise: Tokenizer | None,
         image_spec: ImageSpec,
         dim: int,
         nested_dims: tuple[int, ...],

@@ -50,7 +50,7 @@ def check(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, 
     if finite:
         bad = [len(x) - int(x.isfinite().all(1).sum()) for x in (image_BD, text_BD)]
         # Raised on all processes, since one alone would leave the others waiting.
-        if comm.anywhere(any(bad)):
+        if comm.any_rank(any(bad)):
             raise InputError(
                 f"image_BD, text_BD: {bad[0]} and {bad[1]} of {len(image_BD)} rows here hold NaN or infinity; all must "
                 "be finite, on every process."
@@ -92,7 +92,7 @@ def strip(
     """This process's images against all texts; `groups`, if any, are of the images here and of all texts."""
     scales = [scale * LOG2_E for scale in scales]
     sides = (sweep.side(image_bD, nested.dims), sweep.side(text_BD, nested.dims))
-    return Block(*sides, scales, comm.own_rows(len(image_bD)).start, *groups)
+    return Block(*sides, scales, comm.local_rows(len(image_bD)).start, *groups)
 
 
 def gather_groups(groups: Groups) -> torch.Tensor:

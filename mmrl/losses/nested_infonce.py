@@ -115,7 +115,7 @@ class _NestedInfoNCE(torch.autograd.Function):
             sums = softmax.sums(block, shifts, targets, distil > 0, by_kernel)
 
         parts = [sums.column_Km] + ([sums.gap_column_Km] if distil else [])
-        column_sum_KB, *gap = comm.total(torch.cat(parts, 1)).split(len(text_BD), 1)
+        column_sum_KB, *gap = comm.all_reduce_sum(torch.cat(parts, 1)).split(len(text_BD), 1)
         row_lse_Kb = sums.row_Kn.log2() + _per_dim(shifts, 0, sums.row_Kn)
         column_lse_KB = column_sum_KB.log2() + _per_dim(shifts, 1, column_sum_KB)
         # Row by row, so that large logits cancel before they are summed up.
@@ -124,7 +124,7 @@ class _NestedInfoNCE(torch.autograd.Function):
             lead_Kb = sums.gap_row_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
             lead_KB = gap[0] / column_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
             rows_Kb = rows_Kb + distil * (lead_Kb + lead_KB[:, block.own])
-        by_dim_K = comm.total(rows_Kb.sum(1) - sums.target_K) / (2 * len(text_BD) * LOG2_E)
+        by_dim_K = comm.all_reduce_sum(rows_Kb.sum(1) - sums.target_K) / (2 * len(text_BD) * LOG2_E)
 
         groups_of_strip = () if block.row_group_n is None else (block.row_group_n, block.column_group_m)
         ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip)
@@ -151,7 +151,7 @@ class _NestedInfoNCE(torch.autograd.Function):
                 image_bD.shape[1],
                 log_sums=log_sums if ctx.by_kernel else None,
             )
-        text_grad_bD = comm.scatter_sum(found.column_mD)
+        text_grad_bD = comm.reduce_scatter_sum(found.column_mD)
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),
             text_grad_bD.mul_(grads[0]).to(text_BD.dtype),
@@ -223,11 +223,11 @@ def _shifts(block: Block, targets: Targets, own_Kb: torch.Tensor) -> list[Shift]
     # No logit is below -scale: up to a scale of 62 this settles it without asking the device or the other processes.
     if all(-scale >= shift + _LOWEST for scale, shift in zip(block.scale_K, shared, strict=True)):
         return shifts
-    lowest_K = -comm.largest(-own_Kb.amin(1))
+    lowest_K = -comm.all_reduce_max(-own_Kb.amin(1))
     exact = [low < shift + _LOWEST for low, shift in zip(lowest_K.tolist(), shared, strict=True)]
     if any(exact):
         row_Kb, column_KB = softmax.maxima(block, exact, targets)
-        column_KB = comm.largest(column_KB)
+        column_KB = comm.all_reduce_max(column_KB)
         shifts = [(row_Kb[k], column_KB[k]) if exact[k] else shared[k] for k in range(len(exact))]
     return shifts
 

@@ -73,7 +73,7 @@ class _NestedSigmoid(torch.autograd.Function):
         positive: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text_BD = comm.gather(text_bD)
-        own, both, positives = comm.own_rows(len(image_bD)), (), len(image_bD)
+        own, both, positives = comm.local_rows(len(image_bD)), (), len(image_bD)
         if groups is not None:
             group_B2 = inputs.gather_groups(groups)
             both = inputs.groups_of_strip(group_B2, own)
@@ -83,7 +83,7 @@ class _NestedSigmoid(torch.autograd.Function):
         biases = [bias * LOG2_E for bias in bias_K.tolist()]
         with sweep.own_precision(image_bD.dtype, image_bD.device):
             loss_K = _losses(block, biases, targets)
-        by_dim_K = comm.total(loss_K) / len(text_BD)
+        by_dim_K = comm.all_reduce_sum(loss_K) / len(text_BD)
         ctx.save_for_backward(image_bD, text_BD, scale_K, *both)
         ctx.nested, ctx.biases, ctx.bias_dtype = nested, biases, bias_K.dtype
         ctx.positive, ctx.positives, ctx.scales = positive, positives, scales
@@ -101,7 +101,7 @@ class _NestedSigmoid(torch.autograd.Function):
         factor_K = [share * comm.world().size / len(text_BD) for share in ctx.nested.shares]
         with sweep.own_precision(image_bD.dtype, image_bD.device):
             found = sweep.gradients(block, slope, factor_K, targets, image_bD.shape[1])
-        text_grad_bD = comm.scatter_sum(found.column_mD)
+        text_grad_bD = comm.reduce_scatter_sum(found.column_mD)
         bias_grad_K = (slope.total_K - ctx.positives) * slope.total_K.new_tensor(factor_K)
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),

@@ -23,7 +23,7 @@ from mmrl.model import layouts, towers, two_tower
 from mmrl.model.manifest import FORMAT, VERSION, check_files, find, hash_files, read_manifest, write_manifest
 from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
-from mmrl.model.towers import Side, TokeniseList, Towers
+from mmrl.model.towers import Side, Tokenizer, Towers
 from mmrl.model.two_tower import Encoder, LogitScaleConfig, MatryoshkaCLIP, added_projection
 from mmrl.nesting import check_dims, turned
 
@@ -37,7 +37,7 @@ class Bundle:
     """An encoder and all that is needed to use, cut and store it."""
 
     model: MatryoshkaCLIP
-    tokenise: TokeniseList
+    tokenise: Tokenizer
     image_spec: ImageSpec
     model_cfg: dict[str, Any]
     """open_clip's config of the towers at their full width."""
@@ -137,7 +137,7 @@ def load_encoders(
     return encoders
 
 
-def load_tokenise(folder: Path, manifest: dict[str, Any]) -> TokeniseList:
+def load_tokenise(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a bundle."""
     return towers.load_tokenise(folder / _TOKENIZER, manifest["tokenizer"], manifest["model_cfg"])
 

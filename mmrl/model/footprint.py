@@ -35,9 +35,9 @@ class Footprint:
     embed_dim: int
     activations_fixed: float
     """Bytes held at the peak of forward and backward, whatever the micro-batch."""
-    activations_a_pair: float
-    forward_flops_a_pair: float
-    locked_flops_a_pair: float
+    activations_per_pair: float
+    forward_flops_per_pair: float
+    locked_flops_per_pair: float
     """The part of the forward's that belongs to locked towers."""
 
 
@@ -62,9 +62,9 @@ def measure(config: ModelConfig, in_16_bits: bool, on_gpu: bool = True) -> Footp
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         embed_dim=model_cfg["embed_dim"],
         activations_fixed=max(peaks[0] - _SIZES[0] * a_pair, 0.0),
-        activations_a_pair=a_pair,
-        forward_flops_a_pair=forward,
-        locked_flops_a_pair=locked,
+        activations_per_pair=a_pair,
+        forward_flops_per_pair=forward,
+        locked_flops_per_pair=locked,
     )
 
 

@@ -51,7 +51,7 @@ class TowersConfig(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
-class TokeniseList:
+class Tokenizer:
     """A list of texts -> int64 (M, L). A class, so that data workers can pickle it."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -111,7 +111,7 @@ class Towers:
     """The sigmoid loss's bias, where the towers came with one."""
     embed_dim: int
     image_spec: ImageSpec
-    tokenise: TokeniseList
+    tokenise: Tokenizer
     model_cfg: dict[str, Any]
     """open_clip's model config, from which both towers can be built again."""
     grad_checkpointing: bool
@@ -153,7 +153,7 @@ def build(config: TowersConfig) -> Towers:
         logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
         embed_dim=model_cfg["embed_dim"],
         image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
-        tokenise=TokeniseList(tokenizer),
+        tokenise=Tokenizer(tokenizer),
         model_cfg=model_cfg,
         grad_checkpointing=config.grad_checkpointing,
     )
@@ -179,7 +179,7 @@ def build_empty(config: TowersConfig) -> dict[Side, nn.Module]:
     return built
 
 
-def tokenise_of(name: str) -> TokeniseList:
+def tokenise_of(name: str) -> Tokenizer:
     """The tokenizer of a model config, without its towers.
 
     Raises:
@@ -190,7 +190,7 @@ def tokenise_of(name: str) -> TokeniseList:
     read_model_cfg(name)
     with quiet(), library_code_only():
         try:
-            return TokeniseList(open_clip.get_tokenizer(_register(name)))
+            return Tokenizer(open_clip.get_tokenizer(_register(name)))
         except Exception as error:  # transformers raises many kinds
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"model.name {name!r}: its tokenizer cannot be had ({reason}).") from error
@@ -281,8 +281,8 @@ def projection_axes(model_cfg: dict[str, Any], side: Side) -> dict[str, int] | N
     return axes or None
 
 
-def load_tokenise(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]) -> TokeniseList:
-    """The tokenizer that `TokeniseList.save` wrote, from its files alone: no network, no code of the folder's.
+def load_tokenise(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote, from its files alone: no network, no code of the folder's.
 
     Raises:
         InputError: a file is missing, too large, damaged, or names code to run.
@@ -297,7 +297,7 @@ def load_tokenise(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any])
             with gzip.open(folder / _BPE_FILE) as file:
                 if len(file.read(_MOST_BPE_BYTES + 1)) > _MOST_BPE_BYTES:
                     raise ValueError(f"{_BPE_FILE} unpacks to more than {_MOST_BPE_BYTES:,} bytes")
-            return TokeniseList(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
+            return Tokenizer(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
         if not folder.is_dir():  # transformers would take its path for the name of a hub repository
             raise FileNotFoundError("the folder is missing")
         mode = model_cfg["text_cfg"].get("tokenizer_mode")
@@ -313,7 +313,7 @@ def load_tokenise(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any])
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); export the encoder again.") from error
-    return TokeniseList(theirs)
+    return Tokenizer(theirs)
 
 
 def save_text_config(text_tower: nn.Module, folder: Path) -> None:

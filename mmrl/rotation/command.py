@@ -72,7 +72,7 @@ def rotate_model(
         RunStopped: turning does not help on `validate`, or similarities did not stay what they were.
     """
     world = comm.start()
-    console = Console(quiet=quiet or not world.is_main)
+    console = Console(quiet=quiet or not world.is_rank_0)
     _check_out(out)
     reader = open_reader(shards)
     validation = None if validate is None else open_reader(validate)
@@ -107,8 +107,8 @@ def rotate_model(
         **({} if learnt is None else {"learnt": learnt.as_json()}),
         **({} if judged is None else {"validation": {"shards": validate, **judged}}),
     }
-    manifest, refusal = comm.from_main(
-        _write(model, whole, rotation_DD, out, dims, about, reader) if world.is_main else None
+    manifest, refusal = comm.broadcast_object(
+        _write(model, whole, rotation_DD, out, dims, about, reader) if world.is_rank_0 else None
     )
     if refusal is not None:
         raise RunStopped(refusal)
@@ -214,7 +214,7 @@ def _judge(
         )
     before = sets.score(embedded, dims)
     after = {kept: sets.score(_turned(embedded, rotation_DD), dims) for kept, rotation_DD in turns.items()}
-    before, after = comm.from_main((before, after))  # one verdict, whatever the machines round
+    before, after = comm.broadcast_object((before, after))  # one verdict, whatever the machines round
     best = max(after, key=lambda kept: _mean_map(after[kept]))
     helps = _mean_map(after[best]) >= _mean_map(before) + _LEAST_GAIN
     for kept, scores in after.items():

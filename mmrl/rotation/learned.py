@@ -63,7 +63,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LearnedRotation:
     """A rotation, and how it did on pictures that it was not learnt from."""
 
     rotation_DD: torch.Tensor
@@ -101,7 +101,7 @@ def best(
     dims: Sequence[int],
     keep: int = 0,
     steps: int = STEPS,
-) -> tuple[torch.Tensor, Learnt | None]:
+) -> tuple[torch.Tensor, LearnedRotation | None]:
     """The principal rotation, or a better one learnt from it; on every process that of the main one.
 
     Args:
@@ -111,12 +111,12 @@ def best(
         keep: leave the first so many numbers as they are.
     """
     found = None
-    if comm.world().is_main:
+    if comm.world().is_rank_0:
         rotation_DD = nesting.principal_rotation(moment_DD, keep)
-        with comm.alone():
+        with comm.single_process():
             learnt = None if pairs is None else learn(pairs, logit_scale, rotation_DD, dims, keep, steps)
         found = (rotation_DD, None) if learnt is None else (learnt.rotation_DD, learnt)
-    found = comm.from_main(found)
+    found = comm.broadcast_object(found)
     assert found is not None
     return found
 
@@ -129,7 +129,7 @@ def learn(
     keep: int = 0,
     steps: int = STEPS,
     seed: int = 0,
-) -> Learnt | None:
+) -> LearnedRotation | None:
     """Turns `begin_DD` on, by the mean loss of all of `dims` that a rotation can change.
 
     Args:
@@ -152,7 +152,7 @@ def learn(
     turn_DD = _ordered(own.turned(turn_DD), [keep, *dims, width]) @ turn_DD
     before, after = (mean_reciprocal_rank(one, dims) for one in (judges, judges.turned(turn_DD)))
     rotation_DD = turn_DD @ begin_DD if after > before else begin_DD
-    return Learnt(rotation_DD, len(own.image_ND), len(judges.image_ND), before, after)
+    return LearnedRotation(rotation_DD, len(own.image_ND), len(judges.image_ND), before, after)
 
 
 def _descend(

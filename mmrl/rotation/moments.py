@@ -72,11 +72,11 @@ class SecondMoment:
 
     def count(self) -> int:
         """The rows of all processes."""
-        return int(comm.total(self._count))
+        return int(comm.all_reduce_sum(self._count))
 
     def mean(self) -> torch.Tensor:
         """Over the rows of all processes: float64 (D, D)."""
-        high_DD, low_DD = comm.total(self._high_DD), comm.total(self._low_DD)
+        high_DD, low_DD = comm.all_reduce_sum(self._high_DD), comm.all_reduce_sum(self._low_DD)
         return (high_DD.double() * 2.0**self._LOW_BITS + low_DD.double()) * self._UNIT / self.count()
 
 
@@ -103,7 +103,7 @@ def of_set(
     """
     world = comm.world()
     of_images, of_texts = (SecondMoment(whole.dim, world.device) for _ in range(2))
-    bad = list(reader.problems) if world.is_main else []
+    bad = list(reader.problems) if world.is_rank_0 else []
     broken: list[str] = []
     kept: list[Pairs] = []
     with progress_bar(console) as progress:
@@ -123,7 +123,7 @@ def of_set(
             of_texts.add(text_ND)
             if with_pairs and part in kept_parts:
                 kept.append(Pairs(image_ND.float().cpu(), text_ND.float().cpu(), batch.row_of_text_M, batch.group_B))
-    shares = comm.gather_objects((broken, bad))
+    shares = comm.all_gather_objects((broken, bad))
     broken = [key for share, _ in shares for key in share]
     bad = [problem for _, share in shares for problem in share]
     if broken:
@@ -164,7 +164,7 @@ def _spread(parts: Sequence[int], most: int) -> list[int]:
 
 def _gathered(kept: Sequence[Pairs]) -> Pairs | None:
     """Of all processes, in the order of the set; None where every sample of theirs is bad."""
-    every = [one for share in comm.gather_objects(kept) for one in share]
+    every = [one for share in comm.all_gather_objects(kept) for one in share]
     if not every:
         return None
     before = itertools.accumulate((len(one.image_ND) for one in every), initial=0)

@@ -18,7 +18,7 @@ class Skipped:
     def __init__(self, run: str, known: list[Problem], most: float) -> None:
         """`known`: what the shards themselves lack, which every process has found alike; `most`: the share allowed."""
         self._place, self._most = f"{run}/{BAD_SAMPLES}", most
-        self._unlisted = list(known) if comm.world().is_main else []
+        self._unlisted = list(known) if comm.world().is_rank_0 else []
         self._seen = 0
         self.counts: Counter[str] = Counter()
 
@@ -33,7 +33,7 @@ class Skipped:
 
     def tell(self, tracker: Tracker | None, step: int) -> None:
         """Lists what was met since the last time; called on every process."""
-        problems = [problem for share in comm.gather_objects(self._unlisted) for problem in share]
+        problems = [problem for share in comm.all_gather_objects(self._unlisted) for problem in share]
         self._unlisted = []
         self.counts.update(problem.kind for problem in problems)
         if tracker:

@@ -68,14 +68,14 @@ def check(config: Config, world: World, console: Console) -> None:
     """
     if world.size == 1:
         return
-    facts = comm.gather_objects(_facts(config))
+    facts = comm.all_gather_objects(_facts(config))
     problems = problems_of(facts)
     rate = float("nan")
     if not problems:
         received, rate = _rates(world)
-        slow = comm.gather_objects(received)
+        slow = comm.all_gather_objects(received)
         facts = [Facts(**{**vars(one), "receives_gb_s": speed}) for one, speed in zip(facts, slow, strict=True)]
-    if world.is_main:
+    if world.is_rank_0:
         console.print(table(facts))
         if rate == rate:
             console.print(f"All-reduce: {rate:.2f} GB/s a process.", highlight=False)
@@ -85,7 +85,7 @@ def check(config: Config, world: World, console: Console) -> None:
         _stop_all(world, " ".join(problems[:3]))
 
 
-def agree(world: World, work: Callable[[], T], main_only: bool = False) -> T | None:
+def agree(world: World, work: Callable[[], T], rank_0_only: bool = False) -> T | None:
     """This process's own work, such as opening the shards. Where it fails on any process all stop, with the sentence
     of the first that failed, and with its host where others have succeeded. None where the work is the main process's
     alone and this is another.
@@ -95,17 +95,17 @@ def agree(world: World, work: Callable[[], T], main_only: bool = False) -> T | N
     """
     result, problem = None, None
     try:
-        result = work() if world.is_main or not main_only else None
+        result = work() if world.is_rank_0 or not rank_0_only else None
     except InputError as error:
         if world.size == 1:
             raise
         problem = str(error)
-    found = comm.gather_objects((comm.host(), problem))
+    found = comm.all_gather_objects((comm.host(), problem))
     failed = [(host, sentence) for host, sentence in found if sentence]
     if failed:
         sentence = failed[0][1]
         hosts = sorted({host for host, _ in failed})
-        everywhere = main_only or len(failed) == len(found)
+        everywhere = rank_0_only or len(failed) == len(found)
         _stop_all(world, sentence if everywhere else f"On host {', '.join(hosts[:5])} alone: {sentence}")
     return result
 
@@ -118,7 +118,7 @@ def same_folder(config: Config, world: World) -> None:
     """
     if world.size == 1:
         return
-    file, wanted = Path(config.run) / "config.yaml", comm.from_main(configs.dump(config))
+    file, wanted = Path(config.run) / "config.yaml", comm.broadcast_object(configs.dump(config))
 
     def look() -> None:
         for _ in range(10):  # a network file system may show a new file a moment later
@@ -134,7 +134,7 @@ def same_folder(config: Config, world: World) -> None:
 
 
 def _stop_all(world: World, sentence: str) -> NoReturn:
-    if world.is_main:
+    if world.is_rank_0:
         raise InputError(sentence)
     raise SystemExit(2)
 
@@ -319,14 +319,14 @@ def _rates(world: World) -> tuple[float, float]:
         given = torch.ones(numbers, device=world.device)
         comm.barrier()
         began = time.monotonic()
-        comm.pass_on(given)
+        comm.ring_shift(given)
         ring = given.nbytes / (time.monotonic() - began) / 1e9
         comm.barrier()
         began = time.monotonic()
-        comm.total(given)[0].item()
+        comm.all_reduce_sum(given)[0].item()
         took = time.monotonic() - began
         reduced = given.nbytes / took / 1e9
-        if comm.anywhere(took > 0.1):
+        if comm.any_rank(took > 0.1):
             break
         numbers *= 4
     return ring, reduced

@@ -97,8 +97,8 @@ class Result:
     parameters: int
     trained_parameters: int
     global_batch: int
-    pairs_a_gpu: int
-    steps_an_epoch: int | None
+    pairs_per_gpu: int
+    steps_per_epoch: int | None
     steps: int | None
     notes: list[str]
     stages: list[Fit]
@@ -154,8 +154,8 @@ def plan(
         parameters=model.parameters,
         trained_parameters=model.trained,
         global_batch=batch,
-        pairs_a_gpu=batch // gpus,
-        steps_an_epoch=per_epoch,
+        pairs_per_gpu=batch // gpus,
+        steps_per_epoch=per_epoch,
         steps=_steps(config, per_epoch),
         notes=notes,
         stages=fits,
@@ -165,12 +165,12 @@ def plan(
 
 def lines(result: Result) -> list[str]:
     """The plan for people."""
-    epoch = "unknown" if result.steps_an_epoch is None else f"{result.steps_an_epoch:,}"
+    epoch = "unknown" if result.steps_per_epoch is None else f"{result.steps_per_epoch:,}"
     steps = "unknown" if result.steps is None else f"{result.steps:,}"
     shown = [
         f"{result.parameters / 1e6:,.1f} M parameters, {result.trained_parameters / 1e6:,.1f} M trained, "
         f"{result.precision}; {result.gpus} GPUs of {result.memory_gb:g} GB",
-        f"global batch {result.global_batch:,}: {result.pairs_a_gpu:,} pairs a GPU; steps an epoch: {epoch}, in all: "
+        f"global batch {result.global_batch:,}: {result.pairs_per_gpu:,} pairs a GPU; steps an epoch: {epoch}, in all: "
         f"{steps}",
         "",
         "GB a GPU      weights  gradients  optimiser  activations     loss    total   micro-batch"
@@ -190,7 +190,7 @@ def lines(result: Result) -> list[str]:
         shown.append("Nothing fits: take more memory, model.grad_checkpointing=true, or a smaller global batch.")
     else:
         fit = result.stages[result.best]
-        micro = "" if fit.micro_batch == result.pairs_a_gpu else f" train.micro_batch={fit.micro_batch}"
+        micro = "" if fit.micro_batch == result.pairs_per_gpu else f" train.micro_batch={fit.micro_batch}"
         each = " engine.reduce_each_micro_batch=true" if fit.reduce_each_micro_batch else ""
         shown.append(f"Smallest that fits: engine.zero_stage={result.best}{micro}{each}")
     return [*shown, *(f"Note: {note}" for note in result.notes)]
@@ -233,10 +233,10 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
     accumulation = share // m
     states, working = bytes_of(m, each)
     traffic, calls = traffic_of(config, model, machine.gpus, stage, accumulation, precision, each)
-    activations = model.activations_fixed + m * model.activations_a_pair
+    activations = model.activations_fixed + m * model.activations_per_pair
     flops = footprint.step_flops(
-        model.forward_flops_a_pair,
-        model.locked_flops_a_pair,
+        model.forward_flops_per_pair,
+        model.locked_flops_per_pair,
         model.embed_dim,
         config.train.batch_size,
         forwards=1 if accumulation == 1 else 2,
@@ -260,7 +260,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
 
 
 def _working(model: Footprint, m: int, share: int, loss: float) -> float:
-    activations = model.activations_fixed + m * model.activations_a_pair
+    activations = model.activations_fixed + m * model.activations_per_pair
     return activations + loss if m == share else max(activations, loss)
 
 

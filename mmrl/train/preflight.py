@@ -46,12 +46,12 @@ def prepare(config: Config, world: World) -> Plan:
     plan = host_checks.agree(world, lambda: _check(config, world))
     assert plan is not None
     own = tuple(reader.fingerprint for reader in (plan.reader, *plan.evaluation_readers.values()))
-    seen = comm.gather_objects(own)
+    seen = comm.all_gather_objects(own)
     if len(set(seen)) > 1:
         host_checks.agree(world, lambda: _refuse_other_shards(own, seen))
-    resume_from = host_checks.agree(world, lambda: open_run(config), main_only=True)
+    resume_from = host_checks.agree(world, lambda: open_run(config), rank_0_only=True)
     host_checks.same_folder(config, world)
-    return replace(plan, resume_from=comm.from_main(resume_from))
+    return replace(plan, resume_from=comm.broadcast_object(resume_from))
 
 
 def _check(config: Config, world: World) -> Plan:

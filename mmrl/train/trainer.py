@@ -126,7 +126,7 @@ class Trainer:
 
     def run(self, stop: Stop) -> None:
         """Step, log, evaluate, save; until the end or a signal."""
-        if not self.world.is_main:
+        if not self.world.is_rank_0:
             self._loop(None, stop)
             return
         if self.step_done >= self.total:
@@ -167,7 +167,7 @@ class Trainer:
             if last and self.nests_from == self.total:
                 self._turn(tracker, clock)
             with clock.paused():
-                stopping = comm.anywhere(stop.asked)
+                stopping = comm.any_rank(stop.asked)
                 is_best = False
                 if last or (self.step_done % self.evaluate_every == 0 and not stopping):
                     self._at("evaluating")
@@ -283,7 +283,7 @@ class Trainer:
         if best and results:
             score = sets.best_score(best, results)
             improved, self.best = score > self.best, max(score, self.best)
-        return comm.anywhere(improved)
+        return comm.any_rank(improved)
 
     def score_sets(self) -> dict[str, dict[str, Any]]:
         """Each named set's scores at every dim, on every process; all of them embed and rank."""
@@ -393,7 +393,7 @@ class Trainer:
         """What each process spent since the last line, in the order of ranks."""
         steps, self._logged = max(self.step_done - self._logged, 1), self.step_done
         seconds = {part: spent / steps for part, spent in self.engine.clock.take().items()}
-        return comm.gather_objects(Own(comm.host(), seconds, peak_memory(self.engine.device)))
+        return comm.all_gather_objects(Own(comm.host(), seconds, peak_memory(self.engine.device)))
 
     def _at_the_peak(self) -> float | None:
         """Seconds of a step that uses all processes' devices to the full, where it is known what they can do."""
@@ -432,7 +432,7 @@ class Trainer:
 
     def _warn_of_batch_norm(self, model: MatryoshkaCLIP) -> None:
         kinds = {type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
-        if kinds and self.world.is_main and self.world.size > 1:
+        if kinds and self.world.is_rank_0 and self.world.size > 1:
             self.console.print(
                 f"Note: this tower has {', '.join(sorted(kinds))}, which mixes the samples of one process: "
                 "what is learnt depends on the number of processes."

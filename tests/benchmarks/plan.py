@@ -41,7 +41,7 @@ def main() -> None:
                 assert fit.micro_batch is not None
                 print(
                     f"| {name} | {batch:,} | {gpus:,} | {fit.zero_stage} | {fit.micro_batch:,} × "
-                    f"{result.pairs_a_gpu // fit.micro_batch} | {fit.total_gb:.1f} | {fit.traffic_gb:.2f} GB | "
+                    f"{result.pairs_per_gpu // fit.micro_batch} | {fit.total_gb:.1f} | {fit.traffic_gb:.2f} GB | "
                     f"{fit.step_seconds:.2f} s | {batch / fit.step_seconds:,.0f} |"
                 )
     print(f"\n{plan.__doc__}")

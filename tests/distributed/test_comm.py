@@ -83,14 +83,14 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _losses_of_my_rows(folder: Path) -> None:
     world, (x, y) = comm.world(), _inputs()
-    rows = comm.own_rows(12 // world.size)
+    rows = comm.local_rows(12 // world.size)
     results = {}
     for name, (ours, _) in LOSSES.items():
         image, text, scale, bias = _parameters()
         total, by_dim = ours(Given(image(x[rows]), text(y[rows]), scale, bias, GROUPS[rows]))
         total.backward()
         grads = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
-        averaged = [comm.total(grad) / world.size for grad in grads if grad is not None]
+        averaged = [comm.all_reduce_sum(grad) / world.size for grad in grads if grad is not None]
         results[name] = total.detach(), by_dim, averaged
     torch.save(results, folder / f"rank{world.rank}.pt")
 
@@ -124,10 +124,10 @@ def _loss_under_ddp(folder: Path) -> None:
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return image(x), text(y)
 
-    model, rows = torch.nn.parallel.DistributedDataParallel(Both()), comm.own_rows(12 // world.size)
+    model, rows = torch.nn.parallel.DistributedDataParallel(Both()), comm.local_rows(12 // world.size)
     total, _ = LOSSES["plain"][0](Given(*model(x[rows], y[rows]), scale=scale, bias=bias, groups=GROUPS[rows]))
     total.backward()
-    if world.is_main:
+    if world.is_rank_0:
         torch.save([parameter.grad for parameter in towers.parameters()], folder / "grads.pt")
 
 
@@ -163,18 +163,18 @@ def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -
 def test_a_world_of_one_needs_no_process_group() -> None:
     x = torch.randn(3, 2, requires_grad=True)
     assert comm.gather(x) is x
-    assert comm.gather_objects("a") == ["a"]
-    assert comm.from_main(5) == 5
-    assert torch.equal(comm.total(x), x)
+    assert comm.all_gather_objects("a") == ["a"]
+    assert comm.broadcast_object(5) == 5
+    assert torch.equal(comm.all_reduce_sum(x), x)
 
 
 def _alone_on_one(folder: Path) -> None:
     rows_bD = torch.full((2, 3), float(comm.world().rank))
-    if comm.world().is_main:
-        with comm.alone():  # the other process takes no part, so a gather would wait for ever
+    if comm.world().is_rank_0:
+        with comm.single_process():  # the other process takes no part, so a gather would wait for ever
             assert comm.world().size == 1
             assert torch.equal(comm.gather(rows_bD), rows_bD)
-            assert comm.from_main("mine") == "mine"
+            assert comm.broadcast_object("mine") == "mine"
     assert comm.world().size == 2
     assert comm.gather(rows_bD).shape == (4, 3)
 

@@ -185,7 +185,7 @@ def _collective_calls(folder: Path) -> None:
         assert isinstance(profile, torch.profiler.profile)
         names = [event.name for event in profile.events() or []]
         counts[stage, parts, each] = Counter(name for name in names if name.startswith("gloo:"))
-    if comm.world().is_main:
+    if comm.world().is_rank_0:
         torch.save(counts, folder / "counts.pt")
 
 

@@ -28,7 +28,7 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[towers.TokeniseList, Tokenizer]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[towers.Tokenizer, Tokenizer]:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     ours = towers.tokenise_of("mmrl-starter")
     tokenizer_json._write_bpe(ours.tokenizer, folder / "tokenizer.json")
@@ -43,13 +43,13 @@ def ids(theirs: Tokenizer, text: str, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_odd_texts_become_the_same_ids(both: tuple[towers.TokeniseList, Tokenizer], text: str) -> None:
+def test_odd_texts_become_the_same_ids(both: tuple[towers.Tokenizer, Tokenizer], text: str) -> None:
     ours, theirs = both
     assert ids(theirs, clean(text, "lower"), ours.context_length) == ours([text])[0].tolist()
 
 
 def test_real_captions_become_the_same_ids_without_any_cleaning(
-    both: tuple[towers.TokeniseList, Tokenizer],
+    both: tuple[towers.Tokenizer, Tokenizer],
 ) -> None:
     ours, theirs = both
     reader = open_reader("starter:test-concepts")

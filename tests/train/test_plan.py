@@ -28,9 +28,9 @@ MODEL = Footprint(
     trained=400_000_000,
     embed_dim=512,
     activations_fixed=1e9,
-    activations_a_pair=100e6,
-    forward_flops_a_pair=1e11,
-    locked_flops_a_pair=0,
+    activations_per_pair=100e6,
+    forward_flops_per_pair=1e11,
+    locked_flops_per_pair=0,
 )
 
 
@@ -76,7 +76,7 @@ def test_activations_are_those_of_the_real_towers(
 
         step()
         measured = _allocated_at_the_peak(step)
-        expected = predicted.activations_fixed + size * predicted.activations_a_pair
+        expected = predicted.activations_fixed + size * predicted.activations_per_pair
         assert expected == pytest.approx(measured, rel=0.1), size
 
 
@@ -183,7 +183,7 @@ def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) ->
 def test_what_fits(write_config: WriteConfig) -> None:
     config = configs.load(write_config(train={"batch_size": 32768, "duration": "1 epochs"}))
     large = plan.plan(config, gpus=64, memory_gb=80, measured=MODEL)
-    assert (large.best, large.stages[0].micro_batch, large.pairs_a_gpu) == (0, 512, 512)
+    assert (large.best, large.stages[0].micro_batch, large.pairs_per_gpu) == (0, 512, 512)
     small = plan.plan(config, gpus=64, memory_gb=24, measured=MODEL)
     micro = small.stages[0].micro_batch
     assert small.best == 0
@@ -235,7 +235,7 @@ def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: Writ
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["best"] == 0
-    assert result["steps_an_epoch"] == 4
+    assert result["steps_per_epoch"] == 4
     assert len(result["stages"]) == 4
     refused = runner.invoke(app, ["plan", str(write_config()), "--gpus", "5"])
     assert isinstance(refused.exception, InputError)

@@ -160,7 +160,7 @@ def _sweep(
         by_column,
         rank=world.rank,
         world_size=world.size,
-        total=comm.total if over_ranks else _same,
+        total=comm.all_reduce_sum if over_ranks else _same,
         on_share=lambda share: told.add(share * few),
     )
 
@@ -244,7 +244,7 @@ def _by_sorting(direction: Direction, many_m: Tensor, over_ranks: bool, told: _T
             told.add(span.stop - span.start)
     if not over_ranks:
         return result_K4m
-    return comm.total(result_K4m.to(world.device)).cpu()
+    return comm.all_reduce_sum(result_K4m.to(world.device)).cpu()
 
 
 def _measure_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:

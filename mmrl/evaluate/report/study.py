@@ -75,7 +75,7 @@ class Study:
         for label, other in self.others.items():
             others[label] = sets.embed(reader, other.model, other.image_spec, other.tokenise, captions=captions)
             on_step(1)
-        if not comm.world().is_main:
+        if not comm.world().is_rank_0:
             return
         analysis = analyse(embedded, self.dims, self.budget, self.vectors, others, on_step)
         result["analysis"] = analysis.json
