@@ -1,0 +1,1 @@
+"""How files and progress bars are written."""
