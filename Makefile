@@ -1,6 +1,6 @@
-# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+# All targets run in .venv, which is created on first use. `make help` lists the targets.
 
-# The first that answers and is new enough; python3.11 is what constraints.txt was made with.
+# The first interpreter of version 3.11 or newer. constraints.txt was made with 3.11.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -13,7 +13,7 @@ RUN := runs/quickstart
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 7 minutes on 2 cores)
+quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 10 minutes on 2 cores, with the installation)
 	$(BIN)/mmrl train configs/quickstart.yaml resume=auto
 	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
 	rm -rf $(RUN)/encoder-64 $(RUN)/embeddings $(RUN)/index
@@ -21,27 +21,27 @@ quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, 
 	$(BIN)/mmrl embed $(RUN) starter:test-artist $(RUN)/embeddings --group-key category
 	$(BIN)/mmrl index $(RUN)/embeddings $(RUN)/index
 	$(BIN)/mmrl search $(RUN)/index "red heart" --dim 64 --picture $(RUN)/red-heart.png
-	@echo "In the browser: $(BIN)/mmrl serve $(RUN)/index"
+	@echo "In a browser: $(BIN)/mmrl serve $(RUN)/index"
 
-test: lint  ## Lint, types, import directions and all tests but the slow ones
+test: lint  ## Lint, and all tests except the slow ones
 	$(BIN)/python -m pytest -n 2
 
-test-all: lint  ## The same with the slow proofs
+test-all: lint  ## Lint, and all tests
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
-lint: $(VENV)/.installed  ## Ruff, pyright, import-linter
+lint: $(VENV)/.installed  ## Check style, types and import directions: ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-claims: runs/world/NOTICE  ## Train and measure every rival of nesting, write tests/benchmarks/claims (hours on 2 cores; resumable)
+claims: runs/world/NOTICE  ## Compare nested training with its alternatives, write tests/benchmarks/claims (hours on 2 cores; resumable)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/claims.py --world runs/world
 
 runs/world/NOTICE: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/world.py runs/world
 
-clean:  ## Remove the virtual environment and what was trained
+clean:  ## Remove the virtual environment and all runs
 	rm -rf $(VENV) runs
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Several machines by torchrun: the same line on each of them, within ten minutes, in any order.
+# Several hosts with torchrun: run the same command on each, within ten minutes, in any order.
 #
 #     NODES=4 HEAD=node0 launch/nodes.sh CONFIG [KEY=VALUE …]
 #
-# HEAD is one of the machines, by a name or address that all reach; the others find each other there.
-# A machine that is lost stops all; as soon as it, or another in its place, runs this line again, all go on from the
-# last checkpoint, RESTARTS times. Where HEAD itself is lost the line ends everywhere: start it again on each machine.
+# HEAD is the name or address of one of the hosts, reachable from all; the hosts meet there.
+# If a host is lost, all processes stop. When it, or a replacement, runs this command again, all resume from the last
+# checkpoint, up to RESTARTS times (default: 10). If HEAD is lost, the command ends on all hosts: run it again on each.
 set -euo pipefail
 
-# Without it restarted processes read the addresses of those that died.
+# Otherwise restarted processes read the addresses of the dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 PYTHON=${PYTHON:-python}
-: "${NODES:?how many machines, such as NODES=4}" "${HEAD:?the machine at which they meet, such as HEAD=node0}"
+: "${NODES:?set it to the number of hosts, e.g. NODES=4}" "${HEAD:?set it to the host where they meet, e.g. HEAD=node0}"
 if [ -z "${PROCESSES:-}" ]; then
     PROCESSES=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')
 fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One machine, one process a GPU.
+# One host, one process per GPU.
 #
 #     launch/one_node.sh CONFIG [KEY=VALUE …]
-#     PROCESSES=2 launch/one_node.sh CONFIG        on a machine without GPUs, or with fewer processes
+#     PROCESSES=2 launch/one_node.sh CONFIG        without GPUs, or with fewer processes than GPUs
 #
-# A process that dies takes the others with it, and all go on from the last checkpoint, RESTARTS times.
+# If a process dies, all processes restart from the last checkpoint, up to RESTARTS times (default: 3).
 set -euo pipefail
 
-# Without it restarted processes read the addresses of those that died.
+# Otherwise restarted processes read the addresses of the dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 PYTHON=${PYTHON:-python}
 if [ -z "${PROCESSES:-}" ]; then

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmrl.inference.load import load as load
     from mmrl.losses.nested_infonce import nested_info_nce as nested_info_nce
 
-_HOME_OF = {
+_MODULE_OF = {
     "ImageSpec": "mmrl.images.image_spec",
     "load": "mmrl.inference.load",
     "nested_info_nce": "mmrl.losses.nested_infonce",
@@ -27,8 +27,8 @@ __all__ = ["ImageSpec", "__version__", "load", "nested_info_nce", "retrieval", "
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'mmrl' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""One run's config: the owners' sections composed; strict YAML in, KEY=VALUE overrides, YAML out."""
+"""A run's config: composed of the sections of its parts, read from strict YAML with KEY=VALUE overrides."""
 
 import json
 import re
@@ -21,30 +21,33 @@ from mmrl.evaluate.sets import EvaluationConfig
 from mmrl.losses.config import LossConfig
 from mmrl.model.two_tower import ModelConfig
 from mmrl.nesting import NestingConfig
-from mmrl.settings import Settings, learning_values, machine
+from mmrl.settings import Settings, hyperparameters, machine_field
 
 
 class TrainConfig(Settings):
-    """How long, and on how much at a time."""
+    """Batch size and length of the training."""
 
     batch_size: int = Field(ge=2)
-    """The global batch: all of it, over all processes, are each other's negatives."""
-    micro_batch: int | None = machine(None, ge=1)
-    """So many pairs of a process are in memory with their activations at once, for a second forward; all of its share
-    of the batch when left out. What is learnt is the same."""
+    """Global batch size, over all processes. All pairs of a batch are negatives of each other."""
+    micro_batch: int | None = machine_field(None, ge=1)
+    """Pairs per process and forward pass (GradCache): less memory for one extra forward pass; gradients stay those of
+    the global batch. Default: the whole share of the process."""
     duration: Duration
+    """Length of the training."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Keep a moving average of the weights with this decay a step, and evaluate and export it; off when left out."""
+    """Decay per step of an exponential moving average of the weights, which is then evaluated and exported. Default: no
+    average."""
 
 
 class Config(Settings):
-    """A run."""
+    """A training run."""
 
-    run: str = machine(...)
-    """Folder of the run: made, or continued with resume: auto."""
-    resume: str | None = machine(None, pattern="^auto$")
-    """'auto' goes on from the run's last checkpoint, if there is one."""
+    run: str = machine_field(...)
+    """Run folder."""
+    resume: str | None = machine_field(None, pattern="^auto$")
+    """auto resumes from the last checkpoint of the run folder, if there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of all random numbers."""
     model: ModelConfig
     nesting: NestingConfig
     loss: LossConfig = LossConfig()
@@ -58,7 +61,7 @@ class Config(Settings):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML takes 1e-3 for a string. And a key given twice is a mistake, not an override."""
+    """PyYAML's safe loader, except that 1e-3 is a float as in YAML 1.2, and that duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -75,11 +78,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, then applies overrides such as ``train.batch_size=128``.
 
     Raises:
-        InputError: no such file, no YAML, an unknown key (with the nearest right one), a value that does not fit.
+        InputError: a missing file, invalid YAML, an unknown key, an invalid value.
     """
     try:
         values = _parse_yaml(Path(path).read_text(), str(path))
@@ -88,33 +91,108 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError:
         raise InputError(f"config: {path} is not UTF-8 text.") from None
     if not isinstance(values, dict):
-        raise InputError(f"config: {path} holds no keys; see configs/quickstart.yaml for a complete one.")
+        raise InputError(f"config: {path} holds no keys; see configs/quickstart.yaml for an example.")
     for override in overrides:
         _apply(values, override)
-    return parse(values, str(path))
+    return parse_config(values, str(path))
 
 
-def parse(values: dict[str, Any], source: str) -> Config:
-    """Validated values of a config; `source` is named in messages."""
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Validates the values of a config. `source` is named in error messages.
+
+    Raises:
+        InputError: an unknown key, or an invalid value.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{source}: {_sentence(error.errors()[0])}") from None
+        raise InputError(f"{source}: {_message(error.errors()[0])}") from None
 
 
-def dump(config: Config) -> str:
-    """The resolved config as YAML, every default spelt out; `load` reads it back."""
+def dump_config(config: Config) -> str:
+    """The config as YAML, with all defaults. `load_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def schema() -> str:
-    """The JSON schema of a config file, for editors."""
+def config_schema() -> str:
+    """The JSON schema of config files, e.g. for validation and completion in an editor."""
     return json.dumps(Config.model_json_schema(), indent=2)
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """The fields of the learning kind in which two configs differ, as ``key: old -> new``."""
-    before, after = learning_values(old), learning_values(new)
+def config_reference() -> str:
+    """Markdown tables of all config keys, one table per section."""
+    schema = Config.model_json_schema()
+    head = (
+        "# Config reference\n\n"
+        "Written by `mmrl config reference`. *learning* keys must not change when a run resumes;\n"
+        "*machine* keys do not affect what is learned and may change. A *duration* is `2000 steps`, `40 epochs`,\n"
+        "`3_000_000 samples`, or an int (steps)."
+    )
+    return "\n".join([head, *_section_reference("", schema, schema["$defs"], {})]) + "\n"
+
+
+def _section_reference(
+    path: str, section: dict[str, Any], definitions: dict[str, Any], path_of: dict[str, str]
+) -> list[str]:
+    """The heading and table of a section, then of its subsections. `path_of`: where a definition was described."""
+    rows, subsections = [], []
+    for name, field in section["properties"].items():
+        key = f"{path}.{name}" if path else name
+        types = field.get("anyOf", [field])
+        for one in types:
+            nested = {"": one, ".N": one.get("items"), ".NAME": one.get("additionalProperties")}
+            for suffix, value in nested.items():
+                if not isinstance(value, dict) or "$ref" not in value:
+                    continue
+                definition = value["$ref"].rpartition("/")[2]
+                if (same := path_of.setdefault(definition, key + suffix)) == key + suffix:
+                    subsections += _section_reference(same, definitions[definition], definitions, path_of)
+                else:
+                    subsections += [f"\n## {key}{suffix}\n\nThe same keys as `{same}`."]
+        if "$ref" in field:
+            continue
+        is_duration = [one.get("type") for one in types] == ["integer", "string"]
+        is_required = name in section.get("required", [])
+        cells = (
+            f"`{key}`",
+            "duration" if is_duration else " or ".join(map(_type_name, types)),
+            "required" if is_required else f"`{json.dumps(field['default'])}`",
+            ", ".join(limit for one in types if (limit := _limits(one))),
+            "machine" if field.get("machine") else "learning",
+            " ".join(field.get("description", "").replace("|", "\\|").split()),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    heading = f"\n## {path or 'Top level'}\n\n{' '.join(section['description'].split())}\n"
+    return [heading, "| key | type | default | allowed | kind | |", "|---|---|---|---|---|---|", *rows, *subsections]
+
+
+def _type_name(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "items" in schema:
+        return f"list of {_type_name(schema['items'])}"
+    names = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null", "object": "dict"}
+    return names.get(schema.get("type", ""), "section")
+
+
+def _limits(schema: dict[str, Any]) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]:.12g}" for key, sign in signs.items() if key in schema]
+    if "pattern" in schema:
+        limits.append(f"`{schema['pattern'].strip('^$')}`")
+    fewest, most = schema.get("minItems"), schema.get("maxItems")
+    if fewest == most is not None:
+        limits.append(f"{fewest} items")
+    elif fewest or most:
+        limits.append(f"at least {fewest} item(s)" if fewest else f"at most {most} items")
+    if "items" in schema and (of_items := _limits(schema["items"])):
+        limits.append(f"each {of_items}")
+    return ", ".join(limits)
+
+
+def config_differences(old: Config, new: Config) -> list[str]:
+    """The hyperparameters in which two configs differ, as ``key: old -> new``."""
+    before, after = hyperparameters(old), hyperparameters(new)
     keys = before.keys() | after.keys()
     return sorted(f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k))
 
@@ -129,7 +207,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"override {override!r}: write KEY=VALUE, such as train.batch_size=128.")
+        raise InputError(f"override {override!r}: write KEY=VALUE, e.g. train.batch_size=128.")
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -140,8 +218,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     section[last] = _parse_yaml(text, f"override {override!r}")
 
 
-def _sentence(error: ErrorDetails) -> str:
-    """One pydantic error -> one sentence that names the key, what is wrong and what is allowed."""
+def _message(error: ErrorDetails) -> str:
+    """A pydantic error as one sentence that names the key, what is wrong and what is allowed."""
     location = [str(part) for part in error["loc"] if part not in ("int", "str", "list[str]")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
@@ -153,13 +231,13 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 def _keys_of(location: Sequence[str]) -> list[str]:
-    """The keys that the section at `location` has."""
+    """The keys of the section at `location`."""
     section: type[Settings] = Config
     parts = iter(location)
     for part in parts:
         annotation = section.model_fields[part].annotation
-        if get_origin(annotation) is dict:
-            next(parts, None)  # a name of the user's, such as an evaluation set's
+        if get_origin(annotation) in (dict, list):
+            next(parts, None)  # the name of an evaluation set, or the index of a source
         kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         inner = [kind for kind in kinds if issubclass(kind, Settings)]
         if not inner:

@@ -1,4 +1,4 @@
-"""Durations in a config, such as '40 epochs', and their conversion to optimizer steps."""
+"""Durations in a config, e.g. '40 epochs', and their conversion to optimizer steps."""
 
 import math
 import re
@@ -11,18 +11,18 @@ _DURATION = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(steps?|samples?|epoc
 
 def _check_duration(text: int | str) -> int | str:
     if isinstance(text, str) and not _DURATION.match(text):
-        raise ValueError(f"{text!r} is no duration; write '2000 steps', '3_000_000 samples' or '40 epochs'")
+        raise ValueError(f"{text!r} is not a duration; write '2000 steps', '3_000_000 samples' or '40 epochs'")
     if isinstance(text, int) and text < 0:
         raise ValueError("a duration cannot be negative")
     return text
 
 
 Duration = Annotated[int | str, AfterValidator(_check_duration)]
-"""In a config: '2000 steps', '3_000_000 samples', '40 epochs', or a bare number of steps."""
+"""In a config: '2000 steps', '3_000_000 samples', '40 epochs', or an int (steps)."""
 
 
-def steps(duration: int | str, batch_size: int, batches_per_epoch: int) -> int:
-    """The one converter of durations; inside, everything is counted in optimiser steps. Rounded up."""
+def to_steps(duration: int | str, batch_size: int, batches_per_epoch: int) -> int:
+    """Convert a duration to optimizer steps, rounded up."""
     if isinstance(duration, int):
         return duration
     match = _DURATION.match(duration)

@@ -1,9 +1,9 @@
-"""What the machine is good at."""
+"""Peak FLOP/s and bfloat16 support of devices."""
 
 import torch
 
-# Dense products of 16-bit numbers with sums in 32 bits, TFLOP/s, as NVIDIA's data sheets give them; found by a part of
-# the name that CUDA gives, the first that fits.
+# Dense 16-bit matrix products with float32 accumulation, TFLOP/s, from NVIDIA's data sheets. The key is a substring of
+# the CUDA device name; the first match counts.
 _PEAK_TFLOPS_16 = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -19,8 +19,11 @@ H100_TFLOPS_16 = _PEAK_TFLOPS_16["H100"]
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second that a device is built for, where that is known: of a few GPUs, in bf16 and fp16. What
-    float32's products reach depends on whether TF32 is allowed; a slice of a GPU (MIG) has a part of the whole's."""
+    """The device's peak FLOP/s in bf16 or fp16; None if unknown.
+
+    None for fp32, whose peak depends on whether TF32 is allowed, and for a MIG slice, which has a fraction of its
+    GPU's peak.
+    """
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,12 +31,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None if found is None or " MIG " in name else found * 1e12
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has bfloat16 products of its own. One without takes 5 to 30 times as long for them as for
-    float32's, on a CPU, and gains nothing on a GPU."""
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 matrix instructions. Without them a bfloat16 product takes 5 to 30 times as long
+    as a float32 one on a CPU, and is no faster on a GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none to tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,4 +1,4 @@
-"""The base of every config section. A section stands beside the code that it configures."""
+"""The base class of all config sections. Each section is defined next to the code that it configures."""
 
 from typing import Any
 
@@ -6,22 +6,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Settings(BaseModel):
-    """A strict, immutable section: unknown keys and wrong types are errors, values never change once read.
+    """A strict, immutable config section: unknown keys and wrong types are errors.
 
-    A field says either what is learnt (the default) or merely how the machine does it (`machine`). A run resumes
-    only if all fields of the first kind are as they were; those of the second kind are free.
+    A field is either a hyperparameter, which affects what is learned (the default), or a machine field
+    (`machine_field`), which affects only how the run executes. Resuming a run requires equal hyperparameters; machine
+    fields may change.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
-def machine(default: Any, **constraints: Any) -> Any:
-    """A field that changes how a run is carried out, never what it learns."""
+def machine_field(default: Any, **constraints: Any) -> Any:
+    """A pydantic Field that may change when a run is resumed, because it does not affect what is learned."""
     return Field(default, json_schema_extra={"machine": True}, **constraints)
 
 
-def learning_values(settings: Settings, prefix: str = "") -> dict[str, Any]:
-    """All fields of the learning kind, flat, by their dotted names."""
+def hyperparameters(settings: Settings, prefix: str = "") -> dict[str, Any]:
+    """All fields that are not machine fields, as a flat dict with dotted keys."""
     values: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
         extra = field.json_schema_extra
@@ -29,7 +32,7 @@ def learning_values(settings: Settings, prefix: str = "") -> dict[str, Any]:
             continue
         value = getattr(settings, name)
         if isinstance(value, Settings):
-            values |= learning_values(value, f"{prefix}{name}.")
+            values |= hyperparameters(value, f"{prefix}{name}.")
         else:
             values[prefix + name] = value
     return values

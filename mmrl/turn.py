@@ -38,7 +38,7 @@ class Turn:
     def told(self) -> str:
         """For the user."""
         by = f"turned by {self.images:,} pictures and {self.texts:,} texts"
-        learnt = f"; {self.learnt.told()}" if self.learnt else ""
+        learnt = f"; {self.learnt.summary()}" if self.learnt else ""
         return f"{by}, effective rank {self.effective_rank:.1f} of {len(self.rotation_DD)}{learnt}"
 
 
@@ -48,10 +48,10 @@ def find(run: str, encoder: Bundle, reader: SampleReader) -> Turn:
     Raises:
         InputError: a vector is not finite, or the part has nothing but bad samples.
     """
-    samples, console = moments.enough(encoder.dim), Console(quiet=True)
-    found = moments.of_set(run, encoder, reader, samples, None, console, with_pairs=True)
+    samples, console = moments.max_images(encoder.dim), Console(quiet=True)
+    found = moments.compute_moments(run, encoder, reader, samples, None, console, with_pairs=True)
     scale = encoder.model.logit_scale[-1].item()
-    rotation_DD, learnt = learned.best(found.moment_DD, found.pairs, scale, encoder.nested_dims)
+    rotation_DD, learnt = learned.find_rotation(found.moment_DD, found.pairs, scale, encoder.nested_dims)
     return Turn(rotation_DD, found.images, found.texts, nesting.effective_rank(found.moment_DD), learnt)
 
 
@@ -64,7 +64,7 @@ def apply(engine: Engine, training: Bundle, averaged: Bundle, rotation_DD: torch
         kind, _, name = label.partition("/")
         if name:
             matrix_DD = rotation_DD.square() if kind == "exp_avg_sq" else rotation_DD
-            state[label] = nesting.turned(value, axes[name], matrix_DD)
+            state[label] = nesting.rotate_weight(value, axes[name], matrix_DD)
     engine.load(_turned(training, rotation_DD), state)
     if averaged.model is not training.model:
         averaged.model.load_state_dict(_turned(averaged, rotation_DD))

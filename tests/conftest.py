@@ -149,25 +149,25 @@ def write_config(tmp_path: Path, shards: Path, tiny_model: Path) -> Callable[...
 
 
 @pytest.fixture
-def narrow_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss's gradient products in bfloat16 on any machine, since they round more than float32's."""
-    monkeypatch.setattr("mmrl.losses.sweep.multiplies_bfloat16", lambda _: True)
+def bf16_grad_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix products of the loss's backward pass in bfloat16 on any CPU: the less exact of the two paths."""
+    monkeypatch.setattr("mmrl.losses.sweep.has_native_bfloat16", lambda _: True)
 
 
 @pytest.fixture
-def wide_products(monkeypatch: pytest.MonkeyPatch, narrow_products: None) -> None:
-    """What a processor without bfloat16 products does."""
-    monkeypatch.setattr("mmrl.losses.sweep.multiplies_bfloat16", lambda _: False)
+def fp32_grad_products(monkeypatch: pytest.MonkeyPatch, bf16_grad_products: None) -> None:
+    """The matrix products of the loss's backward pass in float32, as on a CPU without bfloat16 instructions."""
+    monkeypatch.setattr("mmrl.losses.sweep.has_native_bfloat16", lambda _: False)
 
 
 # Runs several configs in one world, since what takes time is the imports.
 _TRAIN_ALL = """
 import sys
 from rich.console import Console
-from mmrl import config as configs
+from mmrl.config import load_config
 from mmrl.train.trainer import train
 for case in sys.argv[2:]:
-    train(configs.load(sys.argv[1], case.split()), Console(quiet=True))
+    train(load_config(sys.argv[1], case.split()), Console(quiet=True))
 """
 
 

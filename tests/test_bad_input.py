@@ -34,15 +34,15 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("nesting.dims=[8,8]", "dims: 8 is given twice"),
         ("nesting.weights=[1]", "weights: 1 given for 3 dims"),
         ("nesting.dims_per_step=4", "nesting.dims_per_step: 4 of 3 dims; at most all of them"),
-        ("nesting={dims: [16, 8], weights: [1, 0], dims_per_step: 1}", "a dim of weight 0 would be drawn in vain"),
+        ("nesting={dims: [16, 8], weights: [1, 0], dims_per_step: 1}", "a dim with weight 0 cannot be sampled"),
         ("nesting.start=1.5", "nesting.start: Input should be less than or equal to 1; got 1.5"),
-        ("nesting={dims: [8, 4], start: 0.5}", "nesting.dims must go up to its width, 16; the largest is 8"),
+        ("nesting={dims: [8, 4], start: 0.5}", "nesting.dims must include its width, 16; the largest is 8"),
         ("loss.name=siglip", "loss.name: Input should be 'infonce' or 'sigmoid'; got 'siglip'"),
-        ("loss={name: sigmoid, label_smoothing: 0.1}", "label_smoothing and distillation belong to name: infonce"),
+        ("loss={name: sigmoid, label_smoothing: 0.1}", "label_smoothing and distillation require name: infonce"),
         ("train.batchsize=4", "unknown key 'train.batchsize'. Did you mean 'batch_size'?"),
         ("evaluation.sets.val.caption=1", "unknown key 'evaluation.sets.val.caption'. Did you mean 'captions'?"),
         ("optim.lr=fast", "optim.lr: Input should be a valid number; got 'fast'"),
-        ("train.duration=2 weeks", "train.duration: '2 weeks' is no duration; write '2000 steps'"),
+        ("train.duration=2 weeks", "train.duration: '2 weeks' is not a duration; write '2000 steps'"),
         ("train.batch_size=1000", "hold 48 samples, fewer than one global batch of 1000"),
         ("data.train=missing.tar", "shards: missing.tar does not exist"),
         ("data.train=x-{0..9}.tar", "names 10 files and 10 of them do not exist, such as x-0.tar"),
@@ -53,9 +53,9 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("evaluation.best={set: val, dim: 8, metric: r10}", "'r10' is not measured; allowed: R@1"),
         ("model.name=ViT-B-33", "Did you mean 'ViT-B-32'?"),
         ("optim.betas=[0.9,1.5]", "optim.betas.1: Input should be less than 1; got 1.5"),
-        ("data.captions=[0,0]", "data.captions: probabilities must not be negative, and not all zero"),
-        ("data.augment.zoom=[1.2,0.8]", "data.augment.zoom: want two numbers, [least, greatest]"),
-        ("data.augment.random_resized_crop=[0,1]", "data.augment.random_resized_crop: want two numbers"),
+        ("data.captions=[0,0]", "data.captions: probabilities must be finite, not negative and not all zero"),
+        ("data.augment.zoom=[1.2,0.8]", "data.augment.zoom: must be [minimum, maximum]"),
+        ("data.augment.random_resized_crop=[0,1]", "data.augment.random_resized_crop: must be [minimum, maximum]"),
         ("resume=always", "resume: String should match pattern '^auto$'; got 'always'"),
         ("batch_size", "write KEY=VALUE"),
     ],
@@ -79,7 +79,7 @@ def test_compiling_without_a_compiler_is_refused_before_the_run(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     said_so = said(capsys, monkeypatch, "train", write_config(), "engine.compile=true")
-    assert "engine.compile: torch.compile wants a C++ compiler, and there is none in PATH" in said_so
+    assert "engine.compile: torch.compile needs a C++ compiler, and none is in PATH" in said_so
 
 
 def test_a_config_that_is_not_there_or_no_yaml(
@@ -100,10 +100,10 @@ def test_eval_and_export_name_what_is_wrong(
     model = "open_clip:mmrl-starter"
     assert "model: nowhere does not exist" in said(capsys, monkeypatch, "eval", "nowhere", shards)
     assert "dims: 300 is out of range" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "300")
-    assert "no list of numbers" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "big")
+    assert "'big' is not a list of integers" in said(capsys, monkeypatch, "eval", model, shards, "--dims", "big")
     assert "two sets are called" in said(capsys, monkeypatch, "eval", model, shards, shards)
     export = ("export", model, tmp_path / "out", "--dim", "8")
-    assert "there is no 'open-clip'. Did you mean 'open_clip'?" in said(
+    assert "format: 'open-clip' is unknown. Did you mean 'open_clip'?" in said(
         capsys, monkeypatch, *export, "--format", "open-clip"
     )
     assert "quantize: the format bundle has float32" in said(capsys, monkeypatch, *export, "--quantize", "int8")
@@ -117,7 +117,7 @@ def test_a_batch_that_the_processes_cannot_share(write_config: WriteConfig) -> N
         [sys.executable, *launcher, "train", str(write_config()), "train.batch_size=15"], capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "train.batch_size: 15 cannot be divided over 2 processes; take a multiple of 2." in done.stderr
+    assert "train.batch_size: 15 cannot be divided over 2 processes; use a multiple of 2." in done.stderr
     assert "mmrl/train/" not in done.stderr
 
 

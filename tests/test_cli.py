@@ -1,4 +1,4 @@
-"""The commands one after the other, as a user goes: pack, train, eval, export, load."""
+"""The commands in the order of a user's workflow: pack, train, eval, export, load."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return command
 
 
-def test_from_a_folder_of_pictures_to_vectors(
+def test_workflow_from_a_folder_of_images_to_embeddings(
     tmp_path: Path, run: Callable[..., str], write_config: WriteConfig
 ) -> None:
     photos = tmp_path / "photos"
@@ -44,7 +44,7 @@ def test_from_a_folder_of_pictures_to_vectors(
 
     config = write_config(data={"train": shards}, evaluation={"sets": {"val": {"shards": shards}}})
     shown = run("train", config, "train.duration=12 steps")
-    assert "30 pairs, 2 steps an epoch of 12 (another 6 left out each epoch), 12 steps" in shown
+    assert "30 pairs, 2 steps per epoch of 12 (each epoch leaves out another 6), 12 steps" in shown
     assert "val: 30 images, 30 texts; recall in %" in shown
     folder = tmp_path / "run"
     assert "This run is finished" in run("train", config, "train.duration=12 steps", "resume=auto")
@@ -67,10 +67,10 @@ def test_from_a_folder_of_pictures_to_vectors(
     np.testing.assert_allclose(
         online.encode_texts(["a red square"]), prefix / np.linalg.norm(prefix, axis=1, keepdims=True), atol=1e-6
     )
-    # The exported encoder is measured like the run that it comes from.
+    # An exported encoder has the scores of its run.
     exported = json.loads(run("eval", tmp_path / "two" / "8", shards, "--json"))
     assert exported["dims"]["8"] == trained["dims"]["8"]
 
 
-def test_the_schema_is_printed(run: Callable[..., str]) -> None:
+def test_config_schema_is_printed(run: Callable[..., str]) -> None:
     assert json.loads(run("config", "schema"))["title"] == "Config"

@@ -3,17 +3,22 @@ import torch
 import torch.nn.functional as F
 
 from mmrl.errors import InputError
-from mmrl.nesting import cut, effective_rank, nesting, principal_rotation
+from mmrl.nesting import Nesting, effective_rank, principal_rotation, truncate
 
 
 def test_dims_are_sorted_with_their_weights() -> None:
-    nested = nesting([64, 8, 32], [1, 2, 1], 64)
+    nested = Nesting.from_dims([64, 8, 32], [1, 2, 1], 64)
     assert nested.dims == (8, 32, 64)
-    assert nested.shares == (0.5, 0.25, 0.25)
+    assert nested.weights == (0.5, 0.25, 0.25)
+
+
+def test_a_subset_of_dims_has_renormalised_weights() -> None:
+    subset = Nesting.from_dims([64, 8, 32], [1, 2, 1], 64).subset([2, 0])
+    assert subset == Nesting((8, 64), (2 / 3, 1 / 3))
 
 
 @pytest.mark.parametrize(
-    ("dims", "weights", "says"),
+    ("dims", "weights", "message"),
     [
         ([8, 128], None, "128 is out of range; this embedding has dims 1 to 64"),
         ([0], None, "0 is out of range"),
@@ -25,18 +30,18 @@ def test_dims_are_sorted_with_their_weights() -> None:
         ([8, 16], [1, float("nan")], "finite"),
     ],
 )
-def test_unfit_dims_and_weights_are_named(dims: list[int], weights: list[float] | None, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        nesting(dims, weights, 64)
+def test_invalid_dims_and_weights_raise(dims: list[int], weights: list[float] | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Nesting.from_dims(dims, weights, 64)
 
 
-def test_cut_renormalises_the_prefix_in_float32() -> None:
+def test_truncate_renormalises_the_prefix_in_float32() -> None:
     x_ND = torch.randn(5, 16).bfloat16()
-    assert torch.equal(cut(x_ND, 4), F.normalize(x_ND.float()[:, :4], dim=-1))
-    assert torch.equal(cut(torch.zeros(1, 4), 2), torch.zeros(1, 2))
+    assert torch.equal(truncate(x_ND, 4), F.normalize(x_ND.float()[:, :4], dim=-1))
+    assert torch.equal(truncate(torch.zeros(1, 4), 2), torch.zeros(1, 2))
 
 
-def test_a_rotation_moves_the_principal_components_to_the_front() -> None:
+def test_the_pca_rotation_puts_the_principal_components_first() -> None:
     x_ND = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 1
     rotation = principal_rotation(x_ND.T @ x_ND / 200)
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(6, dtype=torch.float64))
@@ -45,7 +50,7 @@ def test_a_rotation_moves_the_principal_components_to_the_front() -> None:
     assert (rotation.gather(1, rotation.abs().argmax(1, keepdim=True)) > 0).all()
 
 
-def test_a_rotation_keeps_the_first_numbers_that_it_is_told_to() -> None:
+def test_the_pca_rotation_leaves_the_first_keep_dims_unchanged() -> None:
     x_ND = torch.randn(200, 6, dtype=torch.float64)
     rotation = principal_rotation(x_ND.T @ x_ND, keep=2)
     assert torch.equal(rotation[:2], torch.eye(6, dtype=torch.float64)[:2])
@@ -53,7 +58,7 @@ def test_a_rotation_keeps_the_first_numbers_that_it_is_told_to() -> None:
     assert not rotation[2:, :2].any()
 
 
-def test_the_effective_rank_counts_the_dims_that_are_filled() -> None:
+def test_the_effective_rank_of_equal_eigenvalues_is_their_number() -> None:
     assert effective_rank(torch.eye(8) / 8) == pytest.approx(8)
     assert effective_rank(torch.diag(torch.tensor([1.0, 0, 0]))) == pytest.approx(1)
     assert effective_rank(torch.diag(torch.tensor([0.5, 0.25, 0.25]))) == pytest.approx(2**1.5)

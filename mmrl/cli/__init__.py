@@ -1,4 +1,4 @@
-"""`mmrl …`: parse, call, print. Each command imports what it needs, so that --help is quick."""
+"""The `mmrl` command line. Each command imports what it needs when it runs, so that --help is quick."""
 
 import sys
 
@@ -29,13 +29,14 @@ for command in (
     searching.serve,
 ):
     app.command(command.__name__.rstrip("_"))(command)
-config_app = typer.Typer(help="About config files.", no_args_is_help=True)
+config_app = typer.Typer(help="Describe the keys of config files.", no_args_is_help=True)
 config_app.command()(training.schema)
+config_app.command()(training.reference)
 app.add_typer(config_app, name="config")
 
 
 def main() -> None:
-    """The entry point: exit 0 for success, 2 for a mistake of the user's, 1 for anything else."""
+    """Entry point. Exit codes: 0 for success, 2 for invalid input, 1 for any other failure."""
     try:
         app()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""`python -m mmrl.cli`, as launchers start it."""
+"""`python -m mmrl.cli`, for torchrun and other launchers."""
 
 from mmrl.cli import main
 

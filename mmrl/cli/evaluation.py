@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, Model, numbers
+from mmrl.cli.options import Json, Model, parse_ints
 
 
 def eval_(
@@ -14,46 +14,60 @@ def eval_(
     shards: Annotated[
         list[str],
         typer.Argument(
-            help="Shards, a folder of pictures with KEY.txt or KEY.json, or a data set of CLIP_benchmark's form; "
-            "NAME=SHARDS names a set, several may be given"
+            help="Shards, a folder of images with KEY.txt or KEY.json, or a data set in CLIP_benchmark's layout; "
+            "NAME=SHARDS names the set (repeatable)."
         ),
     ],
-    dims: Annotated[str | None, typer.Option(help="Such as 512,128; the trained dims when left out")] = None,
-    captions: Annotated[int | None, typer.Option(min=1, help="Captions of each sample used; all when left out")] = None,
-    ks: Annotated[str | None, typer.Option(help="The K of recall@K, beside 1, 5 and 10; such as 50,100")] = None,
+    dims: Annotated[str | None, typer.Option(help="Dims to evaluate, e.g. 512,128 (default: trained dims).")] = None,
+    captions: Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")] = None,
+    ks: Annotated[
+        str | None, typer.Option(help="More K of recall@K, e.g. 50,100; 1, 5 and 10 are always reported.")
+    ] = None,
     directions: Annotated[
         str | None,
-        typer.Option(help="Of image_to_text, text_to_image, image_to_image, text_to_text; all that the set has"),
+        typer.Option(
+            help="Comma-separated list of image_to_text, text_to_image, image_to_image, text_to_text (default: all "
+            "that have positives in the set)."
+        ),
     ] = None,
-    folds: Annotated[int, typer.Option(min=1, help="Mean over so many equal parts: 5 for COCO's 1K")] = 1,
+    folds: Annotated[int, typer.Option(min=1, help="Average over this many equal folds, e.g. 5 for COCO 1K.")] = 1,
     degrade: Annotated[
-        int, typer.Option(min=0, help="Degrade so many pictures (JPEG, blur, size, crop) and look for their originals")
+        int, typer.Option(min=0, help="Degrade this many images (JPEG, blur, size, crop) as queries for the originals.")
     ] = 0,
     classes: Annotated[
-        str | None, typer.Option(help="Zero-shot classification by KEY.cls: a file with a class a line, or imagenet")
+        str | None,
+        typer.Option(help="Zero-shot classification by KEY.cls: a file with one class name per line, or imagenet."),
     ] = None,
     templates: Annotated[
-        str | None, typer.Option(help="Prompts: imagenet (80), simple (7), or a file of lines with {c} for the class")
+        str | None,
+        typer.Option(
+            help="Prompts: imagenet (80), simple (7, the default), or a file with one template per line, with {c} for "
+            "the class name."
+        ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Advise the smallest dim and precision within it: recall_drop=1%,metric=R@10")
+        str | None,
+        typer.Option(help="Recommend the smallest dim and precision within it, e.g. recall_drop=1%,metric=R@10."),
     ] = None,
-    vectors: Annotated[str | None, typer.Option(help="How many vectors the advice is for, such as 100M")] = None,
-    compare: Annotated[
-        list[str] | None, typer.Option(help="Another model on the same sets, as the un-nested twin; may be repeated")
+    vectors: Annotated[
+        str | None, typer.Option(help="Number of vectors to compute memory for, e.g. 100M (default: 1M).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write retrieval.json and report/index.html there")] = None,
+    compare: Annotated[list[str] | None, typer.Option(help="Baseline model to compare with (repeatable).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for retrieval.json and report/index.html.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score retrieval in all directions, or zero-shot classification, at every dim. Under torchrun work is divided."""
-    from mmrl.distributed import comm
-    from mmrl.evaluate.command import Asked, evaluate_model
-    from mmrl.evaluate.sets import DIRECTIONS
+    """Score retrieval in all directions, or zero-shot classification, at every dim.
 
-    asked = Asked(
-        dims=numbers("dims", dims),
+    Under torchrun, srun or mpirun the processes divide the work.
+    """
+    from mmrl.distributed import comm
+    from mmrl.evaluate.command import EvalOptions, evaluate_model
+    from mmrl.evaluate.directions import DIRECTIONS
+
+    options = EvalOptions(
+        dims=parse_ints("dims", dims),
         captions=captions,
-        ks=numbers("ks", ks) or [],
+        ks=parse_ints("ks", ks) or [],
         folds=folds,
         directions=DIRECTIONS if directions is None else directions.split(","),
         degrade=degrade,
@@ -63,20 +77,22 @@ def eval_(
         vectors=vectors,
         compare=compare or (),
     )
-    result = evaluate_model(model, shards, asked, out, quiet=as_json)
+    result = evaluate_model(model, shards, options, out, quiet=as_json)
     if as_json and comm.world().is_rank_0:
         print(json.dumps(result, indent=2))
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that mmrl eval --out wrote; two or more")],
-    metric: Annotated[list[str] | None, typer.Option(help="R@1 and R@10 by default; may be repeated")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write index.html, compare.md and compare.json there")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or folders written by mmrl eval --out.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metric to compare (repeatable; default: R@1 and R@10).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for index.html, compare.md and compare.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Put evaluated runs side by side, with paired intervals of each one's lead over the first."""
-    from mmrl.evaluate.report import compare as comparing
+    """Compare evaluated runs: their scores, and paired differences to the first run with 95 % intervals."""
+    from mmrl.evaluate.report.compare import DEFAULT_METRICS, compare_runs
 
-    result = comparing.compare(runs, metric or comparing.METRICS, out, quiet=as_json)
+    result = compare_runs(runs, metric or DEFAULT_METRICS, out, quiet=as_json)
     if as_json:
         print(json.dumps(result, indent=2))

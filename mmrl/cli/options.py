@@ -1,4 +1,4 @@
-"""What several commands take: a model, lists of numbers, --json."""
+"""Arguments and options shared by several commands: MODEL, lists of integers, --json."""
 
 from typing import Annotated
 
@@ -6,15 +6,21 @@ import typer
 
 from mmrl.errors import InputError
 
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
-Model = Annotated[str, typer.Argument(help="Run folder, checkpoint, bundle, or open_clip:NAME[:PRETRAINED]")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Run folder, checkpoint, exported folder, open_clip:NAME[:PRETRAINED], open_clip:hf-hub:ORG/NAME or "
+        "open_clip:local-dir:PATH."
+    ),
+]
 
 
-def numbers(option: str, text: str | None) -> list[int] | None:
-    """512,128 -> [512, 128]; None where the option is left out."""
+def parse_ints(option: str, text: str | None) -> list[int] | None:
+    """Parses a list of integers: 512,128 -> [512, 128]. None if the option is not given."""
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{option}: {text!r} is no list of numbers such as 512,128.") from None
+        raise InputError(f"{option}: {text!r} is not a list of integers; write e.g. 512,128.") from None

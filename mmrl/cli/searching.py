@@ -6,37 +6,35 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, Model, numbers
+from mmrl.cli.options import Json, Model, parse_ints
 from mmrl.errors import InputError
 
 
 def embed(
     model: Model,
-    source: Annotated[str, typer.Argument(metavar="SHARDS", help="Shards, or a folder of pictures")],
-    out: Annotated[Path, typer.Argument(help="New folder for embeddings.parquet; a stopped one goes on")],
+    source: Annotated[str, typer.Argument(metavar="SHARDS", help="Shards, or a folder of images")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for embeddings.parquet")],
     dim: Annotated[
-        str | None, typer.Option(help="Lengths of the vectors, such as 512,64; the encoder's own when left out")
+        str | None, typer.Option(help="Embedding dims, e.g. 512,64 (default: the encoder's full dim)")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Some of fp32,fp16,int8,binary: a column for each dim at each")
+        str, typer.Option(help="One or more of fp32,fp16,int8,binary; one column per dim and precision")
     ] = "fp32",
-    texts: Annotated[bool, typer.Option("--texts", help="Embed the captions as well: texts.parquet")] = False,
-    npy: Annotated[
-        bool, typer.Option("--npy", help="The vectors as .npy too, laid out as clip-retrieval does")
-    ] = False,
-    group_key: Annotated[str, typer.Option(help="The key in a sample's JSON that is kept as its group")] = "group",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once")] = 64,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with an encoder of its own")] = 1,
+    texts: Annotated[bool, typer.Option("--texts", help="Also embed the captions, into texts.parquet")] = False,
+    npy: Annotated[bool, typer.Option("--npy", help="Also write .npy files in clip-retrieval's layout")] = False,
+    group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes; each loads the encoder")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Embed every picture of SHARDS, for an index or another tool. Stopped, the same command goes on where it stood."""
-    from mmrl.search.embed import embed_pictures
+    """Embed the images of SHARDS into a Parquet file. Resumable: run the same command again."""
+    from mmrl.search.embed import embed_images
 
-    result = embed_pictures(
+    result = embed_images(
         model,
         source,
         out,
-        numbers("dim", dim),
+        parse_ints("dim", dim),
         batch_size,
         precisions=precision.split(","),
         texts=texts,
@@ -51,60 +49,79 @@ def embed(
 
 def index(
     source: Annotated[
-        Path, typer.Argument(metavar="EMBEDDINGS", help="What mmrl embed wrote; the INDEX, for --delete and --compact")
+        Path,
+        typer.Argument(
+            metavar="EMBEDDINGS", help="Output of mmrl embed; with --delete or --compact, the index to change"
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Argument(metavar="INDEX", help="New folder; with --add the index that grows")
+        Path | None, typer.Argument(metavar="INDEX", help="New folder; with --add, the index to add to")
     ] = None,
     code: Annotated[
-        str, typer.Option(help="exact, or what the first stage searches: pq, binary, int8, fp32; auto: by size")
+        str,
+        typer.Option(
+            help="exact: no compression; pq, binary, sq8 or fp32: code of the first search stage; auto: exact up to "
+            "50,000 images, else pq"
+        ),
     ] = "auto",
     dim: Annotated[
-        int | None, typer.Option(min=1, help="The first stage looks at so many numbers; about a quarter by default")
+        int | None,
+        typer.Option(min=1, help="Dim of the codes (default: the trained dim closest to a quarter of the full dim)"),
     ] = None,
-    grow: Annotated[bool, typer.Option("--add", help="Add to INDEX; equal keys are replaced")] = False,
+    candidates: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images ranked by full vectors (default: calibrated for recall@10 of 0.99)"),
+    ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add EMBEDDINGS to INDEX; images with the same key are replaced")
+    ] = False,
     delete: Annotated[
-        list[str] | None, typer.Option(help="Take out the picture of this key; @FILE holds a key a line")
+        list[str] | None,
+        typer.Option(help="Key of an image to delete; @FILE: a file with one key per line (repeatable)"),
     ] = None,
-    compact: Annotated[bool, typer.Option("--compact", help="Rewrite INDEX without what was deleted")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Rewrite the index without its deleted images")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make an index of embeddings, add to one, delete from one."""
-    from mmrl.search import build
+    """Build an index from embeddings, or add to, delete from or compact one."""
+    from mmrl.search.build import add_to_index, compact_index, delete_from_index, write_index
 
     changes = bool(delete) or compact
-    if sum((grow, bool(delete), compact)) > 1 or changes == (out is not None):
+    if sum((add, bool(delete), compact)) > 1 or changes == (out is not None):
         raise InputError(
-            "index: want EMBEDDINGS INDEX, EMBEDDINGS INDEX --add, INDEX --delete KEY, or INDEX --compact."
+            "index: give EMBEDDINGS INDEX, EMBEDDINGS INDEX --add, INDEX --delete KEY, or INDEX --compact."
         )
     if out is None:
-        manifest = build.delete(source, _listed(delete), as_json) if delete else build.compact(source, quiet=as_json)
-    elif grow:
-        manifest = build.add(source, out, quiet=as_json)
+        manifest = (
+            delete_from_index(source, _read_keys(delete), as_json) if delete else compact_index(source, quiet=as_json)
+        )
+    elif add:
+        manifest = add_to_index(source, out, quiet=as_json)
     else:
-        manifest = build.write_index(source, out, code=code, dim=dim, quiet=as_json)
+        manifest = write_index(source, out, code=code, dim=dim, candidates=candidates, quiet=as_json)
     if as_json:
         print(json.dumps(manifest, indent=2))
 
 
 def search(
-    index: Annotated[Path, typer.Argument(help="What mmrl index wrote")],
-    query: Annotated[str | None, typer.Argument(help="A text; not needed with --image")] = None,
-    image: Annotated[Path | None, typer.Option(help="Search by this picture instead")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the index's encoder is now, if it has moved")] = None,
-    dim: Annotated[int | None, typer.Option(min=1, help="Compare the first so many numbers; all when left out")] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many pictures to show")] = 5,
-    group: Annotated[str | None, typer.Option(help="Only pictures of this group")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors, also where the index has codes")] = False,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw the pictures found into this file, such as found.png")
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")],
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Query text; not needed with --image")] = None,
+    image: Annotated[Path | None, typer.Option(help="Query image, instead of a text")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Path of the index's encoder (default: the path stored in the index)")
     ] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Embedding dim to compare at (default: the full dim)")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of results")] = 5,
+    group: Annotated[str | None, typer.Option(help="Search only images of this group")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare all full vectors instead of using the index's codes")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the results into this image file, e.g. found.png")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the pictures nearest to a text, or to a picture, at any dim."""
-    from mmrl.search import query as queries
+    """Search an index by text or by image, at any embedding dim."""
+    from mmrl.search.query import search_index
 
-    result = queries.search(
+    result = search_index(
         index, query, image=image, model=model, dim=dim, k=k, group=group, exact=exact, picture=picture, quiet=as_json
     )
     if as_json:
@@ -112,26 +129,30 @@ def search(
 
 
 def serve(
-    index: Annotated[Path, typer.Argument(help="What mmrl index wrote")],
-    model: Annotated[str | None, typer.Option(help="Where the index's encoder is now, if it has moved")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; this machine alone by default")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")],
+    model: Annotated[
+        str | None, typer.Option(help="Path of the index's encoder (default: the path stored in the index)")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default accepts connections from this machine only")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one")] = 8000,
 ) -> None:
-    """Show an index in the browser: type a text or drop a picture. Its API is described at /docs."""
-    from mmrl.search.serve import serve
+    """Serve a web page to search an index by text or image, and a JSON API described at /docs."""
+    from mmrl.search.serve import serve_index
 
-    serve(index, model, host, port)
+    serve_index(index, model, host, port)
 
 
-def _listed(names: list[str] | None) -> list[str]:
-    """Names, those that begin with @ being files of names."""
-    found = []
-    for name in names or []:
-        if not name.startswith("@"):
-            found.append(name)
+def _read_keys(options: list[str] | None) -> list[str]:
+    """The keys of --delete options. An option that starts with @ is a file with one key per line."""
+    keys = []
+    for option in options or []:
+        if not option.startswith("@"):
+            keys.append(option)
             continue
         try:
-            found += [line for line in Path(name[1:]).read_text().splitlines() if line]
+            keys += [line for line in Path(option[1:]).read_text().splitlines() if line]
         except (OSError, ValueError) as error:
-            raise InputError(f"delete: the list {name[1:]} cannot be read ({error}).") from None
-    return found
+            raise InputError(f"delete: the file of keys {option[1:]} cannot be read ({error}).") from None
+    return keys

@@ -10,36 +10,49 @@ from mmrl.cli.options import Json
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
-    from mmrl.data.check.shard import Tokens
+    from mmrl.data.check.shard import TokenCounter
     from mmrl.data.sources import DataConfig
 
 
 def pack(
     source: Annotated[
-        Path, typer.Argument(help="Folder of pictures with KEY.txt or KEY.json, or CSV|TSV|JSONL|Parquet")
+        Path,
+        typer.Argument(
+            help="Folder of images with captions in NAME.txt or NAME.json, or a .csv, .tsv, .jsonl or .parquet table"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="New folder for the shards")],
     image_column: Annotated[
         str | None,
-        typer.Option(help="Column of paths (image, image_path, path, … by default) or, if named, of URLs to fetch"),
+        typer.Option(
+            help="Column of image paths or URLs (default: image, image_path, path, filename or file; URLs are then not "
+            "fetched)"
+        ),
     ] = None,
     caption_column: Annotated[
-        list[str] | None, typer.Option(help="May be repeated; caption, captions, text and title by default")
+        list[str] | None,
+        typer.Option(
+            help="Column with captions, or key in NAME.json; repeatable (default: caption, captions, text and title)"
+        ),
     ] = None,
-    group_column: Annotated[str | None, typer.Option(help="Names the item: one item is no negative of itself")] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Make larger pictures this small, as JPEG")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column or JSON key; rows with the same value are not each other's negatives")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard")] = 1000,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink larger images to this many pixels, as JPEG")
+    ] = None,
     dedup: Annotated[
-        bool, typer.Option("--dedup", help="Of pictures equal byte for byte keep the first, lose the others' captions")
+        bool, typer.Option("--dedup", help="Of images with identical bytes, keep the first pair only")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at work; one a core by default")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one per core)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Pack image-text pairs of your own into shards. Stopped, the same command goes on where it stood."""
-    from mmrl.data.pack import command as packing
+    """Pack a folder or a table of image-text pairs into shards. Resumable: run the same command again."""
+    from mmrl.data.pack.command import pack_shards
     from mmrl.data.workers import usable_cores
 
-    result = packing.pack(
+    result = pack_shards(
         source,
         out,
         image_column=image_column,
@@ -56,37 +69,41 @@ def pack(
 
 
 def check(
-    shards: Annotated[list[str] | None, typer.Argument(help="Shards; those of the config when left out")] = None,
+    shards: Annotated[list[str] | None, typer.Argument(help="Shards (default: those of --config)")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A run's YAML: its shards, fields, limits, batch size and tokenizer")
+        Path | None, typer.Option(help="YAML config: shards, fields, limits, batch size and tokenizer of a run")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Global batch of the planned run")] = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Processes (GPUs) of the planned run")] = 1,
-    loader_workers: Annotated[int | None, typer.Option(min=0, help="data.workers of the planned run")] = None,
-    decode: Annotated[
-        bool, typer.Option(help="Decode every picture as training does; without it many times faster")
-    ] = True,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Global batch size, to print the run's steps")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Processes (GPUs) of the run")] = 1,
+    loader_workers: Annotated[
+        int | None, typer.Option(min=0, help="Loader processes per GPU (default: data.workers)")
+    ] = None,
+    decode: Annotated[bool, typer.Option(help="Decode every image as training does; slow")] = True,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Model config, such as ViT-B-32, whose tokenizer tells captions' lengths")
+        str | None, typer.Option(help="Model whose tokenizer counts the captions' tokens, e.g. ViT-B-32")
     ] = None,
-    index: Annotated[bool, typer.Option("--index", help="Write each shard's index beside it")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Draw random samples into this file, such as sheet.png")] = None,
-    list_file: Annotated[Path | None, typer.Option("--list", help="Write every problem there, as JSON lines")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that check; all cores by default")] = None,
+    index: Annotated[bool, typer.Option("--index", help="Write each shard's index next to it")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet of random samples to this file, e.g. sheet.png")
+    ] = None,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="Write every problem to this file, as JSON lines")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: all cores)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find every problem of SHARDS before a run: exit 0 if they are fit to train on, 1 if not."""
-    from mmrl.data.check import command as checking
+    """Check SHARDS for bad samples, damaged files and duplicates. Exit code 1 if they are not OK to train on."""
+    from mmrl.data.check.command import check_shards
 
-    data, tokens, side, planned = _to_check(shards or [], config, tokenizer)
-    result = checking.check(
+    data, tokens, least_side, run_batch_size = _data_to_check(shards or [], config, tokenizer)
+    result = check_shards(
         data,
-        batch_size=batch_size or planned,
+        batch_size=batch_size or run_batch_size,
         world_size=world_size,
         loader_workers=loader_workers,
         decode=decode,
         tokens=tokens,
-        least_side=side,
+        least_side=least_side,
         workers=workers,
         index=index,
         list_file=list_file,
@@ -99,17 +116,17 @@ def check(
         raise typer.Exit(1)
 
 
-def _to_check(
+def _data_to_check(
     shards: list[str], config: Path | None, tokenizer: str | None
-) -> "tuple[DataConfig, Tokens | None, int, int | None]":
-    """The data section, the tokenizer, the least side of a picture and the batch size that the options mean."""
-    from mmrl import config as configs
-    from mmrl.data.check.shard import Tokens
+) -> "tuple[DataConfig, TokenCounter | None, int, int | None]":
+    """The data section, the token counter, the model's image side in pixels (64 without a model), the batch size."""
+    from mmrl.config import load_config
+    from mmrl.data.check.shard import TokenCounter
     from mmrl.data.sources import DataConfig
 
     if config is None and not shards:
-        raise InputError("shards: none are given; name a tar, a folder, a pattern, @list.txt, or a run with --config.")
-    run = None if config is None else configs.load(config)
+        raise InputError("shards: missing; give a tar, a folder, a pattern or @list.txt, or a config with --config.")
+    run = None if config is None else load_config(config)
     data = DataConfig() if run is None else run.data
     if shards:
         data = data.model_copy(update={"train": shards, "sources": []})
@@ -118,6 +135,7 @@ def _to_check(
         return data, None, 64, None
     from mmrl.model import towers
 
-    tokenise = towers.tokenise_of(model)
+    tokenise = towers.build_tokenizer(model)
     side = towers.input_side(towers.read_model_cfg(model))
-    return data, Tokens(tokenise.lengths, tokenise.context_length), side, run.train.batch_size if run else None
+    tokens = TokenCounter(tokenise.lengths, tokenise.context_length)
+    return data, tokens, side, run.train.batch_size if run else None

@@ -1,4 +1,4 @@
-"""`mmrl train`, `mmrl plan`, `mmrl config schema`."""
+"""`mmrl train`, `mmrl plan`, `mmrl config`."""
 
 import json
 from typing import Annotated
@@ -7,43 +7,54 @@ import typer
 
 from mmrl.cli.options import Json
 
+ConfigPath = Annotated[str, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change, e.g. train.batch_size=128")
+]
 
-def train(
-    config: Annotated[str, typer.Argument(help="YAML file, such as configs/quickstart.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="train.batch_size=128")] = None,
-) -> None:
-    """Carry out the run that CONFIG describes. Start it under torchrun for several processes."""
-    from mmrl import config as configs
+
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a model from a YAML config. Start it with torchrun for several processes.
+
+    Resumable: run the same command again with resume=auto.
+    """
+    from mmrl.config import load_config
     from mmrl.train.trainer import train
 
-    train(configs.load(config, overrides or []))
+    train(load_config(config, overrides or []))
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="YAML file, such as configs/vit_b32_512_to_64.yaml")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="train.batch_size=32768")
-    ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the planned run, one process each")] = 8,
-    memory: Annotated[float, typer.Option(min=1, help="GB of memory of each")] = 80.0,
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one process each")] = 8,
+    memory: Annotated[float, typer.Option(min=1, help="Memory per GPU in GB")] = 80.0,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU reaches; 40 % of an H100's")
+        float | None, typer.Option(min=0.001, help="TFLOP/s achieved per GPU (default: 40 % of an H100's peak)")
     ] = None,
     gigabytes: Annotated[
-        float | None, typer.Option(min=0.001, help="GB/s sent; 80 % of NVLink's, or of 400 Gb/s")
+        float | None,
+        typer.Option(min=0.001, help="GB/s sent per GPU (default: 80 % of NVLink; of 400 Gb/s for more than 8 GPUs)"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what CONFIG needs of memory, network and time, before anything is booked."""
-    from mmrl import config as configs
-    from mmrl.train import plan as planning
+    """Estimate memory, traffic and step time of a run on N GPUs, and recommend ZeRO stage and micro-batch."""
+    from mmrl.config import load_config
+    from mmrl.train.plan import plan_lines, plan_resources
 
-    result = planning.plan(configs.load(config, overrides or []), gpus, memory, tflops, gigabytes)
-    print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(planning.lines(result)))
+    result = plan_resources(load_config(config, overrides or []), gpus, memory, tflops, gigabytes)
+    print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(plan_lines(result)))
 
 
 def schema() -> None:
-    """Print the JSON schema of config files, for editors."""
-    from mmrl import config as configs
+    """Print the JSON schema of config files, for validation and completion in editors."""
+    from mmrl.config import config_schema
 
-    print(configs.schema())
+    print(config_schema())
+
+
+def reference() -> None:
+    """Print a Markdown reference of all config keys (configs/REFERENCE.md)."""
+    from mmrl.config import config_reference
+
+    print(config_reference(), end="")

@@ -1,1 +1,1 @@
-"""From image-text pairs in WebDataset shards to the batches of a global, exactly repeatable order."""
+"""The data pipeline: image-text pairs in WebDataset shards -> batches in a reproducible global order."""

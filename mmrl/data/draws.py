@@ -1,33 +1,33 @@
-"""Random numbers as pure functions of their names: no generator, no state, no dependence on who asks.
+"""Stateless (counter-based) random numbers: each is a pure function of a key of integers, as in jax.random.
 
-The draw named (seed, epoch, sample, …) is the same on every machine, in every worker and after every resume, and
-many draws are made in one numpy call. The mixer is splitmix64's finaliser (Steele, Lea and Flood 2014).
+The number with key (seed, epoch, sample, …) is the same on every machine, in every worker and after every resume.
+Arrays of keys are hashed in one numpy call, with the finaliser of splitmix64 (Steele, Lea and Flood 2014).
 """
 
 import numpy as np
 
-Names = int | np.ndarray
+Key = int | np.ndarray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def bits(*names: Names) -> np.ndarray:
-    """64 random bits for each combination of `names`; arrays among them broadcast."""
-    state = np.zeros(np.broadcast_shapes(*(np.shape(name) for name in names)), np.uint64)
+def bits(*key: Key) -> np.ndarray:
+    """64 random bits per key. The parts of the key are integers, or arrays, which broadcast."""
+    state = np.zeros(np.broadcast_shapes(*(np.shape(part) for part in key)), np.uint64)
     with np.errstate(over="ignore"):
-        for name in names:
-            state = _mix(state + _GOLDEN + np.asarray(name).astype(np.uint64))
+        for part in key:
+            state = _mix(state + _GOLDEN + np.asarray(part).astype(np.uint64))
     return state
 
 
-def uniform(*names: Names) -> np.ndarray:
-    """Floats in [0, 1) for each combination of `names`."""
-    return (bits(*names) >> np.uint64(11)) * 2.0**-53
+def uniform(*key: Key) -> np.ndarray:
+    """A random float in [0, 1) per key."""
+    return (bits(*key) >> np.uint64(11)) * 2.0**-53
 
 
-def permutation(length: int, *names: int) -> np.ndarray:
-    """A random order of 0 … length - 1."""
-    return np.argsort(bits(*names, np.arange(length)), kind="stable")
+def permutation(length: int, *key: int) -> np.ndarray:
+    """A random permutation of 0 … length - 1."""
+    return np.argsort(bits(*key, np.arange(length)), kind="stable")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

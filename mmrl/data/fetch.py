@@ -1,6 +1,6 @@
-"""An http(s) address -> the bytes that lie there: tried again where that may help, bounded in size and time.
+"""Download one http(s) URL into memory, with retries and limits on size and time.
 
-Addresses come from a user's table, so nothing but http and https is opened, after redirects too.
+URLs come from a user's table, so only http and https are opened, also after redirects.
 """
 
 import http.client
@@ -12,91 +12,91 @@ from urllib import error, parse, request
 from mmrl.version import __version__
 
 MAX_BYTES = 64 * 2**20
-SILENCE = 10.0
-"""Seconds without a byte after which a try is given up."""
-LONGEST = 60.0
-"""Seconds after which a try is given up though bytes still trickle in."""
-WAITS = (1.0, 4.0)
-"""Seconds before the second and the third try."""
+READ_TIMEOUT = 10.0
+"""Seconds without a byte after which an attempt fails."""
+TOTAL_TIMEOUT = 60.0
+"""Seconds after which an attempt fails although bytes still arrive."""
+RETRY_DELAYS = (1.0, 4.0)
+"""Seconds before the second and the third attempt."""
 
 
-class Unfetched(Exception):
-    """Nothing came from the address; the message says why."""
+class FetchError(Exception):
+    """A URL could not be downloaded; the message is the reason."""
 
-    def __init__(self, reason: str, *, may_pass: bool) -> None:
+    def __init__(self, reason: str, *, retryable: bool) -> None:
         super().__init__(reason)
-        self.may_pass = may_pass
+        self.retryable = retryable
 
 
-def is_address(text: str) -> bool:
-    """Whether this is an address of the kind that is fetched."""
+def is_url(text: str) -> bool:
+    """Whether `text` is an http or https URL."""
     return text.lower().startswith(("http://", "https://"))
 
 
-def fetch(address: str) -> bytes:
-    """The bytes at the address.
+def fetch(url: str) -> bytes:
+    """Download a URL.
 
     Raises:
-        Unfetched: the last try had no success, or the first one had none and another would not help.
+        FetchError: the last attempt failed, or an earlier one failed for good, e.g. with HTTP 404.
     """
-    for wait in WAITS:
+    for delay in RETRY_DELAYS:
         try:
-            return _fetched_once(address)
-        except Unfetched as failure:
-            if not failure.may_pass:
+            return _fetch_once(url)
+        except FetchError as failure:
+            if not failure.retryable:
                 raise
-        time.sleep(wait)
-    return _fetched_once(address)
+        time.sleep(delay)
+    return _fetch_once(url)
 
 
-def _fetched_once(address: str) -> bytes:
+def _fetch_once(url: str) -> bytes:
     try:
-        asked = request.Request(_quoted(address), headers={"User-Agent": f"mmrl/{__version__}"})  # noqa: S310
-        with opener().open(asked, timeout=SILENCE) as response:
-            return _body(response)
-    except error.HTTPError as answer:
-        answer.close()
-        where = ", redirected in a circle or to what is no http address" if 300 <= answer.code < 400 else ""
-        may_pass = answer.code >= 500 or answer.code in (408, 425, 429)
-        raise Unfetched(f"HTTP {answer.code}{where}", may_pass=may_pass) from None
+        call = request.Request(_quote(url), headers={"User-Agent": f"mmrl/{__version__}"})  # noqa: S310
+        with http_opener().open(call, timeout=READ_TIMEOUT) as response:
+            return _read_body(response)
+    except error.HTTPError as response:
+        response.close()
+        note = ", a redirect loop or a redirect to another scheme" if 300 <= response.code < 400 else ""
+        retryable = response.code >= 500 or response.code in (408, 425, 429)
+        raise FetchError(f"HTTP {response.code}{note}", retryable=retryable) from None
     except error.URLError as failure:
-        may_pass = isinstance(failure.reason, OSError) and not isinstance(failure.reason, ssl.SSLCertVerificationError)
-        raise Unfetched(str(failure.reason), may_pass=may_pass) from None
+        retryable = isinstance(failure.reason, OSError) and not isinstance(failure.reason, ssl.SSLCertVerificationError)
+        raise FetchError(str(failure.reason), retryable=retryable) from None
     except (http.client.InvalidURL, UnicodeError) as failure:
-        raise Unfetched(f"no valid address: {failure}", may_pass=False) from None
+        raise FetchError(f"invalid URL: {failure}", retryable=False) from None
     except (http.client.HTTPException, OSError) as failure:
-        raise Unfetched(str(failure) or type(failure).__name__, may_pass=True) from None
-    except ValueError as failure:  # urlsplit's, such as a bracket without its other half
-        raise Unfetched(f"no valid address: {failure}", may_pass=False) from None
+        raise FetchError(str(failure) or type(failure).__name__, retryable=True) from None
+    except ValueError as failure:  # of urlsplit, e.g. for an unmatched bracket
+        raise FetchError(f"invalid URL: {failure}", retryable=False) from None
 
 
-def _body(response: http.client.HTTPResponse) -> bytes:
+def _read_body(response: http.client.HTTPResponse) -> bytes:
     announced, started = response.length, time.monotonic()
     data = bytearray()
     while len(data) <= MAX_BYTES and (announced or 0) <= MAX_BYTES:
-        if time.monotonic() - started > LONGEST:
-            raise Unfetched(f"not all there after {LONGEST:g} s", may_pass=True)
-        piece = response.read1(2**16)
-        if not piece:
-            # http.client tells of a connection that was cut only where it is asked for everything at once.
+        if time.monotonic() - started > TOTAL_TIMEOUT:
+            raise FetchError(f"incomplete after {TOTAL_TIMEOUT:g} s", retryable=True)
+        chunk = response.read1(2**16)
+        if not chunk:
+            # read1, unlike read(), raises no IncompleteRead when the connection is cut.
             if announced is not None and len(data) < announced:
-                raise Unfetched(f"cut after {len(data):,} of {announced:,} bytes", may_pass=True)
+                raise FetchError(f"connection cut after {len(data):,} of {announced:,} bytes", retryable=True)
             return bytes(data)
-        data += piece
-    raise Unfetched(f"more than {MAX_BYTES // 2**20} MB", may_pass=False)
+        data += chunk
+    raise FetchError(f"more than {MAX_BYTES // 2**20} MiB", retryable=False)
 
 
-def _quoted(address: str) -> str:
-    """Spaces and letters beyond ASCII as they travel; what is quoted already stays."""
-    parts = parse.urlsplit(address)
+def _quote(url: str) -> str:
+    """Percent-encode spaces and non-ASCII letters, and IDNA-encode the host; what is quoted already stays."""
+    parts = parse.urlsplit(url)
     host = parts.netloc.encode("idna").decode()
     path, query = (parse.quote(part, safe="/:@!$&'()*+,;=~%?[]") for part in (parts.path, parts.query))
     return parse.urlunsplit((parts.scheme, host, path, query, ""))
 
 
 @cache
-def opener() -> request.OpenerDirector:
-    """urllib's own, without its doors to files, ftp and data."""
+def http_opener() -> request.OpenerDirector:
+    """A urllib opener for http and https only: without the default handlers of file:, ftp: and data: URLs."""
     opener = request.OpenerDirector()
     for handler in (
         request.ProxyHandler(),

@@ -1,9 +1,9 @@
-"""An index per shard: where each sample's members lie in its tar.
+"""Shard indexes: the byte offset and size of each sample's members in a tar.
 
-A shard is read by position: a sample is one seek away, and a run resumes in the middle of an epoch without reading
-what came before. Scanning a tar's headers takes seconds for each 100,000 members, so the result is kept, as
-`shard-000000.tar.index` beside the shard (`mmrl pack` and `mmrl check --index` write it there) or else in the cache
-folder, where it is put on first sight. It is a safetensors file: arrays and JSON, nothing that could run.
+With an index, any sample is one seek away, so a run resumes in the middle of an epoch without reading what came
+before. Scanning a tar's headers takes seconds per 100,000 members, so the index is stored: next to the shard as
+`shard-000000.tar.index` (written by `mmrl pack` and `mmrl check --index`), else in the cache folder when the shard is
+first opened. It is a safetensors file of arrays and JSON, so loading one runs no code.
 """
 
 import contextlib
@@ -23,20 +23,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mmrl.errors import InputError
+from mmrl.output.files import write_atomic
 
 SUFFIX = ".index"
 BAD_SAMPLES = "bad_samples.jsonl"
 """The file that lists the problems of a run, a pack or an embedding."""
 _FORMAT = "mmrl-index-1"
 BLOCK = 512
-# So many headers, spread over the tar, tell whether an index is of this tar.
-_PROBES = 6
-_PIECE = 1 << 20
+"""A tar's block size: each member begins with a header of one block."""
+# Headers, evenly spaced over the tar, that its fingerprint is made of.
+_FINGERPRINT_HEADERS = 6
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something of a shard that cannot be used, as it will stand in bad_samples.jsonl."""
+    """A sample, or a part of a shard, that cannot be used: one line of bad_samples.jsonl."""
 
     shard: str
     key: str
@@ -44,27 +46,27 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """What such problems are counted by: a reason is "KIND: details", or a kind alone."""
+        """The kind that problems are counted by. A reason is "KIND: details", or just "KIND"."""
         return self.reason.partition(":")[0]
 
 
 class NotATar(InputError):
-    """A file that is no shard; `reason` tells why, without its name."""
+    """A file is not a shard; `reason` says why, without the file's name."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"shards: {path} is {reason}.")
         self.reason = reason
 
 
-def account(count_of_kind: Counter[str], most: int = 3) -> str:
-    """The commonest kinds of problems and how many of each: "12 damaged picture, 3 no caption and 2 others"."""
-    shown = [f"{count:,} {kind}" for kind, count in count_of_kind.most_common(most)]
-    rest = count_of_kind.total() - sum(count for _, count in count_of_kind.most_common(most))
-    return ", ".join(shown) + (f" and {rest:,} others" if rest else "")
+def summarise_problems(count_of_kind: Counter[str], top: int = 3) -> str:
+    """The most common kinds of problems with their counts: "12 damaged picture, 3 no caption and 2 others"."""
+    shown = count_of_kind.most_common(top)
+    rest = count_of_kind.total() - sum(count for _, count in shown)
+    return ", ".join(f"{count:,} {kind}" for kind, count in shown) + (f" and {rest:,} others" if rest else "")
 
 
 def header_size(header: bytes) -> int | None:
-    """The size of a member by its header; -1 where it is none, None where the header tells it in another way."""
+    """The member size that a tar header states in octal; None if in base 256, -1 if this is not a tar header."""
     field = header[124:136]
     if field[0] & 0x80:
         return None
@@ -75,34 +77,33 @@ def header_size(header: bytes) -> int | None:
 
 
 @dataclass(frozen=True)
-class TarMark:
-    """What tells a tar from another one without reading it whole: its size, and some of its headers, which hold names,
-    sizes and times."""
+class TarFingerprint:
+    """Identifies a tar without reading all of it: by its size and some headers, which hold names, sizes and times."""
 
     size: int
     headers: list[int]
-    """Where they begin."""
+    """Byte offsets of these headers."""
     digest: str
 
     @classmethod
-    def of(cls, file: int, headers: list[int]) -> "TarMark":
-        """The mark of a tar, open for reading, as it is now."""
+    def of(cls, file: int, headers: list[int]) -> "TarFingerprint":
+        """The fingerprint of the tar behind a file descriptor."""
         digest = hashlib.blake2b(digest_size=16)
         for offset in headers:
             digest.update(os.pread(file, BLOCK, offset))
         return cls(os.fstat(file).st_size, headers, digest.hexdigest())
 
-    def fits(self, file: int) -> bool:
-        """Whether that open file is this tar."""
-        return TarMark.of(file, self.headers) == self
+    def matches(self, file: int) -> bool:
+        """Whether the tar behind a file descriptor has this fingerprint."""
+        return TarFingerprint.of(file, self.headers) == self
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where each sample's members lie in one tar, as arrays, some 90 bytes a sample.
+    """The members of each sample in one tar, as arrays; about 90 bytes per sample.
 
     Sample i has the members first[i] … first[i+1]-1; member m has extension extensions[kind[m]] and the bytes
-    offset[m] … offset[m]+size[m]-1.
+    offset[m] … offset[m]+size[m]-1. The key of sample i ends at key_bytes[key_end[i]].
     """
 
     key_bytes: np.ndarray
@@ -112,7 +113,7 @@ class ShardIndex:
     offset: np.ndarray
     size: np.ndarray
     extensions: list[str]
-    tar: "TarMark"
+    tar: TarFingerprint
     problems: list[tuple[str, str]] = field(default_factory=list)
     """(key, reason) of what cannot be used."""
 
@@ -126,44 +127,45 @@ class ShardIndex:
 
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """Extension -> (offset, size) of sample `row`."""
-        span = range(self.first[row], self.first[row + 1])
-        return {self.extensions[self.kind[m]]: (int(self.offset[m]), int(self.size[m])) for m in span}
+        indices = range(self.first[row], self.first[row + 1])
+        return {self.extensions[self.kind[m]]: (int(self.offset[m]), int(self.size[m])) for m in indices}
 
 
 def index_shard(path: Path, opened: IO[bytes] | None = None) -> ShardIndex:
-    """Reads a tar's headers. Members that follow each other under one key (the name up to its first dot, as
-    WebDataset has it) are one sample. Where the tar is cut short or damaged, the samples that are whole before that
-    are kept, and the loss is recorded among the problems.
+    """Index a tar by scanning its headers.
+
+    Consecutive members with the same key (the name up to its first dot, as in WebDataset) are one sample. If the tar
+    is truncated or damaged, the complete samples before that point are kept and the loss is added to the problems.
 
     Args:
-        opened: the file, where it is open already; `path` is then its name alone.
+        opened: the open file, if it is open already; `path` is then used in messages only.
 
     Raises:
-        NotATar: the file is no plain tar at all.
+        NotATar: the file is not a plain tar.
     """
     with contextlib.nullcontext(opened) if opened else path.open("rb") as raw:
-        return _index(path, raw)
+        return _scan(path, raw)
 
 
-def _index(path: Path, raw: IO[bytes]) -> ShardIndex:
-    builder, length, cut, end = _IndexBuilder(), os.fstat(raw.fileno()).st_size, None, 0
+def _scan(path: Path, raw: IO[bytes]) -> ShardIndex:
+    builder, length, damage, end = _IndexBuilder(), os.fstat(raw.fileno()).st_size, None, 0
     try:
         with tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in tar:
-                if member.size < 0:  # which tarfile would step back by, for ever
+                if member.size < 0:  # tarfile would step back by it and loop forever
                     raise tarfile.ReadError(f"{member.name} has a size below 0")
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > length:
-                    cut = f"truncated tar: the file ends inside {member.name}"
+                    damage = f"truncated tar: the file ends inside {member.name}"
                     builder.drop_unfinished(member.name)
                     break
                 builder.add(member.name, member.offset_data, member.size)
                 end = member.offset_data + member.size
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else tarfile keeps them all
             else:
-                cut = _cut_at(raw, tar.offset)
-                if cut and not cut.startswith(_BEYOND):
+                damage = _damage_at_end(raw, tar.offset)
+                if damage and not damage.startswith(_TRAILING_DATA):
                     builder.drop_unfinished()
     except OSError:
         raise
@@ -171,19 +173,21 @@ def _index(path: Path, raw: IO[bytes]) -> ShardIndex:
         if not builder.has_members:
             hint = "; decompress it first" if _is_gzip(raw) else ""
             raise NotATar(path, f"not a plain tar file: {error}{hint}") from error
-        cut = f"damaged tar: {error}; its last {length - end:,} bytes cannot be read"
+        damage = f"damaged tar: {error}; its last {length - end:,} bytes cannot be read"
         builder.drop_unfinished()
-    if cut:
-        builder.problem("", cut)
+    if damage:
+        builder.add_problem("", damage)
     return builder.finish(raw.fileno())
 
 
-_BEYOND = "data beyond the end of the tar"
+_TRAILING_DATA = "data beyond the end of the tar"
 
 
-def _cut_at(raw: IO[bytes], offset: int) -> str | None:
-    """What is wrong with the end of a tar of which tarfile read no further than `offset`. A whole one ends there in
-    blocks of zeros; a cut at the edge of a member, or a damaged header, raises nothing in any reader."""
+def _damage_at_end(raw: IO[bytes], offset: int) -> str | None:
+    """What is wrong with a tar after `offset`, where tarfile stopped; None if it ends in zero blocks, as it should.
+
+    A cut between two members, or a damaged header, raises no error in tarfile.
+    """
     raw.seek(offset)
     rest = os.fstat(raw.fileno()).st_size - offset
     block = raw.read(BLOCK)
@@ -191,9 +195,9 @@ def _cut_at(raw: IO[bytes], offset: int) -> str | None:
         return "truncated tar: no end-of-archive mark"
     if any(block):
         return f"damaged tar: no header at byte {offset:,}; its last {rest:,} bytes cannot be read"
-    while piece := raw.read(_PIECE):
-        if any(piece):
-            return f"{_BEYOND}: its last {rest:,} bytes are not read; tars are not joined by cat"
+    while chunk := raw.read(_CHUNK):
+        if any(chunk):
+            return f"{_TRAILING_DATA}: its last {rest:,} bytes are not read; do not join tars with cat"
     return None
 
 
@@ -202,8 +206,8 @@ def _is_gzip(raw: IO[bytes]) -> bool:
     return raw.read(2) == b"\x1f\x8b"
 
 
-def _key_of(name: str) -> tuple[str, str]:
-    """A member's key and extension; ('', '') where it is no sample's."""
+def _split_name(name: str) -> tuple[str, str]:
+    """A member's key and extension; ('', '') if it belongs to no sample."""
     folder, _, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or not stem:
@@ -223,51 +227,51 @@ class _IndexBuilder:
         self._skipping = False
 
     def add(self, name: str, offset: int, size: int) -> None:
-        key, extension = _key_of(name)
+        key, extension = _split_name(name)
         if not key:
-            return  # not a sample's member: README, hidden files
+            return  # e.g. README or a hidden file
         if key != self._key:
-            self._close()
+            self._finish_sample()
             self._key = key
             self._skipping = key in self._seen
             if self._skipping:
-                self.problem(key, "duplicate key: it stands in this shard before; the first is used")
+                self.add_problem(key, "duplicate key: it occurs earlier in this shard; the first sample is used")
             self._seen.add(key)
         if self._skipping:
             return
         kind = self._kinds.setdefault(extension.lower(), len(self._kinds))
         if kind in (k for k, _, _ in self._members[self._first[-1] :]):
-            self.problem(key, f"two members of one extension: .{extension}; the first is used")
+            self.add_problem(key, f"two members of one extension: .{extension}; the first is used")
             return
         self._members.append((kind, offset, size))
 
     def drop_unfinished(self, next_name: str | None = None) -> None:
-        """Leaves out the sample that was being read, unless a member of another one is known to follow it."""
-        if self._key is None or (next_name is not None and _key_of(next_name)[0] != self._key):
+        """Drops the sample that is being read, unless the next member is known and belongs to another sample."""
+        if self._key is None or (next_name is not None and _split_name(next_name)[0] != self._key):
             return
         if not self._skipping:
             del self._members[self._first[-1] :]
-            self.problem(self._key, "cut sample: the tar ends or is damaged within it or right behind it")
+            self.add_problem(self._key, "cut sample: the tar ends or is damaged inside it or right after it")
         self._key = None
 
     @property
     def has_members(self) -> bool:
         return bool(self._members)
 
-    def problem(self, key: str, reason: str) -> None:
+    def add_problem(self, key: str, reason: str) -> None:
         self.problems.append((key, reason))
 
-    def _close(self) -> None:
+    def _finish_sample(self) -> None:
         if self._key is not None and not self._skipping:
             self._keys.append(self._key.encode(errors="surrogateescape"))
             self._first.append(len(self._members))
 
     def finish(self, file: int) -> ShardIndex:
-        """The index of that open file."""
-        self._close()
+        """The index; `file` is the tar's descriptor."""
+        self._finish_sample()
         kind, offset, size = np.array(self._members, np.int64).reshape(-1, 3).T
-        probes = np.unique(np.linspace(0, len(offset) - 1, _PROBES).astype(int)) if len(offset) else []
-        mark = TarMark.of(file, [int(offset[m]) - BLOCK for m in probes])
+        spaced = np.linspace(0, len(offset) - 1, _FINGERPRINT_HEADERS).astype(int) if len(offset) else []
+        fingerprint = TarFingerprint.of(file, [int(offset[m]) - BLOCK for m in np.unique(spaced)])
         return ShardIndex(
             key_bytes=np.frombuffer(b"".join(self._keys), np.uint8),
             key_end=np.array([*itertools.accumulate(map(len, self._keys))], np.int64),
@@ -276,60 +280,53 @@ class _IndexBuilder:
             offset=np.ascontiguousarray(offset),
             size=np.ascontiguousarray(size),
             extensions=list(self._kinds),
-            tar=mark,
+            tar=fingerprint,
             problems=self.problems,
         )
 
 
+# Fields of ShardIndex that are stored as arrays under their own names.
 _ARRAYS = ("key_bytes", "key_end", "first", "kind", "offset", "size")
 
 
 def save_index(index: ShardIndex, path: Path, modified: int | None = None) -> None:
-    """Writes an index, whole or not at all; `modified` is the tar's time, where that tells it from a later one.
+    """Writes an index atomically. `modified`: the tar's modification time in ns, for an index in the cache folder.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
-    facts = {
+    header = {
         "samples": len(index),
         "extensions": index.extensions,
         "problems": index.problems,
         "tar": asdict(index.tar),
         "modified": modified,
     }
-    # One entry: several would come in another order each time.
-    write_whole(path, save({name: getattr(index, name) for name in _ARRAYS}, {_FORMAT: json.dumps(facts)}))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    beside.write_bytes(data)
-    beside.replace(path)
+    # One metadata entry: safetensors writes several in random order.
+    write_atomic(path, save({name: getattr(index, name) for name in _ARRAYS}, {_FORMAT: json.dumps(header)}))
 
 
 def load_index(path: Path) -> ShardIndex:
-    """The index that `save_index` wrote.
+    """Reads an index that `save_index` wrote.
 
     Raises:
-        OSError: it is not there.
+        OSError: the file does not exist.
         ValueError: it is damaged, or of another version.
     """
-    with index_facts(path) as (facts, file):
+    with open_index(path) as (header, file):
         index = ShardIndex(
             **{name: file.get_tensor(name) for name in _ARRAYS},
-            extensions=facts["extensions"],
-            tar=TarMark(**facts["tar"]),
-            problems=[(key, reason) for key, reason in facts["problems"]],
+            extensions=header["extensions"],
+            tar=TarFingerprint(**header["tar"]),
+            problems=[(key, reason) for key, reason in header["problems"]],
         )
-    if not _is_sound(index) or len(index) != facts["samples"]:
-        raise ValueError(f"{path} is a damaged index (its parts do not fit each other)")
+    if not _is_consistent(index) or len(index) != header["samples"]:
+        raise ValueError(f"{path} is a damaged index (its arrays do not match)")
     return index
 
 
-def _is_sound(index: ShardIndex) -> bool:
-    """It may have come over the net: no row of it may point out of it, or out of its tar."""
+def _is_consistent(index: ShardIndex) -> bool:
+    """Whether all values are within the index's arrays and within its tar: an index may be an untrusted download."""
     first, key_end, members = index.first, index.key_end, len(index.kind)
     if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in (getattr(index, name) for name in _ARRAYS)):
         return False
@@ -345,17 +342,17 @@ def _is_sound(index: ShardIndex) -> bool:
 
 
 @contextlib.contextmanager
-def index_facts(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What an index says of itself, and its arrays, unread.
+def open_index(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yields an index's JSON header and the open safetensors file, whose arrays are not read yet.
 
     Raises:
         OSError, ValueError: as load_index.
     """
     try:
         with safe_open(path, "numpy") as file:
-            facts = (file.metadata() or {}).get(_FORMAT)
-            if facts is None:
-                raise ValueError(f"{path} is no index of this version")
-            yield json.loads(facts), file
+            header = (file.metadata() or {}).get(_FORMAT)
+            if header is None:
+                raise ValueError(f"{path} is not an index of format {_FORMAT}")
+            yield json.loads(header), file
     except (SafetensorError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is a damaged index ({error})") from None

@@ -1,16 +1,15 @@
-"""Shards made ready to be read: the index of each found, or made on first sight and kept."""
+"""Open shards: find the index of each, or create it and store it in the cache folder."""
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmrl.data import draws
 from mmrl.data.index import (
@@ -18,15 +17,16 @@ from mmrl.data.index import (
     NotATar,
     Problem,
     ShardIndex,
-    TarMark,
-    index_facts,
+    TarFingerprint,
     index_shard,
     load_index,
+    open_index,
     save_index,
-    write_whole,
 )
-from mmrl.data.stores import Store, cache_name, is_remote
+from mmrl.data.stores import ShardCache, cache_name, is_remote
 from mmrl.errors import InputError
+from mmrl.output.files import write_atomic
+from mmrl.output.progress import progress_bar
 
 _THREADS = 8
 T = TypeVar("T")
@@ -34,58 +34,58 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of which the index is at hand."""
+    """A shard with an index: the index's header, and where to load the rest from."""
 
     location: str
     samples: int
     extensions: list[str]
     problems: list[Problem]
-    tar: TarMark
-    stored: Path | None
-    """The index's file."""
+    tar: TarFingerprint
+    index_path: Path | None
     index: ShardIndex | None = None
-    """The index itself, where it could be written nowhere."""
+    """The index itself if it could not be written to `index_path`."""
 
     def load(self) -> ShardIndex:
-        """The index.
+        """Loads the index.
 
         Raises:
-            OSError: its file has gone, or is of another tar by now.
+            OSError: its file is gone, or is now that of another tar.
         """
         if self.index is not None:
             return self.index
-        assert self.stored is not None
+        assert self.index_path is not None
         try:
-            index = load_index(self.stored)
+            index = load_index(self.index_path)
         except ValueError as error:
             raise OSError(str(error)) from None
         if index.tar != self.tar:
-            raise OSError(f"the index {self.stored} is of another shard than at the start; start again")
+            raise OSError(f"the index {self.index_path} belongs to another version of the shard; restart the command")
         return index
 
-    def forget(self) -> None:
-        """Removes an index from the cache folder that does not fit a remote shard any more. One of a local shard is
-        held against the tar at each start anyway."""
-        if self.stored is not None and is_remote(self.location):
-            self.stored.unlink(missing_ok=True)
+    def discard_index(self) -> None:
+        """Deletes the cached index of a remote shard that has changed. That of a local shard is checked at each start
+        anyway."""
+        if self.index_path is not None and is_remote(self.location):
+            self.index_path.unlink(missing_ok=True)
 
 
-def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
-    """Finds the index of each shard, or makes it. Several processes that do so at once divide the work.
+def open_shards(locations: Sequence[str], cache: ShardCache) -> list[Shard]:
+    """Finds the index of each shard, or creates it by scanning the shard. Processes that share the cache folder and do
+    so at the same time divide the scanning.
 
     Raises:
-        InputError: a shard is out of reach or no tar, or holds no sample.
+        InputError: a shard is out of reach, not a tar or empty.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(_shown("opening shards", pool.map(lambda x: _find(x, store), locations), len(locations)))
-        # Each process begins elsewhere, and looks again whether another one has been there.
+        found = list(_track("opening shards", pool.map(lambda x: _find(x, cache), locations), len(locations)))
+        # Each process starts at a random shard, and looks again whether another process has indexed it meanwhile.
         missing = [i for i, shard in enumerate(found) if shard is None]
         start = int(draws.bits(os.getpid()) % np.uint64(len(missing))) if missing else 0
         missing = missing[start:] + missing[:start]
-        # Fetching is waiting, scanning is not.
-        over = pool.map if any(is_remote(locations[i]) for i in missing) else map
-        made = over(lambda location: _find(location, store) or _make(location, store), [locations[i] for i in missing])
-        for i, shard in zip(missing, _shown("indexing shards", made, len(missing)), strict=True):
+        # Threads help downloads, not scans.
+        map_shards = pool.map if any(is_remote(locations[i]) for i in missing) else map
+        made = map_shards(lambda x: _find(x, cache) or _create(x, cache), [locations[i] for i in missing])
+        for i, shard in zip(missing, _track("indexing shards", made, len(missing)), strict=True):
             found[i] = shard
     shards = [shard for shard in found if shard is not None]
     for shard in shards:
@@ -96,103 +96,97 @@ def open_shards(locations: Sequence[str], store: Store) -> list[Shard]:
     return shards
 
 
-def keep_index(index: ShardIndex, location: str, store: Store, beside: bool = False) -> None:
-    """Stores the index of a shard where training looks for it: beside the shard, if it is to be there and the shard is
-    a local one; else in the cache folder.
+def store_index(index: ShardIndex, location: str, cache: ShardCache, next_to_shard: bool = False) -> None:
+    """Stores a shard's index where `open_shards` looks for it: in the cache folder, or next to a local shard.
 
     Raises:
         OSError: it cannot be written there.
     """
     if is_remote(location):
-        save_index(index, _kept(location, store))
-    elif beside:
+        save_index(index, _cached_index(location, cache))
+    elif next_to_shard:
         save_index(index, Path(location + SUFFIX))
     else:
-        save_index(index, _kept(location, store), Path(location).stat().st_mtime_ns)
+        save_index(index, _cached_index(location, cache), Path(location).stat().st_mtime_ns)
 
 
-def _shown(what: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """Under a progress bar, where somebody looks: a million samples take a minute."""
-    console = Console(stderr=True)
-    is_seen = console.is_terminal and os.environ.get("RANK", "0") == "0"
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not is_seen) as progress:
-        yield from progress.track(items, total=total)
+def _track(description: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """Yields the items under a progress bar, which only rank 0 shows."""
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, force_terminal=None if is_rank_0 else False)
+    with progress_bar(console) as progress:
+        yield from progress.track(items, total=total, description=description)
 
 
-def _find(location: str, store: Store) -> Shard | None:
-    kept = _kept(location, store)
+def _find(location: str, cache: ShardCache) -> Shard | None:
+    cached = _cached_index(location, cache)
     if is_remote(location):
-        return _opened(location, kept) or _from_beside(location, kept, store)
-    return _of_local(location, Path(location + SUFFIX), beside=True) or _of_local(location, kept, beside=False)
+        return _from_index(location, cached) or _download_index(location, cached, cache)
+    neighbour = _from_valid_index(location, Path(location + SUFFIX), is_cached=False)
+    return neighbour or _from_valid_index(location, cached, is_cached=True)
 
 
-def _kept(location: str, store: Store) -> Path:
+def _cached_index(location: str, cache: ShardCache) -> Path:
     name = location if is_remote(location) else os.path.abspath(location)  # noqa: PTH100 (a string, for speed)
-    return store.folder.parent / "index" / (cache_name(name) + SUFFIX)
+    return cache.folder.parent / "index" / (cache_name(name) + SUFFIX)
 
 
-def _from_beside(location: str, kept: Path, store: Store) -> Shard | None:
-    """The index that lies beside a remote shard, kept from now on."""
-    data = store.small(location + SUFFIX)
+def _download_index(location: str, cached: Path, cache: ShardCache) -> Shard | None:
+    """The shard by the index next to it in its remote store, which is cached; None if there is no valid one."""
+    data = cache.read_small(location + SUFFIX)
     if data is None:
         return None
     with contextlib.suppress(OSError):
-        write_whole(kept, data)
-        load_index_or_remove(kept)
-    return _opened(location, kept)
+        write_atomic(cached, data)
+        try:
+            load_index(cached)
+        except ValueError:  # e.g. a server's error page with status 200
+            cached.unlink(missing_ok=True)
+    return _from_index(location, cached)
 
 
-def load_index_or_remove(path: Path) -> None:
-    """Takes a file away that is no sound index, such as a server's page that says so with a status of 200."""
+def _from_valid_index(location: str, path: Path, is_cached: bool) -> Shard | None:
+    """The local shard by an index file; None if that is absent, damaged, or possibly of an older version of the tar."""
     try:
-        load_index(path)
-    except ValueError:
-        path.unlink(missing_ok=True)
-
-
-def _of_local(location: str, stored: Path, beside: bool) -> Shard | None:
-    """The shard by an index file; None where that is absent, damaged, or may be of an older tar than this one."""
-    try:
-        index_time, tar_time = stored.stat().st_mtime_ns, Path(location).stat().st_mtime_ns
-        if beside and index_time < tar_time:
+        index_time, tar_time = path.stat().st_mtime_ns, Path(location).stat().st_mtime_ns
+        if not is_cached and index_time < tar_time:
             return None
-        with index_facts(stored) as (facts, _):
-            if not beside and facts["modified"] != tar_time:
+        with open_index(path) as (header, _):
+            if is_cached and header["modified"] != tar_time:
                 return None
             with Path(location).open("rb", buffering=0) as raw:
-                if not TarMark(**facts["tar"]).fits(raw.fileno()):
+                if not TarFingerprint(**header["tar"]).matches(raw.fileno()):
                     return None
     except (OSError, ValueError):
         return None
-    return _opened(location, stored)
+    return _from_index(location, path)
 
 
-def _opened(location: str, stored: Path) -> Shard | None:
+def _from_index(location: str, path: Path) -> Shard | None:
     try:
-        if not stored.exists():
+        if not path.exists():
             return None
-        with index_facts(stored) as (facts, _):
-            problems = [Problem(location, key, reason) for key, reason in facts["problems"]]
-            return Shard(location, facts["samples"], facts["extensions"], problems, TarMark(**facts["tar"]), stored)
+        with open_index(path) as (header, _):
+            problems = [Problem(location, key, reason) for key, reason in header["problems"]]
+            tar = TarFingerprint(**header["tar"])
+            return Shard(location, header["samples"], header["extensions"], problems, tar, path)
     except (OSError, ValueError):
         return None
 
 
-def _make(location: str, store: Store) -> Shard:
+def _create(location: str, cache: ShardCache) -> Shard:
     try:
-        with os.fdopen(store.open(location), "rb") as raw:
+        with os.fdopen(cache.open(location), "rb") as raw:
             index = index_shard(Path(location), raw)
     except NotATar:
-        store.discard(location)  # a page that says why there is no shard is no copy to keep
+        cache.discard(location)  # e.g. a server's error page
         raise
     except OSError as error:
         raise InputError(f"shards: {location} cannot be read ({error}).") from None
     problems = [Problem(location, key, reason) for key, reason in index.problems]
-    stored: Path | None = _kept(location, store)
+    shard = Shard(location, len(index), index.extensions, problems, index.tar, None, index)
     try:
-        keep_index(index, location, store)
-    except OSError:  # a full or read-only disk: it stays in memory
-        stored = None
-    kept_here = index if stored is None else None
-    return Shard(location, len(index), index.extensions, problems, index.tar, stored, kept_here)
+        store_index(index, location, cache)
+    except OSError:  # a full or read-only disk: the index stays in memory
+        return shard
+    return replace(shard, index_path=_cached_index(location, cache), index=None)

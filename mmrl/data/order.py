@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of (seed, epoch), found at any position without what came before."""
+"""The sample order of an epoch: a pure function of (seed, epoch), with random access to any position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,91 +10,87 @@ from mmrl.data import draws
 
 
 @dataclass(frozen=True)
-class Share:
-    """How much of an epoch comes from one source of samples."""
+class SourceShare:
+    """How many samples of each epoch come from one source."""
 
-    samples_of_shard: Sequence[int]
+    samples_per_shard: Sequence[int]
     repeat: float = 1.0
-    """So many times is the source seen in an epoch; 0.5 is another half of it each epoch."""
+    """Passes over the source per epoch; with 0.5, two epochs together are one pass."""
 
     @property
     def total(self) -> int:
         """Samples of the source."""
-        return sum(self.samples_of_shard)
+        return sum(self.samples_per_shard)
 
     @property
     def per_epoch(self) -> int:
-        """Samples that it gives to each epoch, one at least."""
+        """Samples per epoch, at least one."""
         return max(1, round(self.total * self.repeat))
 
 
 class EpochOrder:
-    """The order of one epoch: position -> sample.
+    """Maps the positions 0 … length-1 of one epoch to sample indices.
 
-    The shards of all sources are permuted, laid end to end and shuffled in windows of `window` samples; the whole is
-    then turned by a random start, so that window edges and the tail that fills no batch fall elsewhere each epoch.
-    Any position is found at once, which is what makes resuming, and dividing the work otherwise, free.
+    The shards of all sources are permuted and concatenated, and samples are shuffled within windows of `window`. The
+    result is shifted cyclically by a random offset, so that window edges and the incomplete last batch differ per
+    epoch. Any position is computed directly, so resuming or another split over workers costs nothing.
 
-    Samples are numbered in the order of the sources and their shards (`sample`, 0 … N-1), their places in the epoch
-    0 … length-1 (`position`). A source that is seen more than once has its second copies at sample + N, and so on: so
-    each appearance has a number, and random draws, of its own.
+    The N samples are numbered in the order of the sources and their shards. With repeat > 1, copy c of a sample in an
+    epoch has the index sample + c * N, so that each copy gets its own random numbers.
     """
 
-    def __init__(self, shares: Sequence[Share], seed: int, epoch: int, window: int) -> None:
-        total, first, pieces = sum(share.total for share in shares), 0, []
-        for number, share in enumerate(shares):
-            pieces.append(_pieces(share, first, total, seed, epoch, number))
+    def __init__(self, shares: Sequence[SourceShare], seed: int, epoch: int, window: int) -> None:
+        total, first, runs = sum(share.total for share in shares), 0, []
+        for source, share in enumerate(shares):
+            runs.append(_runs_of_source(share, first, total, seed, epoch, source))
             first += share.total
-        number_of_piece, count_of_piece = np.concatenate(pieces, axis=1)
-        order = draws.permutation(len(count_of_piece), seed, epoch, 1)
-        self.length = int(count_of_piece.sum())
-        self._number_of_piece = number_of_piece[order]
-        self._start_of_piece = np.cumsum(count_of_piece[order]) - count_of_piece[order]
-        self._turn = int(draws.bits(seed, epoch, 2) % np.uint64(self.length))
+        index_of_run, length_of_run = np.concatenate(runs, axis=1)
+        order = draws.permutation(len(length_of_run), seed, epoch, 1)
+        self.length = int(length_of_run.sum())
+        self._index_of_run = index_of_run[order]
+        self._start_of_run = np.cumsum(length_of_run[order]) - length_of_run[order]
+        self._offset = int(draws.bits(seed, epoch, 2) % np.uint64(self.length))
         self._window = window
-        self._names = (seed, epoch, 3)
-        # Batches walk through a window; the ones that straddle an edge need two.
-        self._shuffled = lru_cache(maxsize=4)(self._shuffle)
+        self._window_key = (seed, epoch, 3)
+        # Batches move through one window at a time; those across an edge need two.
+        self._permutation = lru_cache(maxsize=4)(self._permute)
 
-    def numbers(self, positions: np.ndarray) -> np.ndarray:
-        """The numbers at these positions, sample + copy * N; positions beyond the end go on at the beginning."""
-        places = (positions + self._turn) % self.length
-        for window in np.unique(places // self._window):
-            inside = places // self._window == window
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The indices sample + copy * N at these positions; positions beyond the end wrap around."""
+        shuffled = (positions + self._offset) % self.length
+        for window in np.unique(shuffled // self._window):
+            inside = shuffled // self._window == window
             first = window * self._window
-            places[inside] = first + self._shuffled(int(window))[places[inside] - first]
-        return self._number_at(places)
+            shuffled[inside] = first + self._permutation(int(window))[shuffled[inside] - first]
+        run = np.searchsorted(self._start_of_run, shuffled, side="right") - 1
+        return shuffled - self._start_of_run[run] + self._index_of_run[run]
 
     def window_of(self, position: int) -> int:
-        """Which window a position lies in."""
-        return (position + self._turn) % self.length // self._window
+        """The shuffle window that a position is in."""
+        return (position + self._offset) % self.length // self._window
 
-    def ahead(self, position: int, windows: int) -> np.ndarray:
-        """A number in each piece that the window of a position reads, and in each of those that the `windows` after it
-        read; beyond the end, those of the beginning."""
+    def prefetch_indices(self, position: int, windows: int) -> np.ndarray:
+        """One index per run of neighbouring samples that is read in the window of `position` and in the `windows` after
+        it; windows beyond the end wrap around."""
         first = self.window_of(position) * self._window
-        places = np.array([first, min(first + (1 + windows) * self._window, first + self.length) - 1])
-        start, end = np.searchsorted(self._start_of_piece, places % self.length, side="right") - 1
-        if places[1] < self.length:
-            return self._number_of_piece[start : end + 1]
-        return np.concatenate([self._number_of_piece[start:], self._number_of_piece[: min(end + 1, start)]])
+        ends = np.array([first, min(first + (1 + windows) * self._window, first + self.length) - 1])
+        start, end = np.searchsorted(self._start_of_run, ends % self.length, side="right") - 1
+        if ends[1] < self.length:
+            return self._index_of_run[start : end + 1]
+        return np.concatenate([self._index_of_run[start:], self._index_of_run[: min(end + 1, start)]])
 
-    def _number_at(self, places: np.ndarray) -> np.ndarray:
-        piece = np.searchsorted(self._start_of_piece, places, side="right") - 1
-        return places - self._start_of_piece[piece] + self._number_of_piece[piece]
-
-    def _shuffle(self, window: int) -> np.ndarray:
+    def _permute(self, window: int) -> np.ndarray:
         length = min(self._window, self.length - window * self._window)
-        return draws.permutation(length, *self._names, window)
+        return draws.permutation(length, *self._window_key, window)
 
 
-def _pieces(share: Share, first: int, total: int, seed: int, epoch: int, source: int) -> np.ndarray:
-    """What a source gives to an epoch, as runs of neighbouring samples: (number of the first, how many), (2, P).
+def _runs_of_source(share: SourceShare, first: int, total: int, seed: int, epoch: int, source: int) -> np.ndarray:
+    """The R runs of neighbouring samples that an epoch takes from a source: (index of the first, length), (2, R).
 
-    The source's shards lie in a circle; each epoch takes the next `per_epoch` samples of it. So every sample comes
-    equally often, and with repeat 1 an epoch is each whole shard once.
+    The source's shards form a circle in a fixed random order, and each epoch takes its next `per_epoch` samples. So
+    all samples are seen equally often, and with repeat 1 an epoch is each whole shard once.
     """
-    counts = np.asarray(share.samples_of_shard, np.int64)
+    counts = np.asarray(share.samples_per_shard, np.int64)
     layout = draws.permutation(len(counts), seed, 4, source)
     first_of_shard = (np.cumsum(counts) - counts + first)[layout]
     end_of_shard = np.cumsum(counts[layout])

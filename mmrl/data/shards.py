@@ -1,4 +1,4 @@
-"""What a shard spec names: local files and addresses, in order, each once."""
+"""Expand a shard spec (pattern, folder, list file, URL …) to a list of paths and URLs, without duplicates."""
 
 import glob
 from collections import Counter
@@ -8,35 +8,34 @@ from pathlib import Path
 import braceexpand
 
 from mmrl.data import starter
-from mmrl.data.stores import check_location, is_remote, listed
+from mmrl.data.stores import check_location, is_remote, list_tars
 from mmrl.errors import InputError
 
-Spec = str | Path | Sequence[str | Path]
+ShardSpec = str | Path | Sequence[str | Path]
 
 
-def expand(shards: Spec, allow_pipe: bool = False, keep_missing: bool = False) -> list[str]:
-    """The shards that a spec names, as paths and addresses. A spec is a tar, a brace pattern, a folder, a list file
-    (`@shards.txt`), the shipped set (`starter:train`), an address of one of these (https://, s3://, gs:// …), or a list
-    of specs.
+def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = False) -> list[str]:
+    """The paths and URLs of a shard spec: a tar, a brace pattern, a folder, a list file (`@shards.txt`), the shipped
+    set (`starter:train`), a URL of one of these (https://, s3://, gs:// …), or a list of specs.
 
     Args:
-        keep_missing: local files that do not exist are among the answer, as long as any other does.
+        keep_missing: return local files that do not exist too, unless none exists.
 
     Raises:
-        InputError: a named file is missing or no tar, a pattern matches fewer files than it names, nothing is named, a
+        InputError: a file is missing, a pattern names files that do not exist, nothing or a shard twice is named, a
             store is unknown, a `pipe:` is not allowed.
     """
     specs = [shards] if isinstance(shards, str | Path) else list(shards)
     locations = [location for spec in specs for location in _expand_one(str(spec), allow_pipe, keep_missing)]
     if keep_missing and not any(is_remote(location) or Path(location).is_file() for location in locations):
-        return expand(shards, allow_pipe)  # nothing is there at all: that is the spec's mistake, and is told as such
+        return expand(shards, allow_pipe)  # raises the error that names the wrong spec
     if not locations:
         raise InputError(f"shards: {shards!r} names no file; give a tar, a pattern, a folder or @list.txt.")
-    most_named, times = Counter(locations).most_common(1)[0]
+    location, times = Counter(locations).most_common(1)[0]
     if times > 1:
         raise InputError(
-            f"shards: {most_named} is named twice; each shard is read once an epoch. To see it more "
-            "often, make it one of data.sources, with repeat."
+            f"shards: {location} is named twice, but an epoch reads each shard once. To read it more often, make it "
+            "one of data.sources, with repeat."
         )
     return locations
 
@@ -45,32 +44,23 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
     if spec.startswith("starter:"):
         return [str(path) for path in starter.shards(spec.removeprefix("starter:"))]
     if spec.startswith("@"):
-        listing = Path(spec[1:])
-        if not listing.is_file():
-            raise InputError(f"shards: the list file {listing} does not exist.")
-        try:
-            lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError:
-            raise InputError(
-                f"shards: the list file {listing} is not UTF-8 text; it has one shard spec a line."
-            ) from None
-        specs = [line for line in lines if line and not line.startswith("#")]
-        inner_list = next((line for line in specs if line.startswith("@")), None)
-        if inner_list:
-            raise InputError(f"shards: the list file {listing} names another list, {inner_list}; name shards in it.")
-        return [one for inner in specs for one in _expand_one(inner, allow_pipe, keep_missing)]
+        return [
+            location
+            for line in _list_file_lines(Path(spec[1:]))
+            for location in _expand_one(line, allow_pipe, keep_missing)
+        ]
     if is_remote(spec):
         check_location(spec, allow_pipe)
-        named = _braces(spec)
-        is_folder = len(named) == 1 and not spec.startswith("pipe:") and not spec.partition("?")[0].endswith(".tar")
-        return listed(spec) if is_folder else named
+        expanded = _expand_braces(spec)
+        is_folder = len(expanded) == 1 and not spec.startswith("pipe:") and not spec.partition("?")[0].endswith(".tar")
+        return list_tars(spec) if is_folder else expanded
     if Path(spec).is_dir():
-        # Unlike rglob, this follows links to folders, and passes over hidden ones, where `mmrl pack` is at work.
+        # Unlike rglob, this follows links to folders and skips hidden ones, where `mmrl pack` writes unfinished shards.
         found = sorted(glob.glob(f"{glob.escape(spec)}/**/*.tar", recursive=True))  # noqa: PTH207
         if not found:
             raise InputError(f"shards: the folder {spec} holds no .tar file.")
         return found
-    paths = [Path(name) for name in _braces(spec)]
+    paths = [Path(name) for name in _expand_braces(spec)]
     missing = [] if keep_missing else [path for path in paths if not path.is_file()]
     if missing and len(paths) == 1:
         raise InputError(f"shards: {missing[0]} does not exist.")
@@ -82,8 +72,24 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _braces(spec: str) -> list[str]:
+def _list_file_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"shards: the list file {path} does not exist.")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise InputError(f"shards: the list file {path} is not UTF-8 text; write one shard spec per line.") from None
+    specs = [line for line in lines if line and not line.startswith("#")]
+    inner_list = next((line for line in specs if line.startswith("@")), None)
+    if inner_list:
+        raise InputError(f"shards: the list file {path} names another list file, {inner_list}; name shards instead.")
+    return specs
+
+
+def _expand_braces(spec: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(spec))
-    except ValueError:  # braceexpand's own kind, which type checkers do not see
-        raise InputError(f"shards: the braces in {spec!r} do not match; write such as part-{{000..127}}.tar.") from None
+    except ValueError:  # braceexpand.UnbalancedBracesError, which type checkers do not see
+        raise InputError(
+            f"shards: the braces in {spec!r} do not match; write a pattern such as part-{{000..127}}.tar."
+        ) from None

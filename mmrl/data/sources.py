@@ -1,4 +1,4 @@
-"""What a config says of the data, and the samples that it names."""
+"""The `data:` section of a config, and the readers that open its samples."""
 
 from typing import Annotated
 
@@ -6,16 +6,16 @@ from pydantic import AfterValidator, Field
 
 from mmrl.data.opening import open_shards
 from mmrl.data.samples import FieldsConfig, SampleReader, Source
-from mmrl.data.shards import Spec, expand
-from mmrl.data.stores import Store, StoreConfig
+from mmrl.data.shards import ShardSpec, expand
+from mmrl.data.stores import RemoteConfig, ShardCache
 from mmrl.data.transforms import AugmentConfig
 from mmrl.errors import InputError
-from mmrl.settings import Settings, machine
+from mmrl.settings import Settings, machine_field
 
 
 def _check_probabilities(values: list[float] | None) -> list[float] | None:
     if values is not None and (not values or not min(values) >= 0 or not 0 < sum(values) < float("inf")):
-        raise ValueError("probabilities must not be negative, and not all zero")
+        raise ValueError("probabilities must be finite, not negative and not all zero")
     return values
 
 
@@ -23,80 +23,84 @@ class SourceConfig(Settings):
     """One of several sets of shards that are trained on together."""
 
     shards: str | list[str]
-    """As data.train where there is but one source."""
+    """The source's shards, in any form that data.train takes."""
     name: str | None = None
-    """Begins the names of its samples; its place in the list when left out."""
+    """Prefix of its samples' names (default: its index in the list)."""
     repeat: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """How often an epoch has each of its samples; 0.5 is one half in one epoch, the other in the next."""
+    """Passes over it per epoch; with 0.5, two epochs together are one pass."""
     fields: FieldsConfig | None = None
-    """The names of its parts; data.fields when left out."""
+    """The names of its fields (default: data.fields)."""
 
 
 class DataConfig(Settings):
-    """Where the training samples come from, and how they become batches."""
+    """The training samples, and how batches are made of them."""
 
     train: str | list[str] = []  # noqa: RUF012 (pydantic copies)
-    """Shards: a tar, a brace pattern, a folder, a list file (@shards.txt), `starter:train`, an address of one of these
+    """Shards: a tar, a brace pattern, a folder, a list file (@shards.txt), `starter:train`, a URL of one of these
     (https://, s3://, gs:// …), or a list of these."""
     sources: list[SourceConfig] = Field(default=[], max_length=1000)
-    """Several sets of shards, each with its own fields and share of an epoch, instead of `train`."""
+    """Instead of `train`: several sets of shards, each with its own fields and its own repeat."""
     fields: FieldsConfig = FieldsConfig()
     captions: Annotated[list[float] | None, AfterValidator(_check_probabilities)] = None
-    """Probabilities of a sample's first, second, … caption; those beyond the list share the last one's. Uniform when
-    left out. Drawn anew each epoch."""
+    """Probabilities of a sample's first, second, … caption; captions beyond the list share the last probability
+    (default: uniform). One caption is drawn per sample and epoch."""
     augment: AugmentConfig = AugmentConfig()
     scaled_decode: bool = False
-    """Decode JPEGs much larger than the model's input at 1/2, 1/4 or 1/8: several times faster for pictures of some
-    megapixels, for pixels that differ a little from those of evaluation (44 dB and above)."""
+    """Decode JPEGs much larger than the model's input at 1/2, 1/4 or 1/8 of their size: several times faster for images
+    of some megapixels. Pixels differ slightly from those of evaluation (PSNR 44 dB and above)."""
     shuffle_window: int = Field(default=16384, ge=1)
-    """Samples are shuffled within windows of so many, across neighbouring shards."""
+    """Samples per shuffle window; a window spans neighbouring shards of the epoch's shard order."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Training stops when more than this share of the samples seen is bad; the first 1,000 count as if all seen."""
-    cache: bool = machine(False)
-    """Keep decoded pictures in memory, each loader its own: for sets that fit there and are seen many times."""
-    workers: int = machine(0, ge=0)
-    """Worker processes that load ahead, for each training process; 0 loads in the training process itself."""
-    remote: StoreConfig = StoreConfig()
-    allow_pipe: bool = machine(False)
-    """Let shards be `pipe:COMMAND`, which a shell runs. For shard lists of your own alone."""
+    """Training stops when more than this fraction of the samples seen (or of 1,000, if fewer were seen) is bad."""
+    cache: bool = machine_field(False)
+    """Keep decoded images in memory, once per worker: for small sets and many epochs."""
+    workers: int = machine_field(0, ge=0)
+    """DataLoader worker processes per rank; 0 loads in the training process itself."""
+    remote: RemoteConfig = RemoteConfig()
+    allow_pipe: bool = machine_field(False)
+    """Allow shards of the form `pipe:COMMAND`, which a shell runs. Use it only with shard lists that you trust."""
 
 
 def open_reader(
-    shards: Spec, fields: FieldsConfig | None = None, store: StoreConfig | None = None, allow_pipe: bool = False
+    shards: ShardSpec, fields: FieldsConfig | None = None, remote: RemoteConfig | None = None, allow_pipe: bool = False
 ) -> SampleReader:
-    """The samples of a shard spec, after every check that can be made before long work starts."""
-    files = Store(store or StoreConfig())
-    return SampleReader([Source(open_shards(expand(shards, allow_pipe), files), fields or FieldsConfig())], files)
+    """Opens the samples of a shard spec and checks the shards and field names, so that mistakes show at once.
+
+    Raises:
+        InputError: shards missing, empty or not tars; fields that no sample has.
+    """
+    cache = ShardCache(remote or RemoteConfig())
+    return SampleReader([Source(open_shards(expand(shards, allow_pipe), cache), fields or FieldsConfig())], cache)
 
 
 def open_training_set(config: DataConfig) -> SampleReader:
-    """All that a config trains on.
+    """Opens the samples of all sources of a config.
 
     Raises:
         InputError: as open_reader and named_sources; or a shard is in two sources.
     """
-    files, sources = Store(config.remote), named_sources(config)
+    cache, sources = ShardCache(config.remote), named_sources(config)
     expanded = [expand(one.shards, config.allow_pipe) for one in sources]
     source_of: dict[str, str] = {}
     for one, locations in zip(sources, expanded, strict=True):
         for location in locations:
             if location in source_of:
                 raise InputError(
-                    f"data.sources: {location} is in {source_of[location]!r} and in {one.name!r}, so that its samples "
-                    "would be negatives of themselves; give it to one of them, with repeat."
+                    f"data.sources: {location} is in both {source_of[location]!r} and {one.name!r}, so its samples "
+                    "would be negatives of themselves; keep it in one source and set that source's repeat."
                 )
             source_of[location] = one.name or ""
     return SampleReader(
         [
-            Source(open_shards(locations, files), one.fields or config.fields, one.repeat, one.name or "")
+            Source(open_shards(locations, cache), one.fields or config.fields, one.repeat, one.name or "")
             for one, locations in zip(sources, expanded, strict=True)
         ],
-        files,
+        cache,
     )
 
 
 def named_sources(config: DataConfig) -> list[SourceConfig]:
-    """The sources of a config, each with its name, which is empty where there is `train` alone.
+    """The sources of a config with their names filled in; the name is empty if only `train` is set.
 
     Raises:
         InputError: both `train` and `sources` are given, or two sources have one name.
@@ -104,9 +108,9 @@ def named_sources(config: DataConfig) -> list[SourceConfig]:
     if not config.sources:
         return [SourceConfig(shards=config.train, name="")]
     if config.train:
-        raise InputError("data.train: given beside data.sources; put its shards among the sources and leave it out.")
-    names = [str(number) if one.name is None else one.name for number, one in enumerate(config.sources)]
+        raise InputError("data.train: cannot be set together with data.sources; move its shards into the sources.")
+    names = [str(i) if one.name is None else one.name for i, one in enumerate(config.sources)]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
-        raise InputError(f"data.sources: two are called {repeated!r}; give each a name of its own.")
+        raise InputError(f"data.sources: two have the name {repeated!r}; names must be unique.")
     return [one.model_copy(update={"name": name}) for one, name in zip(config.sources, names, strict=True)]

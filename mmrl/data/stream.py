@@ -1,67 +1,31 @@
-"""The stream: shards -> batches whose members are a pure function of (seed, epoch, position).
+"""The training stream: shards -> batches that are a pure function of (seed, epoch, position).
 
-World size, rank, workers and the place where a run was stopped decide only who loads which rows. One unit of work is
-the rows of one batch that fall to one process; a worker is handed (epoch, position) and needs to know nothing else.
-
-Shapes: B rows of this process, M captions, C channels, H and W the image's size, L tokens of a text.
+World size, rank, workers and the point of a resume only decide which process loads which rows. Position p is the p-th
+sample of the epoch; a worker needs only (epoch, position) to load its rows of a batch.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from mmrl.data import draws
-from mmrl.data.index import Problem
-from mmrl.data.order import EpochOrder
-from mmrl.data.samples import BadSample, Sample, SampleReader
-from mmrl.data.shards import Spec
+from mmrl.data.batches import Batch, BatchDataset, ImageTransform, Tokenise
+from mmrl.data.samples import SampleReader
+from mmrl.data.shards import ShardSpec
 from mmrl.data.sources import DataConfig, open_training_set
-from mmrl.data.transforms import Augmentation
 from mmrl.errors import InputError, RunStopped
-from mmrl.images.decode import to_picture
 from mmrl.images.image_spec import ImageSpec
-from mmrl.settings import learning_values
-
-Tokenise = Callable[[list[str]], torch.Tensor]
-# A sample, and its picture, uint8 (C, H, W) of its own size, where one is wanted.
-_Loaded = tuple[Sample, torch.Tensor | None]
-_CAPTION_DRAW = 1 << 20
-# A bad sample's place goes to the same row of the next batch; after so many in turn the data is at fault.
-_MOST_REPLACEMENTS = 100
-
-
-@dataclass
-class Batch:
-    """One process's rows of a batch."""
-
-    keys: list[str]
-    """"shard/key" of each row."""
-    image: Any
-    """uint8 (B, C, H, W) where the stream has an ImageSpec; else a list of the callable's results, or bytes."""
-    text: Any
-    """(B, L) token ids where the stream tokenises; else a list of str."""
-    group: torch.Tensor
-    """int64 (B,): equal numbers are the same item; -1 is no group, not even with another -1."""
-    bad: list[Problem] = field(default_factory=list)
-    """What was skipped to fill these rows."""
-
-    def pin_memory(self) -> "Batch":
-        """The same in memory that a GPU copies from without waiting; DataLoader asks for it."""
-        image, text = (x.pin_memory() if isinstance(x, torch.Tensor) else x for x in (self.image, self.text))
-        return replace(self, image=image, text=text, group=self.group.pin_memory())
+from mmrl.settings import hyperparameters
 
 
 class Stream:
-    """Batches of a set of shards; see `stream`."""
+    """An endless or per-epoch iterator of batches over a set of shards, resumable at any batch; see `stream`."""
 
     def __init__(
         self,
@@ -72,16 +36,19 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        image: ImageSpec | Callable[[Image.Image], Any] | None = None,
+        image: ImageTransform | None = None,
         text: Tokenise | None = None,
         config: DataConfig | None = None,
         pin_memory: bool = False,
         micro_batch: int | None = None,
     ) -> None:
+        """`batch_size` and `micro_batch` count rows of this rank; with `micro_batch`, each batch is yielded in
+        batch_size / micro_batch chunks."""
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
             raise InputError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}: want batch_size >= 1, rank < world."
+                f"batch_size, rank: {batch_size} and rank {rank} of {world_size} are invalid; batch_size must be at "
+                "least 1, and rank at least 0 and less than world_size."
             )
         self.samples = sum(share.per_epoch for share in reader.shares)
         if self.samples < self.global_batch_size:
@@ -91,31 +58,32 @@ class Stream:
             )
         self.seed, self.epoch, self.position = seed, 0, 0
         self._workers, self._pin_memory = num_workers, pin_memory
-        self._parts = batch_size // (micro_batch or batch_size)
+        self._micro_batches = batch_size // (micro_batch or batch_size)
         config = config or DataConfig()
-        self._data = f"{reader.fingerprint}-{_fingerprint(config)}"
-        self._work = _BatchWork(reader, batch_size, self._parts, rank, world_size, seed, image, text, config)
+        self._data = f"{reader.fingerprint}-{_config_fingerprint(config)}"
+        self._dataset = BatchDataset(
+            reader, batch_size, self._micro_batches, rank, world_size, seed, image, text, config
+        )
         self._loader: DataLoader[Batch | InputError] | None = None
-        self._plan = _Plan()
+        self._sampler = _MicroBatchSampler()
 
     @property
     def batches_per_epoch(self) -> int:
-        """Equal on all ranks. The tail that fills no batch is left out, another one each epoch."""
+        """Global batches per epoch, equal on all ranks. The samples left over differ each epoch."""
         return self.samples // self.global_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the present epoch: all of it, unless it was left or loaded in the middle."""
+        """Yields the current epoch from its current position to its end."""
         yield from self._batches(epochs=1)
 
     def forever(self) -> Iterator[Batch]:
-        """Epoch after epoch, without a pause of the workers in between; with `micro_batch`, each batch in so many
-        parts."""
+        """Yields epoch after epoch without end; workers load across the epoch's end."""
         yield from self._batches(epochs=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch that it gave: small, JSON, the same on all ranks.
+        """The position after the last batch that was yielded: a small JSON dict, equal on all ranks.
 
-        It holds no rank, world size or number of workers, and another world may go on from it.
+        It contains no rank, world size or number of workers: these may differ on resume.
         """
         return {
             "seed": self.seed,
@@ -127,10 +95,10 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch at which `state` was taken.
+        """Continues after the batch at which `state` was saved.
 
         Raises:
-            InputError: the state is of another seed, batch size or set of samples, whose order would differ.
+            InputError: the state is of another seed, global batch size or set of samples, so the order would differ.
         """
         for name in ("seed", "samples", "global_batch_size"):
             if state[name] != getattr(self, name):
@@ -140,223 +108,91 @@ class Stream:
                 )
         if state["data"] != self._data:
             raise InputError(
-                "stream: the shards, or how they are shuffled, captioned or augmented, are not as when this state was "
-                "saved; resume with the same data."
+                "stream: the shards, or the settings for shuffling, captions or augmentation, have changed since this "
+                "state was saved; resume with the same data and settings."
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _batches(self, epochs: int | None) -> Iterator[Batch]:
         if self._loader is None:
             self._loader = DataLoader(
-                self._work,
-                sampler=self._plan,
+                self._dataset,
+                sampler=self._sampler,
                 batch_size=None,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 prefetch_factor=4 if self._workers else None,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=_start_new_session,
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
-        self._plan.start(self.epoch, self.position, step, usable, epochs, self._parts)
-        for number, batch in enumerate(self._watched(iter(self._loader)), start=1):
+        self._sampler.start(self.epoch, self.position, step, usable, epochs, self._micro_batches)
+        for count, batch in enumerate(self._detect_dead_workers(iter(self._loader)), start=1):
             if isinstance(batch, InputError):
                 raise batch
-            if number % self._parts == 0:
+            if count % self._micro_batches == 0:
                 self.position += step
             if self.position >= usable:
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
 
-    def _watched(self, batches: Iterator[Batch | InputError]) -> Iterator[Batch | InputError]:
-        """Says in one sentence that a worker was killed, which DataLoader tells in a traceback."""
+    def _detect_dead_workers(self, batches: Iterator[Batch | InputError]) -> Iterator[Batch | InputError]:
+        """Yields the batches; raises RunStopped if a worker was killed."""
         try:
             yield from batches
         except RuntimeError as error:
-            stopped = killed_worker(error)
+            stopped = dead_worker_error(error)
             if stopped is None:
                 raise
             self._loader = None
             raise stopped from None
 
 
-def killed_worker(error: RuntimeError) -> RunStopped | None:
-    """What to tell where DataLoader found one of its processes dead, which it says by a RuntimeError at whatever line
-    the main process is; None for any other error."""
+def dead_worker_error(error: RuntimeError) -> RunStopped | None:
+    """The RunStopped to raise instead of DataLoader's error about a dead worker; None for any other error.
+
+    DataLoader raises its error from a signal handler, so it can come from any line of the parent process.
+    """
     if isinstance(error, RunStopped) or "DataLoader worker" not in str(error):
         return None
     return RunStopped(
-        f"data: a loader process was killed from outside ({str(error).splitlines()[0]}); most often memory ran out: "
+        f"data: a DataLoader worker was killed ({str(error).splitlines()[0]}), most likely because memory ran out; "
         "lower data.workers or train.batch_size, then resume."
     )
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C, and SIGTERM in many batch systems, reach the whole process group; the trainer still wants a batch for its
-    last step, and ends its workers itself: by SIGTERM, which therefore is not ignored."""
+def _start_new_session(_worker: int) -> None:
+    """Moves a worker to its own session. Ctrl-C, and SIGTERM in many batch systems, go to the whole process group, but
+    the trainer still needs a batch for its last step. It ends its workers itself, with SIGTERM, so that is not ignored.
+    """
     os.setsid()
 
 
-def _fingerprint(config: DataConfig) -> str:
-    """Of all that decides what a batch of the same shards holds."""
-    facts = learning_values(config)
-    # The shards and their shares are in the reader's own; how much may be bad changes no batch.
-    decisive = {name: value for name, value in facts.items() if name not in ("train", "sources", "max_bad_fraction")}
-    return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=6).hexdigest()
+def _config_fingerprint(config: DataConfig) -> str:
+    """A hash of all settings that affect the contents of batches."""
+    values = hyperparameters(config)
+    # `train` and `sources` are part of the reader's fingerprint; max_bad_fraction affects no batch.
+    relevant = {name: value for name, value in values.items() if name not in ("train", "sources", "max_bad_fraction")}
+    return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-class _Plan(Sampler[tuple[int, int, int]]):
-    """Which batches come next: (epoch, position) of the first sample of each, and the part of it."""
+class _MicroBatchSampler(Sampler[tuple[int, int, int]]):
+    """Yields (epoch, position of the batch, micro-batch) from a starting point on, for BatchDataset."""
 
-    def start(self, epoch: int, position: int, step: int, usable: int, epochs: int | None, parts: int) -> None:
-        self._first, self._step, self._usable, self._parts = (epoch, position), step, usable, parts
+    def start(self, epoch: int, position: int, step: int, usable: int, epochs: int | None, micro_batches: int) -> None:
+        self._first, self._step, self._usable, self._micro_batches = (epoch, position), step, usable, micro_batches
         self._last_epoch = None if epochs is None else epoch + epochs - 1
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         epoch, position = self._first
         while self._last_epoch is None or epoch <= self._last_epoch:
-            yield from ((epoch, p, n) for p in range(position, self._usable, self._step) for n in range(self._parts))
+            for first in range(position, self._usable, self._step):
+                yield from ((epoch, first, micro_batch) for micro_batch in range(self._micro_batches))
             epoch, position = epoch + 1, 0
 
 
-class _BatchWork(Dataset[Batch | InputError]):
-    """(epoch, position, part) -> that part of this process's rows of the batch. The same in every worker."""
-
-    def __init__(
-        self,
-        reader: SampleReader,
-        batch_size: int,
-        parts: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        image: ImageSpec | Callable[[Image.Image], Any] | None,
-        text: Tokenise | None,
-        config: DataConfig,
-    ) -> None:
-        self._reader, self._seed, self._config = reader, seed, config
-        self._rows_of_part = (np.arange(batch_size) + rank * batch_size).reshape(parts, -1)
-        self._global_batch_size = batch_size * world_size
-        self._image, self._text = image, text
-        self._augmentation = Augmentation(config.augment, image) if isinstance(image, ImageSpec) else None
-        self._order: tuple[int, EpochOrder] | None = None
-        self._least = self._augmentation.least_source() if self._augmentation and config.scaled_decode else None
-        self._cache: dict[int, _Loaded] = {}
-        self._asked_ahead: tuple[int, int] | None = None
-
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch | InputError:
-        """An error is handed over as a value: raised in a worker, its sentence would come wrapped in a traceback."""
-        try:
-            return self._batch(*request)
-        except InputError as error:
-            return error
-
-    def _batch(self, epoch: int, position: int, part: int) -> Batch:
-        bad: list[Problem] = []
-        self._fetch_ahead(epoch, position)
-        numbers_B, loaded = self._fill(epoch, position + self._rows_of_part[part], bad)
-        texts = self._choose_captions(epoch, numbers_B, [sample.captions for sample, _ in loaded])
-        return Batch(
-            keys=[sample.name for sample, _ in loaded],
-            image=self._finish_images(epoch, numbers_B, loaded),
-            text=texts if self._text is None else self._text(texts),
-            group=torch.tensor([sample.group for sample, _ in loaded]),
-            bad=bad,
-        )
-
-    def _fill(self, epoch: int, places_B: np.ndarray, bad: list[Problem]) -> tuple[np.ndarray, list[_Loaded]]:
-        """The numbers at these positions and their samples; in the place of a bad one, that of the same row of a
-        later batch.
-
-        So it is filled without asking another process, and seldom by a sample of this batch.
-        """
-        order, loaded = self._epoch_order(epoch), []
-        numbers_B = order.numbers(places_B)
-        for row in range(len(numbers_B)):
-            for attempt in range(1, _MOST_REPLACEMENTS + 1):
-                one = self._load(int(numbers_B[row]) % len(self._reader), bad)
-                if one is not None:
-                    loaded.append(one)
-                    break
-                reserve = self._place_of_reserve(places_B[row], attempt, order.length)
-                numbers_B[row] = order.numbers(np.array([reserve]))[0]
-            else:
-                raise InputError(
-                    f"data: {_MOST_REPLACEMENTS} samples in a row are bad, lastly {bad[-1].shard} {bad[-1].key}: "
-                    f"{bad[-1].reason}. Check the shards."
-                )
-        return numbers_B, loaded
-
-    def _fetch_ahead(self, epoch: int, position: int) -> None:
-        if not self._reader.is_remote:
-            return
-        order = self._epoch_order(epoch)
-        window = order.window_of(position)
-        if self._asked_ahead != (epoch, window):
-            self._asked_ahead = epoch, window
-            self._reader.fetch_ahead(order.ahead(position, self._config.remote.read_ahead) % len(self._reader))
-
-    def _place_of_reserve(self, place: int, attempt: int, length: int) -> int:
-        """Batch after batch; one further after each time round the epoch, so that every sample has its turn."""
-        ahead = attempt * self._global_batch_size
-        return place + ahead + ahead // length
-
-    def _load(self, number: int, bad: list[Problem]) -> _Loaded | None:
-        """Sample `number` and its picture, decoded if that is wanted; None, and a line in `bad`, if it is bad."""
-        if number in self._cache:
-            return self._cache[number]
-        try:
-            if self._image is None:
-                return self._reader.read(number), None
-            sample, picture = self._reader.read_picture(number, self._least)
-        except BadSample as error:
-            bad.append(error.problem)
-            return None
-        if self._config.cache:
-            self._cache[number] = replace(sample, image=b""), picture
-        return sample, picture
-
-    def _finish_images(self, epoch: int, numbers_B: np.ndarray, loaded: list[_Loaded]) -> Any:
-        if self._image is None:
-            return [sample.image for sample, _ in loaded]
-        pictures = [picture_CHW for _, picture_CHW in loaded if picture_CHW is not None]
-        if self._augmentation is None:
-            assert callable(self._image)
-            return [self._image(to_picture(picture_CHW)) for picture_CHW in pictures]
-        drawn_BP = self._augmentation.draw(self._seed, epoch, numbers_B)
-        fitted = [
-            self._augmentation.pixels(picture_CHW, drawn_P)
-            for picture_CHW, drawn_P in zip(pictures, drawn_BP, strict=True)
-        ]
-        return self._augmentation.change(torch.stack(fitted), drawn_BP)
-
-    def _choose_captions(self, epoch: int, numbers_B: np.ndarray, captions: list[list[str]]) -> list[str]:
-        drawn_B = draws.uniform(self._seed, epoch, numbers_B, _CAPTION_DRAW)
-        return [
-            choices[pick_caption(len(choices), self._config.captions, drawn)]
-            for choices, drawn in zip(captions, drawn_B, strict=True)
-        ]
-
-    def _epoch_order(self, epoch: int) -> EpochOrder:
-        if self._order is None or self._order[0] != epoch:
-            window = self._config.shuffle_window
-            self._order = epoch, EpochOrder(self._reader.shares, self._seed, epoch, window)
-        return self._order[1]
-
-
-def pick_caption(count: int, probabilities: list[float] | None, drawn: float) -> int:
-    """Which of a sample's `count` captions a number in [0, 1) picks."""
-    if probabilities is None:
-        return int(drawn * count)
-    last = len(probabilities) - 1
-    shares = [probabilities[min(i, last)] / (max(count - last, 1) if i >= last else 1) for i in range(count)]
-    if not sum(shares):
-        return 0  # all the weight is on captions that this sample lacks
-    return min(int(np.searchsorted(np.cumsum(shares) / sum(shares), drawn, side="right")), count - 1)
-
-
 def stream(
-    shards: Spec | DataConfig,
+    shards: ShardSpec | DataConfig,
     batch_size: int,
     seed: int = 0,
     rank: int = 0,
@@ -365,20 +201,20 @@ def stream(
     image: ImageSpec | Callable[[Image.Image], Any] | None = None,
     text: Callable[[str], Any] | None = None,
 ) -> Stream:
-    """Image-text batches from WebDataset shards, each epoch in another order, resumable at any batch.
+    """Image-text batches from WebDataset shards, in a new order each epoch, resumable at any batch.
+
+    Each `iter(stream)` is one epoch of `Batch`. To resume, save `state_dict()` after any batch and give it to
+    `load_state_dict()` of a new stream, which continues with the next batch.
 
     Args:
-        shards: a tar, a brace pattern, a folder, a list file (`@shards.txt`), an address of one of these, or a list of
-            these; or a DataConfig, which has all that a training run's `data:` section can say.
-        batch_size: rows of this process; the global batch is batch_size * world_size.
-        image: an ImageSpec gives uint8 (B, C, H, W); a callable takes each RGB picture; None leaves the bytes.
-        text: a callable on a caption; None leaves the strings.
-
-    Each `iter(stream)` is one epoch of `Batch`. `state_dict()` after any batch, `load_state_dict()` on a new stream,
-    and the new one gives the very next batch.
+        shards: a tar, a brace pattern, a folder, a list file (`@shards.txt`), a URL of one of these, a list of these,
+            or a DataConfig, which has all keys of a training config's `data:` section.
+        batch_size: rows of this rank; the global batch is batch_size * world_size.
+        image: an ImageSpec for uint8 (B, C, H, W); a callable on an RGB Pillow image; None for the files' bytes.
+        text: a callable on a caption; None for the strings.
 
     Raises:
-        InputError: shards missing, empty or no tar; fields that no sample has; fewer samples than one batch.
+        InputError: shards missing, empty or not tars; fields that no sample has; fewer samples than one batch.
     """
     if not isinstance(shards, DataConfig):
         shards = DataConfig(train=str(shards) if isinstance(shards, str | Path) else [str(one) for one in shards])
@@ -390,13 +226,14 @@ def stream(
         world_size=world_size,
         num_workers=num_workers,
         image=image,
-        text=None if text is None else _EachText(text),
+        text=None if text is None else _MapTexts(text),
         config=shards,
     )
 
 
-class _EachText:
-    """A callable on one caption, made one on a list; stacked where it gives tensors. (A class: workers pickle it.)"""
+class _MapTexts:
+    """Applies a function to each caption and stacks the results if they are tensors. A class, so that it can be pickled
+    for workers."""
 
     def __init__(self, function: Callable[[str], Any]) -> None:
         self._function = function

@@ -1,4 +1,4 @@
-"""The bytes of a remote file from any place on: http(s), whatever fsspec knows, commands where they are allowed."""
+"""Open a remote file for reading from a byte offset: http(s), any fsspec filesystem, and `pipe:` commands."""
 
 import contextlib
 import io
@@ -11,47 +11,47 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mmrl.data.fetch import opener
+from mmrl.data.fetch import http_opener
 
 PIPE = "pipe:"
 
 
 @dataclass(frozen=True)
-class Span:
-    """What a source is about to give."""
+class Transfer:
+    """What an opened remote file will deliver."""
 
     start: int
-    """Its first byte's place in the file."""
+    """Offset in the file of the first byte that is read."""
     size: int | None
-    """The whole file's, where that is known."""
+    """Size of the whole file; None if unknown."""
     version: str = ""
-    """Differs when the file does; '' where the store does not tell."""
-    piece: int = 1 << 20
-    """So many bytes are best asked for at once."""
+    """ETag or the like, which changes with the file; '' if the server has none."""
+    chunk_size: int = 1 << 20
+    """Bytes to request per read."""
 
 
 @contextlib.contextmanager
-def opened(location: str, have: int, version: str, timeout: float) -> Iterator[tuple[Any, Span]]:
-    """The bytes of a location from `have` on if it still is of that version, else from its beginning.
+def open_remote(location: str, offset: int, version: str, timeout: float) -> Iterator[tuple[Any, Transfer]]:
+    """Yields the file from `offset` on if it still has this version, else from its beginning.
 
     Raises:
-        OSError: of any kind; FileNotFoundError or PermissionError where asking again is of no use.
+        OSError: of any kind; FileNotFoundError or PermissionError if a retry is pointless.
     """
     try:
         if location.startswith(PIPE):
-            with _piped(location.removeprefix(PIPE), timeout) as source:
-                yield source, Span(0, None)
+            with _open_pipe(location.removeprefix(PIPE), timeout) as source:
+                yield source, Transfer(0, None)
         elif location.lower().startswith(("http://", "https://")):
-            with _http(location, have, version, timeout) as (source, span):
-                yield source, span
+            with _open_http(location, offset, version, timeout) as (source, transfer):
+                yield source, transfer
         else:
             files, path = fsspec().core.url_to_fs(location)
-            now = str(files.ukey(path))
-            start = have if now == version else 0
-            # Each read is a request of its own there, so pieces are large.
+            current_version = str(files.ukey(path))
+            start = offset if current_version == version else 0
+            # Each read is a separate request, so chunks are large.
             with files.open(path, "rb", cache_type="none") as source:
                 source.seek(start)
-                yield source, Span(start, source.size, now, piece=1 << 24)
+                yield source, Transfer(start, source.size, current_version, chunk_size=1 << 24)
     except (OSError, GeneratorExit):
         raise
     except Exception as error:  # each store and each HTTP layer has its own kinds
@@ -59,33 +59,33 @@ def opened(location: str, have: int, version: str, timeout: float) -> Iterator[t
 
 
 @contextlib.contextmanager
-def _http(location: str, have: int, version: str, timeout: float) -> Iterator[tuple[Any, Span]]:
-    # Without a version, a rest could be that of another file.
-    rest = {"Range": f"bytes={have}-", "If-Range": version} if have and version else {}
-    request = urllib.request.Request(location, headers=rest)  # noqa: S310
+def _open_http(location: str, offset: int, version: str, timeout: float) -> Iterator[tuple[Any, Transfer]]:
+    # Without a version, the rest might be that of another file.
+    headers = {"Range": f"bytes={offset}-", "If-Range": version} if offset and version else {}
+    request = urllib.request.Request(location, headers=headers)  # noqa: S310
     try:
-        with opener().open(request, timeout=timeout) as answer:
-            length, headers = answer.headers.get("Content-Length"), answer.headers
-            start = have if answer.status == 206 else 0
-            tag = headers.get("ETag", "")
-            now = headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
-            yield answer, Span(start, None if length is None else start + int(length), now)
+        with http_opener().open(request, timeout=timeout) as response:
+            length, etag = response.headers.get("Content-Length"), response.headers.get("ETag", "")
+            start = offset if response.status == 206 else 0
+            is_weak = not etag or etag.startswith("W/")  # not valid in If-Range
+            current_version = response.headers.get("Last-Modified", "") if is_weak else etag
+            yield response, Transfer(start, None if length is None else start + int(length), current_version)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
-            yield io.BytesIO(), Span(have, have, version)  # it was all here
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{offset}":
+            yield io.BytesIO(), Transfer(offset, offset, version)  # nothing is missing
         elif error.code == 416:
-            with _http(location, 0, "", timeout) as (source, span):
-                yield source, span
+            with _open_http(location, 0, "", timeout) as (source, transfer):
+                yield source, transfer
         elif error.code in (404, 410):
             raise FileNotFoundError(f"{location} does not exist (HTTP {error.code})") from None
         elif error.code in (401, 403):
-            raise PermissionError(f"{location} may not be read (HTTP {error.code})") from None
+            raise PermissionError(f"no permission to read {location} (HTTP {error.code})") from None
         else:
             raise OSError(f"HTTP {error.code}") from None
 
 
 @contextlib.contextmanager
-def _piped(command: str, timeout: float) -> Iterator["_Pipe"]:
+def _open_pipe(command: str, timeout: float) -> Iterator["_Pipe"]:
     with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:  # noqa: S602 (data.allow_pipe)
         assert process.stdout is not None
         try:
@@ -98,7 +98,7 @@ def _piped(command: str, timeout: float) -> Iterator["_Pipe"]:
 
 
 class _Pipe:
-    """What a command prints, so long as it goes on printing."""
+    """A command's output; a read fails if nothing is printed for `timeout` seconds."""
 
     def __init__(self, file: int, timeout: float) -> None:
         self._file, self._timeout = file, timeout
@@ -110,7 +110,7 @@ class _Pipe:
 
 
 def fsspec() -> Any:
-    """The module; local shards need none of it."""
+    """The fsspec module, imported only when a remote store is used."""
     import fsspec
 
     return fsspec

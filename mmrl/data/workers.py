@@ -1,7 +1,7 @@
-"""A function over many items, several at a time in processes of their own, the results in the order of the items.
+"""A process pool that maps a function over items, with results in the order of the items.
 
-Each worker has a pipe to itself, so that one which the system kills in the middle of an answer is noticed; with the one
-pipe that all workers of a concurrent.futures pool share, the rest of the answer would be waited for without end.
+Each worker has its own pipe, so that the death of one is noticed. In concurrent.futures all workers share one result
+pipe, and the pool hangs if the system kills a worker while it writes a result.
 """
 
 import os
@@ -19,94 +19,92 @@ from mmrl.errors import RunStopped
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Items in work or waiting for those before them, for each worker: enough that one slow item stops nobody at once.
+# Items per worker that are in work or wait for an earlier item: one slow item does not stall the other workers at once.
 _IN_FLIGHT = 3
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container are fewer than the machine has."""
+    """CPU cores that this process may use; in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Workers(Generic[T, R]):
-    """`count` processes that apply `function`, or this process itself where `count` is 1; a context."""
+class WorkerPool(Generic[T, R]):
+    """Context manager: `count` processes that apply `function`, or this process itself if `count` is 1."""
 
     def __init__(self, function: Callable[[T], R], count: int, preload: str) -> None:
-        """`preload` names the module that is imported once for all workers."""
+        """`preload` is the module that the fork server imports once for all workers."""
         self._function, self._count, self._preload = function, count, preload
-        self._process_at: dict[Connection, BaseProcess] = {}
+        self._process_of: dict[Connection, BaseProcess] = {}
 
     def __enter__(self) -> Self:
         if self._count > 1:
             # Not forked from this process, whose threads may hold locks.
             context = get_context("forkserver")
             context.set_forkserver_preload([self._preload])
-            with _interrupts_waiting():
+            with _sigint_blocked():
                 for _ in range(self._count):
                     here, there = context.Pipe()
-                    process = context.Process(target=_serve, args=(there, self._function), daemon=True)
+                    process = context.Process(target=_worker_loop, args=(there, self._function), daemon=True)
                     process.start()
                     there.close()
-                    self._process_at[here] = process
+                    self._process_of[here] = process
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._process_at.values():
+        for process in self._process_of.values():
             process.terminate()
-        for connection, process in self._process_at.items():
+        for connection, process in self._process_of.items():
             process.join()
             connection.close()
 
     def map(self, items: Iterable[T]) -> Iterator[R]:
-        """The results in the order of the items, of which only so many are taken as the workers need.
+        """Yields the results in the order of the items, which are consumed only as fast as workers need them.
 
         Raises:
-            RunStopped: a worker has ended, as when the system kills it.
+            RunStopped: a worker has died, e.g. because memory ran out.
         """
         if self._count == 1:
             yield from map(self._function, items)
             return
-        left, idle = iter(items), list(self._process_at)
-        window: deque[list[R]] = deque()  # a place for each item in flight, empty until its result is there
-        place_of: dict[Connection, list[R]] = {}
+        remaining, idle = iter(items), list(self._process_of)
+        window: deque[list[R]] = deque()  # one list per item in flight, empty until its result is there
+        result_of: dict[Connection, list[R]] = {}
         while True:
-            while idle and len(window) < _IN_FLIGHT * self._count and (item := next(left, None)) is not None:
+            while idle and len(window) < _IN_FLIGHT * self._count and (item := next(remaining, None)) is not None:
                 connection = idle.pop()
-                place_of[connection] = []
-                window.append(place_of[connection])
+                result_of[connection] = []
+                window.append(result_of[connection])
                 try:
                     connection.send(item)
                 except OSError:
-                    raise self._loss(connection) from None
+                    raise self._death_of(connection) from None
             if not window:
                 return
-            for connection in wait(list(place_of), timeout=0 if window[0] else None):
+            for connection in wait(list(result_of), timeout=0 if window[0] else None):
                 assert isinstance(connection, Connection)
                 try:
-                    place_of.pop(connection).append(connection.recv())
+                    result_of.pop(connection).append(connection.recv())
                 except (EOFError, OSError):
-                    raise self._loss(connection) from None
+                    raise self._death_of(connection) from None
                 idle.append(connection)
             if window[0]:
                 yield window.popleft()[0]
 
-    def _loss(self, connection: Connection) -> RunStopped:
-        process = self._process_at[connection]
+    def _death_of(self, connection: Connection) -> RunStopped:
+        process = self._process_of[connection]
         process.join(timeout=5)
-        how = f"with exit code {process.exitcode}"
+        how = f"exit code {process.exitcode}"
         if process.exitcode == -signal.SIGKILL:
-            how = "killed by the system, as happens when memory runs out"
-        return RunStopped(
-            f"A worker process ended early, {how}; start again with the same arguments and fewer --workers."
-        )
+            how = "killed by the system, most likely because memory ran out"
+        return RunStopped(f"A worker process died ({how}); run the same command again with fewer --workers.")
 
 
 @contextmanager
-def _interrupts_waiting() -> Iterator[None]:
-    """Ctrl-C waits until the end of this; processes started in it never see it, this one ends them."""
-    resource_tracker.ensure_running()  # its start would let interrupts through again
+def _sigint_blocked() -> Iterator[None]:
+    """Delays Ctrl-C until the end of the block. Processes started in it never receive it; their parent ends them."""
+    resource_tracker.ensure_running()  # its start would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -114,8 +112,8 @@ def _interrupts_waiting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """A worker's life, which ends with the other end of the pipe."""
+def _worker_loop(connection: Connection, function: Callable[[Any], Any]) -> None:
+    """Applies the function to received items until the other end of the pipe is closed."""
     while True:
         try:
             item = connection.recv()

@@ -1,1 +1,1 @@
-"""Processes: the launcher's environment, collectives, the heartbeat, stragglers."""
+"""Process groups: launcher environment, collectives, heartbeat, stragglers."""

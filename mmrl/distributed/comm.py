@@ -1,9 +1,9 @@
-"""The only door to torch.distributed: who we are, gathers (one with gradient), reductions.
+"""Collectives over torch.distributed: process group, all-gather with gradient, reductions, broadcast, barrier.
 
-One process is the same code as many: the functions below return their input's own values in a world of one,
-whether or not a process group exists.
+With a world size of 1 each function except `ring_shift` returns its input, with or without a process group, so that
+callers need no special case.
 
-Shapes: b rows of this process, B = b * world_size rows of all, in the order of ranks.
+Shapes: b rows of this rank, B = b * world_size rows of all ranks, in rank order.
 """
 
 import os
@@ -26,7 +26,7 @@ _is_single = False
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run."""
+    """Rank, world size and local rank of this process."""
 
     rank: int = 0
     size: int = 1
@@ -34,73 +34,72 @@ class World:
 
     @property
     def is_rank_0(self) -> bool:
-        """True on the one process that writes files and talks to the user."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this process, or the CPU where there is none."""
+        """This process's GPU, or the CPU if there is no GPU."""
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
 
 def start(timeout_s: float = 1800.0) -> World:
-    """Joins the world that the launcher's variables describe (see launchers.py), or a world of one.
+    """Initialises the process group from the launcher's variables (see launchers.py).
 
-    A process without a launcher gets a group of its own, without a port: DeepSpeed wants one in any case.
+    Without a launcher it is a group of one process that opens no port; DeepSpeed requires a group in any case.
 
     Raises:
-        InputError: variables that do not fit, or more processes on this host than it has GPUs.
-        RunStopped: not all processes came within the time.
+        InputError: invalid launcher variables, or more processes than GPUs on this host.
+        RunStopped: not all processes joined within the timeout.
     """
     if not dist.is_initialized():
-        place, timeout = launchers.find(), timedelta(seconds=timeout_s)
+        launch, timeout = launchers.detect_launch(), timedelta(seconds=timeout_s)
         on_gpu = torch.cuda.is_available()
-        if place is not None:
-            place.export(os.environ)
+        if launch is not None:
+            launch.export(os.environ)
         if on_gpu:
-            gpu = _own_gpu(0 if place is None else place.local_rank)
+            gpu = _gpu_index(0 if launch is None else launch.local_rank)
             torch.cuda.set_device(gpu)
-            os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed takes the GPU of this number
+            os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed uses it as the GPU index
         backend = "nccl" if on_gpu else "gloo"
-        if place is None:
+        if launch is None:
             dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts it
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
             return world()
         try:
             dist.init_process_group(backend, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise RunStopped(
-                f"rank {place.rank} on host {host()} did not get together with all {place.size} processes "
-                f"by way of {place.address}, port {place.port} ({reason}); see that all were started, with the same "
-                "MASTER_ADDR and MASTER_PORT, and that hosts reach each other."
+                f"rank {launch.rank} on host {host()} failed to join {launch.size} processes at "
+                f"{launch.address}:{launch.port} ({reason}); check that all of them were started with the same "
+                "MASTER_ADDR and MASTER_PORT, and that the hosts can reach each other."
             ) from error
     return world()
 
 
-def _own_gpu(local_rank: int) -> int:
-    """This process's GPU among those that it sees: a launcher may show each process its own alone."""
+def _gpu_index(local_rank: int) -> int:
+    """The GPU of this process among the visible ones. Some launchers make only one GPU visible to each process."""
     count = torch.cuda.device_count()
     if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         return 0
     if local_rank >= count:
         raise InputError(
-            f"LOCAL_RANK: this is process {local_rank + 1} of host {host()}, which has {count} GPU(s); "
-            "start one process a GPU."
+            f"LOCAL_RANK: {local_rank} on host {host()}, which has {count} GPU(s); start at most one process per GPU."
         )
     return local_rank
 
 
 def stop() -> None:
-    """Leaves the world."""
+    """Destroys the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world() -> World:
-    """The present world; rank 0 of 1 before `start`."""
+    """The current world; rank 0 of 1 before `start`."""
     if _is_single or not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
@@ -108,7 +107,7 @@ def world() -> World:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """For what one process does by itself while the others wait for it: within, its world is of one."""
+    """Inside this context `world` is a world of one, so that one rank can work alone while the others wait."""
     global _is_single
     assert not _is_single
     _is_single = True
@@ -118,11 +117,11 @@ def single_process() -> Iterator[None]:
         _is_single = False
 
 
-class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums every process's gradient of the gathered rows and hands back our own.
+class _AllGatherRows(torch.autograd.Function):
+    """All-gather whose backward is a reduce-scatter: the sum over ranks of the gradient of this rank's rows.
 
-    No further factor: data-parallel averaging divides by the world size, which is right when every process adds
-    its share of the mean (tests/test_distributed.py holds it to the gradient of one process).
+    It does not divide by the world size: data-parallel training averages over ranks afterwards.
+    tests/distributed/test_comm.py compares the result with the gradient of one process.
     """
 
     @staticmethod
@@ -137,16 +136,16 @@ class _Gather(torch.autograd.Function):
         return reduce_scatter_sum(grads[0])
 
 
-def gather(rows_bD: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, in the order of ranks, with gradient: (b, …) -> (B, …). b is equal on all."""
+def all_gather_rows(rows_bD: torch.Tensor) -> torch.Tensor:
+    """All-gather with gradient: (b, …) -> (B, …), in rank order. b must be equal on all ranks."""
     if world().size == 1:
         return rows_bD
-    result: torch.Tensor = _Gather.apply(rows_bD)  # pyright: ignore[reportAssignmentType]
+    result: torch.Tensor = _AllGatherRows.apply(rows_bD)  # pyright: ignore[reportAssignmentType]
     return result
 
 
 def reduce_scatter_sum(rows_BD: torch.Tensor) -> torch.Tensor:
-    """Our own rows of the sum over processes, without gradient: (B, …) -> (b, …). B is divided by the world size."""
+    """This rank's rows of the sum over ranks, without gradient: (B, …) -> (b, …). B is a multiple of the world size."""
     if world().size == 1:
         return rows_BD
     rows_bD = rows_BD.new_empty(rows_BD.shape[0] // dist.get_world_size(), *rows_BD.shape[1:])
@@ -155,22 +154,22 @@ def reduce_scatter_sum(rows_BD: torch.Tensor) -> torch.Tensor:
 
 
 def local_rows(b: int) -> slice:
-    """Where this process's b rows are among the gathered ones."""
+    """The slice of this rank's b rows among the gathered B rows."""
     return slice(world().rank * b, (world().rank + 1) * b)
 
 
 def host() -> str:
-    """The name of this process's host."""
+    """The host name."""
     return socket.gethostname()
 
 
-def hosts() -> list[str]:
-    """The name of each process's host, in the order of ranks; called on every process."""
+def all_hosts() -> list[str]:
+    """The host name of every rank, in rank order. Collective."""
     return all_gather_objects(host())
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """One object a process, small and picklable, in the order of ranks, on every process."""
+    """One picklable object per rank, in rank order, on every rank."""
     if world().size == 1:
         return [value]
     values: list[Any] = [None] * world().size
@@ -179,12 +178,12 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over processes, without gradient."""
+    """The elementwise sum over ranks, without gradient."""
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
-    """The elementwise maximum over processes, without gradient."""
+    """The elementwise maximum over ranks, without gradient."""
     return _all_reduce(values, dist.ReduceOp.MAX)
 
 
@@ -197,7 +196,7 @@ def _all_reduce(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> tor
 
 
 def ring_shift(values: torch.Tensor) -> torch.Tensor:
-    """What the process before this one gives, as this one gives `values` to the next, in a ring."""
+    """Sends `values` to the next rank of a ring and returns what the previous rank sent."""
     rank, size = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(values)
     for work in dist.batch_isend_irecv(
@@ -213,7 +212,7 @@ def ring_shift(values: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The main process's object, on every process."""
+    """The object of rank 0, on every rank."""
     values = [value]
     if world().size > 1:
         dist.broadcast_object_list(values, src=0)
@@ -221,14 +220,14 @@ def broadcast_object(value: Any) -> Any:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is up on any process, on every process."""
-    raised = torch.tensor([float(flag)], device=world().device)
+    """Whether the flag is True on any rank."""
+    flags = torch.tensor([float(flag)], device=world().device)
     if world().size > 1:
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return bool(raised.item())
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits until every rank has called it."""
     if world().size > 1:
         dist.barrier()

@@ -1,7 +1,6 @@
-"""Who we are, as the program that started us tells: torchrun, DeepSpeed's launcher, Slurm's srun or an MPI's mpirun.
+"""Reads rank and world size from the environment of torchrun, DeepSpeed's launcher, Slurm's srun or MPI's mpirun.
 
-A launcher states machine facts alone, in environment variables. They are read here once and written back in
-torchrun's words, which both torch and DeepSpeed read.
+They are written back as torchrun's variables, which torch and DeepSpeed read.
 """
 
 import os
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 
 from mmrl.errors import InputError
 
-# Each MPI's own names for the rank, the number of processes, the rank within a host and the number there.
-# Sources: Open MPI's mpirun(1), "ENVIRONMENT VARIABLES"; MVAPICH2's user guide, section 6.2; Hydra, of MPICH and Intel
-# MPI, sets PMI_* and MPI_LOCALRANKID, MPI_LOCALNRANKS.
+# Each MPI's variables for: rank, world size, local rank, processes on this host.
+# Sources: Open MPI's mpirun(1), "ENVIRONMENT VARIABLES"; MVAPICH2's user guide, section 6.2; Hydra, the launcher of
+# MPICH and Intel MPI, sets PMI_*, MPI_LOCALRANKID and MPI_LOCALNRANKS.
 _MPI = {
     "Open MPI": (
         "OMPI_COMM_WORLD_RANK",
@@ -34,19 +33,19 @@ _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among all that a launcher started."""
+class LaunchInfo:
+    """What a launcher says about this process."""
 
     launcher: str
     rank: int
     size: int
     local_rank: int
     address: str
-    """Of the host of rank 0."""
+    """Host name or address of rank 0."""
     port: int
 
     def export(self, environ: MutableMapping[str, str]) -> None:
-        """Says it in torchrun's words."""
+        """Writes torchrun's variables."""
         environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.size),
@@ -56,24 +55,24 @@ class Place:
         )
 
 
-def find(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that the launcher's variables describe; None where no launcher started this process.
+def detect_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | None:
+    """Reads the launcher's variables; None if no launcher started this process.
 
-    torchrun's words are looked for first: torchrun may itself have been started by srun, and so on. Slurm's are heeded
-    within a step alone (srun), since a batch script or an salloc shell has variables of the whole job about it.
+    torchrun's variables take precedence, since torchrun may itself be started by srun or mpirun. Slurm's count only
+    within a job step (srun), because batch scripts and salloc shells see variables of the whole job.
 
     Raises:
-        InputError: variables that are incomplete, no numbers, or out of range.
+        InputError: variables that are incomplete, not numbers, or out of range.
     """
     if "WORLD_SIZE" in environ or "RANK" in environ:
-        return _checked(
-            Place(
+        return _validated(
+            LaunchInfo(
                 "torchrun",
-                _number(environ, "RANK"),
-                _number(environ, "WORLD_SIZE"),
-                _number(environ, "LOCAL_RANK", 0),
+                _integer(environ, "RANK"),
+                _integer(environ, "WORLD_SIZE"),
+                _integer(environ, "LOCAL_RANK", 0),
                 environ.get("MASTER_ADDR", "127.0.0.1"),
-                _number(environ, "MASTER_PORT", 29500),
+                _integer(environ, "MASTER_PORT", 29500),
             )
         )
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
@@ -84,72 +83,71 @@ def find(environ: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
-def _slurm(environ: Mapping[str, str]) -> Place | None:
-    """One task a process, as srun starts them; the first host of the step has rank 0. (srun(1), OUTPUT ENVIRONMENT
-    VARIABLES.)"""
-    size = _number(environ, "SLURM_STEP_NUM_TASKS")
-    if size == 1:  # a shell under srun, most often
+def _slurm(environ: Mapping[str, str]) -> LaunchInfo | None:
+    """One process per task; rank 0 is on the first host of the step. Source: srun(1), OUTPUT ENVIRONMENT VARIABLES."""
+    size = _integer(environ, "SLURM_STEP_NUM_TASKS")
+    if size == 1:  # most often an interactive shell under srun
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-    return _checked(
-        Place(
+    return _validated(
+        LaunchInfo(
             "Slurm",
-            _number(environ, "SLURM_PROCID"),
+            _integer(environ, "SLURM_PROCID"),
             size,
-            _number(environ, "SLURM_LOCALID", 0),
+            _integer(environ, "SLURM_LOCALID", 0),
             environ.get("MASTER_ADDR") or first_host(nodes),
-            _number(environ, "MASTER_PORT", port_of(job)),
+            _integer(environ, "MASTER_PORT", port_for_job(job)),
         )
     )
 
 
-def _mpi(launcher: str, names: tuple[str, str, str, str], environ: Mapping[str, str]) -> Place | None:
-    rank, size = _number(environ, names[0]), _number(environ, names[1])
+def _mpi(launcher: str, names: tuple[str, str, str, str], environ: Mapping[str, str]) -> LaunchInfo | None:
+    rank, size = _integer(environ, names[0]), _integer(environ, names[1])
     if size == 1:
         return None
-    local_size = _number(environ, names[3], 0)
+    local_size = _integer(environ, names[3], 0)
     address = environ.get("MASTER_ADDR", "127.0.0.1" if local_size == size else "")
     if not address:
         raise InputError(
-            f"MASTER_ADDR: {launcher} started {size} processes on several hosts and does not tell where rank 0 is; "
-            "give its host, such as mpirun -x MASTER_ADDR=node1 (Open MPI) or -genv MASTER_ADDR node1 (MPICH)."
+            f"MASTER_ADDR: {launcher} started {size} processes on several hosts without it; set it to the host of "
+            "rank 0, e.g. mpirun -x MASTER_ADDR=node1 (Open MPI) or -genv MASTER_ADDR node1 (MPICH)."
         )
-    # Its name for the job is not among the variables of every MPI.
-    port = _number(environ, "MASTER_PORT", 29500)
-    return _checked(Place(launcher, rank, size, _number(environ, names[2], 0), address, port))
+    # A fixed port: not every MPI sets a variable with the job's id.
+    port = _integer(environ, "MASTER_PORT", 29500)
+    return _validated(LaunchInfo(launcher, rank, size, _integer(environ, names[2], 0), address, port))
 
 
-def _checked(place: Place) -> Place:
-    if not 0 <= place.rank < place.size:
+def _validated(launch: LaunchInfo) -> LaunchInfo:
+    if not 0 <= launch.rank < launch.size:
         raise InputError(
-            f"RANK: {place.launcher} says that this is process {place.rank} of {place.size}; ranks go from 0 to "
-            f"{place.size - 1}."
+            f"RANK: {launch.launcher} set rank {launch.rank} of {launch.size} processes; ranks go from 0 to "
+            f"{launch.size - 1}."
         )
-    if not 0 < place.port < 1 << 16:
-        raise InputError(f"MASTER_PORT: {place.port} is no port; take one of 1024 to 65535.")
-    return place
+    if not 0 < launch.port < 1 << 16:
+        raise InputError(f"MASTER_PORT: {launch.port} is not a valid port; use 1024 to 65535.")
+    return launch
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name)
     if text is None:
         if default is None:
             raise InputError(
-                f"{name} is not set, though others of the launcher's variables are (RANK, WORLD_SIZE, LOCAL_RANK, "
-                "MASTER_ADDR, MASTER_PORT); set all, or none for one process."
+                f"{name}: not set, although other launcher variables are; set all of RANK, WORLD_SIZE, LOCAL_RANK, "
+                "MASTER_ADDR and MASTER_PORT, or none of them for a single process."
             )
         return default
     if not re.fullmatch(r"\d+", text):
-        raise InputError(f"{name}: {text!r} is no whole number; the launcher sets it, so leave it alone.")
+        raise InputError(f"{name}: {text!r} is not a whole number; unset it and let the launcher set it.")
     return int(text)
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list in Slurm's notation: ``a[08-11,17],b3`` -> ``a08``.
+    """The first host of a node list in Slurm's notation: ``a[08-11,17],b3`` -> ``a08``.
 
     Raises:
-        InputError: no such list.
+        InputError: the list names no host.
     """
     found = re.match(r"(?:[^,\[\]\s]|\[[^\]]*\])+", nodes)
     if found is None:
@@ -157,6 +155,6 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
-def port_of(job: str) -> int:
-    """A port that all processes of a job agree on without asking, and that two jobs rarely share."""
+def port_for_job(job: str) -> int:
+    """A port derived from the job's id, so that all its processes agree on it and two jobs rarely collide."""
     return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS

@@ -1,6 +1,6 @@
-"""Which process is off: the one that makes the others wait, and the one whose embeddings are no numbers.
+"""Finds the rank that slows a run down, and the ranks whose embeddings are NaN or infinite.
 
-Shapes: b pairs of this process, D the embedding's width.
+Shapes: b pairs of this rank, D the embedding's width.
 """
 
 import statistics
@@ -11,58 +11,63 @@ import torch
 
 from mmrl.distributed import comm
 
-# A process is called slow when its own part of a step takes so many times that of the median one, and so much longer.
-_SLOW, _SLOW_S = 1.5, 0.05
+# A rank is slow if its local time is at least _SLOW_RATIO times the median of the other ranks, and _SLOW_S more.
+_SLOW_RATIO, _SLOW_S = 1.5, 0.05
 
 
-def not_finite(image_bD: torch.Tensor, text_bD: torch.Tensor, keys: Sequence[str]) -> str:
-    """Whose embeddings of which samples hold NaN or infinity; empty where none do, or all, as when the weights are the
-    cause. Called on every process."""
+def describe_non_finite(image_bD: torch.Tensor, text_bD: torch.Tensor, keys: Sequence[str]) -> str:
+    """Names the ranks and samples whose embeddings are NaN or infinite. Collective.
+
+    Empty if there are none, or if all are: then the weights are the cause, not the samples.
+    """
     rows = (~(image_bD.isfinite().all(1) & text_bD.isfinite().all(1))).nonzero().flatten().tolist()
     found = comm.all_gather_objects((comm.host(), len(rows), [keys[row] for row in rows[:2]]))
     if not any(count for _, count, _ in found) or all(count == len(keys) for _, count, _ in found):
         return ""
-    shown = [
-        f"{count} of {len(keys)} embeddings of rank {rank} on host {host} are (samples {', '.join(names)})"
+    ranks = [
+        f"{count} of {len(keys)} embeddings of rank {rank} on host {host} (samples {', '.join(names)})"
         for rank, (host, count, names) in enumerate(found)
         if count
     ]
-    return "NaN or infinite: " + "; ".join(shown[:3]) + (f"; {len(shown) - 3} more ranks" if len(shown) > 3 else "")
+    return "NaN or infinite: " + "; ".join(ranks[:3]) + (f"; {len(ranks) - 3} more ranks" if len(ranks) > 3 else "")
 
 
 @dataclass(frozen=True)
-class Own:
-    """What one process spent on a step."""
+class StepTimings:
+    """Time and memory of one rank's steps."""
 
     host: str
     seconds: Mapping[str, float]
-    """By part of the step, as timing.StepClock has them."""
+    """Mean seconds per step by phase, as timed by engine.timing.StepTimer."""
     peak_memory: int = 0
+    """Bytes."""
 
     @property
-    def alone(self) -> float:
-        """On its own, waiting for nobody: data and towers. What comes after, from the loss on, is lockstep: there a
-        fast process waits for a slow one, and both take the same time. (Under ZeRO stage 3 the towers wait for the
-        others' weights too.)"""
+    def local_seconds(self) -> float:
+        """Seconds that do not depend on other ranks: data loading and towers.
+
+        The later phases contain collectives, in which a fast rank waits for a slow one, so that both take equally
+        long. Under ZeRO stage 3 the towers contain all-gathers of the weights too.
+        """
         return self.seconds.get("data", 0.0) + self.seconds.get("towers", 0.0)
 
 
-def mean_seconds(owns: Sequence[Own]) -> dict[str, float]:
-    """Where a step's time goes, the mean over processes."""
-    parts = sorted({part for own in owns for part in own.seconds})
-    return {part: sum(own.seconds.get(part, 0.0) for own in owns) / len(owns) for part in parts}
+def mean_seconds(timings: Sequence[StepTimings]) -> dict[str, float]:
+    """Seconds per step by phase, averaged over ranks."""
+    phases = sorted({phase for one in timings for phase in one.seconds})
+    return {phase: sum(one.seconds.get(phase, 0.0) for one in timings) / len(timings) for phase in phases}
 
 
-def straggler(owns: Sequence[Own]) -> str | None:
-    """A sentence that names the slowest process, where it keeps the others waiting."""
-    if len(owns) < 2:
+def describe_straggler(timings: Sequence[StepTimings]) -> str | None:
+    """A sentence about the slowest rank, or None if no rank slows the others down. `timings` is in rank order."""
+    if len(timings) < 2:
         return None
-    rank, slowest = max(enumerate(owns), key=lambda pair: pair[1].alone)
-    others = statistics.median(one.alone for number, one in enumerate(owns) if number != rank)
-    if slowest.alone < _SLOW * others or slowest.alone - others < _SLOW_S:
+    rank, slowest = max(enumerate(timings), key=lambda pair: pair[1].local_seconds)
+    others = statistics.median(one.local_seconds for index, one in enumerate(timings) if index != rank)
+    if slowest.local_seconds < _SLOW_RATIO * others or slowest.local_seconds - others < _SLOW_S:
         return None
-    data, towers = (slowest.seconds.get(part, 0.0) for part in ("data", "towers"))
+    data, towers = (slowest.seconds.get(phase, 0.0) for phase in ("data", "towers"))
     return (
-        f"rank {rank} on host {slowest.host} makes the others wait: {slowest.alone:.2f} s a step of its own "
-        f"({data:.2f} s for data, {towers:.2f} s in the towers), others {others:.2f} s"
+        f"rank {rank} on host {slowest.host} slows all ranks down: {slowest.local_seconds:.2f} s per step "
+        f"({data:.2f} s loading data, {towers:.2f} s in the towers), median of the other ranks {others:.2f} s"
     )

@@ -1,1 +1,1 @@
-"""DeepSpeed, optimizer, gradient accumulation, checkpoints and logs of a run."""
+"""DeepSpeed engine, GradCache, optimizer, checkpoints and metrics of a training run."""

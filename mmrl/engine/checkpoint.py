@@ -1,17 +1,18 @@
-"""What a run keeps, and how it goes on.
+"""Saves and loads checkpoints. Layout of a run folder:
 
 RUN/
-    config.yaml               resolved, written before anything runs
-    metrics.jsonl             one object a logged step
-    bad_samples.jsonl         what was skipped
+    config.yaml               the resolved config, written before training starts
+    metrics.jsonl             one object per logged step
+    bad_samples.jsonl         the samples that were skipped
     checkpoints/
-        step-400/             whole or absent: written beside, then renamed
-            manifest.json, model.safetensors, tokenizer/    the encoder, as in model/bundle.py
-            training/         for resuming alone, at any ZeRO stage, on any number of processes
-                state.json               step, stream, best
-                optimizer.safetensors    its moments, whole, by the parameters' names
-                weights.safetensors      only where the encoder's are a moving average of them
-        last -> step-400      symbolic links, replaced in one move
+        step-400/             complete or absent: written under a temporary name, then renamed
+            manifest.json, model.safetensors, tokenizer/    the encoder, see model/bundle.py
+            retrieval.json    its scores on the evaluation sets, if they were measured at this step
+            training/         only needed to resume; independent of ZeRO stage and number of processes
+                state.json               step, position in the stream, best score
+                optimizer.safetensors    optimizer moments, unsharded, by parameter name
+                weights.safetensors      the trained weights, if the encoder's are a moving average (train.ema)
+        last -> step-400      symbolic links, replaced atomically
         best -> step-300
 """
 
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -35,23 +35,24 @@ from mmrl.engine.engine import Engine
 from mmrl.errors import InputError, RunStopped
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
-from mmrl.settings import Settings, machine
+from mmrl.settings import Settings, machine_field
 
 _STATE, _MOMENTS, _WEIGHTS = "state.json", "optimizer.safetensors", "weights.safetensors"
-_STEP = re.compile(r"^step-(\d+)$")
+_STEP_FOLDER = re.compile(r"^step-(\d+)$")
 
 
 class CheckpointConfig(Settings):
-    """When a run saves, and how much it keeps."""
+    """How often checkpoints are saved, and how many are kept."""
 
-    every: Duration = machine("1000 steps")
-    keep: int = Field(default=2, ge=1, json_schema_extra={"machine": True})
-    """How many of the latest checkpoints stay; the best one stays besides."""
+    every: Duration = machine_field("1000 steps")
+    """Interval between checkpoints. One is also saved at the end, on a signal and at a new best score."""
+    keep: int = machine_field(2, ge=1)
+    """Number of latest checkpoints to keep. The best one is kept in addition."""
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """All that a checkpoint holds, apart from what the next steps will change."""
+    """A copy of everything that a checkpoint contains."""
 
     step: int
     is_best: bool
@@ -60,67 +61,79 @@ class _Snapshot:
     training_weights: dict[str, torch.Tensor] | None
     moments: dict[str, torch.Tensor]
     state: dict[str, Any]
+    scores: dict[str, Any] | None
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder, written in the background."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self.folder = run / "checkpoints"
         self._keep = keep
-        self._writing: threading.Thread | None = None
-        self._problem = ""
+        self._writer: threading.Thread | None = None
+        self._error = ""
 
-    def save(self, step: int, encoder: Bundle, engine: Engine, state: dict[str, Any], is_best: bool = False) -> None:
-        """Takes a copy of everything, and writes step-N and the links to it while training goes on; called on every
-        process. `encoder` holds other weights than `engine` where those are a moving average.
+    def save(
+        self,
+        step: int,
+        encoder: Bundle,
+        engine: Engine,
+        state: dict[str, Any],
+        is_best: bool = False,
+        scores: dict[str, Any] | None = None,
+    ) -> None:
+        """Copies weights and optimizer state, then writes step-N and its links in a thread. Collective.
+
+        Args:
+            encoder: its weights differ from those of `engine` if they are a moving average.
+            scores: the content of retrieval.json for this step, if it was evaluated.
 
         Raises:
-            RunStopped: an earlier one could not be written.
+            RunStopped: an earlier checkpoint could not be written.
         """
         self.finish()
         moments = engine.moments()
-        if not _is_main():
+        if not comm.world().is_rank_0:
             return
-        training = None if encoder.model is engine.whole_model else _copied(engine.whole_model.state_dict())
-        snapshot = _Snapshot(step, is_best, encoder, _copied(encoder.state()), training, moments, state)
-        self._writing = threading.Thread(target=self._write_whole, args=(snapshot,))
-        self._writing.start()
+        training = None if encoder.model is engine.full_model else _cpu_copy(engine.full_model.state_dict())
+        snapshot = _Snapshot(step, is_best, encoder, _cpu_copy(encoder.state()), training, moments, state, scores)
+        self._writer = threading.Thread(target=self._write_atomic, args=(snapshot,))
+        self._writer.start()
 
     def finish(self) -> None:
-        """Waits until what `save` began is on the disk; called on every process.
+        """Waits until the checkpoint of the last `save` is on disk. Collective.
 
         Raises:
-            RunStopped: it could not be written (a full disk); earlier checkpoints are untouched.
+            RunStopped: it could not be written, e.g. because the disk is full. Earlier checkpoints are unaffected.
         """
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-        problem = comm.broadcast_object(self._problem)
-        if problem:
-            raise RunStopped(problem)
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        error = comm.broadcast_object(self._error)
+        if error:
+            raise RunStopped(error)
 
-    def _write_whole(self, snapshot: _Snapshot) -> None:
+    def _write_atomic(self, snapshot: _Snapshot) -> None:
         final, partial = (self.folder / name for name in (f"step-{snapshot.step}", f".step-{snapshot.step}.partial"))
         try:
             shutil.rmtree(partial, ignore_errors=True)
             self._write(partial, snapshot)
-            _flush(partial)
+            _fsync(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _flush(self.folder)
-            self._point("last", final)
+            _fsync(self.folder)
+            self._link("last", final)
             if snapshot.is_best:
-                self._point("best", final)
-            self._tidy()
-        except Exception as error:  # any at all: `finish` tells of it, in the thread that can stop the run
+                self._link("best", final)
+            self._delete_old()
+        except Exception as error:  # any: `finish` reports it in the main thread, which can stop the run
             free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
             shutil.rmtree(partial, ignore_errors=True)
             last = self.last()
-            kept = f"{last} is whole; run again with resume=auto" if last else "there is none before it"
-            self._problem = (
+            remedy = f"{last} is complete; run again with resume=auto" if last else "There is no earlier checkpoint"
+            self._error = (
                 f"The checkpoint of step {snapshot.step} could not be written ({str(error) or repr(error)}); "
-                f"{free / 1e9:.1f} GB of the disk are free. {kept}."
+                f"{free / 1e9:.1f} GB of disk are free. {remedy}."
             )
 
     def _write(self, partial: Path, snapshot: _Snapshot) -> None:
@@ -132,47 +145,49 @@ class Checkpoints:
         if snapshot.training_weights is not None:
             save_file(snapshot.training_weights, training / _WEIGHTS)
         (training / _STATE).write_text(json.dumps(snapshot.state, indent=2) + "\n")
+        if snapshot.scores is not None:
+            (partial / "retrieval.json").write_text(json.dumps(snapshot.scores, indent=2) + "\n")
 
     def last(self) -> Path | None:
-        """The latest whole checkpoint."""
+        """The latest complete checkpoint."""
         link = self.folder / "last"
         if link.exists():
             return link.resolve()
-        found = self._found()
-        return found[-1][1] if found else None
+        steps = self._by_step()
+        return steps[-1][1] if steps else None
 
-    def _found(self) -> list[tuple[int, Path]]:
+    def _by_step(self) -> list[tuple[int, Path]]:
         folders = self.folder.iterdir() if self.folder.exists() else ()
-        return sorted((int(m[1]), path) for path in folders if (m := _STEP.match(path.name)))
+        return sorted((int(m[1]), path) for path in folders if (m := _STEP_FOLDER.match(path.name)))
 
-    def _point(self, name: str, target: Path) -> None:
-        beside = self.folder / f".{name}.partial"
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(target.name)
-        beside.replace(self.folder / name)
+    def _link(self, name: str, target: Path) -> None:
+        partial = self.folder / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target.name)
+        partial.replace(self.folder / name)
 
-    def _tidy(self) -> None:
+    def _delete_old(self) -> None:
         best = (self.folder / "best").resolve()
-        for _, path in self._found()[: -self._keep]:
+        for _, path in self._by_step()[: -self._keep]:
             if path.resolve() != best:
                 shutil.rmtree(path)
-        for leftover in self.folder.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
+        for partial in self.folder.glob(".step-*.partial"):  # of a process that was killed
+            shutil.rmtree(partial)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What `Checkpoints.save` kept, for resuming."""
+class LoadedCheckpoint:
+    """What a run needs to resume, on the CPU."""
 
     state: dict[str, Any]
-    """The step, stream position and best score."""
+    """Step, position in the stream, best score."""
     encoder_weights: dict[str, torch.Tensor]
     training_weights: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
 
 
-def read(checkpoint: Path) -> Saved:
-    """What a checkpoint holds, on the CPU.
+def read_checkpoint(checkpoint: Path) -> LoadedCheckpoint:
+    """Reads a checkpoint to resume from.
 
     Raises:
         InputError: it is damaged, or of an older version.
@@ -181,24 +196,21 @@ def read(checkpoint: Path) -> Saved:
     encoder = bundle.read_weights(checkpoint, bundle.read_manifest(checkpoint))
     try:
         weights = load_file(training / _WEIGHTS) if (training / _WEIGHTS).exists() else encoder
-        return Saved(json.loads((training / _STATE).read_text()), encoder, weights, load_file(training / _MOMENTS))
+        state, moments = json.loads((training / _STATE).read_text()), load_file(training / _MOMENTS)
+        return LoadedCheckpoint(state, encoder, weights, moments)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
-            f"resume: {checkpoint} is damaged or of an older version ({error}); remove it, and the run goes on from "
-            "the one before."
+            f"resume: {checkpoint} is damaged or of an older version ({error}); delete it to resume from the previous "
+            "checkpoint."
         ) from None
 
 
-def _is_main() -> bool:
-    return comm.world().is_rank_0
-
-
-def _copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _cpu_copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def _flush(path: Path) -> None:
-    """To the disk itself, so that not even a loss of power leaves a name without its contents."""
+def _fsync(path: Path) -> None:
+    """Flushes a folder to the disk, with its files if it is partial, so that it survives a loss of power."""
     for one in [*(path.rglob("*") if path.name.endswith(".partial") else ()), path]:
         file = os.open(one, os.O_RDONLY)
         try:

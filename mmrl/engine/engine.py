@@ -1,6 +1,6 @@
-"""The only door to deepspeed: one engine for one process or many, CPU or GPU, any ZeRO stage that a config names.
+"""The DeepSpeed engine: forward, backward and optimizer step on CPU or GPU, for any world size and ZeRO stage.
 
-DeepSpeed's config is a dict made here from ours; no JSON file is written.
+DeepSpeed gets its config as a dict that is derived from EngineConfig; no JSON file is written.
 """
 
 import copy
@@ -18,50 +18,49 @@ from pydantic import Field, model_validator
 
 from mmrl.distributed import comm
 from mmrl.engine.loss_scale import LossScale
-from mmrl.engine.timing import StepClock
+from mmrl.engine.timing import StepTimer
 from mmrl.engine.zero_state import Fragment, fragment_of, gather_moments, scatter_moments
-from mmrl.hardware import multiplies_bfloat16
-from mmrl.model.towers import Side
+from mmrl.hardware import has_native_bfloat16
+from mmrl.model.towers import Modality
 from mmrl.model.two_tower import MatryoshkaCLIP, Outputs
-from mmrl.settings import Settings, machine
+from mmrl.settings import Settings, machine_field
 
 
 class EngineConfig(Settings):
-    """How a step is carried out."""
+    """Precision, ZeRO, offloading, compilation and timeouts."""
 
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """bf16 runs matrix products and convolutions in bfloat16; weights, optimiser and loss stay float32. fp16 does the
-    same in float16, for GPUs without bfloat16: the loss is scaled, and a step whose gradients overflow is skipped and
-    counted. auto is bf16 where all processes' devices have such products, else fp32: without, they are many times
-    slower."""
-    zero_stage: int = machine(0, ge=0, le=3)
-    """What is divided among processes: 0 nothing, 1 optimiser state, 2 gradients as well, 3 weights as well."""
-    reduce_each_micro_batch: bool = machine(False)
-    """With train.micro_batch at stages 2 and 3: divide the gradients after each micro-batch instead of once a step.
-    Sends them once for each micro-batch; saves 4 bytes a trained parameter, at stage 2 for each one beyond 5e8."""
-    offload: bool = machine(False)
-    """Keeps the optimiser's state in the host's memory and steps there, where a GPU is too small; wants ZeRO."""
-    compile: bool = machine(False)
-    """torch.compile for both towers: minutes at the start, faster steps. Wants a C++ compiler."""
+    """bf16 and fp16 run matrix products and convolutions in 16 bits; weights, optimizer and loss stay fp32. fp16 scales
+    the loss, and skips and counts steps whose gradients overflow. auto is bf16 if the devices of all processes have
+    bfloat16 instructions, else fp32: without them, bf16 is many times slower."""
+    zero_stage: int = machine_field(0, ge=0, le=3)
+    """What is sharded over processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
+    reduce_each_micro_batch: bool = machine_field(False)
+    """With train.micro_batch and ZeRO stage 2 or 3: reduce gradients after every micro-batch instead of once per step.
+    More traffic, but saves 4 bytes per trained parameter (at stage 2 only per parameter beyond 500 million)."""
+    offload: bool = machine_field(False)
+    """Keep the optimizer state in host memory and update weights there. Requires ZeRO stage 1, 2 or 3."""
+    compile: bool = machine_field(False)
+    """Use torch.compile for both towers: minutes at the start, faster steps. Requires a C++ compiler."""
     timeout_minutes: float = Field(default=30.0, gt=0, json_schema_extra={"machine": True})
-    """How long a process waits for the others before it gives up."""
+    """Timeout of a collective."""
     lost_after_seconds: float = Field(default=30.0, ge=5, json_schema_extra={"machine": True})
-    """A process that is not heard of for so long is taken for lost, and the others stop, naming it and its host. Four
-    times as long outside of the steps: while it starts, evaluates or saves."""
-    deepspeed: dict[str, Any] = machine({})
-    """Merged over what DeepSpeed is given, for those who know it, such as {zero_optimization: {reduce_bucket_size:
-    1_000_000}}; what contradicts other fields is refused."""
+    """A process without a heartbeat for this long is considered lost, and the others stop with its rank and host. Four
+    times as long while a run starts, evaluates or saves."""
+    deepspeed: dict[str, Any] = machine_field({})
+    """Extra DeepSpeed config, e.g. {zero_optimization: {reduce_bucket_size: 1_000_000}}. Values that contradict other
+    fields are refused."""
 
     @model_validator(mode="after")
-    def _contradict_nothing(self) -> "EngineConfig":
+    def _check(self) -> "EngineConfig":
         if self.offload and not self.zero_stage:
-            raise ValueError("offload: ZeRO moves the optimiser's state; take zero_stage 1, 2 or 3 with it")
+            raise ValueError("offload: requires ZeRO; set zero_stage to 1, 2 or 3")
         _merged(_derived(self, None, 1, 1, "fp32"), self.deepspeed)
         return self
 
 
 class Engine:
-    """A model under training: forward, backward, step, and what a resume needs."""
+    """A model in training: forward, backward, optimizer step, and full weights and moments for checkpoints."""
 
     def __init__(
         self,
@@ -75,18 +74,18 @@ class Engine:
         world = comm.world()
         self.precision = config.precision
         if config.precision == "auto":
-            self.precision = "fp32" if comm.any_rank(not multiplies_bfloat16(world.device)) else "bf16"
+            self.precision = "fp32" if comm.any_rank(not has_native_bfloat16(world.device)) else "bf16"
         if world.device.type == "cpu":
             _keep_freed_memory()
         if config.compile:
             model.image.tower.compile()
             model.text.tower.compile()
-        self._whole = copy.deepcopy(model) if config.zero_stage == 3 else None
-        # DeepSpeed's own scale under torch_autocast never comes down with ZeRO (0.19.8): a norm that is not finite ends
-        # the step before its scaler hears of it, and all further steps are skipped. So it is given our scale.
+        self._full_copy = copy.deepcopy(model) if config.zero_stage == 3 else None
+        # Under torch_autocast with ZeRO, DeepSpeed 0.19.8 never lowers its own loss scale: a non-finite norm ends the
+        # step before the scaler is updated, so that all further steps are skipped. Hence our own loss scale.
         self.loss_scale = LossScale() if self.precision == "fp16" else None
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=(_InHalf(model) if self.loss_scale else model).to(world.device),
+            model=(_Float16Model(model) if self.loss_scale else model).to(world.device),
             optimizer=optimizer,
             config=deepspeed_config(
                 config, clip_norm, micro_batch, world.size, self.precision, sum(p.numel() for p in model.parameters())
@@ -94,89 +93,89 @@ class Engine:
             dist_init_required=False,
         )
         if world.size == 1 and config.zero_stage == 0:
-            # It would flatten all gradients, reduce them with nobody and copy them back.
+            # Otherwise it flattens all gradients, all-reduces them over one process and copies them back.
             self._engine.enable_backward_allreduce = False
         self.model = model
         self.device = world.device
-        self.clock = StepClock(world.device)
+        self.timer = StepTimer(world.device)
         self._zero_stage = config.zero_stage
-        # One reduction a step: DeepSpeed reduces at each micro-batch from stage 2 on, unless told to wait. The price is
-        # whole gradients until the last of them. At stage 2 they take the room of its bucket, which then comes after
-        # the activations: no more memory in all, up to 5e8 parameters. At stage 3, 4 bytes a parameter more. Towers are
-        # small beside their activations, and gradients sent 16 times are not small beside a step.
-        self._reduces_at_the_end = config.zero_stage >= 2 and not config.reduce_each_micro_batch
+        # From stage 2 on, DeepSpeed reduces gradients after every micro-batch by default. We reduce once per step,
+        # which keeps full gradients until the last micro-batch. At stage 2 that needs no more memory in all up to 5e8
+        # parameters, because its bucket is then allocated after the activations are freed; at stage 3 it needs 4 bytes
+        # per parameter more. CLIP towers are small next to their activations, and reducing 16 times per step is slow.
+        self._reduces_once = config.zero_stage >= 2 and not config.reduce_each_micro_batch
         self._gathered = deepspeed.zero.GatheredParameters
-        # Without ZeRO, DeepSpeed clips but does not tell the norm.
-        self._clip_here = (clip_norm or math.inf) if config.zero_stage == 0 else None
+        # Without ZeRO, DeepSpeed does not return the gradient norm, so `step` clips instead.
+        self._clip_norm = (clip_norm or math.inf) if config.zero_stage == 0 else None
 
     def __call__(self, image_BCHW: torch.Tensor | None, text_BL: torch.Tensor | None) -> Any:
-        """The model's forward, under the configured precision, on the engine's device."""
-        with self.clock.part("towers"):
+        """The model's forward pass, in the configured precision, on the engine's device."""
+        with self.timer.phase("towers"):
             return self._engine(
                 *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
             )
 
     @property
-    def whole_model(self) -> MatryoshkaCLIP:
-        """The model with all its weights, to evaluate and to save: as of the last `refresh` where ZeRO divides them."""
-        return self._whole or self.model
+    def full_model(self) -> MatryoshkaCLIP:
+        """The unsharded model, to evaluate and save. Under ZeRO stage 3 it is as of the last `gather_full_model`."""
+        return self._full_copy or self.model
 
-    def refresh(self) -> None:
-        """Brings `whole_model` up to date; called on every process."""
-        if self._whole is None:
+    def gather_full_model(self) -> None:
+        """Updates `full_model` from the shards of all ranks. Collective."""
+        if self._full_copy is None:
             return
         with torch.no_grad():
-            for whole, divided in zip(self._whole.parameters(), self.model.parameters(), strict=True):
-                with self._gathered([divided]):
-                    whole.copy_(divided)
-            for whole, buffer in zip(self._whole.buffers(), self.model.buffers(), strict=True):
-                whole.copy_(buffer)
+            for full, sharded in zip(self._full_copy.parameters(), self.model.parameters(), strict=True):
+                with self._gathered([sharded]):
+                    full.copy_(sharded)
+            for full, buffer in zip(self._full_copy.buffers(), self.model.buffers(), strict=True):
+                full.copy_(buffer)
 
-    def trains(self, side: Side) -> bool:
-        """Whether anything of a tower is learnt."""
+    def trains(self, side: Modality) -> bool:
+        """Whether a tower has trained parameters."""
         return any(parameter.requires_grad for parameter in getattr(self.model, side).parameters())
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Around the backward passes of a step that has several: their gradients are reduced once, at the end."""
-        if not self._reduces_at_the_end:
+        """Wraps the backward passes of all micro-batches of a step, so that gradients are reduced once, at the end."""
+        if not self._reduces_once:
             yield
             return
         with ExitStack() as reduction:
             reduction.enter_context(self._engine.coalesce_grad_reduction())
             yield
-            with self.clock.part("backward"):
+            with self.timer.phase("backward"):
                 reduction.close()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds the gradient of `loss`, a mean over processes. `last`: the last one before a step."""
-        with self.clock.part("backward"):
-            self._engine.set_gradient_accumulation_boundary(last or self._reduces_at_the_end)
+        """Accumulates the gradient of `loss`, averaged over ranks. `last`: this is the last call before `step`."""
+        with self.timer.phase("backward"):
+            self._engine.set_gradient_accumulation_boundary(last or self._reduces_once)
             if self.loss_scale is not None:
                 if self._zero_stage:
-                    self.optimizer.override_loss_scale(self.loss_scale.value)  # ZeRO multiplies, and divides again
+                    self.optimizer.override_loss_scale(self.loss_scale.value)  # ZeRO scales the loss itself
                 else:
                     loss = loss * self.loss_scale.value
             self._engine.backward(loss)
 
     def step(self) -> float:
-        """Clips, and makes one optimiser step, but none where fp16's gradients overflowed. Returns the gradient's norm
-        before clipping, infinite in that case."""
-        with self.clock.part("optimizer"):
-            norm = self._step_alone() if self._clip_here is not None else self._step_under_zero()
+        """Clips the gradients and updates the weights, unless fp16 gradients overflowed. Returns the gradient norm
+        before clipping; infinite on overflow."""
+        with self.timer.phase("optimizer"):
+            norm = self._step_without_zero() if self._clip_norm is not None else self._step_with_zero()
             if self.loss_scale is not None:
                 self.loss_scale.update(math.isfinite(norm))
             return norm
 
-    def _step_under_zero(self) -> float:
-        """ZeRO clips, and makes no step where the norm is not finite."""
+    def _step_with_zero(self) -> float:
+        """DeepSpeed clips, and skips the update if the norm is not finite."""
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def _step_alone(self) -> float:
-        assert self._clip_here is not None
+    def _step_without_zero(self) -> float:
+        assert self._clip_norm is not None
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_here * scale).item() / scale
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm * scale).item() / scale
         if self.loss_scale is not None:
             if not math.isfinite(norm):
                 self._engine.zero_grad()
@@ -188,14 +187,13 @@ class Engine:
         return norm
 
     def moments(self, of: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """The optimiser's state as whole tensors by name, `of` some parameters or of all, on the main process; called
-        on every process."""
-        shapes = {name: p.shape for name, p in self._whole_parameters() if of is None or name in of}
-        divided = self._zero_stage > 0 and comm.world().size > 1
-        return gather_moments(shapes, self._fragments(), self._base_optimizer, divided)
+        """The unsharded optimizer state by name, `of` some parameters or all of them, on rank 0. Collective."""
+        shapes = {name: p.shape for name, p in self._trained_parameters() if of is None or name in of}
+        is_sharded = self._zero_stage > 0 and comm.world().size > 1
+        return gather_moments(shapes, self._fragments(), self._base_optimizer, is_sharded)
 
     def load(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
-        """Goes on from whole tensors: the model's state and what `moments` gave, of any ZeRO stage and world size."""
+        """Loads an unsharded state dict and the result of `moments`, saved at any ZeRO stage and world size."""
         self._load_weights(weights)
         fragments = self._fragments()
         if self._zero_stage:
@@ -207,19 +205,19 @@ class Engine:
 
     @torch.no_grad()
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        if self._whole is None:
+        if self._full_copy is None:
             self.model.load_state_dict(weights)
             return
-        self._whole.load_state_dict(weights)
-        for whole, divided in zip(self._whole.parameters(), self.model.parameters(), strict=True):
-            with self._gathered([divided], modifier_rank=0):
-                divided.copy_(whole)
-        for whole, buffer in zip(self._whole.buffers(), self.model.buffers(), strict=True):
-            buffer.copy_(whole)
+        self._full_copy.load_state_dict(weights)
+        for full, sharded in zip(self._full_copy.parameters(), self.model.parameters(), strict=True):
+            with self._gathered([sharded], modifier_rank=0):
+                sharded.copy_(full)
+        for full, buffer in zip(self._full_copy.buffers(), self.model.buffers(), strict=True):
+            buffer.copy_(full)
 
-    def _whole_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Those that learn, by name, in their whole shapes."""
-        return ((name, p) for name, p in self.whole_model.named_parameters() if p.requires_grad)
+    def _trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Trained parameters by name, unsharded."""
+        return ((name, p) for name, p in self.full_model.named_parameters() if p.requires_grad)
 
     def _fragments(self) -> dict[str, Fragment | None]:
         return {
@@ -230,13 +228,13 @@ class Engine:
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
-        """torch's own, which DeepSpeed wraps under ZeRO."""
+        """torch's optimizer, which DeepSpeed wraps under ZeRO."""
         return self.optimizer.optimizer if self._zero_stage else self.optimizer
 
 
-class _InHalf(torch.nn.Module):
-    """The model's forward in float16. What it returns is float32: before the loss is scaled, the gradients of
-    embeddings are too small for float16."""
+class _Float16Model(torch.nn.Module):
+    """The model under fp16 autocast. It returns float32, because gradients of embeddings underflow in float16 before
+    they are multiplied by the loss scale."""
 
     def __init__(self, model: MatryoshkaCLIP) -> None:
         super().__init__()
@@ -249,35 +247,35 @@ class _InHalf(torch.nn.Module):
         return image_BD, text_MD, scale, bias
 
 
-# What would change the learning behind the back of our own fields, or be read by nobody.
+# Keys of engine.deepspeed that would override other fields of the config, or have no effect.
 _NOT_ALLOWED = {"optimizer", "scheduler", "fp16", "bf16", "amp", "prescale_gradients", "checkpoint"}
 
 
 def bucket_size(parameters: int) -> int:
-    """Numbers that ZeRO reduces at once. DeepSpeed's own 500 million are 2 GB on each GPU however small the model."""
+    """Elements that ZeRO reduces at once. DeepSpeed's default of 500 million takes 2 GB even for small models."""
     return min(500_000_000, parameters)
 
 
 def deepspeed_config(
     config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str, parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's dict for ours."""
+    """The config dict for DeepSpeed."""
     merged = _merged(_derived(config, clip_norm, micro_batch, world_size, precision), config.deepspeed)
     merged["zero_optimization"].setdefault("reduce_bucket_size", bucket_size(parameters))
     return merged
 
 
-def _merged(ours: dict[str, Any], theirs: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
-    """Ours with what the user adds. Raises ValueError where that contradicts ours."""
-    merged = dict(ours)
-    for key, value in theirs.items():
+def _merged(derived: dict[str, Any], extra: dict[str, Any], path: str = "deepspeed") -> dict[str, Any]:
+    """Merges engine.deepspeed into the derived dict. Raises ValueError if the two contradict each other."""
+    merged = dict(derived)
+    for key, value in extra.items():
         name = f"{path}.{key}"
         if key in _NOT_ALLOWED:
-            raise ValueError(f"{name} cannot be set here; optim and engine.precision decide it")
+            raise ValueError(f"{name} cannot be set here; use optim and engine.precision")
         if isinstance(value, dict):
-            merged[key] = _merged(ours.get(key, {}), value, name)
-        elif key in ours and ours[key] != value:
-            raise ValueError(f"{name}: {value!r} contradicts {ours[key]!r}, which other fields of the config decide")
+            merged[key] = _merged(derived.get(key, {}), value, name)
+        elif key in derived and derived[key] != value:
+            raise ValueError(f"{name}: {value!r} contradicts {derived[key]!r}, which other config fields set")
         else:
             merged[key] = value
     return merged
@@ -293,11 +291,11 @@ def _derived(
         "train_batch_size": micro_batch * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
-        # Left out, DeepSpeed clips at 1.0; without ZeRO, `Engine.step` clips.
+        # DeepSpeed's default is to clip at 1.0. Without ZeRO, `Engine.step` clips.
         "gradient_clipping": clip_norm if clip_norm and config.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # Its own optimiser for the host wants a compiler; torch's fused AdamW does the same.
+        # DeepSpeed's CPU optimizer requires a compiler; torch's fused AdamW does the same.
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
@@ -306,23 +304,22 @@ def _derived(
 
 
 def _keep_freed_memory() -> None:
-    """Lets one step's freed tensors serve the next, where glibc would hand them back to the kernel and fault them in
-    again: a tenth of a small model's step."""
+    """Makes glibc reuse freed memory instead of returning it to the kernel, which takes a small model 10 % of its step
+    time in page faults."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other C libraries have none
+    if mallopt is not None:  # None with other C libraries
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        mallopt(-4, 0)  # M_MMAP_MAX: serve no allocation by mmap
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed without its guesses: it would look for an accelerator, talk on import and compile an extension."""
+    """Imports deepspeed without accelerator detection, warnings about skipped steps and compilation on a CPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of each skipped step; so do we
-    # On a CPU, DeepSpeed builds this shared-memory kernel for a minute and fails without a compiler; it serves
-    # inference only.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the training log reports skipped steps
+    # On a CPU, DeepSpeed compiles this kernel for a minute, and fails without a compiler. Only inference uses it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,34 +1,34 @@
-"""float16's loss scale: what the loss is multiplied by, so that its small gradients do not vanish."""
+"""Dynamic loss scaling for fp16, as in torch.amp.GradScaler."""
 
 from dataclasses import dataclass
 
-# torch.amp.GradScaler's own. Powers of two, so that scaling rounds nothing.
-_START, _GROWTH, _STEPS_TO_GROW, _LEAST = 2.0**16, 2.0, 2000, 1.0
+# GradScaler's defaults. Powers of two, so that scaling is exact.
+_INITIAL, _FACTOR, _GROWTH_INTERVAL, _MINIMUM = 2.0**16, 2.0, 2000, 1.0
 
 
 @dataclass
 class LossScale:
-    """Halved where gradients overflow, whose step is then skipped; doubled after 2,000 steps without."""
+    """The factor that the loss is multiplied by. Halved when gradients overflow, doubled after 2,000 steps without."""
 
-    value: float = _START
+    value: float = _INITIAL
     good_steps: int = 0
-    """Since it last changed."""
+    """Steps since the value last changed."""
     skipped: int = 0
-    """Steps of the whole run."""
+    """Steps of the whole run that were skipped because gradients overflowed."""
 
     def update(self, is_finite: bool) -> None:
-        """After each step, with whether its gradients were finite."""
+        """Called after each step, with whether its gradients were finite."""
         if not is_finite:
-            self.value /= _GROWTH
+            self.value /= _FACTOR
             self.good_steps = 0
             self.skipped += 1
             return
         self.good_steps += 1
-        if self.good_steps == _STEPS_TO_GROW:
-            self.value *= _GROWTH
+        if self.good_steps == _GROWTH_INTERVAL:
+            self.value *= _FACTOR
             self.good_steps = 0
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether gradients overflow without any scale: it is not the precision's fault."""
-        return self.value < _LEAST
+        """Whether gradients overflow even without scaling, so that fp16 is not the cause."""
+        return self.value < _MINIMUM

@@ -1,4 +1,4 @@
-"""Where a step's time goes, in each process; and a trace of a few steps for those who want to see all of it."""
+"""Times the phases of a step, measures throughput and peak memory, and records profiler traces."""
 
 import resource
 import sys
@@ -14,11 +14,11 @@ import torch
 _Mark = float | torch.cuda.Event
 
 
-class StepClock:
-    """Seconds by part of a step, summed up since they were last taken.
+class StepTimer:
+    """Seconds per phase of a step, summed since the last `pop_seconds`.
 
-    On a GPU a part is timed by events in its stream, so that nobody waits for it; what overlaps there (the reduction of
-    gradients during the backward pass) counts to the part that it runs under. Parts do not nest.
+    On a GPU, phases are timed by CUDA events without synchronising. What overlaps there, such as the reduction of
+    gradients during the backward pass, counts to the phase that it runs under. Phases do not nest.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,21 +26,21 @@ class StepClock:
         self._spans: dict[str, list[tuple[_Mark, _Mark]]] = defaultdict(list)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Counts the time inside to `name`."""
-        began = self._mark()
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside this context to the phase `name`."""
+        start = self._mark()
         try:
             yield
         finally:
-            self._spans[name].append((began, self._mark()))
+            self._spans[name].append((start, self._mark()))
 
-    def take(self) -> dict[str, float]:
-        """The seconds of each part, and begins anew."""
+    def pop_seconds(self) -> dict[str, float]:
+        """Returns the seconds of each phase and resets them."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        taken = {name: sum(_seconds(*span) for span in spans) for name, spans in self._spans.items()}
+        seconds = {name: sum(_seconds(*span) for span in spans) for name, spans in self._spans.items()}
         self._spans.clear()
-        return taken
+        return seconds
 
     def _mark(self) -> _Mark:
         if not self._on_gpu:
@@ -50,27 +50,27 @@ class StepClock:
         return event
 
 
-def _seconds(began: _Mark, ended: _Mark) -> float:
-    if isinstance(began, float) and isinstance(ended, float):
-        return ended - began
-    assert isinstance(began, torch.cuda.Event)
-    assert isinstance(ended, torch.cuda.Event)
-    return began.elapsed_time(ended) / 1000
+def _seconds(start: _Mark, end: _Mark) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return start.elapsed_time(end) / 1000
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process held at most: of the GPU's memory where it has one, else of the machine's."""
+    """Peak bytes of this process: allocated GPU memory, or resident memory without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells of a process begins with what its parent held
+    if status.exists():  # getrusage's figure of a forked process starts with that of its parent
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
-    # macOS counts in bytes.
+    # macOS reports bytes, other systems KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Trace:
-    """A trace of a few steps in the format of Chrome's and Perfetto's viewers, FOLDER/rank-N.json."""
+    """Profiles a few steps to FOLDER/rank-N.json, in the format of chrome://tracing and Perfetto."""
 
     _WAIT, _STEPS = 2, 3
 
@@ -88,12 +88,12 @@ class Trace:
         self._profiler.start()
 
     def step(self) -> None:
-        """After each optimiser step."""
+        """Called after each optimizer step."""
         if self._profiler is not None:
             self._profiler.step()
 
     def stop(self) -> None:
-        """Ends a trace that the run was too short for."""
+        """Ends the trace, even if the run had too few steps."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
@@ -103,13 +103,14 @@ class Trace:
         profiler.export_chrome_trace(str(self.file))
 
 
-class Pacer:
-    """Steps a second since the last time that it was asked, less the pauses."""
+class ThroughputMeter:
+    """Steps per second since the last query, without paused time."""
 
     def __init__(self, step: int) -> None:
         self._step, self._since = step, time.monotonic()
 
     def steps_per_second(self, step: int) -> float:
+        """The rate from the step of the last query, or of the construction, to `step`."""
         now = time.monotonic()
         rate = (step - self._step) / (now - self._since)
         self._step, self._since = step, now
@@ -117,6 +118,7 @@ class Pacer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.monotonic()
+        """Excludes the time spent inside this context."""
+        start = time.monotonic()
         yield
-        self._since += time.monotonic() - began
+        self._since += time.monotonic() - start

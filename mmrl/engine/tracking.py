@@ -1,4 +1,4 @@
-"""Metrics out: a progress bar or plain lines, metrics.jsonl, TensorBoard. The main process only."""
+"""Writes a run's metrics: progress bar or plain lines, metrics.jsonl, TensorBoard. Rank 0 only."""
 
 import json
 import time
@@ -7,50 +7,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from mmrl.data.index import BAD_SAMPLES
 from mmrl.errors import InputError
-from mmrl.settings import Settings, machine
+from mmrl.output.files import write_atomic
+from mmrl.output.progress import progress_bar
+from mmrl.settings import Settings, machine_field
 
 METRICS = "metrics.jsonl"
 
 
 class TrackingConfig(Settings):
-    """What is written while a run goes on."""
+    """What is logged during a run."""
 
-    log_every: int = Field(default=20, ge=1, json_schema_extra={"machine": True})
+    log_every: int = machine_field(20, ge=1)
     """Steps between two lines of metrics.jsonl."""
-    tensorboard: bool = machine(False)
-    """Also write TensorBoard's event files to RUN/tensorboard."""
-    profile: bool = machine(False)
-    """Trace steps 4 to 6 after the start, to RUN/profile/rank-N.json (chrome://tracing or Perfetto)."""
+    tensorboard: bool = machine_field(False)
+    """Also write TensorBoard event files to RUN/tensorboard."""
+    profile: bool = machine_field(False)
+    """Trace steps 4 to 6 after the start to RUN/profile/rank-N.json, for chrome://tracing or Perfetto."""
 
 
 class Tracker:
-    """Where a run's numbers go."""
+    """Logs metrics and messages of a run."""
 
     def __init__(self, folder: Path, config: TrackingConfig, start: int, total: int, console: Console) -> None:
         self.console = console
         self._folder = folder
         for name in (METRICS, BAD_SAMPLES):
-            _forget_after(folder / name, start)
+            _drop_later_steps(folder / name, start)
         self._metrics = (folder / METRICS).open("a")
         self._board = _tensorboard(folder / "tensorboard", start) if config.tensorboard else None
         self._total = total
-        self._began, self._start = time.monotonic(), start
-        self._bar = Progress(
-            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=total, completed=start, numbers="")
+        self._start_time, self._start = time.monotonic(), start
+        self._bar = progress_bar(console, TextColumn("{task.fields[metrics]}"), transient=False)
+        self._task = self._bar.add_task("step", total=total, completed=start, metrics="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -65,45 +58,43 @@ class Tracker:
             self._board.close()
 
     def advance(self, step: int) -> None:
-        """Moves the bar."""
+        """Moves the progress bar."""
         self._bar.update(self._task, completed=step)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same on the screen."""
+        """Appends a record to metrics.jsonl and TensorBoard, and shows loss and throughput on the console."""
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
-        numbers = f"loss {record['loss']:.3f}  {record['samples_per_second']:,.0f} samples/s"
-        self._bar.update(self._task, numbers=numbers)
+        metrics = f"loss {record['loss']:.3f}  {record['samples_per_second']:,.0f} samples/s"
+        self._bar.update(self._task, metrics=metrics)
         step = record["step"]
         if not self.console.is_terminal:
-            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
-            clock = f"{int(left) // 60}:{int(left) % 60:02}"
-            self.console.print(f"step {step:,}/{self._total:,}  {numbers}  {clock} left", highlight=False)
+            elapsed = time.monotonic() - self._start_time
+            left = int(elapsed / max(step - self._start, 1) * (self._total - step))
+            line = f"step {step:,}/{self._total:,}  {metrics}  {left // 60}:{left % 60:02} left"
+            self.console.print(line, highlight=False)
         if self._board is not None:
-            for name, value in _flat(record):
+            for name, value in _flatten(record):
                 self._board.add_scalar(name, value, step)
 
-    def say(self, *lines: Any) -> None:
-        """Something to read, above the bar."""
+    def print_lines(self, *lines: Any) -> None:
+        """Prints strings or rich renderables above the progress bar."""
         for line in lines:
-            text = isinstance(line, str)
-            self.console.print(line, highlight=False, markup=not text, soft_wrap=text)
+            is_text = isinstance(line, str)
+            self.console.print(line, highlight=False, markup=not is_text, soft_wrap=is_text)
 
     def bad_samples(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Lists what was skipped."""
+        """Appends skipped samples to bad_samples.jsonl."""
         with (self._folder / BAD_SAMPLES).open("a") as file:
             file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """A resumed run makes the steps after its checkpoint again: their earlier lines go, so that each stands once."""
+def _drop_later_steps(path: Path, step: int) -> None:
+    """Removes lines of steps after `step`: a run resumed from there logs these steps again."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True) if step else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_atomic(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
@@ -116,11 +107,11 @@ def _tensorboard(folder: Path, start: int) -> Any:
     return SummaryWriter(str(folder), purge_step=start + 1)
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     pairs: list[tuple[str, float]] = []
     for name, value in record.items():
         if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name}/")
+            pairs += _flatten(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name != "step":
             pairs.append((prefix + name, float(value)))
     return pairs

@@ -1,7 +1,6 @@
-"""Where a parameter's master weights and optimiser state lie in this process, under any ZeRO stage.
+"""Gathers and scatters sharded optimizer state, so that checkpoints do not depend on ZeRO stage and world size.
 
-With it, what a run needs to go on is saved as whole tensors by name and put back in parts. DeepSpeed's own files can be
-read by the stage and the world size alone that wrote them, and are pickles.
+DeepSpeed's own checkpoints can only be read with the stage and world size that wrote them, and are pickles.
 """
 
 from dataclasses import dataclass
@@ -14,42 +13,41 @@ from mmrl.distributed import comm
 
 @dataclass(frozen=True)
 class Fragment:
-    """The entries start … start+numel-1 of a flattened parameter, which this process's optimiser keeps."""
+    """The elements start … start+numel-1 of a flattened parameter, which this rank's optimizer holds."""
 
     holder: torch.Tensor
-    """What the optimiser knows: the parameter itself, or a flat part of many."""
+    """The tensor that the optimizer updates: the parameter itself, or a flat buffer of fragments of many parameters."""
     offset: int
-    """Of the entries in `holder`."""
+    """Position of the fragment in `holder`."""
     start: int
     numel: int
 
-    def write(self, target: torch.Tensor, whole: torch.Tensor) -> None:
-        """Puts our entries of a whole tensor, of the parameter's shape, into one of the holder's shape."""
-        if self.is_whole(target, whole):
-            target.copy_(whole)  # of any memory format
+    def write(self, target: torch.Tensor, full: torch.Tensor) -> None:
+        """Copies the fragment from a tensor of the parameter's shape into one of the holder's shape."""
+        if self._is_full(target, full):
+            target.copy_(full)  # works for any memory format
             return
-        target.view(-1)[self.offset : self.offset + self.numel] = whole.reshape(-1)[
+        target.view(-1)[self.offset : self.offset + self.numel] = full.reshape(-1)[
             self.start : self.start + self.numel
         ].to(target.device)
 
-    def read(self, source: torch.Tensor, into: torch.Tensor) -> None:
-        """The way back: our entries of a tensor of the holder's shape, into a whole one."""
-        if self.is_whole(source, into):
-            into.copy_(source)
+    def read(self, source: torch.Tensor, full: torch.Tensor) -> None:
+        """Copies the fragment from a tensor of the holder's shape into one of the parameter's shape."""
+        if self._is_full(source, full):
+            full.copy_(source)
             return
-        into.view(-1)[self.start : self.start + self.numel] = source.view(-1)[self.offset : self.offset + self.numel]
+        full.view(-1)[self.start : self.start + self.numel] = source.view(-1)[self.offset : self.offset + self.numel]
 
-    def is_whole(self, part: torch.Tensor, whole: torch.Tensor) -> bool:
-        """Whether the holder is the parameter."""
-        return part.shape == whole.shape and self.numel == whole.numel()
+    def _is_full(self, held: torch.Tensor, full: torch.Tensor) -> bool:
+        return held.shape == full.shape and self.numel == full.numel()
 
 
 def fragment_of(parameter: torch.nn.Parameter, optimizer: Any, stage: int) -> Fragment | None:
-    """This process's part of a parameter that learns; None where others keep all of it. `optimizer` is DeepSpeed's."""
+    """This rank's fragment of a trained parameter; None if other ranks hold all of it. `optimizer` is DeepSpeed's."""
     if stage == 0:
         return Fragment(parameter, 0, 0, parameter.numel())
     if stage == 3:
-        # Each parameter is divided by itself, and its last part padded.
+        # Each parameter is sharded by itself, and its last shard is padded.
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = comm.world().rank * numel
         numel = min(numel, parameter.ds_numel - start)  # pyright: ignore[reportAttributeAccessIssue]
@@ -58,34 +56,34 @@ def fragment_of(parameter: torch.nn.Parameter, optimizer: Any, stage: int) -> Fr
     if mapping is None:
         return None
     holder = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    ours, its = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(holder, its.start, ours.start, ours.numel)
+    in_parameter, in_holder = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Fragment(holder, in_holder.start, in_parameter.start, in_parameter.numel)
 
 
 def gather_moments(
     shapes: dict[str, torch.Size],
     fragments: dict[str, Fragment | None],
     optimizer: torch.optim.Optimizer,
-    divided: bool,
+    is_sharded: bool,
 ) -> dict[str, torch.Tensor]:
-    """The optimiser's state as whole float32 tensors "exp_avg/NAME", …, and "step"; on the CPU, on the main process
-    alone, and apart from the state's own memory. Called on every process, since parts are added up."""
+    """The optimizer state as unsharded float32 tensors "exp_avg/NAME", … and "step": CPU copies on rank 0, empty on
+    other ranks. Collective."""
     world, moments = comm.world(), {}
     steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
     keys = sorted({key for state in optimizer.state.values() for key in state if key != "step"})
     for name, shape in shapes.items():
         fragment = fragments[name]
         state = {} if fragment is None else optimizer.state.get(fragment.holder, {})
-        if not state and not divided:
-            continue  # it never had a gradient
+        if not state and not is_sharded:
+            continue  # the parameter never had a gradient
         for key in keys:
-            whole = torch.zeros(shape, device=world.device)
+            full = torch.zeros(shape, device=world.device)
             if fragment is not None:
-                fragment.read(state[key], whole)
-            if divided:
-                whole = comm.all_reduce_sum(whole)
+                fragment.read(state[key], full)
+            if is_sharded:
+                full = comm.all_reduce_sum(full)
             if world.is_rank_0:
-                moments[f"{key}/{name}"] = whole.cpu()
+                moments[f"{key}/{name}"] = full.cpu()
     step = comm.all_reduce_max(torch.tensor([max(steps, default=0.0)], device=world.device))
     return {**moments, "step": step.cpu()} if world.is_rank_0 else {}
 
@@ -93,15 +91,15 @@ def gather_moments(
 def scatter_moments(
     moments: dict[str, torch.Tensor], fragments: dict[str, Fragment | None], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Puts back what `gather_moments` gave, the part of this process."""
+    """Loads this rank's fragments of the result of `gather_moments` into the optimizer state."""
     keys = {label.partition("/")[0] for label in moments if "/" in label}
     for name, fragment in fragments.items():
         given = {key: moments[f"{key}/{name}"] for key in keys if f"{key}/{name}" in moments}
         if fragment is None or not given:
             continue
         state = optimizer.state[fragment.holder]
-        for key, whole in given.items():
+        for key, full in given.items():
             if key not in state:
                 state[key] = torch.zeros_like(fragment.holder, requires_grad=False)
-            fragment.write(state[key], whole)
+            fragment.write(state[key], full)
         state["step"] = torch.full((), moments["step"].item(), device=fragment.holder.device)

@@ -1,1 +1,1 @@
-"""How good is each dim? Retrieval at every prefix, and the report."""
+"""Evaluation at every dim: retrieval, zero-shot classification, analysis and the HTML report."""

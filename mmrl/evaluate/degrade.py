@@ -1,8 +1,8 @@
-"""The same picture of lesser quality, as a query for the original: recall by kind of damage and by its severity.
+"""Degraded images as queries for their originals: recall by kind and severity of the degradation.
 
-What is done to a picture is a function of its name alone, so that every model and every run is asked the same.
+The degradation of an image depends on its key only, so every model and every run gets the same queries.
 
-Shapes: C = 3 channels, H and W the picture's own size in pixels; q pictures, each with s damages, N images, D the
+Shapes: C = 3 channels, H and W the image's own size in pixels; q queries, each with s degradations, N images, D the
 embedding's width.
 """
 
@@ -16,43 +16,43 @@ from PIL import ImageFilter
 from torch import Tensor
 
 from mmrl.data import draws
-from mmrl.data.sequential import PictureReader
+from mmrl.data.sequential import ImageReader
 from mmrl.distributed import comm
 from mmrl.evaluate.ranking.ranks import KS, rank_queries
-from mmrl.images.decode import decode_pixels, to_picture, to_tensor
+from mmrl.images.decode import decode_pixels, to_pil, to_tensor
 from mmrl.images.image_spec import ImageSpec, resize
 
 _CROP_DRAW = 1 << 24
-_BATCH = 64
+_BATCH_SIZE = 64
 
 
-def _jpeg(picture_CHW: Tensor, quality: float, _: int) -> Tensor:
+def _jpeg(image_CHW: Tensor, quality: float, _: int) -> Tensor:
     file = io.BytesIO()
-    to_picture(picture_CHW).save(file, "JPEG", quality=int(quality))
+    to_pil(image_CHW).save(file, "JPEG", quality=int(quality))
     return decode_pixels(file.getvalue())
 
 
-def _blur(picture_CHW: Tensor, share: float, _: int) -> Tensor:
-    radius = share * min(picture_CHW.shape[1:])
-    return to_tensor(to_picture(picture_CHW).filter(ImageFilter.GaussianBlur(radius)))
+def _blur(image_CHW: Tensor, share: float, _: int) -> Tensor:
+    radius = share * min(image_CHW.shape[1:])
+    return to_tensor(to_pil(image_CHW).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def _downscale(picture_CHW: Tensor, side: float, _: int) -> Tensor:
-    height, width = picture_CHW.shape[1:]
+def _downscale(image_CHW: Tensor, side: float, _: int) -> Tensor:
+    height, width = image_CHW.shape[1:]
     scale = min(1.0, side / min(height, width))
-    return resize(picture_CHW, max(1, round(height * scale)), max(1, round(width * scale)), "bilinear")
+    return resize(image_CHW, max(1, round(height * scale)), max(1, round(width * scale)), "bilinear")
 
 
-def _crop(picture_CHW: Tensor, share: float, name: int) -> Tensor:
-    """A window of that share of the area, of the picture's shape, somewhere in it."""
-    height, width = picture_CHW.shape[1:]
-    tall, wide = (max(1, round(side * share**0.5)) for side in (height, width))
-    down, right = (float(draws.uniform(name, _CROP_DRAW, axis)) for axis in (0, 1))
-    top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
-    return picture_CHW[:, top : top + tall, left : left + wide]
+def _crop(image_CHW: Tensor, share: float, seed: int) -> Tensor:
+    """A random crop with this share of the area and the image's aspect ratio."""
+    height, width = image_CHW.shape[1:]
+    crop_height, crop_width = (max(1, round(side * share**0.5)) for side in (height, width))
+    y, x = (float(draws.uniform(seed, _CROP_DRAW, axis)) for axis in (0, 1))
+    top, left = int(y * (height - crop_height + 1)), int(x * (width - crop_width + 1))
+    return image_CHW[:, top : top + crop_height, left : left + crop_width]
 
 
-# Of each kind: what is done, what its number means, the numbers from mild to severe.
+# {kind: (function of image, severity and seed; what the severity is; severities from mild to severe)}
 KINDS: dict[str, tuple[Callable[[Tensor, float, int], Tensor], str, tuple[float, ...]]] = {
     "jpeg": (_jpeg, "JPEG quality", (30, 10, 3)),
     "blur": (_blur, "radius as a share of the shorter side", (0.01, 0.025, 0.06)),
@@ -61,65 +61,64 @@ KINDS: dict[str, tuple[Callable[[Tensor, float, int], Tensor], str, tuple[float,
 }
 
 
-def degraded(picture_CHW: Tensor, kind: str, amount: float, key: str) -> Tensor:
-    """A picture, uint8 (C, H, W), made worse."""
-    name = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
-    return KINDS[kind][0](picture_CHW, amount, name)
+def degrade_image(image_CHW: Tensor, kind: str, severity: float, key: str) -> Tensor:
+    """A degraded copy of an image, uint8 (C, H', W')."""
+    return KINDS[kind][0](image_CHW, severity, int.from_bytes(_hash(key)))
 
 
-def chosen_rows(keys: Sequence[str], most: int) -> list[int]:
-    """The rows of at most `most` pictures, drawn by their names, ascending."""
-    drawn = sorted(range(len(keys)), key=lambda row: hashlib.blake2b(keys[row].encode(), digest_size=8).digest())
-    return sorted(drawn[:most])
+def sample_rows(keys: Sequence[str], count: int) -> list[int]:
+    """At most `count` rows, sampled by the hash of their keys; ascending."""
+    by_hash = sorted(range(len(keys)), key=lambda row: _hash(keys[row]))
+    return sorted(by_hash[:count])
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
 
 @torch.inference_mode()
 def score_degraded(
-    reader: PictureReader,
+    reader: ImageReader,
     model: Any,
     image_spec: ImageSpec,
-    numbers: Sequence[int],
+    sample_indices: Sequence[int],
     keys: Sequence[str],
     image_ND: Tensor,
     dims: Sequence[int],
-    most: int,
+    num_queries: int,
     ks: Sequence[int] = KS,
-    on_pictures: Callable[[int], None] | None = None,
+    on_images: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Degraded pictures among all originals, each looking for its own; called on all processes, which divide the work.
+    """Scores degraded images as queries among all originals. All processes must call it; they divide the work.
 
     Args:
-        numbers, keys, image_ND: of the originals, as `sets.embed` gives them.
-        most: so many of the pictures are degraded, in every way and severity.
-        on_pictures: told the number of pictures after each batch.
+        sample_indices, keys, image_ND: of the originals, from `sets.embed`.
+        num_queries: at most this many images are degraded, in every kind and severity.
+        on_images: called with the number of images after each batch.
 
     Returns: {"num_queries": …, "jpeg": {"what": "JPEG quality", "severities": {"30": {"512": {"R@1": …}}}}, …}.
     """
     world, device = comm.world(), next(model.parameters()).device
-    rows = chosen_rows(keys, most)
-    settings = [(kind, amount) for kind, (_, _, amounts) in KINDS.items() for amount in amounts]
+    rows = sample_rows(keys, num_queries)
+    settings = [(kind, severity) for kind, (_, _, severities) in KINDS.items() for severity in severities]
     first, last = (len(rows) * r // world.size for r in (world.rank, world.rank + 1))
-    mine = [image_ND.new_zeros(0, len(settings), image_ND.shape[1])]
-    for start in range(first, last, _BATCH):
-        batch = rows[start : min(start + _BATCH, last)]
-        # All severities of a picture, then those of the next.
-        pixels = []
+    local = [image_ND.new_zeros(0, len(settings), image_ND.shape[1])]
+    for start in range(first, last, _BATCH_SIZE):
+        batch = rows[start : min(start + _BATCH_SIZE, last)]
+        pixels: list[Tensor] = []  # all degradations of one image, then those of the next
         for row in batch:
-            _, picture_CHW = reader.read_picture(numbers[row])
-            pixels += [image_spec.pixels(degraded(picture_CHW, kind, amount, keys[row])) for kind, amount in settings]
-        query_D = [model.encode_image(torch.stack(part).to(device)).float().cpu() for part in _parts(pixels)]
-        mine.append(torch.cat(query_D).view(len(batch), len(settings), -1))
-        if on_pictures:
-            on_pictures(len(batch))
-    query_qsD = torch.cat(comm.all_gather_objects(torch.cat(mine)))
+            _, image_CHW = reader.read_image(sample_indices[row])
+            pixels += [image_spec.pixels(degrade_image(image_CHW, kind, s, keys[row])) for kind, s in settings]
+        chunks = [pixels[n : n + 4 * _BATCH_SIZE] for n in range(0, len(pixels), 4 * _BATCH_SIZE)]
+        query_D = [model.encode_image(torch.stack(chunk).to(device)).float().cpu() for chunk in chunks]
+        local.append(torch.cat(query_D).view(len(batch), len(settings), -1))
+        if on_images:
+            on_images(len(batch))
+    query_qsD = torch.cat(comm.all_gather_objects(torch.cat(local)))
     row_q, row_N = torch.tensor(rows), torch.arange(len(image_ND))
     result: dict[str, Any] = {"num_queries": len(rows)}
-    for place, (kind, amount) in enumerate(settings):
-        ranks = rank_queries(query_qsD[:, place], image_ND, row_q, row_N, dims, over_ranks=True)
+    for index, (kind, severity) in enumerate(settings):
+        ranks = rank_queries(query_qsD[:, index], image_ND, row_q, row_N, dims, over_ranks=True)
         entry = result.setdefault(kind, {"what": KINDS[kind][1], "severities": {}})
-        entry["severities"][f"{amount:g}"] = {str(dim): ranks[dim].scores(ks) for dim in sorted(dims, reverse=True)}
+        entry["severities"][f"{severity:g}"] = {str(dim): ranks[dim].scores(ks) for dim in sorted(dims, reverse=True)}
     return result
-
-
-def _parts(pixels: list[Tensor]) -> list[list[Tensor]]:
-    return [pixels[start : start + 4 * _BATCH] for start in range(0, len(pixels), 4 * _BATCH)]

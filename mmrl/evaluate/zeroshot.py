@@ -1,9 +1,9 @@
-"""Zero-shot classification at every dim: a picture's class is the one whose prompts it is nearest to.
+"""Zero-shot classification at every dim: an image gets the class with the most similar text embedding.
 
-A class's vector at a dim is the mean of its prompts' renormalised prefixes, renormalised: what the exported encoder of
-that dim would give.
+The text embedding of a class at a dim is the renormalised mean of the renormalised prefixes of its prompts, so it
+equals that of the encoder exported at this dim.
 
-Shapes: N images, C classes, D the embedding's width, d one dim.
+Shapes: N images, C classes, T prompts of a class, B samples of a batch, D the embedding's width, d one dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,48 +15,47 @@ import torch
 from torch import Tensor
 
 from mmrl.data.index import Problem
-from mmrl.data.sequential import PictureReader, read_whole
+from mmrl.data.sequential import ImageReader, read_sequential
 from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import towers
-from mmrl.nesting import cut
+from mmrl.nesting import truncate
 
-Scores = dict[str, float]
-_PLACE = "{c}"
+_PLACEHOLDER = "{c}"
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Names of classes, in the order of their numbers, and what is said of a picture of one: "a photo of a {c}."."""
+    """Class names, in the order of their indices, and prompt templates such as "a photo of a {c}."."""
 
     names: list[str]
     templates: list[str]
 
-    def prompts(self, number: int) -> list[str]:
-        """The texts of one class."""
-        return [template.replace(_PLACE, self.names[number]) for template in self.templates]
+    def prompts(self, index: int) -> list[str]:
+        """The prompts of one class."""
+        return [template.replace(_PLACEHOLDER, self.names[index]) for template in self.templates]
 
 
 def read_classes(names: str, templates: str | None = None) -> Classes:
-    """Classes by name or from a file.
+    """Reads class names and prompt templates.
 
     Args:
-        names: `imagenet`, or a file with a name a line.
-        templates: `imagenet` (open_clip's 80), `simple` (its 7, also when left out), or a file with a template a line;
-            {c} (or {}) stands for the name.
+        names: `imagenet`, or a file with one class name per line.
+        templates: `imagenet` (open_clip's 80), `simple` (its 7; the default), or a file with one template per line, in
+            which {c} (or {}) is replaced by the class name.
 
     Raises:
-        InputError: no such file, an empty one, a template without a place for the name.
+        InputError: a file that does not exist or is empty, a template without {c}.
     """
     named = towers.imagenet_classes() if names == "imagenet" else _lines("classes", names)
     if templates in (None, "imagenet", "simple"):
-        return Classes(named, towers.imagenet_templates(_PLACE, simple=templates != "imagenet"))
-    lines = [line.replace("{}", _PLACE) for line in _lines("templates", templates)]
+        return Classes(named, towers.imagenet_templates(_PLACEHOLDER, simple=templates != "imagenet"))
+    lines = [line.replace("{}", _PLACEHOLDER) for line in _lines("templates", templates)]
     for line in lines:
-        if _PLACE not in line:
-            raise InputError(f"templates: {line!r} in {templates} has no {_PLACE}, where the class's name goes.")
+        if _PLACEHOLDER not in line:
+            raise InputError(f"templates: {line!r} in {templates} has no {_PLACEHOLDER} for the class name.")
     return Classes(named, lines)
 
 
@@ -69,13 +68,13 @@ def _lines(option: str, path: str) -> list[str]:
         raise InputError(f"{option}: {path} is not UTF-8 text.") from None
     lines = [line for line in lines if line]
     if not lines:
-        raise InputError(f"{option}: {path} is empty; give one a line.")
+        raise InputError(f"{option}: {path} is empty; write one entry per line.")
     return lines
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A set's pictures with their classes, whole, on every process; not normalised."""
+class LabelledImages:
+    """The image embeddings of a whole set, not normalised, and their class indices, on every process."""
 
     image_ND: Tensor
     label_N: Tensor
@@ -84,22 +83,22 @@ class Labelled:
 
 @torch.inference_mode()
 def embed_labelled(
-    reader: PictureReader,
+    reader: ImageReader,
     model: Any,
     image_spec: ImageSpec,
     num_classes: int,
     on_batch: Callable[[int], None] | None = None,
-) -> Labelled:
-    """Embeds the pictures of a set whose captions are numbers of classes, divided over the processes.
+) -> LabelledImages:
+    """Embeds the images of a set whose captions are class indices; the samples are divided over the processes.
 
     Raises:
-        InputError: no sample can be used.
+        InputError: every sample is bad.
     """
     world = comm.world()
     device = next(model.parameters()).device
     images, labels = [], []
     bad = list(reader.problems) if world.is_rank_0 else []
-    for batch in read_whole(reader, image_spec, _no_tokens, captions=1, rank=world.rank, world_size=world.size):
+    for batch in read_sequential(reader, image_spec, _no_tokens, captions=1, rank=world.rank, world_size=world.size):
         bad += batch.bad
         label_B = torch.tensor([_label(caption, num_classes) for caption in batch.captions], dtype=torch.int64)
         wrong = (label_B < 0).nonzero()[:, 0].tolist()
@@ -110,11 +109,11 @@ def embed_labelled(
             labels.append(label_B[label_B >= 0])
         if on_batch:
             on_batch(len(batch.keys) + len(batch.bad))
-    shares = comm.all_gather_objects((images, labels, bad))
-    images, labels, bad = ([one for share in shares for one in share[part]] for part in range(3))
+    gathered = comm.all_gather_objects((images, labels, bad))
+    images, labels, bad = ([item for of_rank in gathered for item in of_rank[field]] for field in range(3))
     if not images:
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
-    return Labelled(torch.cat(images), torch.cat(labels), bad)
+    return LabelledImages(torch.cat(images), torch.cat(labels), bad)
 
 
 def _no_tokens(texts: list[str]) -> Tensor:
@@ -122,49 +121,52 @@ def _no_tokens(texts: list[str]) -> Tensor:
 
 
 def _label(text: str, num_classes: int) -> int:
-    """The class, or -1 where the text is none."""
+    """The class index, or -1 if the text is not one."""
     return int(text) if text.isdecimal() and int(text) < num_classes else -1
 
 
 @torch.inference_mode()
-def class_vectors(
+def class_embeddings(
     classes: Classes, model: Any, tokenise: Callable[[list[str]], Tensor], dims: Sequence[int]
 ) -> dict[int, Tensor]:
-    """The vectors of all classes at each dim, (C, d); the classes are divided over the processes."""
+    """{dim: the text embedding of each class, (C, d)}. The classes are divided over the processes."""
     world = comm.world()
     device = next(model.parameters()).device
     count = len(classes.names)
     first, last = (count * r // world.size for r in (world.rank, world.rank + 1))
-    mine: dict[int, list[Tensor]] = {dim: [] for dim in dims}
-    for number in range(first, last):
-        prompt_TD = model.encode_text(tokenise(classes.prompts(number)).to(device)).float().cpu()
+    local: dict[int, list[Tensor]] = {dim: [] for dim in dims}
+    for index in range(first, last):
+        prompt_TD = model.encode_text(tokenise(classes.prompts(index)).to(device)).float().cpu()
         for dim in dims:
-            mine[dim].append(cut(cut(prompt_TD, dim).mean(0), dim))
-    shares = comm.all_gather_objects(mine)
-    return {dim: torch.stack([row for share in shares for row in share[dim]]) for dim in dims}
+            local[dim].append(truncate(truncate(prompt_TD, dim).mean(0), dim))
+    gathered = comm.all_gather_objects(local)
+    return {dim: torch.stack([row for of_rank in gathered for row in of_rank[dim]]) for dim in dims}
 
 
-def score_labelled(labelled: Labelled, vectors: dict[int, Tensor], over_ranks: bool = False) -> dict[str, Any]:
-    """One set's part of retrieval.json: {"dims": {"512": {"classification": {"top1": …}}}, …}, shares in 0..1.
+def score_classification(
+    labelled: LabelledImages, class_Cd_of_dim: dict[int, Tensor], over_ranks: bool = False
+) -> dict[str, Any]:
+    """One set's entry in retrieval.json: {"dims": {"512": {"classification": {"top1": …}}}, …}, shares in 0..1.
 
-    The true class's place is 1 + the number of other classes that score as high or higher. `mean_per_class` is top1
-    averaged over the classes that the set has.
+    The rank of the true class is 1 + the number of other classes that score at least as high. `mean_per_class` is top1
+    averaged over the classes that occur in the set.
     """
     label_N, result = labelled.label_N, {}
-    for dim in sorted(vectors, reverse=True):
-        numbers = torch.arange(len(vectors[dim]))
-        ranks = rank_queries(labelled.image_ND[:, :dim], vectors[dim], label_N, numbers, [dim], over_ranks=over_ranks)
+    for dim in sorted(class_Cd_of_dim, reverse=True):
+        class_Cd = class_Cd_of_dim[dim]
+        index_C = torch.arange(len(class_Cd))
+        ranks = rank_queries(labelled.image_ND[:, :dim], class_Cd, label_N, index_C, [dim], over_ranks=over_ranks)
         rank_N = ranks[dim].rank_Q
-        hits_C = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, label_N, (rank_N <= 1).double())
-        of_C = label_N.bincount(minlength=len(numbers))
+        hits_C = torch.zeros(len(index_C), dtype=torch.float64).index_add_(0, label_N, (rank_N <= 1).double())
+        images_C = label_N.bincount(minlength=len(index_C))
         result[str(dim)] = {
             "classification": {
                 "top1": float((rank_N <= 1).double().mean()),
                 "top5": float((rank_N <= 5).double().mean()),
-                "mean_per_class": float((hits_C / of_C)[of_C > 0].mean()),
+                "mean_per_class": float((hits_C / images_C)[images_C > 0].mean()),
             }
         }
-    count = len(next(iter(vectors.values())))
+    count = len(next(iter(class_Cd_of_dim.values())))
     return {
         "dims": result,
         "num_images": len(label_N),

@@ -1,1 +1,1 @@
-"""From a trained model to an encoder of one dim that a stack can load."""
+"""`mmrl export`: a trained model -> encoders of one dim each, in the folder formats of other tools."""

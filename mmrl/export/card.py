@@ -1,5 +1,4 @@
-"""What an export says of itself: the lines that `mmrl export` prints, and its model card (README.md), with the front
-matter that model hubs read."""
+"""The lines that `mmrl export` prints, and the model card (README.md) with the front matter that model hubs read."""
 
 import json
 from pathlib import Path
@@ -7,135 +6,152 @@ from typing import Any
 
 import yaml
 
-from mmrl.evaluate.report import write as report
+from mmrl.evaluate.report.tables import recall_markdown
 from mmrl.export.formats.base import Format
 from mmrl.model.manifest import CARD
 
-_PARTS_OF_RUN = ("model", "nesting", "loss", "data", "optim", "train")
+_RECIPE_SECTIONS = ("model", "nesting", "loss", "data", "optim", "train")
 
 
-def line(folder: Path, manifest: dict[str, Any]) -> str:
-    """What is printed: one line for the folder, and one for each variant of its graphs."""
+def summary(folder: Path, manifest: dict[str, Any]) -> str:
+    """One line for the exported folder and one for each variant of its graphs."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     worst = manifest["contract"]["worst_absolute_difference"]
-    what = f"{manifest['dim']}-d encoder, {size / 1e6:.1f} MB"
-    lines = [f"{folder}: {what}; differs from the full model's prefix by {worst:.0e}"]
+    lines = [
+        f"{folder}: {manifest['dim']}-d encoder, {size / 1e6:.1f} MB; maximum difference from the source's prefix "
+        f"{worst:.0e}"
+    ]
     variants = manifest.get("variants") or {}
     for name, one in variants.items() if len(variants) > 1 else ():
         error = one["cosine_error"]
         text = (
-            f"  {name}: {one['megabytes']} MB, cosine error {error['image']['mean']:.0e} (pictures), "
+            f"  {name}: {one['megabytes']} MB, cosine error {error['image']['mean']:.0e} (images), "
             f"{error['text']['mean']:.0e} (texts)"
         )
         if "recall" in one:
-            text += f", {100 * one['recall']['relative_loss']:.1f} % of the recall lost on {one['recall']['set']}"
-        lines.append(text + ("; opened by default" if name == manifest["graphs"]["default"] else ""))
+            text += f", recall loss {100 * one['recall']['relative_loss']:.1f} % on {one['recall']['set']}"
+        lines.append(text + (", the default" if name == manifest["graphs"]["default"] else ""))
     if "int8" in variants and "recall" not in variants["int8"]:
-        lines.append("  int8 is not the default, since its recall was not measured: --measure SHARDS does it")
+        lines.append("  int8 is not the default because its recall was not measured; --measure SHARDS measures it")
     return "\n".join(lines)
 
 
-def write(folder: Path, one: Format, manifest: dict[str, Any], run: Path | None, licence: str | None) -> None:
+def write(
+    folder: Path, name: str, format: Format, manifest: dict[str, Any], run: Path | None, licence: str | None
+) -> None:
     """Writes FOLDER/README.md.
 
     Args:
-        run: the run folder that the encoder was trained in, if it is known: its recipe and its scores go along.
+        name: the folder's final name, for the usage examples.
+        run: the run that the encoder was trained in, for its recipe and scores; None if unknown.
         licence: an SPDX identifier, such as apache-2.0.
     """
     dim = manifest["dim"]
-    nested = ", ".join(str(d) for d in sorted(manifest["nested_dims"], reverse=True)) or "none"
-    parts = [
-        _front_matter(one, licence),
+    trained = ", ".join(str(d) for d in sorted(manifest["nested_dims"], reverse=True)) or "none"
+    sections = [
+        _front_matter(format, licence),
         f"# Image-text encoder, {dim}-d\n",
-        f"Pictures and texts become vectors of {dim} numbers whose cosine tells how well they match. Shorter prefixes, "
-        f"renormalised, are embeddings too; trained dims: {nested}.\n",
-        f"## Use\n\n{one.usage.replace('FOLDER', folder.name.removeprefix('.').removesuffix('.partial'))}",
-        f"## What it was cut from\n\n{_contract(manifest['contract'])}",
+        f"Maps images and texts to {dim}-d embeddings; their cosine similarity scores how well they match. Embeddings "
+        f"can be truncated to fewer dims and renormalised. Trained dims: {trained}.\n",
+        f"## Usage\n\n{format.usage.replace('FOLDER', name)}",
+        f"## Source\n\n{_contract(manifest)}",
         _variants(manifest),
-        _evaluation(run, dim),
+        _evaluation(run, manifest, name),
         _recipe(run),
         _limits(manifest, licence),
     ]
-    (folder / CARD).write_text("\n".join(part for part in parts if part))
+    (folder / CARD).write_text("\n".join(section for section in sections if section))
 
 
-def _front_matter(one: Format, licence: str | None) -> str:
+def _front_matter(format: Format, licence: str | None) -> str:
     fields = {
         "license": licence or "other",
         **({} if licence else {"license_name": "not-stated"}),
-        "library_name": one.library,
+        "library_name": format.library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["clip", "image-text-retrieval", "matryoshka", "feature-extraction", "mmrl"],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
-def _contract(contract: dict[str, Any]) -> str:
-    image, text = (f"{contract['end_to_end_cosine_error'][side]['mean']:.0e}" for side in ("image", "text"))
+def _contract(manifest: dict[str, Any]) -> str:
+    contract, source = manifest["contract"], manifest["source"]
+    image, text = (f"{contract['end_to_end_cosine_error'][modality]['mean']:.0e}" for modality in ("image", "text"))
     samples = contract["samples"]
+    step = f", step {source['step']:,}" if "step" in source else ""
     return (
-        f"Its vectors equal {contract['equals']}. Checked at export with {contract['checked_by']} on "
-        f"{samples['count']} samples of {samples['set']}: on equal pixels and token ids the worst number differs by "
-        f"{contract['worst_absolute_difference']:.0e}; from picture and text to vector the mean cosine error is "
-        f"{image} for pictures and {text} for texts.\n\n"
-        "The projections were cut, the layers were not: it is as fast as its source.\n"
+        f"Exported from `{source.get('run', source['model'])}`{step}. The embeddings equal its "
+        f"{source['dim']}-d embeddings, truncated to "
+        f"{manifest['dim']} dims and renormalised. Checked at export with {contract['checked_by']} on "
+        f"{samples['count']} samples of {samples['set']}: on equal pixels and token ids the maximum difference of a "
+        f"value is {contract['worst_absolute_difference']:.0e}; end to end, from image file and text to embedding, the "
+        f"mean cosine error is {image} for images and {text} for texts.\n\n"
+        "Only the projections were truncated, so the encoder is as fast as its source.\n"
     )
 
 
 def _variants(manifest: dict[str, Any]) -> str:
     if not manifest.get("variants"):
         return ""
-    lines = ["| variant | MB | cosine error, pictures | texts | relative loss of recall |", "|---|---:|---:|---:|---:|"]
+    lines = ["| variant | MB | cosine error, images | texts | relative recall loss |", "|---|---:|---:|---:|---:|"]
     for name, one in manifest["variants"].items():
-        image, text = (f"{one['cosine_error'][side]['mean']:.0e}" for side in ("image", "text"))
+        image, text = (f"{one['cosine_error'][modality]['mean']:.0e}" for modality in ("image", "text"))
         recall = one.get("recall")
-        lost = f"{100 * recall['relative_loss']:.1f} % on {recall['set']}" if recall else "not measured"
+        loss = f"{100 * recall['relative_loss']:.1f} % on {recall['set']}" if recall else "not measured"
         default = " (default)" if name == manifest["graphs"]["default"] else ""
-        lines.append(f"| {name}{default} | {one['megabytes']} | {image} | {text} | {lost} |")
+        lines.append(f"| {name}{default} | {one['megabytes']} | {image} | {text} | {loss} |")
     return (
         "## Variants\n\n"
         + "\n".join(lines)
-        + "\n\n`int8` vectors depend a little on what else is in their batch, since "
-        "the range of the activations is found over all of it: do not compare them byte by byte.\n"
+        + "\n\n`int8` embeddings depend slightly on the other inputs of their batch, because the range of the "
+        "activations is computed per batch: they are not reproducible to the bit.\n"
     )
 
 
-def _evaluation(run: Path | None, dim: int) -> str:
-
-    path = None if run is None else run / "retrieval.json"
-    if path is None or not path.is_file():
+def _evaluation(run: Path | None, manifest: dict[str, Any], name: str) -> str:
+    """The run's scores at dims up to the encoder's, if the run stored them for the exported step."""
+    step = manifest["source"].get("step")
+    if run is None:
         return ""
-    result = json.loads(path.read_text())
+    stored = [path / "retrieval.json" for path in (run / "checkpoints" / f"step-{step}", run)]
+    results = [json.loads(path.read_text()) for path in stored if path.is_file()]
+    # The run's own file may hold scores of another step, or of `mmrl eval --out RUN`, which names no step.
+    result = next((one for one in results if step is not None and one.get("step") == step), None)
+    if result is None:
+        return (
+            "## Evaluation\n\n"
+            f"The run has no stored scores of the exported step{'' if step is None else f' ({step:,})'}. To measure "
+            f"them: `mmrl eval {name} SHARDS`.\n"
+        )
     tables = []
-    for name, scores in result.get("sets", {}).items():
-        kept = {d: values for d, values in scores["dims"].items() if int(d) <= dim}
+    for set_name, scores in result["sets"].items():
+        kept = {d: values for d, values in scores["dims"].items() if int(d) <= manifest["dim"]}
         if kept:
-            tables.append(report.markdown(name, {**scores, "dims": kept}))
+            tables.append(recall_markdown(set_name, {**scores, "dims": kept}))
     if not tables:
         return ""
-    return "## Evaluation\n\nBy the run that trained it, on sets that it did not learn from:\n\n" + "\n".join(tables)
+    return f"## Evaluation\n\nScores of step {step:,} on the run's evaluation sets:\n\n" + "\n".join(tables)
 
 
 def _recipe(run: Path | None) -> str:
-    path = None if run is None else run / "config.yaml"
-    if path is None or not path.is_file():
-        return "## Data and recipe\n\nNot recorded: the source of this encoder has no run folder.\n"
-    config = yaml.safe_load(path.read_text())
-    kept = {name: config[name] for name in _PARTS_OF_RUN if name in config}
+    if run is None:
+        return "## Data and recipe\n\nNot recorded: the source of this encoder is not a checkpoint in a run folder.\n"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    recipe = {name: config[name] for name in _RECIPE_SECTIONS if name in config}
     shards = config.get("data", {}).get("train") or [one.get("shards") for one in config["data"].get("sources", [])]
-    text = yaml.safe_dump(kept, sort_keys=False)
-    return f"## Data and recipe\n\nTrained with mmrl on `{shards}`, by this config:\n\n```yaml\n{text}```\n"
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    return f"## Data and recipe\n\nTrained with mmrl on `{shards}` with this config:\n\n```yaml\n{text}```\n"
 
 
 def _limits(manifest: dict[str, Any], licence: str | None) -> str:
     image, length = manifest["image"], manifest["tokenizer"]["context_length"]
     lines = [
-        f"- Pictures are seen at {image['height']}×{image['width']} pixels ({image['resize_mode']} side fitted); texts "
-        f"beyond {length} tokens are cut off.",
-        "- It knows what its training data showed; scores on other data are unknown until they are measured "
-        "(`mmrl eval`). Biases of the data are the encoder's.",
-        "- A dim that was not trained is cut all the same, and is worse than the trained one above it.",
+        f"- Images are resized to {image['height']}×{image['width']} pixels (resize mode {image['resize_mode']}); "
+        f"texts are truncated to {length} tokens.",
+        "- Scores on data unlike the training data are unknown until measured (`mmrl eval`). The encoder has the "
+        "biases of its training data.",
+        "- A dim that was not trained works, but worse than the next larger trained dim.",
     ]
     if licence is None:
-        lines.append("- Its licence was not stated at export; the training data's terms may bind it.")
+        lines.append("- The licence was not stated at export; the terms of the training data may apply.")
     return "## Limits\n\n" + "\n".join(lines) + "\n"

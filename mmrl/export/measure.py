@@ -1,5 +1,7 @@
-"""What a variant of lower precision costs in recall, measured on the exported graphs. Cosine errors cannot tell: on
-trained weights a small one can move many neighbours, and random weights flatter 8 bits by far.
+"""Recall of variants of lower precision, measured on the exported graphs.
+
+Cosine errors do not predict it: on trained weights a small error can change many neighbours, and random weights make
+int8 look far better than it is.
 """
 
 from collections.abc import Sequence
@@ -8,68 +10,72 @@ from typing import Any
 from mmrl.data.sources import open_reader
 from mmrl.evaluate import sets
 from mmrl.export.contract import Reopened
-from mmrl.inference.evaluated import Graphs
+from mmrl.inference.evaluated import OnnxModel
 from mmrl.model.bundle import Bundle
 
-# A variant is opened by default where it loses at most this share of the recall.
-ALLOWED_LOSS = 0.01
+# Maximum relative recall loss of a variant that is opened by default.
+MAX_LOSS = 0.01
+# Maximum cosine error of fp16 weights that are opened by default without a measured recall.
+_MAX_FP16_ERROR = 1e-4
 _KS = (1, 10)
 
 
 class Recall:
-    """The source's recall on some shards, and that of graphs beside it."""
+    """The recall of the source and of ONNX graphs on some shards."""
 
-    def __init__(self, whole: Bundle, shards: str) -> None:
+    def __init__(self, full: Bundle, shards: str) -> None:
         """Opens the shards.
 
         Raises:
-            InputError: there are no such shards.
+            InputError: no such shards.
         """
-        self._whole = whole
+        self._full = full
         self._shards = shards
         self._reader = open_reader(shards)
         self._source: sets.Embedded | None = None
 
-    def of(self, folder: Reopened, dim: int) -> dict[str, Any]:
-        """The manifest's `recall` of one variant: both recalls at `dim`, and the share of the source's that is lost.
+    def measure(self, folder: Reopened, dim: int) -> dict[str, Any]:
+        """The manifest's `recall` of a variant: the recall of the source and of the variant at `dim`.
 
-        `relative_loss` is the greater of those of R@1 and R@10, each the mean of both directions; below 0 where the
-        variant happens to find more.
+        `relative_loss` is the larger loss of R@1 and R@10, each averaged over both directions; negative if the variant
+        has the higher recall.
         """
         if self._source is None:
-            self._source = self._embed(self._whole.model)
-        wanted = sets.score(self._source, [dim], _KS)["dims"][str(dim)]
-        found = sets.score(self._embed(Graphs(folder.pixels, folder.tokens)), [dim], _KS)["dims"][str(dim)]
-        losses = [1 - _mean(found, f"R@{k}") / max(_mean(wanted, f"R@{k}"), 1e-12) for k in _KS]
+            self._source = self._embed(self._full.model)
+        source = sets.score(self._source, [dim], _KS)["dims"][str(dim)]
+        variant = sets.score(self._embed(OnnxModel(folder.pixels, folder.tokens)), [dim], _KS)["dims"][str(dim)]
+        losses = [1 - _mean(variant, f"R@{k}") / max(_mean(source, f"R@{k}"), 1e-12) for k in _KS]
         return {
             "set": self._shards,
             "count": len(self._source.keys),
-            "source": _kept(wanted),
-            "variant": _kept(found),
+            "source": _recalls(source),
+            "variant": _recalls(variant),
             "relative_loss": max(losses),
         }
 
     def _embed(self, model: Any) -> sets.Embedded:
-        return sets.embed(self._reader, model, self._whole.image_spec, self._whole.tokenise)
+        return sets.embed(self._reader, model, self._full.image_spec, self._full.tokenise)
 
 
-def _mean(directions: dict[str, dict[str, float]], metric: str) -> float:
-    return sum(scores[metric] for scores in directions.values()) / len(directions)
+def _mean(by_direction: dict[str, dict[str, float]], metric: str) -> float:
+    return sum(scores[metric] for scores in by_direction.values()) / len(by_direction)
 
 
-def _kept(directions: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {name: {f"R@{k}": scores[f"R@{k}"] for k in _KS} for name, scores in directions.items()}
+def _recalls(by_direction: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {f"R@{k}": scores[f"R@{k}"] for k in _KS} for name, scores in by_direction.items()}
 
 
-def default_variant(variants: dict[str, dict[str, Any]], order: Sequence[str]) -> str:
-    """The first of `order` that may stand for fp32: half-precision weights by their cosine error, or by measured
-    recall."""
-    for name in order:
+def default_variant(variants: dict[str, dict[str, Any]], preferred: Sequence[str]) -> str:
+    """The first of `preferred` that is accurate enough to be opened by default, else fp32.
+
+    Judged by measured recall; fp16 without one by its cosine error.
+    """
+    for name in preferred:
         one = variants[name]
-        lost = one.get("recall", {}).get("relative_loss")
-        if lost is None and name == "fp16":
-            worst = max(one["cosine_error"][side]["worst"] for side in ("image", "text"))
-            lost = 0.0 if worst <= 1e-4 else None
-        if lost is not None and lost <= ALLOWED_LOSS:
+        loss = one.get("recall", {}).get("relative_loss")
+        if loss is None and name == "fp16":
+            worst = max(one["cosine_error"][modality]["worst"] for modality in ("image", "text"))
+            loss = 0.0 if worst <= _MAX_FP16_ERROR else None
+        if loss is not None and loss <= MAX_LOSS:
             return name
     return "fp32"

@@ -1,13 +1,12 @@
-"""A tower -> an ONNX graph with unit vectors at its end, and its smaller variants.
+"""Convert a tower to an ONNX graph that returns unit vectors, and to variants of lower precision.
 
-Traps that this file steps around, each reproduced: an example batch of one is baked into the graph; a graph that
-computes in float16 ends the process of a default onnxruntime session on a CPU (so half precision is only how weights
-are stored); integer convolutions are slower than float ones.
+Pitfalls, each reproduced: an example batch of one becomes a constant of the graph; a graph that computes in float16
+crashes a default onnxruntime session on a CPU (so fp16 is a storage format only); int8 convolutions are slower than
+float32 ones.
 
-Shapes: B pictures, C channels, H and W their size, M texts, L tokens, W the text tower's width, D the embedding's.
+Shapes: B images, C channels, H and W their size, M texts, L tokens, W the text tower's width, D the embedding's.
 """
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,24 +21,25 @@ from torch import nn
 from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model.bundle import Bundle
-from mmrl.model.two_tower import Encoder
+from mmrl.model.guards import quiet
+from mmrl.model.two_tower import ProjectedTower
 
-WEIGHTS = ".data"
-"""What follows a graph's name in that of the file of its weights, where they lie beside it: onnxruntime then opens it
-in a fraction of the time, since it parses no weights, and protobuf's limit of 2 GB is none."""
-# Of a graph that holds its weights itself.
-_MOST_BYTES = 1_900_000_000
-_LARGEST_BATCH = 4096
-# Smaller tensors stay float32: they are biases and scales, and weigh nothing.
-_LEAST_HALVED = 1024
+EXTERNAL_SUFFIX = ".data"
+"""Graph NAME has its external weights in NAME.data. onnxruntime opens such a graph much faster, because it parses no
+weights, and protobuf's limit of 2 GB does not apply."""
+# For graphs with internal weights, below protobuf's limit.
+_MAX_BYTES = 1_900_000_000
+_MAX_BATCH = 4096
+# Smaller tensors (biases, scales) stay float32: they need little space.
+_MIN_FP16_SIZE = 1024
 
 
 class ImageGraph(nn.Module):
-    """uint8 (B, C, H, W) -> unit (B, D); or, with `raw` false, from pixels that were normalised before."""
+    """uint8 (B, C, H, W) -> unit (B, D); if not `raw`, from pixels that are already normalised."""
 
-    def __init__(self, encoder: Encoder, spec: ImageSpec, raw: bool = True) -> None:
+    def __init__(self, encoder: ProjectedTower, spec: ImageSpec, raw: bool = True) -> None:
         super().__init__()
-        self.encoder = Encoder(encoder.tower, encoder.projection)
+        self.encoder = ProjectedTower(encoder.tower, encoder.projection)
         self._normalise = spec.normalise if raw else None
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
@@ -58,21 +58,21 @@ class TextGraph(nn.Module):
         return F.normalize(self.encoder(tokens_ML), dim=-1)
 
 
-class AnyLength(nn.Module):
-    """open_clip's text tower without its demand for texts of full length.
+class VariableLengthText(nn.Module):
+    """open_clip's text tower for texts shorter than its context length.
 
-    Under a causal mask what stands after a text's end cannot reach the token that the embedding is read from, so a
-    text may be cut behind it without any difference.
+    Under a causal mask, tokens after a text's end do not affect the token that the embedding is read from, so the
+    padding can be dropped without changing the embedding.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: ProjectedTower) -> None:
         super().__init__()
         self.tower: Any = encoder.tower
         self.projection = encoder.projection
 
     @staticmethod
-    def fits(encoder: Encoder) -> bool:
-        """Whether the tower reads one token of its own, from left to right."""
+    def supports(encoder: ProjectedTower) -> bool:
+        """Whether the tower has a causal mask and reads the embedding from one token of the text."""
         tower: Any = encoder.tower
         return (
             isinstance(getattr(tower, "attn_mask", None), torch.Tensor)
@@ -87,7 +87,7 @@ class AnyLength(nn.Module):
         x_MLW = tower.transformer(x_MLW, attn_mask=tower.attn_mask[:length, :length])
         x_MLW = tower.ln_final(x_MLW)
         read_ML = tokens_ML if tower.pool_type == "argmax" else (tokens_ML == tower.eos_id).int()
-        # Not len(), which would bake the example's batch into the graph.
+        # Not len(), which would make the example's batch size a constant of the graph.
         x = x_MLW[torch.arange(tokens_ML.shape[0]), read_ML.argmax(-1)]
         if isinstance(tower.text_projection, nn.Linear):
             x = tower.text_projection(x)
@@ -97,49 +97,49 @@ class AnyLength(nn.Module):
 
 
 def write_image(
-    encoder: Encoder, spec: ImageSpec, path: Path, *, raw: bool, names: tuple[str, str], beside: bool
+    encoder: ProjectedTower, spec: ImageSpec, path: Path, *, raw: bool, names: tuple[str, str], external: bool
 ) -> None:
     """Writes the image tower's graph; `names` are those of its input and output.
 
     Args:
-        beside: the weights go into a file of their own, here and in what follows.
+        external: write the weights to a separate file (ONNX external data), here and in the functions below.
     """
     graph = ImageGraph(encoder, spec, raw).eval()
     example = torch.zeros(3, 3, spec.height, spec.width, dtype=torch.uint8 if raw else torch.float32)
-    _export(graph, example, {0: _batch()}, path, names, beside)
+    _export(graph, example, {0: _batch()}, path, names, external)
 
 
-def write_text(encoder: Encoder, context_length: int, path: Path, *, names: tuple[str, str], beside: bool) -> bool:
-    """Writes the text tower's graph; returns whether it takes texts of any length."""
-    any_length = AnyLength.fits(encoder)
-    graph = TextGraph(AnyLength(encoder) if any_length else encoder).eval()
+def write_text(
+    encoder: ProjectedTower, context_length: int, path: Path, *, names: tuple[str, str], external: bool
+) -> bool:
+    """Writes the text tower's graph; returns whether it takes texts shorter than the context length."""
+    any_length = VariableLengthText.supports(encoder)
+    graph = TextGraph(VariableLengthText(encoder) if any_length else encoder).eval()
     example = torch.ones(3, context_length, dtype=torch.int64)
     dynamic = {0: _batch()}
     if any_length:
         dynamic[1] = torch.export.Dim("length", min=2, max=context_length)
-    _export(graph, example, dynamic, path, names, beside)
+    _export(graph, example, dynamic, path, names, external)
     return any_length
 
 
-def check_size(whole: Bundle, format: str) -> None:
-    """Raises:
-    InputError: a tower is too large for a graph that holds its weights.
-    """
-    for encoder in (whole.model.image, whole.model.text):
+def check_size(full: Bundle, format: str) -> None:
+    """Raises InputError if a tower is too large for a graph with internal weights."""
+    for encoder in (full.model.image, full.model.text):
         size = sum(tensor.numel() * tensor.element_size() for tensor in encoder.state_dict().values())
-        if size > _MOST_BYTES:
+        if size > _MAX_BYTES:
             raise InputError(
-                f"format: {format} wants a tower in one file, which protobuf ends at 2 GB, and this one has "
-                f"{size / 1e9:.1f} GB; use onnx, which keeps weights beside the graph."
+                f"format: {format} needs each tower in one file, which protobuf limits to 2 GB, and this one has "
+                f"{size / 1e9:.1f} GB; use onnx, which has separate weights files."
             )
 
 
 def _batch() -> Any:
-    return torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
+    return torch.export.Dim("batch", min=1, max=_MAX_BATCH)
 
 
 def _export(
-    graph: nn.Module, example: torch.Tensor, dynamic: dict[int, Any], path: Path, names: tuple[str, str], beside: bool
+    graph: nn.Module, example: torch.Tensor, dynamic: dict[int, Any], path: Path, names: tuple[str, str], external: bool
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(), torch.inference_mode(False), torch.no_grad():
@@ -151,28 +151,23 @@ def _export(
             dynamic_shapes=(dynamic,),
             input_names=[names[0]],
             output_names=[names[1]],
-            external_data=beside,
+            external_data=external,
             verbose=False,
         )
-    assert Path(f"{path}{WEIGHTS}").is_file() == beside  # the name is the exporter's
+    assert Path(f"{path}{EXTERNAL_SUFFIX}").is_file() == external  # the exporter chooses this name
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports each step, and warns of deprecations within itself."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+    """Silences the exporter's logs and its internal deprecation warnings."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def store_halved(source: Path, target: Path, *, beside: bool) -> None:
-    """The same graph with its weights stored as float16, each widened by a Cast at the start: half the file, computed
-    in float32 as before."""
+def store_fp16(source: Path, target: Path, *, external: bool) -> None:
+    """Writes a copy of a graph with weights in float16, which Cast nodes convert back: half the file size, computed in
+    float32."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -180,7 +175,7 @@ def store_halved(source: Path, target: Path, *, beside: bool) -> None:
     graph = model.graph
     casts = []
     for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) < _LEAST_HALVED:
+        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) < _MIN_FP16_SIZE:
             continue
         name, values = tensor.name, numpy_helper.to_array(tensor)
         limit = np.finfo(np.float16).max
@@ -190,20 +185,21 @@ def store_halved(source: Path, target: Path, *, beside: bool) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}{WEIGHTS}")
+    onnx.save(model, target, save_as_external_data=external, location=f"{target.name}{EXTERNAL_SUFFIX}")
 
 
-def store_int8(source: Path, target: Path, *, beside: bool, embeddings: bool) -> None:
-    """Matrix products in 8 bits: weights by channel, activations by the range that each run finds.
+def store_int8(source: Path, target: Path, *, external: bool, embeddings: bool) -> None:
+    """Writes a copy of a graph with int8 matrix products: weights quantised per channel, activations dynamically.
 
     Args:
-        embeddings: the token table too.
+        embeddings: quantise the token embeddings too.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     nodes = onnx.load(source, load_external_data=False).graph.node
-    # The last product is small, and its error goes straight into the vector: it stays float32. (A Gemm is renamed.)
+    # The final projection stays float32: it is small, and its error affects the embedding directly. (The quantiser
+    # renames a Gemm.)
     last = next(node.name for node in reversed(nodes) if node.op_type in ("MatMul", "Gemm"))
     kinds = ["MatMul", "Gemm", *(["Gather"] if embeddings else [])]
     with _quiet():
@@ -213,7 +209,7 @@ def store_int8(source: Path, target: Path, *, beside: bool, embeddings: bool) ->
             op_types_to_quantize=kinds,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=beside,
+            use_external_data_format=external,
             nodes_to_exclude=[last, f"{last}_MatMul"],
         )
-    assert Path(f"{target}{WEIGHTS}").is_file() == beside  # the name is the quantiser's
+    assert Path(f"{target}{EXTERNAL_SUFFIX}").is_file() == external  # the quantiser chooses this name

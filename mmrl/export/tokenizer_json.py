@@ -1,4 +1,4 @@
-"""A text tower's tokenizer -> one tokenizer.json: for the tokenizers library, transformers and transformers.js."""
+"""Write a text tower's tokenizer as tokenizer.json, for the tokenizers library, transformers and transformers.js."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ from mmrl.model.bundle import Bundle
 
 FILE = "tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What ftfy does to a text that was well encoded in the first place; open_clip runs it before its BPE. (Mojibake, which
-# ftfy repairs too, stays as it is here.)
+# What ftfy changes in correctly encoded texts; open_clip runs it before its BPE. (ftfy also repairs mojibake; these
+# rules do not.)
 _ENTITIES = (
     ("&amp;", "&"),
     ("&amp;", "&"),
@@ -28,34 +28,36 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def check(bundle: Bundle, format: str) -> None:
-    """Raises InputError where a tokenizer does more than one tokenizer.json can say."""
+    """Raises InputError if tokenizer.json cannot represent the tokenizer."""
     settings = bundle.model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
-    odd = next((name for name in ("reduction_mask", "additional_special_tokens") if settings.get(name)), None)
+    unsupported = next((name for name in ("reduction_mask", "additional_special_tokens") if settings.get(name)), None)
     if bundle.model_cfg["text_cfg"].get("tokenizer_mode"):
-        odd = "tokenizer_mode"
-    if odd is not None:
-        raise InputError(f"format: {format} cannot hold this tokenizer ({odd} is set); allowed: bundle, open_clip.")
+        unsupported = "tokenizer_mode"
+    if unsupported is not None:
+        raise InputError(
+            f"format: {format} cannot hold this tokenizer ({unsupported} is set); allowed: bundle, open_clip."
+        )
 
 
 def is_bpe(bundle: Bundle) -> bool:
-    """Whether the tokenizer is open_clip's own."""
+    """Whether the tokenizer is open_clip's BPE."""
     return hasattr(bundle.tokenise.tokenizer, "bpe_ranks")
 
 
 def write(bundle: Bundle, stored: Path, folder: Path) -> dict[str, Any]:
-    """Writes FOLDER/tokenizer.json; returns its part of a manifest's `graphs`.
+    """Writes FOLDER/tokenizer.json; returns the tokenizer's keys of a manifest's `graphs`.
 
     Args:
-        stored: the bundle's folder, which holds a Hugging Face tokenizer's files.
+        stored: the bundle's folder, with the files of a Hugging Face tokenizer.
     """
     settings = bundle.model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
     if is_bpe(bundle):
         _write_bpe(bundle.tokenise.tokenizer, folder / FILE)
         return {"tokenizer": FILE, "clean": settings.get("clean", "lower"), "pad_id": 0, "zero_id": None}
-    theirs = stored / "tokenizer" / FILE
-    if not theirs.is_file():
-        raise InputError(f"format: this tokenizer has no {FILE} (a slow one); allowed: bundle, open_clip.")
-    shutil.copyfile(theirs, folder / FILE)
+    original = stored / "tokenizer" / FILE
+    if not original.is_file():
+        raise InputError(f"format: this tokenizer has no {FILE} (a slow tokenizer); allowed: bundle, open_clip.")
+    shutil.copyfile(original, folder / FILE)
     inner = bundle.tokenise.tokenizer.tokenizer
     zero_id = inner.sep_token_id if settings.get("strip_sep_token") else None
     clean = settings.get("clean", "whitespace")
@@ -63,7 +65,7 @@ def write(bundle: Bundle, stored: Path, folder: Path) -> dict[str, Any]:
 
 
 def write_config(context_length: int, folder: Path) -> None:
-    """FOLDER/tokenizer_config.json, for transformers and transformers.js."""
+    """Writes FOLDER/tokenizer_config.json, for transformers and transformers.js."""
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": context_length,
@@ -76,12 +78,12 @@ def write_config(context_length: int, folder: Path) -> None:
 
 
 def _write_bpe(simple: Any, path: Path) -> None:
-    """open_clip's SimpleTokenizer. The marks of start and end have the names that transformers gives them."""
+    """Converts open_clip's SimpleTokenizer. The start and end tokens get the names that transformers uses."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
     renamed: dict[Any, str] = {simple.sot_token_id: START, simple.eot_token_id: END}
-    vocab: dict[str, int] = {renamed.get(number) or token: number for token, number in simple.encoder.items()}
+    vocab: dict[str, int] = {renamed.get(index) or token: index for token, index in simple.encoder.items()}
     merges = [pair for pair in simple.bpe_ranks if len(pair) == 2]
     bpe = BPE(
         vocab=vocab,

@@ -1,1 +1,1 @@
-"""Image files -> pixels -> tensors."""
+"""Decode images, preprocess them for a tower, and draw contact sheets."""

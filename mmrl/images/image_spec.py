@@ -1,6 +1,6 @@
-"""How a picture becomes the tensor that a tower sees; the one definition for training, evaluation and export.
+"""Image preprocessing: resize, crop or pad, and normalise for an image tower, in training, evaluation and export.
 
-Shapes: C = 3 colour channels, H and W the spec's size in pixels, B pictures.
+Shapes: B images, C = 3 colour channels, H and W the spec's size in pixels.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,10 +16,10 @@ from mmrl.images.decode import to_tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """Size, fit and normalisation of a tower's input. The names are those of open_clip's preprocess_cfg.
+    """Size, resize mode and normalisation of an image tower's input; fields are named as in open_clip's preprocess_cfg.
 
     `resize_mode`: 'shortest' scales the shorter side to the size and crops the centre; 'longest' scales the longer
-    side and fills the rest with `fill_color`; 'squash' ignores the aspect ratio.
+    side and pads with `fill_color`; 'squash' ignores the aspect ratio.
     """
 
     height: int
@@ -31,26 +31,26 @@ class ImageSpec:
     fill_color: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict for manifests; `from_json` reads it back."""
+        """A JSON-serialisable dict for manifests; the inverse of `from_json`."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "orientation": "exif"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ImageSpec":
-        """The spec that `to_json` wrote."""
+        """The spec of a dict that `to_json` made."""
         fields = {name: value for name, value in values.items() if name != "orientation"}
         return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
 
     @classmethod
     def from_open_clip(cls, preprocess_cfg: dict[str, Any]) -> "ImageSpec":
-        """The spec of an open_clip model (`open_clip.get_model_preprocess_cfg(model)`).
+        """The spec for an open_clip model's `open_clip.get_model_preprocess_cfg(model)`.
 
         Raises:
-            InputError: an interpolation that the tensor resize does not have.
+            InputError: the interpolation is neither bicubic nor bilinear.
         """
         size = preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
         interpolation = preprocess_cfg.get("interpolation", "bicubic")
-        if interpolation == "random":  # open_clip's word for "either, in training"; it evaluates with bicubic
+        if interpolation == "random":  # open_clip trains with either at random and evaluates with bicubic
             interpolation = "bicubic"
         if interpolation not in ("bicubic", "bilinear"):
             raise InputError(f"interpolation: {interpolation!r} is not supported; use bicubic or bilinear.")
@@ -65,45 +65,48 @@ class ImageSpec:
             fill_color=fill_color,
         )
 
-    def pixels(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
-        """The whole picture, RGB of Pillow or uint8 (C, any height, any width), fitted: uint8 (C, H, W)."""
-        picture_CHW = to_tensor(picture) if isinstance(picture, Image.Image) else picture
-        height, width = picture_CHW.shape[1:]
+    def pixels(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Resizes an RGB image, Pillow or uint8 (C, any height, any width), to uint8 (C, H, W)."""
+        image_CHW = to_tensor(image) if isinstance(image, Image.Image) else image
+        height, width = image_CHW.shape[1:]
         if (height, width) == (self.height, self.width):
-            return picture_CHW
+            return image_CHW
         if self.resize_mode == "squash":
-            return resize(picture_CHW, self.height, self.width, self.interpolation)
-        fit = max if self.resize_mode == "shortest" else min
-        scale = fit(self.height / height, self.width / width)
-        # open_clip fits by torchvision, which truncates the free side, for squares; else by timm's rule, which rounds.
-        whole = int if self.resize_mode == "shortest" and self.height == self.width else round
-        fitted_h = max(self.height, whole(height * scale)) if fit is max else max(1, round(height * scale))
-        fitted_w = max(self.width, whole(width * scale)) if fit is max else max(1, round(width * scale))
-        fitted_CHW = resize(picture_CHW, fitted_h, fitted_w, self.interpolation)
-        return _centre(fitted_CHW, self.height, self.width, self.fill_color)
+            return resize(image_CHW, self.height, self.width, self.interpolation)
+        if self.resize_mode == "shortest":
+            scale = max(self.height / height, self.width / width)
+            # As open_clip: torchvision's resize truncates the longer side of squares, timm's rounds for other shapes.
+            to_int = int if self.height == self.width else round
+            resized_h = max(self.height, to_int(height * scale))
+            resized_w = max(self.width, to_int(width * scale))
+        else:
+            scale = min(self.height / height, self.width / width)
+            resized_h, resized_w = max(1, round(height * scale)), max(1, round(width * scale))
+        resized_CHW = resize(image_CHW, resized_h, resized_w, self.interpolation)
+        return _crop_or_pad(resized_CHW, self.height, self.width, self.fill_color)
 
     def normalise(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) on any device -> float32, scaled to 0..1, less the mean, over the deviation."""
+        """uint8 (B, C, H, W) on any device -> float32 (x / 255 - mean) / std."""
         scale_C11 = torch.tensor([1 / (255 * s) for s in self.std], device=pixels_BCHW.device).view(-1, 1, 1)
         shift_C11 = torch.tensor(
             [-m / s for m, s in zip(self.mean, self.std, strict=True)], device=pixels_BCHW.device
         ).view(-1, 1, 1)
-        # In place: at this size the memory costs more than the sums.
+        # In place: memory traffic, not arithmetic, takes the time.
         return pixels_BCHW.float().mul_(scale_C11).add_(shift_C11)
 
 
-def resize(picture_CHW: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
-    """Antialiased resize of a uint8 picture; within 1-2 levels of Pillow's."""
-    return F.interpolate(picture_CHW[None], size=(height, width), mode=interpolation, antialias=True)[0]
+def resize(image_CHW: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
+    """Antialiased resize of a uint8 image; within 1-2 levels (of 255) of Pillow's."""
+    return F.interpolate(image_CHW[None], size=(height, width), mode=interpolation, antialias=True)[0]
 
 
-def _centre(picture_CHW: torch.Tensor, height: int, width: int, fill: int) -> torch.Tensor:
-    """Crops what is too large and pads what is too small, about the centre."""
-    missing_h, missing_w = max(height - picture_CHW.shape[1], 0), max(width - picture_CHW.shape[2], 0)
+def _crop_or_pad(image_CHW: torch.Tensor, height: int, width: int, fill: int) -> torch.Tensor:
+    """Crops or pads each side to the size, keeping the centre."""
+    missing_h, missing_w = max(height - image_CHW.shape[1], 0), max(width - image_CHW.shape[2], 0)
     if missing_h or missing_w:
         left, top = missing_w // 2, missing_h // 2
-        picture_CHW = F.pad(picture_CHW, (left, missing_w - left, top, missing_h - top), value=fill)
-    # torchvision's centre crop, which open_clip uses, rounds half to even.
-    top = round((picture_CHW.shape[1] - height) / 2)
-    left = round((picture_CHW.shape[2] - width) / 2)
-    return picture_CHW[:, top : top + height, left : left + width]
+        image_CHW = F.pad(image_CHW, (left, missing_w - left, top, missing_h - top), value=fill)
+    # As torchvision's centre crop, which open_clip uses: round half to even.
+    top = round((image_CHW.shape[1] - height) / 2)
+    left = round((image_CHW.shape[2] - width) / 2)
+    return image_CHW[:, top : top + height, left : left + width]

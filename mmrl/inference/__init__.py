@@ -1,1 +1,1 @@
-"""Trained encoders in use: `mmrl.load`."""
+"""Stored encoders opened for inference: `mmrl.load`."""

@@ -1,6 +1,6 @@
-"""What `mmrl.load` returns, whatever computes the vectors: the calls, their shapes and errors.
+"""The interface of the encoder that `mmrl.load` returns, whether torch or onnxruntime computes the embeddings.
 
-Shapes: N inputs, d the encoder's dim, C channels, H and W the image's size.
+Shapes: N inputs, d embedding dim, C channels, H and W image size.
 """
 
 from abc import ABC, abstractmethod
@@ -18,48 +18,49 @@ if TYPE_CHECKING:
 
     from mmrl.images.image_spec import ImageSpec
 
-Picture = Image.Image | str | Path | bytes
+ImageInput = Image.Image | str | Path | bytes
+"""A Pillow image, the path of an image file, or its bytes."""
 
 
 class LoadedEncoder(ABC):
-    """Pictures and texts -> unit vectors of one dim."""
+    """Encodes images and texts as unit vectors of `dim` dims."""
 
     dim: int
     nested_dims: tuple[int, ...]
-    """Prefixes that were trained, ascending."""
+    """The dims that were trained, ascending, up to `dim`."""
 
     @property
     @abstractmethod
     def image_spec(self) -> "ImageSpec":
-        """How pictures are fitted and normalised."""
+        """How images are resized and normalised."""
 
     @abstractmethod
-    def encode_images(self, images: Sequence[Picture], batch_size: int = 64) -> np.ndarray:
-        """Pillow pictures, paths or file contents -> float32 (N, d), rows of length 1.
+    def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
+        """Pillow images, paths or file contents -> float32 unit vectors (N, d).
 
         Raises:
-            InputError: a picture that cannot be read, named; the image tower was not loaded.
+            InputError: an image cannot be read (the message names it), or the image tower was not loaded.
         """
 
     @abstractmethod
     def encode_pixels(self, pixels_NCHW: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
-        """uint8 (N, C, H, W), fitted by `image_spec.pixels` -> float32 (N, d), rows of length 1."""
+        """uint8 pixels (N, C, H, W), resized by `image_spec.pixels` -> float32 unit vectors (N, d)."""
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Texts -> float32 (N, d), rows of length 1. Longer texts than the tower takes are cut.
+        """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
 
         Raises:
-            InputError: one text given as a bare string; the text tower was not loaded.
+            InputError: `texts` is a single string, or the text tower was not loaded.
         """
 
 
-def check_list(texts: Sequence[str]) -> None:
-    """Raises InputError where a bare string stands for a list of texts."""
+def check_text_list(texts: Sequence[str]) -> None:
+    """Raises InputError if `texts` is a single string instead of a list of strings."""
     if isinstance(texts, str):
         raise InputError(f"encode_texts: want a list of texts, got the single text {texts[:40]!r}; wrap it in [ ].")
 
 
-def not_loaded(side: str) -> InputError:
-    """What a tower that was left out answers."""
-    return InputError(f"encode_{side}s: this tower was not loaded; load with towers='both' or {side!r}.")
+def tower_not_loaded(modality: str) -> InputError:
+    """The error of a call that needs a tower which was not loaded."""
+    return InputError(f"encode_{modality}s: this tower was not loaded; load with towers='both' or {modality!r}.")

@@ -1,7 +1,6 @@
-"""An encoder that is evaluated: weights that torch computes, or ONNX graphs, opened by name as `mmrl.load` does.
+"""The encoder that `mmrl eval` evaluates: torch weights, or ONNX graphs wrapped as a torch module.
 
-Shapes: B pictures or texts of a batch, C channels, H and W the picture's size, L tokens of a text, D the embedding's
-width.
+Shapes: B batch size, C channels, H and W image size, L tokens per text, D embedding dim.
 """
 
 from collections.abc import Callable
@@ -13,15 +12,16 @@ from torch import Tensor, nn
 
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import bundle
-from mmrl.model.manifest import GRAPH_LAYOUTS, find, read_manifest
+from mmrl.model.manifest import GRAPH_LAYOUTS, read_manifest
+from mmrl.model.source import StoredModel, parse_model
 
 Tokenise = Callable[[list[str]], Tensor]
-"""Texts -> int64 (B, L)."""
+"""Texts -> int64 token ids (B, L)."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What an evaluation asks of an encoder."""
+class EvaluatedEncoder:
+    """A model with its preprocessing, tokenizer and dims."""
 
     model: nn.Module
     """Has encode_image and encode_text."""
@@ -30,46 +30,45 @@ class Evaluated:
     dim: int
     nested_dims: tuple[int, ...]
     graphs: str = ""
-    """Which ONNX graphs: fp32, fp16 or int8; empty where there are weights."""
+    """The variant of ONNX graphs: fp32, fp16 or int8. Empty for torch weights."""
 
 
-class Graphs(nn.Module):
-    """ONNX graphs in the form of a model."""
+class OnnxModel(nn.Module):
+    """ONNX graphs with the interface of a torch model: encode_image and encode_text."""
 
     def __init__(self, pixels: Callable[[Tensor], np.ndarray], tokens: Callable[[Tensor], np.ndarray]) -> None:
-        """Args: what gives the vectors of uint8 (B, C, H, W) and of int64 (B, L): (B, D)."""
+        """Args: functions that encode uint8 pixels (B, C, H, W) and int64 token ids (B, L) as (B, D)."""
         super().__init__()
         self._pixels, self._tokens = pixels, tokens
-        self._device = nn.Parameter(torch.empty(0), requires_grad=False)  # an evaluation asks where the weights are
+        self._device = nn.Parameter(torch.empty(0), requires_grad=False)  # evaluation reads the device of a parameter
 
     def encode_image(self, image_BCHW: Tensor) -> Tensor:
-        """Pictures -> (B, D)."""
+        """Pixels -> (B, D)."""
         return torch.from_numpy(self._pixels(image_BCHW.cpu()))
 
     def encode_text(self, text_BL: Tensor) -> Tensor:
-        """Tokens -> (B, D)."""
+        """Token ids -> (B, D)."""
         return torch.from_numpy(self._tokens(text_BL.cpu()))
 
 
-def open_encoder(model: str) -> Evaluated:
-    """The encoder that MODEL names: a run folder, a checkpoint, an export of any format, or open_clip:NAME.
+def open_encoder(model: str) -> EvaluatedEncoder:
+    """Opens MODEL for evaluation: a run folder, a checkpoint, an export of any format, or open_clip:NAME.
 
     Raises:
-        InputError: there is none, it is damaged, or what runs its graphs is not installed.
+        InputError: there is no such encoder, it is damaged, or the library that runs its graphs is not installed.
     """
-    if not model.startswith("open_clip:"):
-        folder = find(model)
-        if read_manifest(folder)["layout"] in GRAPH_LAYOUTS:
-            from mmrl.inference.onnx_encoder import open_onnx
+    source = parse_model(model)
+    if isinstance(source, StoredModel) and read_manifest(source.folder)["layout"] in GRAPH_LAYOUTS:
+        from mmrl.inference.onnx_encoder import open_onnx
 
-            graphs = open_onnx(folder, dim=None, device=None, dtype=None, towers="both", variant=None)
-            return Evaluated(
-                Graphs(graphs.encode_pixels, graphs.encode_tokens),
-                graphs.image_spec,
-                graphs.tokenise,
-                graphs.dim,
-                graphs.nested_dims,
-                graphs.variant,
-            )
-    opened = bundle.open_model(model)
-    return Evaluated(opened.model, opened.image_spec, opened.tokenise, opened.dim, opened.nested_dims)
+        onnx = open_onnx(source.folder, dim=None, device=None, dtype=None, towers="both", variant=None)
+        return EvaluatedEncoder(
+            OnnxModel(onnx.encode_pixels, onnx.encode_tokens),
+            onnx.image_spec,
+            onnx.tokenise,
+            onnx.dim,
+            onnx.nested_dims,
+            onnx.variant,
+        )
+    opened = bundle.open_model(source)
+    return EvaluatedEncoder(opened.model, opened.image_spec, opened.tokenise, opened.dim, opened.nested_dims)

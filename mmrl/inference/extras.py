@@ -1,4 +1,4 @@
-"""Libraries that only some formats need."""
+"""Optional dependencies: which extra of mmrl-clip installs a package."""
 
 from importlib.util import find_spec
 
@@ -12,8 +12,8 @@ _EXTRA_OF = {
 }
 
 
-def need(*modules: str) -> None:
-    """Raises InputError, with the pip command, where one of these libraries is not installed."""
+def require_packages(*modules: str) -> None:
+    """Raises InputError, with the pip command, if one of these modules is not installed."""
     for module in modules:
         if find_spec(module) is None:
             name = module.replace("_", "-")

@@ -1,6 +1,6 @@
-"""A stored encoder of ONNX graphs, as `mmrl.load` returns it; torch is not imported for pictures and texts.
+"""`mmrl.load` for ONNX graphs, run by onnxruntime. Encoding images and texts does not import torch.
 
-Shapes: N inputs, d the encoder's dim.
+Shapes: N inputs, L tokens per text, d embedding dim.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmrl.errors import InputError
-from mmrl.inference.base import LoadedEncoder, Picture
-from mmrl.inference.extras import need
+from mmrl.inference.base import ImageInput, LoadedEncoder
+from mmrl.inference.extras import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OnnxEncoder(LoadedEncoder):
-    """The same calls, answered by onnxruntime."""
+    """A `LoadedEncoder` that runs on onnxruntime."""
 
     def __init__(self, encoder: "Encoder") -> None:
         self._encoder = encoder
@@ -36,27 +36,27 @@ class OnnxEncoder(LoadedEncoder):
 
         return ImageSpec.from_json(self._encoder.manifest["image"])
 
-    def encode_images(self, images: Sequence[Picture], batch_size: int = 64) -> np.ndarray:
-        return self._said(self._encoder.encode_images, images, batch_size)
+    def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
+        return self._run(self._encoder.encode_images, images, batch_size)
 
     def encode_pixels(self, pixels_NCHW: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
-        return self._said(self._encoder.encode_pixels, np.ascontiguousarray(pixels_NCHW), batch_size)
+        return self._run(self._encoder.encode_pixels, np.ascontiguousarray(pixels_NCHW), batch_size)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        return self._said(self._encoder.encode_texts, texts, batch_size)
+        return self._run(self._encoder.encode_texts, texts, batch_size)
 
     def encode_tokens(self, tokens_NL: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
-        """int64 (N, L) of `tokenise` -> float32 (N, d), rows of length 1."""
-        return self._said(self._encoder.encode_tokens, np.ascontiguousarray(tokens_NL), batch_size)
+        """int64 token ids (N, L) from `tokenise` -> float32 unit vectors (N, d)."""
+        return self._run(self._encoder.encode_tokens, np.ascontiguousarray(tokens_NL), batch_size)
 
     def tokenise(self, texts: list[str]) -> "torch.Tensor":
-        """Texts -> int64 (N, L)."""
+        """Texts -> int64 token ids (N, L)."""
         import torch
 
         return torch.from_numpy(self._encoder.tokenise(texts))
 
-    def _said(self, encode: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
-        with _as_input_errors():
+    def _run(self, encode: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+        with _input_errors():
             return encode(*arguments)
 
 
@@ -68,23 +68,25 @@ def open_onnx(
     towers: str,
     variant: str | None,
 ) -> OnnxEncoder:
-    """What `mmrl.load` returns for a folder of graphs.
+    """Opens a folder of ONNX graphs; see `mmrl.load` for the arguments.
 
     Raises:
-        InputError: as `mmrl.load`; onnxruntime is not installed.
+        InputError: as `mmrl.load`, or onnxruntime is not installed.
     """
     if dtype is not None:
-        raise InputError("dtype: ONNX graphs compute in what they were exported in; name a variant instead.")
-    need("onnxruntime")
+        raise InputError(
+            "dtype: ONNX graphs compute in the precision of their export; choose a variant instead of dtype."
+        )
+    require_packages("onnxruntime")
     from mmrl.inference.standalone import Encoder
 
-    with _as_input_errors():
+    with _input_errors():
         return OnnxEncoder(Encoder(folder, dim, towers, variant, device=str(device or "cpu")))
 
 
 @contextmanager
-def _as_input_errors() -> Iterator[None]:
-    """The stand-alone file knows ValueError alone."""
+def _input_errors() -> Iterator[None]:
+    """Re-raises a ValueError of `standalone`, which does not import mmrl, as InputError."""
     try:
         yield
     except ValueError as error:

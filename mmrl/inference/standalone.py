@@ -1,19 +1,19 @@
-"""An encoder of ONNX graphs: pictures and texts -> unit vectors, without torch and without mmrl.
+"""Encodes images and texts as unit vectors with ONNX graphs. Imports neither torch nor mmrl.
 
-This file goes along with every ONNX export as encoder.py. It needs Python 3.10, numpy, Pillow, tokenizers and
+This file is copied into every ONNX export as encoder.py. It needs Python 3.10, numpy, Pillow, tokenizers and
 onnxruntime:
 
     from encoder import Encoder
 
     encoder = Encoder("FOLDER")
     query = encoder.encode_texts(["red running shoes"])
-    shelf = encoder.encode_images(["a.jpg", "b.jpg"])
-    print(shelf @ query.T)
+    gallery = encoder.encode_images(["a.jpg", "b.jpg"])
+    print(gallery @ query.T)
 
-The weights of image.onnx are in image.onnx.data, beside it, and may stay mapped from there: replace a folder that is in
-use by renaming another, never in place.
+The weights of image.onnx are in image.onnx.data in the same folder and may stay memory-mapped. To replace a folder that
+is in use, rename a new folder over it; do not overwrite its files.
 
-Shapes: N inputs, d the vectors' length, H and W the graph's picture size, L tokens.
+Shapes: N inputs, d embedding dim, C = 3 channels, H and W the graph's image size, L tokens per text.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-Picture = Image.Image | str | Path | bytes
-# A picture of more pixels is refused, not decoded: a small file can unfold to any size.
+ImageInput = Image.Image | str | Path | bytes
+# Images of more pixels are refused before decoding: a small file can decompress to any size.
 MAX_PIXELS = 64_000_000
-# Named, because Pillow would also open formats that start other programs, such as EPS.
+# An allow-list, because Pillow also opens formats that start other programs, e.g. EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Encoder:
-    """The towers of one folder, each as an onnxruntime session."""
+    """The image and text towers of one folder, each an onnxruntime session."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class Encoder:
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        """Opens the graphs after a check of their hashes.
+        """Checks the hashes of the graphs and opens them.
 
         Args:
-            dim: vectors are cut to their first `dim` numbers and renormalised; whole when left out.
+            dim: embeddings are truncated to their first `dim` dims and renormalised (default: full dim).
             towers: 'both', 'image' or 'text'.
-            variant: 'fp32', or 'fp16' or 'int8' where they were exported; the manifest's default when left out.
+            variant: 'fp32', 'fp16' or 'int8', if it was exported (default: as in the manifest).
             device: 'cpu' or 'cuda'.
-            threads: of each session; onnxruntime's own choice when left out.
+            threads: intra-op threads per session (default: onnxruntime's).
 
         Raises:
-            ValueError: no such folder, variant or dim; a file is missing or is not what the manifest says.
+            ValueError: no such folder, variant or dim; a file is missing or its hash differs from the manifest.
         """
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
@@ -87,68 +87,69 @@ class Encoder:
         }
         self._tokenizer: Tokenizer | None = None
         if "text" in self._sessions:
-            self._tokenizer = Tokenizer.from_file(str(self._checked(self.graphs["tokenizer"])))
+            self._tokenizer = Tokenizer.from_file(str(self._checked_path(self.graphs["tokenizer"])))
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(self.manifest["tokenizer"]["context_length"])
 
-    def encode_images(self, images: Sequence[Picture], batch_size: int = 64) -> np.ndarray:
-        """Pillow pictures, paths or file contents -> float32 (N, d), rows of length 1.
+    def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
+        """Pillow images, paths or file contents -> float32 unit vectors (N, d).
 
         Raises:
-            ValueError: a picture that cannot be read, named; the image tower was not loaded.
+            ValueError: an image cannot be read (the message names it), or the image tower was not loaded.
         """
         return self._encode("image", _chunks(images, batch_size), lambda chunk: np.stack([*map(self.pixels, chunk)]))
 
     def encode_pixels(self, pixels_NCHW: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """uint8 (N, C, H, W), fitted as `pixels` does -> float32 (N, d), rows of length 1."""
+        """uint8 pixels (N, C, H, W), resized by `pixels` -> float32 unit vectors (N, d)."""
         return self._encode("image", _chunks(pixels_NCHW, batch_size), np.asarray)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Texts -> float32 (N, d), rows of length 1. Longer texts than the tower takes are cut.
+        """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
 
         Raises:
-            ValueError: one text given as a bare string; the text tower was not loaded.
+            ValueError: `texts` is a single string, or the text tower was not loaded.
         """
         if isinstance(texts, str):
             raise ValueError(f"encode_texts: want a list of texts, got the single text {texts[:40]!r}; wrap it in [ ].")
         return self._encode("text", _chunks(texts, batch_size), self.tokenise)
 
     def encode_tokens(self, tokens_NL: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        """int64 (N, L) of `tokenise` -> float32 (N, d), rows of length 1."""
+        """int64 token ids (N, L) from `tokenise` -> float32 unit vectors (N, d)."""
         return self._encode("text", _chunks(tokens_NL, batch_size), np.asarray)
 
     def tokenise(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> int64 (N, L): L is the longest text's where the graph takes any length, else the tower's."""
+        """Texts -> int64 token ids (N, L): padded to the context length, or the longest text if the graph allows."""
         if self._tokenizer is None:
             raise _not_loaded("text")
-        rows = [one.ids for one in self._tokenizer.encode_batch([clean(text, self.graphs["clean"]) for text in texts])]
+        cleaned = [clean(text, self.graphs["clean"]) for text in texts]
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
         longest = max(map(len, rows)) if self.graphs["any_length"] else self.manifest["tokenizer"]["context_length"]
         tokens_NL = np.full((len(rows), longest), self.graphs["pad_id"], np.int64)
-        for number, row in enumerate(rows):
-            tokens_NL[number, : len(row)] = row
+        for i, row in enumerate(rows):
+            tokens_NL[i, : len(row)] = row
         if self.graphs.get("zero_id") is not None:
             tokens_NL[tokens_NL == self.graphs["zero_id"]] = 0
         return tokens_NL
 
-    def pixels(self, picture: Picture) -> np.ndarray:
-        """A picture -> uint8 (C, H, W): upright, RGB, fitted to the graph's size."""
-        fitted = _fitted(_opened(picture), self.manifest["image"])
-        return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
+    def pixels(self, image: ImageInput) -> np.ndarray:
+        """An image -> uint8 RGB pixels (C, H, W), upright, resized to the graph's size."""
+        resized = _resize(_open_image(image), self.manifest["image"])
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def _encode(self, side: str, chunks: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
         session = self._sessions.get(side)
         if session is None:
             raise _not_loaded(side)
-        place = session.get_inputs()[0]
+        graph_input = session.get_inputs()[0]
         rows = [np.zeros((0, self.dim), np.float32)]
         for chunk in chunks:
             inputs = prepare(chunk)
-            if side == "image" and place.type == "tensor(float)":  # the graph leaves mean and deviation to us
+            if side == "image" and graph_input.type == "tensor(float)":  # not normalised by the graph
                 mean, std = (
                     np.array(self.manifest["image"][name], np.float32)[:, None, None] for name in ("mean", "std")
                 )
                 inputs = (inputs.astype(np.float32) / 255 - mean) / std
-            vectors_Nd = np.asarray(session.run(None, {place.name: inputs})[0])
+            vectors_Nd = np.asarray(session.run(None, {graph_input.name: inputs})[0])
             if self.dim < vectors_Nd.shape[1]:
                 vectors_Nd = vectors_Nd[:, : self.dim]
                 vectors_Nd = vectors_Nd / np.maximum(np.linalg.norm(vectors_Nd, axis=1, keepdims=True), 1e-12)
@@ -163,16 +164,16 @@ class Encoder:
                     f"device: this onnxruntime has no {device!r}; pip install onnxruntime-gpu, or use 'cpu'."
                 )
             providers.insert(0, "CUDAExecutionProvider")
-        graph = self._checked(name)
-        if f"{name}.data" in self.manifest["files"]:  # its weights, which onnxruntime finds beside it
-            self._checked(f"{name}.data")
+        graph = self._checked_path(name)
+        if f"{name}.data" in self.manifest["files"]:  # the weights, which onnxruntime reads from the same folder
+            self._checked_path(f"{name}.data")
         try:
             return onnxruntime.InferenceSession(graph, options, providers=providers)
-        except Exception as error:  # onnxruntime's kinds have no base of their own
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             raise ValueError(f"{graph}: onnxruntime cannot open it: {' '.join(str(error).split())}") from error
 
-    def _checked(self, name: str) -> Path:
-        """A file of the folder, if it is what the manifest was written for."""
+    def _checked_path(self, name: str) -> Path:
+        """The path of a file in the folder; raises ValueError unless its SHA-256 equals the one in the manifest."""
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{self.folder / 'manifest.json'} names {name!r}, which is outside its folder.")
         path, digest = self.folder / name, hashlib.sha256()
@@ -188,7 +189,7 @@ class Encoder:
 
 
 def clean(text: str, how: str) -> str:
-    """What open_clip does to a text before it is tokenised, but for ftfy, whose part is in tokenizer.json."""
+    """open_clip's text cleaning before tokenisation, without ftfy, whose replacements are in tokenizer.json."""
     text = html.unescape(html.unescape(text))
     if how == "canonicalize":
         text = text.replace("_", " ").translate(_NO_PUNCTUATION)
@@ -200,34 +201,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no encoder: it has no manifest.json.") from None
+        raise ValueError(f"{folder} is not an encoder: it has no manifest.json.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / 'manifest.json'} is not JSON ({error}); export the encoder again.") from None
     if manifest.get("format") != "mmrl-bundle" or manifest.get("version") != 2 or "graphs" not in manifest:
-        raise ValueError(f"{folder / 'manifest.json'} is not of an mmrl export of ONNX graphs, version 2.")
+        raise ValueError(f"{folder / 'manifest.json'} is not the manifest of an mmrl ONNX export, version 2.")
     return manifest
 
 
-def _opened(picture: Picture) -> Image.Image:
-    """Upright RGB.
+def _open_image(source: ImageInput) -> Image.Image:
+    """Decodes an image as upright RGB.
 
     Raises:
-        ValueError: not a picture in one of FORMATS, damaged, or of more than MAX_PIXELS.
+        ValueError: not an image in one of FORMATS, damaged, or larger than MAX_PIXELS.
     """
-    if isinstance(picture, Image.Image):
-        return _upright_rgb(picture)
-    name = f"{len(picture)} bytes" if isinstance(picture, bytes) else str(picture)
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damage that it gets over
+            warnings.simplefilter("ignore")  # Pillow warns of damage that it recovers from
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
             return _upright_rgb(image)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"image {name}: no picture in a known format: it is none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # Pillow's decoders let many kinds through on damaged files
+        raise ValueError(f"image {name}: no picture in a known format: not one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's decoders raise many exception types on damaged files
         raise ValueError(f"image {name}: {error}") from None
 
 
@@ -238,8 +239,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _fitted(image: Image.Image, spec: dict[str, Any]) -> Image.Image:
-    """Resized, then cropped or padded about the centre, to the spec's size."""
+def _resize(image: Image.Image, spec: dict[str, Any]) -> Image.Image:
+    """Resizes an image, then centre-crops or pads it, to the spec's height and width."""
     height, width, mode = spec["height"], spec["width"], spec["resize_mode"]
     if image.size == (width, height):
         return image
@@ -248,18 +249,18 @@ def _fitted(image: Image.Image, spec: dict[str, Any]) -> Image.Image:
         return image.resize((width, height), resampling)
     fit = max if mode == "shortest" else min
     scale = fit(height / image.height, width / image.width)
-    # open_clip fits by torchvision, which truncates the free side, for squares; else by timm's rule, which rounds.
-    whole = int if mode == "shortest" and height == width else round
-    least_w, least_h = (width, height) if mode == "shortest" else (1, 1)
-    fitted = image.resize(
-        (max(least_w, whole(image.width * scale)), max(least_h, whole(image.height * scale))), resampling
+    # open_clip resizes to squares with torchvision, which truncates the longer side, else like timm, which rounds.
+    to_int = int if mode == "shortest" and height == width else round
+    min_width, min_height = (width, height) if mode == "shortest" else (1, 1)
+    resized = image.resize(
+        (max(min_width, to_int(image.width * scale)), max(min_height, to_int(image.height * scale))), resampling
     )
     canvas = Image.new("RGB", (width, height), (spec["fill_color"],) * 3)
     if mode == "longest":
-        canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
+        canvas.paste(resized, ((width - resized.width) // 2, (height - resized.height) // 2))
         return canvas
-    left, top = round((fitted.width - width) / 2), round((fitted.height - height) / 2)
-    return fitted.crop((left, top, left + width, top + height))
+    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
+    return resized.crop((left, top, left + width, top + height))
 
 
 def _chunks(inputs: Any, size: int) -> Iterable[Any]:

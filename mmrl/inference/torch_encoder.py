@@ -1,6 +1,6 @@
-"""A stored encoder that torch computes: any layout with weights, or an open_clip model. No training code here.
+"""`mmrl.load` for torch weights: an encoder of any layout with weights, or an open_clip model. No training code here.
 
-Shapes: N inputs, d the encoder's dim.
+Shapes: N inputs, C channels, H and W image size, d embedding dim.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,19 +13,21 @@ from PIL import Image
 from mmrl.errors import InputError
 from mmrl.images.decode import decode_pixels, to_tensor, upright_rgb
 from mmrl.images.image_spec import ImageSpec
-from mmrl.inference.base import LoadedEncoder, Picture, check_list, not_loaded
+from mmrl.inference.base import ImageInput, LoadedEncoder, check_text_list, tower_not_loaded
 from mmrl.model import bundle
-from mmrl.model.towers import Side, Tokenizer
-from mmrl.model.two_tower import Encoder
-from mmrl.nesting import check_dims, cut
+from mmrl.model.source import ModelSource, OpenClipModel
+from mmrl.model.tokenizer import Tokenizer
+from mmrl.model.towers import Modality
+from mmrl.model.two_tower import ProjectedTower
+from mmrl.nesting import check_dims, truncate
 
 
 class TorchEncoder(LoadedEncoder):
-    """Pictures and texts -> unit vectors of one dim, on a CPU or a GPU."""
+    """A `LoadedEncoder` that runs on torch, on a CPU or a GPU."""
 
     def __init__(
         self,
-        encoders: dict[Side, Encoder],
+        towers: dict[Modality, ProjectedTower],
         tokenise: Tokenizer | None,
         image_spec: ImageSpec,
         dim: int,
@@ -36,7 +38,7 @@ class TorchEncoder(LoadedEncoder):
         self.dim = dim
         self.nested_dims = nested_dims
         self._image_spec = image_spec
-        self._encoders = {side: encoder.eval().to(device) for side, encoder in encoders.items()}
+        self._towers = {modality: tower.eval().to(device) for modality, tower in towers.items()}
         self._tokenise = tokenise
         self._device = device
         self._dtype = dtype
@@ -45,7 +47,7 @@ class TorchEncoder(LoadedEncoder):
     def image_spec(self) -> ImageSpec:
         return self._image_spec
 
-    def encode_images(self, images: Sequence[Picture], batch_size: int = 64) -> np.ndarray:
+    def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
         chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         return self._encode(
             "image", (torch.stack([self.image_spec.pixels(_pixels(image)) for image in chunk]) for chunk in chunks)
@@ -55,63 +57,63 @@ class TorchEncoder(LoadedEncoder):
         return self._encode("image", pixels_NCHW.split(batch_size))
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        check_list(texts)
+        check_text_list(texts)
         tokenise = self._tokenise
         if tokenise is None:
-            raise not_loaded("text")
+            raise tower_not_loaded("text")
         chunks = (list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size))
         return self._encode("text", (tokenise(chunk) for chunk in chunks))
 
     @torch.inference_mode()
-    def _encode(self, side: Side, inputs: Iterable[torch.Tensor]) -> np.ndarray:
-        if side not in self._encoders:
-            raise not_loaded(side)
-        rows = []
+    def _encode(self, modality: Modality, inputs: Iterable[torch.Tensor]) -> np.ndarray:
+        if modality not in self._towers:
+            raise tower_not_loaded(modality)
+        embeddings = []
         for batch in inputs:
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-                embedding = self._encoders[side](batch.to(self._device))
-            rows.append(cut(embedding, self.dim).cpu())
-        return torch.cat(rows).numpy() if rows else np.zeros((0, self.dim), np.float32)
+                embedding = self._towers[modality](batch.to(self._device))
+            embeddings.append(truncate(embedding, self.dim).cpu())
+        return torch.cat(embeddings).numpy() if embeddings else np.zeros((0, self.dim), np.float32)
 
 
 def open_torch(
-    path: str | Path,
+    source: ModelSource,
     dim: int | None,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
-    sides: Sequence[Side],
+    modalities: Sequence[Modality],
 ) -> TorchEncoder:
-    """What `mmrl.load` returns for an encoder with weights.
+    """Opens an encoder with weights; see `mmrl.load` for the arguments. `modalities` are the towers to load.
 
     Raises:
         InputError: as `mmrl.load`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if str(path).startswith("open_clip:"):
-        found = bundle.open_model(path)
-        encoders: dict[Side, Encoder] = {side: getattr(found.model, side) for side in sides}
-        tokenise, spec, full, nested = found.tokenise, found.image_spec, found.dim, found.nested_dims
+    if isinstance(source, OpenClipModel):
+        opened = bundle.open_model(source)
+        towers: dict[Modality, ProjectedTower] = {name: getattr(opened.model, name) for name in modalities}
+        tokenise, spec, full, nested = opened.tokenise, opened.image_spec, opened.dim, opened.nested_dims
     else:
-        folder = bundle.find(path)
+        folder = source.folder
         manifest = bundle.read_manifest(folder)
-        encoders = bundle.load_encoders(folder, manifest, bundle.read_weights(folder, manifest), sides)
-        tokenise = bundle.load_tokenise(folder, manifest)
+        towers = bundle.load_towers(folder, manifest, bundle.read_weights(folder, manifest), modalities)
+        tokenise = bundle.load_tokenizer(folder, manifest)
         spec = ImageSpec.from_json(manifest["image"])
         full, nested = manifest["dim"], tuple(manifest["nested_dims"])
-    kept = full if dim is None else dim
-    check_dims([kept], full, "dim")
+    encoder_dim = full if dim is None else dim
+    check_dims([encoder_dim], full, "dim")
     return TorchEncoder(
-        encoders,
-        tokenise if "text" in sides else None,
+        towers,
+        tokenise if "text" in modalities else None,
         spec,
-        kept,
-        bundle.kept_dims(nested, kept),
+        encoder_dim,
+        bundle.dims_up_to(nested, encoder_dim),
         device,
         dtype or torch.float32,
     )
 
 
-def _pixels(image: Picture) -> torch.Tensor:
+def _pixels(image: ImageInput) -> torch.Tensor:
     if isinstance(image, Image.Image):
         return to_tensor(upright_rgb(image))
     try:

@@ -1,1 +1,1 @@
-"""Losses take embeddings, never a model. Start with reference.py."""
+"""Nested losses of embeddings (not of models). Read reference.py first: the plain formulas."""

@@ -1,6 +1,6 @@
-"""Which loss a run trains with.
+"""The `loss` section of a config, and the loss it selects.
 
-Shapes: b pairs of this process, D the embedding's width, K dims.
+Shapes: b local pairs (of this rank), D embedding width, K dims.
 """
 
 from typing import Literal, Self
@@ -15,17 +15,17 @@ from mmrl.nesting import Nesting
 
 
 class LossConfig(InfoNCEOptions):
-    """The loss, and its departures from the plain form."""
+    """The loss and its options."""
 
     name: Literal["infonce", "sigmoid"] = "infonce"
-    """The symmetric InfoNCE, or SigLIP's sigmoid with a learnt bias."""
+    """Symmetric InfoNCE (CLIP), or the sigmoid loss with a learned bias (SigLIP)."""
 
     @model_validator(mode="after")
-    def _fit(self) -> Self:
+    def _check_options_of_sigmoid(self) -> Self:
         if self.name == "sigmoid" and (self.label_smoothing or self.distillation):
-            raise ValueError("label_smoothing and distillation belong to name: infonce; leave them out")
+            raise ValueError("label_smoothing and distillation require name: infonce; leave them out")
         if self.name == "sigmoid" and self.kernels == "triton":
-            raise ValueError("the Triton kernels serve name: infonce; leave kernels out")
+            raise ValueError("kernels: triton requires name: infonce; leave kernels out")
         return self
 
 
@@ -38,10 +38,10 @@ def nested_loss(
     nested: Nesting,
     group_b: torch.Tensor,
 ) -> NestedLoss:
-    """The configured loss; scale and bias are (1,) or (K,)."""
+    """Compute the configured loss. `scale` and `bias` are (1,) or (K,)."""
     if config.name == "infonce":
-        return nested_info_nce(image_bD, text_bD, scale, nested.dims, nested.shares, group_b, config)
+        return nested_info_nce(image_bD, text_bD, scale, nested.dims, nested.weights, group_b, config)
     assert bias is not None
     return nested_sigmoid(
-        image_bD, text_bD, scale, bias, nested.dims, nested.shares, group_b, same_group=config.same_group
+        image_bD, text_bD, scale, bias, nested.dims, nested.weights, group_b, same_group=config.same_group
     )

@@ -1,6 +1,6 @@
-"""What every nested loss does with its arguments before the sweep, and what it returns.
+"""Arguments and result of the nested losses: validation, groups, and the operands of the local logits.
 
-Shapes: b pairs of this process, B = b * world_size pairs of all, D the embedding's width, K dims.
+Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims.
 """
 
 from collections.abc import Sequence
@@ -10,70 +10,68 @@ import torch
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
-from mmrl.losses import sweep
-from mmrl.losses.sweep import LOG2_E, Block
+from mmrl.losses.sweep import LOG2_E, LogitMatrix, prefix_dots, split_into_blocks
 from mmrl.nesting import Nesting
 
 Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""int64 (b,): equal numbers are one item, negative ones are in no group; or a pair of those, of the images and of the
-texts."""
+"""int64 (b,): equal values are one group (pairs of one item), negative values are in no group. Or a tuple of two such
+tensors, of the images and of the texts."""
 
 
 @dataclass(frozen=True)
 class NestedLoss:
-    """What a nested loss returns."""
+    """The result of a nested loss."""
 
     total: torch.Tensor
-    """Scalar, the same on every process; its gradient is this process's share (averaged over processes, the whole)."""
+    """Scalar, equal on all ranks. Its gradient is this rank's part: averaged over ranks (DDP), it is the whole."""
     by_dim: dict[int, torch.Tensor]
     """Each dim's loss over the global batch, detached; `total` is their weighted mean."""
 
 
-def check(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, finite: bool) -> None:
-    """Raises InputError unless the arguments fit each other; with `finite`, also at NaN and infinity, anywhere."""
+def check_inputs(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, check_finite: bool) -> None:
+    """Raise InputError unless shapes and dtypes match; with `check_finite`, also for NaN or infinity on any rank."""
     if image_BD.ndim != 2 or image_BD.shape != text_BD.shape:
         raise InputError(
             f"image_BD, text_BD: shapes {tuple(image_BD.shape)} and {tuple(text_BD.shape)}; both must be (B, D)."
         )
     if image_BD.dtype != text_BD.dtype or not image_BD.is_floating_point():
-        raise InputError(f"image_BD, text_BD: {image_BD.dtype} and {text_BD.dtype}; both must be of one float type.")
+        raise InputError(f"image_BD, text_BD: {image_BD.dtype} and {text_BD.dtype}; both must be of one float dtype.")
     if not len(image_BD):
         raise InputError("image_BD, text_BD: no rows; give at least one pair.")
-    wanted = f"want int64 ({len(image_BD)},), one a pair, or a pair of such, of the images and of the texts"
+    expected = f"expected int64 of shape ({len(image_BD)},), or a tuple of two such tensors (image groups, text groups)"
     if isinstance(groups, tuple) and len(groups) != 2:
-        raise InputError(f"groups: a tuple of {len(groups)}; {wanted}.")
+        raise InputError(f"groups: a tuple of {len(groups)}; {expected}.")
     for group in groups if isinstance(groups, tuple) else () if groups is None else (groups,):
         if not isinstance(group, torch.Tensor):
-            raise InputError(f"groups: a {type(group).__name__}; {wanted}.")
+            raise InputError(f"groups: {type(group).__name__}; {expected}.")
         if group.shape != image_BD.shape[:1] or group.dtype != torch.int64:
-            raise InputError(f"groups: {group.dtype} of shape {tuple(group.shape)}; {wanted}.")
-    if finite:
+            raise InputError(f"groups: {group.dtype} of shape {tuple(group.shape)}; {expected}.")
+    if check_finite:
         bad = [len(x) - int(x.isfinite().all(1).sum()) for x in (image_BD, text_BD)]
-        # Raised on all processes, since one alone would leave the others waiting.
+        # Raised on all ranks: if one rank raised alone, the others would wait for it in the next collective.
         if comm.any_rank(any(bad)):
             raise InputError(
-                f"image_BD, text_BD: {bad[0]} and {bad[1]} of {len(image_BD)} rows here hold NaN or infinity; all must "
-                "be finite, on every process."
+                f"image_BD, text_BD: {bad[0]} and {bad[1]} of {len(image_BD)} rows on rank {comm.world().rank} contain "
+                "NaN or infinity; all rows must be finite on every rank."
             )
 
 
-def by_dim(name: str, value: torch.Tensor | float, dims: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """A scalar, or one number a dim in the order of `dims` -> (K,), in ascending order of the dims."""
+def per_dim(name: str, value: torch.Tensor | float, dims: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Expand a scalar, or one value per dim in the order of `dims`, to (K,) in ascending order of the dims."""
     values = torch.as_tensor(value, device=like.device).reshape(-1)
     if len(values) not in (1, len(dims)):
-        raise InputError(f"{name}: {len(values)} values for {len(dims)} dims; give one, or one a dim.")
+        raise InputError(f"{name}: {len(values)} values for {len(dims)} dims; give one value, or one per dim.")
     if not values.is_floating_point():
         values = values.float()
     ascending = sorted(range(len(dims)), key=lambda i: dims[i])
     return values.expand(len(dims))[ascending]
 
 
-def positive(scale_K: torch.Tensor) -> list[float]:
-    """The logit scales as numbers. NaN may pass: like a NaN embedding it comes from a run gone wrong, and makes the
-    loss NaN.
+def positive_scales(scale_K: torch.Tensor) -> list[float]:
+    """The logit scales as floats. NaN passes: like a NaN embedding it comes from a diverged run, and gives a NaN loss.
 
     Raises:
-        InputError: one is not finite and positive.
+        InputError: a scale is zero, negative or infinite.
     """
     scales: list[float] = scale_K.tolist()
     for scale in scales:
@@ -82,45 +80,45 @@ def positive(scale_K: torch.Tensor) -> list[float]:
     return scales
 
 
-def strip(
+def local_logits(
     image_bD: torch.Tensor,
     text_BD: torch.Tensor,
     scales: Sequence[float],
     nested: Nesting,
     groups: Sequence[torch.Tensor] = (),
-) -> Block:
-    """This process's images against all texts; `groups`, if any, are of the images here and of all texts."""
+) -> LogitMatrix:
+    """The logits of the local images with all texts; `groups`, if any, are of the local images and of all texts."""
     scales = [scale * LOG2_E for scale in scales]
-    sides = (sweep.side(image_bD, nested.dims), sweep.side(text_BD, nested.dims))
-    return Block(*sides, scales, comm.local_rows(len(image_bD)).start, *groups)
+    operands = (split_into_blocks(image_bD, nested.dims), split_into_blocks(text_BD, nested.dims))
+    return LogitMatrix(*operands, scales, comm.local_rows(len(image_bD)).start, *groups)
 
 
 def gather_groups(groups: Groups) -> torch.Tensor:
-    """Of all processes' pairs, the image's group and the text's: (B, 2)."""
+    """The image group and the text group of every pair of the global batch: (B, 2)."""
     pair = groups if isinstance(groups, tuple) else (groups, groups)
-    return comm.gather(torch.stack(pair, dim=1))
+    return comm.all_gather_rows(torch.stack(pair, dim=1))
 
 
-def groups_of_strip(group_B2: torch.Tensor, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """The groups of the images in `own` and of all texts, where negative numbers equal nothing."""
-    return group_B2[own, 0].clamp(min=-1), torch.where(group_B2[:, 1] < 0, -2, group_B2[:, 1])
+def local_groups(group_B2: torch.Tensor, local: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The groups of the local images and of all texts, with negative values replaced so that none are equal."""
+    return group_B2[local, 0].clamp(min=-1), torch.where(group_B2[:, 1] < 0, -2, group_B2[:, 1])
 
 
-def others_of_the_group(group_B2: torch.Tensor) -> torch.Tensor:
-    """How many texts beside its own share an image's group, and how many images a text's: (B, 2)."""
+def count_same_group(group_B2: torch.Tensor) -> torch.Tensor:
+    """Number of other texts in each image's group, and of other images in each text's group: (B, 2)."""
     image_B, text_B = group_B2.T.contiguous()
 
-    def matches(group_B: torch.Tensor, among_B: torch.Tensor) -> torch.Tensor:
+    def count(group_B: torch.Tensor, among_B: torch.Tensor) -> torch.Tensor:
         sorted_B = among_B.sort().values
         count_B = torch.searchsorted(sorted_B, group_B, right=True) - torch.searchsorted(sorted_B, group_B)
         return torch.where(group_B < 0, 0, count_B)
 
-    own_B = ((image_B == text_B) & (image_B >= 0)).long()
-    return torch.stack([matches(image_B, text_B) - own_B, matches(text_B, image_B) - own_B], dim=1)
+    matching_B = ((image_B == text_B) & (image_B >= 0)).long()
+    return torch.stack([count(image_B, text_B) - matching_B, count(text_B, image_B) - matching_B], dim=1)
 
 
-def own_logits(block: Block) -> torch.Tensor:
-    """The own pairs' logits, base 2: (K, b)."""
-    products_Kb = sweep.prefix_products(block.rows.blocks, [y[block.own] for y in block.columns.blocks])
-    scale_K = products_Kb.new_tensor(block.scale_K)
-    return products_Kb * block.rows.inverse_norm_Kn * block.columns.inverse_norm_Kn[:, block.own] * scale_K[:, None]
+def matching_logits(matrix: LogitMatrix) -> torch.Tensor:
+    """The logits of the matching pairs, base 2: (K, b)."""
+    columns, scale_K = matrix.matching_columns, matrix.rows.inverse_norm_Kn.new_tensor(matrix.scale_K)
+    products_Kb = prefix_dots(matrix.rows.blocks, [y[columns] for y in matrix.columns.blocks])
+    return products_Kb * matrix.rows.inverse_norm_Kn * matrix.columns.inverse_norm_Kn[:, columns] * scale_K[:, None]

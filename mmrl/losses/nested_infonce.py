@@ -1,12 +1,11 @@
-"""The nested symmetric InfoNCE over the global batch: all dims in one sweep of tiles, in memory linear in the batch.
+"""Nested symmetric InfoNCE over the global batch: all dims in one pass over tiles, in memory linear in the batch.
 
-Every process computes the similarities of its own images with all texts, each once in the cluster: one all-gather of
-the texts, one reduction of the columns' sums and one of the loss, and backward one reduce-scatter of the texts'
-gradient, whatever the number of dims; groups are gathered too, and logits that no shared shift spans cost two
-reductions of their extremes. losses/reference.py has the formula to which value and gradient are held, losses/sweep.py
-the sweep.
+Each rank computes the logits of its local images with all texts. Communication, whatever the number of dims: forward
+one all-gather of the texts, one all-reduce of the columns' exponential sums and one of the loss; backward one
+reduce-scatter of the text gradient. Groups add an all-gather. Logits too large for a shared shift (see softmax.py) add
+two all-reduces of extremes.
 
-Shapes: b pairs of this process, B = b * world_size pairs of all, D the embedding's width, K dims.
+Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims.
 """
 
 from collections.abc import Sequence
@@ -19,34 +18,34 @@ from torch.autograd.function import once_differentiable
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
-from mmrl.losses import inputs, softmax, sweep
+from mmrl.losses import inputs, softmax
+from mmrl.losses.backward import gradients
 from mmrl.losses.inputs import Groups, NestedLoss
 from mmrl.losses.softmax import Shift
-from mmrl.losses.sweep import LOG2_E, Block, Targets
-from mmrl.nesting import Nesting, nesting
-from mmrl.settings import Settings, machine
+from mmrl.losses.sweep import LOG2_E, LogitMatrix, Targets, matmul_precision
+from mmrl.nesting import Nesting
+from mmrl.settings import Settings, machine_field
 
-# Exponentials (base 2) of a shared shift stay below 2^_HIGHEST; a row whose sum could fall below 2^_LOWEST, where
-# float32 loses digits, makes its dim take the exact form. Sums of 2^30 terms then still fit float32.
-_HIGHEST, _LOWEST = 80.0, -100.0
+# With a shared shift, exponents (base 2) stay below _MAX_EXPONENT, so that a sum of 2^30 terms fits float32. If a row's
+# largest exponent could be below _MIN_EXPONENT, where float32 loses precision, the dim uses per-row maxima instead.
+_MAX_EXPONENT, _MIN_EXPONENT = 80.0, -100.0
 
 
 class InfoNCEOptions(Settings):
-    """Departures from the plain symmetric InfoNCE."""
+    """Options of the symmetric InfoNCE."""
 
     same_group: Literal["mask", "positive"] = "mask"
-    """Pairs of one group: left out of the negatives, or positives like the own pair (targets share 1 equally)."""
+    """Other pairs of one group: mask them (no negatives), or make them positives that share the target equally."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """This much of each target is spread over all pairs of its row or column that are not left out."""
+    """Share of each target that is spread evenly over all unmasked pairs of its row or column."""
     distillation: float = Field(default=0.0, ge=0)
-    """Weight of KL(softmax of the largest dim, held fixed || softmax of the dim), added to each smaller dim's loss."""
-    kernels: Literal["auto", "torch", "triton"] = machine("auto")
-    """Who does the passes between the matrix products: PyTorch's own operations, or fused Triton kernels, which serve
-    the plain loss, also with masked groups, in float32 or narrower. 'auto' takes the kernels on a GPU where they
-    serve."""
+    """Weight of KL(softmax of the largest dim, detached || softmax of the dim), added to each smaller dim's loss."""
+    kernels: Literal["auto", "torch", "triton"] = machine_field("auto")
+    """PyTorch operations or fused Triton kernels between the matrix products. The kernels support the plain loss, also
+    with masked groups, in float32 or narrower. 'auto' uses them on a GPU where supported."""
 
 
-PLAIN = InfoNCEOptions()
+DEFAULT_OPTIONS = InfoNCEOptions()
 
 
 def nested_info_nce(
@@ -56,44 +55,45 @@ def nested_info_nce(
     dims: Sequence[int],
     weights: Sequence[float] | None = None,
     groups: Groups | None = None,
-    options: InfoNCEOptions = PLAIN,
+    options: InfoNCEOptions = DEFAULT_OPTIONS,
     check_finite: bool = False,
 ) -> NestedLoss:
-    """Equal, in value and gradient, to::
+    """Equals, in value and gradient, `reference.nested_info_nce` on the rows of all ranks::
 
-        sum(w[d] * info_nce(F.normalize(image[:, :d]), F.normalize(text[:, :d]), scale[d]) for d in dims) / sum(w)
+        logits = {d: scale[d] * F.normalize(image[:, :d]) @ F.normalize(text[:, :d]).T for d in dims}
+        loss = {d: (F.cross_entropy(logits[d], labels) + F.cross_entropy(logits[d].T, labels)) / 2 for d in dims}
+        total = sum(w[d] * loss[d] for d in dims) / sum(w.values())
 
-    over the rows of all processes, in the order of ranks. Sources: Kusupati et al. 2022 (arXiv 2205.13147), equation
-    1, for the nesting; Radford et al. 2021 (arXiv 2103.00020), figure 3, for the loss.
+    with `labels = torch.arange(B)`. Sources: Kusupati et al. 2022 (arXiv 2205.13147), equation 1, for the nesting;
+    Radford et al. 2021 (arXiv 2103.00020), figure 3, for the loss.
 
     Args:
-        image_BD, text_BD: this process's rows, of any float type, not normalised; row i of one belongs to row i of
-            the other. Equally many on every process. Logits and their sums are float32, or float64 if these are.
-            A zero vector has zero similarities and, as with `F.normalize`, a very large gradient, finite but in
-            float16.
+        image_BD, text_BD: the local rows, of any float dtype, not normalised; image i matches text i. Every rank has
+            the same number of rows. Logits and sums are float32, or float64 for float64 embeddings. A zero vector has
+            zero similarities and, as with `F.normalize`, a very large gradient (finite except in float16).
         logit_scale: the multiplier, already exponentiated, positive: a scalar, (1,), or (K,) in the order of `dims`.
         dims: nested dims, in any order.
-        weights: one a dim; all equal when left out.
-        groups: int64 (b,), or a pair (of the images, of the texts): pairs of one group are no negatives of each
-            other; negative numbers are in no group. Given on all processes or on none.
-        options: what else the softmaxes are pulled to.
-        check_finite: look for NaN and infinity in the embeddings first, which waits for the device.
+        weights: one per dim (default: equal).
+        groups: int64 (b,), or a tuple (image groups, text groups). Pairs of one group are not negatives of each other;
+            negative values are in no group. Must be given on all ranks or on none.
+        options: label smoothing, distillation and the treatment of groups.
+        check_finite: check the embeddings for NaN and infinity first (synchronises with the device).
 
-    Time and memory: 4 B^2 D multiply-adds for all dims and all processes together, forward and backward, and per
-    process O(B (D + K)) numbers and some tiles, whose size `sweep.tile_shape` fits to the device.
+    Time and memory: 4 B^2 D multiply-adds for all dims and all ranks together, forward and backward. Per rank,
+    O(B (D + K)) numbers and the tile buffers, whose size `sweep.tile_shape` adapts to the device.
 
     Raises:
-        InputError: shapes that do not match, dims out of range or repeated, unfit weights or scales.
+        InputError: shapes that do not match, dims out of range or repeated, invalid weights or scales.
     """
-    inputs.check(image_BD, text_BD, groups, check_finite)
-    nested = nesting(dims, weights, image_BD.shape[1])
-    scale_K = inputs.by_dim("logit_scale", logit_scale, dims, image_BD)
+    inputs.check_inputs(image_BD, text_BD, groups, check_finite)
+    nested = Nesting.from_dims(dims, weights, image_BD.shape[1])
+    scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_BD)
     total, by_dim_K = _NestedInfoNCE.apply(image_BD, text_BD, scale_K, nested, groups, options)  # pyright: ignore[reportGeneralTypeIssues]
     return NestedLoss(total, dict(zip(nested.dims, by_dim_K.unbind(), strict=True)))
 
 
 class _NestedInfoNCE(torch.autograd.Function):
-    """Forward keeps the embeddings and the log-sum-exps of rows and columns; backward sweeps once more."""
+    """Forward saves the embeddings and the log-sum-exps of rows and columns; backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -105,135 +105,141 @@ class _NestedInfoNCE(torch.autograd.Function):
         groups: Groups | None,
         options: InfoNCEOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        text_BD = comm.gather(text_bD)
-        scales = inputs.positive(scale_K)
-        block = inputs.strip(image_bD, text_BD, scales, nested)
-        block, targets = _with_targets(block, groups, options)
-        own_Kb, distil, by_kernel = inputs.own_logits(block), options.distillation, _by_kernel(block, targets, options)
-        with sweep.own_precision(image_bD.dtype, image_bD.device):
-            shifts = _shifts(block, targets, own_Kb)
-            sums = softmax.sums(block, shifts, targets, distil > 0, by_kernel)
+        text_BD = comm.all_gather_rows(text_bD)
+        scales = inputs.positive_scales(scale_K)
+        matrix = inputs.local_logits(image_bD, text_BD, scales, nested)
+        matrix, targets = _add_groups(matrix, groups, options)
+        matching_Kb, distillation = inputs.matching_logits(matrix), options.distillation
+        use_triton = _use_triton(matrix, targets, options)
+        with matmul_precision(image_bD.dtype, image_bD.device):
+            shifts = _choose_shifts(matrix, targets, matching_Kb)
+            sums = softmax.exp_sums(matrix, shifts, targets, distillation > 0, use_triton)
 
-        parts = [sums.column_Km] + ([sums.gap_column_Km] if distil else [])
-        column_sum_KB, *gap = comm.all_reduce_sum(torch.cat(parts, 1)).split(len(text_BD), 1)
-        row_lse_Kb = sums.row_Kn.log2() + _per_dim(shifts, 0, sums.row_Kn)
-        column_lse_KB = column_sum_KB.log2() + _per_dim(shifts, 1, column_sum_KB)
-        # Row by row, so that large logits cancel before they are summed up.
-        rows_Kb = (row_lse_Kb - own_Kb) + (column_lse_KB[:, block.own] - own_Kb) + own_Kb * (2 - targets.own_n)
-        if distil:
-            lead_Kb = sums.gap_row_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
-            lead_KB = gap[0] / column_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
-            rows_Kb = rows_Kb + distil * (lead_Kb + lead_KB[:, block.own])
-        by_dim_K = comm.all_reduce_sum(rows_Kb.sum(1) - sums.target_K) / (2 * len(text_BD) * LOG2_E)
+        column_sums = [sums.column_Km] + ([sums.column_logit_gap_Km] if distillation else [])
+        exp_sum_KB, *column_gap = comm.all_reduce_sum(torch.cat(column_sums, 1)).split(len(text_BD), 1)
+        row_lse_Kb = sums.row_Kn.log2() + _stack_shifts(shifts, 0, sums.row_Kn)
+        column_lse_KB = exp_sum_KB.log2() + _stack_shifts(shifts, 1, exp_sum_KB)
+        # Subtract row by row, so that large logits cancel before the sum over rows.
+        image_to_text_Kb = row_lse_Kb - matching_Kb
+        text_to_image_Kb = column_lse_KB[:, matrix.matching_columns] - matching_Kb
+        loss_Kb = image_to_text_Kb + text_to_image_Kb + matching_Kb * (2 - targets.matching_n)
+        if distillation:
+            row_kl_Kb = sums.row_logit_gap_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
+            column_kl_KB = column_gap[0] / exp_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
+            loss_Kb = loss_Kb + distillation * (row_kl_Kb + column_kl_KB[:, matrix.matching_columns])
+        by_dim_K = comm.all_reduce_sum(loss_Kb.sum(1) - sums.target_logit_K) / (2 * len(text_BD) * LOG2_E)
 
-        groups_of_strip = () if block.row_group_n is None else (block.row_group_n, block.column_group_m)
-        ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip)
-        ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distil
-        ctx.by_kernel, ctx.scales = by_kernel, scales
+        local_groups = () if matrix.row_group_n is None else (matrix.row_group_n, matrix.column_group_m)
+        ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *local_groups)
+        ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distillation
+        ctx.use_triton, ctx.scales = use_triton, scales
         ctx.mark_non_differentiable(by_dim_K)
-        return (by_dim_K * by_dim_K.new_tensor(nested.shares)).sum(), by_dim_K
+        return (by_dim_K * by_dim_K.new_tensor(nested.weights)).sum(), by_dim_K
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's decorator has no types)
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *groups_of_strip = ctx.saved_tensors
-        # Each process adds its strip's part, and data-parallel training averages them: hence times the world size.
-        factor_K = [share * comm.world().size / (2 * len(text_BD)) for share in ctx.nested.shares]
-        log_sums = (row_lse_Kb, column_lse_KB)
-        with sweep.own_precision(image_bD.dtype, image_bD.device):
-            found = sweep.gradients(
-                inputs.strip(image_bD, text_BD, ctx.scales, ctx.nested, groups_of_strip),
-                softmax.Softmaxes(ctx.shifts, *log_sums, ctx.distillation),
-                factor_K,
+        image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *local_groups = ctx.saved_tensors
+        # Ranks' gradients add up to the whole, and DDP averages them: hence the factor world size.
+        grad_scale_K = [weight * comm.world().size / (2 * len(text_BD)) for weight in ctx.nested.weights]
+        lse = (row_lse_Kb, column_lse_KB)
+        with matmul_precision(image_bD.dtype, image_bD.device):
+            found = gradients(
+                inputs.local_logits(image_bD, text_BD, ctx.scales, ctx.nested, local_groups),
+                softmax.SoftmaxProb(ctx.shifts, *lse, ctx.distillation),
+                grad_scale_K,
                 ctx.targets,
                 image_bD.shape[1],
-                log_sums=log_sums if ctx.by_kernel else None,
+                triton_lse=lse if ctx.use_triton else None,
             )
         text_grad_bD = comm.reduce_scatter_sum(found.column_mD)
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),
             text_grad_bD.mul_(grads[0]).to(text_BD.dtype),
-            (grads[0] * found.scale_K / scale_K).to(scale_K.dtype),
+            (grads[0] * found.log_scale_K / scale_K).to(scale_K.dtype),
             None,
             None,
             None,
         )
 
 
-def _with_targets(block: Block, groups: Groups | None, options: InfoNCEOptions) -> tuple[Block, Targets]:
-    """The block with its groups, and the targets that groups and options ask for, of both directions together."""
-    like, B, own = block.rows.inverse_norm_Kn, len(block.columns), block.own
+def _add_groups(matrix: LogitMatrix, groups: Groups | None, options: InfoNCEOptions) -> tuple[LogitMatrix, Targets]:
+    """The matrix with its groups, and the targets of both directions together."""
+    like, B, local = matrix.rows.inverse_norm_Kn, len(matrix.columns), matrix.matching_columns
     if groups is None and not options.label_smoothing:
-        return block, Targets(like.new_full((len(block.rows),), 2.0))
+        return matrix, Targets(like.new_full((len(matrix.rows),), 2.0))
     others_B2 = like.new_zeros(B, 2)
     if groups is not None:
         group_B2 = inputs.gather_groups(groups)
-        row_group_n, column_group_m = inputs.groups_of_strip(group_B2, own)
-        block = replace(block, row_group_n=row_group_n, column_group_m=column_group_m)
-        others_B2 = inputs.others_of_the_group(group_B2).to(like)
+        row_group_n, column_group_m = inputs.local_groups(group_B2, local)
+        matrix = replace(matrix, row_group_n=row_group_n, column_group_m=column_group_m)
+        others_B2 = inputs.count_same_group(group_B2).to(like)
     positive, smooth = options.same_group == "positive", options.label_smoothing
-    sharp_B2 = (1 - smooth) / (1 + others_B2) if positive else torch.full_like(others_B2, 1 - smooth)
+    target_B2 = (1 - smooth) / (1 + others_B2) if positive else torch.full_like(others_B2, 1 - smooth)
     smooth_B2 = torch.full_like(others_B2, smooth / B) if positive else smooth / (B - others_B2)
-    return block, Targets(
-        own_n=sharp_B2[own].sum(1),
+    return matrix, Targets(
+        matching_n=target_B2[local].sum(1),
         mask_same_group=not positive,
-        same_group=(sharp_B2[own, 0], sharp_B2[:, 1]) if positive else None,
-        everywhere=(smooth_B2[own, 0], smooth_B2[:, 1]) if smooth else None,
+        same_group=(target_B2[local, 0], target_B2[:, 1]) if positive else None,
+        smoothing=(smooth_B2[local, 0], smooth_B2[:, 1]) if smooth else None,
     )
 
 
-def require_kernels(device: torch.device) -> None:
-    """Raises InputError where Triton kernels cannot run."""
-    if not _kernels_run(device):
-        raise InputError("loss.kernels: triton wants an NVIDIA GPU and the package triton; leave it at 'auto'.")
+def require_triton(device: torch.device) -> None:
+    """Raise InputError if the Triton kernels cannot run on this device."""
+    if not _triton_runs_on(device):
+        raise InputError("loss.kernels: triton needs an NVIDIA GPU and the triton package; leave it at 'auto'.")
 
 
-def _kernels_run(device: torch.device) -> bool:
+def _triton_runs_on(device: torch.device) -> bool:
     try:
         from mmrl.losses import kernels
     except ImportError:
         return False
-    return kernels.usable(device)
+    return kernels.can_run_on(device)
 
 
-def _by_kernel(block: Block, targets: Targets, options: InfoNCEOptions) -> bool:
-    """Whether kernels.py does the passes.
+def _use_triton(matrix: LogitMatrix, targets: Targets, options: InfoNCEOptions) -> bool:
+    """Whether to use the Triton kernels.
 
     Raises:
-        InputError: it was asked for by name and cannot.
+        InputError: `kernels: triton` is set, but they do not support this device or these options.
     """
-    like = block.rows.inverse_norm_Kn
-    plain = targets.everywhere is None and targets.same_group is None and not options.distillation
-    served = plain and like.dtype == torch.float32
+    like = matrix.rows.inverse_norm_Kn
+    plain = targets.smoothing is None and targets.same_group is None and not options.distillation
+    supported = plain and like.dtype == torch.float32
     if options.kernels != "triton":
-        return options.kernels == "auto" and like.is_cuda and served and _kernels_run(like.device)
-    require_kernels(like.device)
-    if not served:
-        raise InputError("loss.kernels: triton serves the plain loss in float32 or narrower; leave it at 'auto'.")
+        return options.kernels == "auto" and like.is_cuda and supported and _triton_runs_on(like.device)
+    require_triton(like.device)
+    if not supported:
+        raise InputError(
+            "loss.kernels: triton supports only the plain loss in float32 or narrower (no label_smoothing, no "
+            "distillation, no same_group: positive); leave it at 'auto'."
+        )
     return True
 
 
-def _shifts(block: Block, targets: Targets, own_Kb: torch.Tensor) -> list[Shift]:
-    """One shift for all of a dim's logits where no exponential can overflow and no sum, which has its positive in it,
-    can vanish; else the largest logit of each row and each column. The same choice on every process."""
-    shared = [max(0.0, scale - _HIGHEST) for scale in block.scale_K]
+def _choose_shifts(matrix: LogitMatrix, targets: Targets, matching_Kb: torch.Tensor) -> list[Shift]:
+    """For each dim one shared shift if no exponential can overflow and no sum (each has its matching pair) can
+    underflow, else the maximum logit of each row and column. The same choice on all ranks."""
+    shared = [max(0.0, scale - _MAX_EXPONENT) for scale in matrix.scale_K]
     shifts: list[Shift] = [*shared]
-    # No logit is below -scale: up to a scale of 62 this settles it without asking the device or the other processes.
-    if all(-scale >= shift + _LOWEST for scale, shift in zip(block.scale_K, shared, strict=True)):
+    # No logit is below -scale: up to a scale of 62 this decides without a device synchronisation or a collective.
+    if all(-scale >= shift + _MIN_EXPONENT for scale, shift in zip(matrix.scale_K, shared, strict=True)):
         return shifts
-    lowest_K = -comm.all_reduce_max(-own_Kb.amin(1))
-    exact = [low < shift + _LOWEST for low, shift in zip(lowest_K.tolist(), shared, strict=True)]
-    if any(exact):
-        row_Kb, column_KB = softmax.maxima(block, exact, targets)
+    lowest_K = -comm.all_reduce_max(-matching_Kb.amin(1))
+    needs_max_K = [low < shift + _MIN_EXPONENT for low, shift in zip(lowest_K.tolist(), shared, strict=True)]
+    if any(needs_max_K):
+        row_Kb, column_KB = softmax.max_logits(matrix, needs_max_K, targets)
         column_KB = comm.all_reduce_max(column_KB)
-        shifts = [(row_Kb[k], column_KB[k]) if exact[k] else shared[k] for k in range(len(exact))]
+        shifts = [(row_Kb[k], column_KB[k]) if needs_max_K[k] else shared[k] for k in range(len(shared))]
     return shifts
 
 
-def _per_dim(shifts: Sequence[Shift], side: int, like_Kn: torch.Tensor) -> torch.Tensor:
-    """The rows' (0) or the columns' (1) shifts, one tensor for all dims: (K, n)."""
+def _stack_shifts(shifts: Sequence[Shift], side: int, like_Kn: torch.Tensor) -> torch.Tensor:
+    """The row shifts (side 0) or the column shifts (side 1) of all dims: (K, n)."""
     return torch.stack(
         [
             s[side] if isinstance(s, tuple) else like.new_full(like.shape, s)

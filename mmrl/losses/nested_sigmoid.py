@@ -1,6 +1,7 @@
-"""The nested sigmoid (SigLIP) loss over the global batch, on the same sweep as the InfoNCE.
+"""Nested sigmoid loss (SigLIP) over the global batch, on the same tiles as nested_infonce.py.
 
-Shapes: b pairs of this process, B = b * world_size pairs of all, D the embedding's width, K dims; tiles as in sweep.py.
+Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims; tiles as
+in sweep.py.
 """
 
 import math
@@ -13,10 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
-from mmrl.losses import inputs, sweep
+from mmrl.losses import inputs
+from mmrl.losses.backward import gradients
 from mmrl.losses.inputs import Groups, NestedLoss
-from mmrl.losses.sweep import LOG2_E, Block, Targets, Tile, Tiles
-from mmrl.nesting import Nesting, nesting
+from mmrl.losses.sweep import LOG2_E, LogitMatrix, LogitTile, LogitTiles, Targets, matmul_precision
+from mmrl.nesting import Nesting
 
 _LN_2 = math.log(2)
 
@@ -32,25 +34,26 @@ def nested_sigmoid(
     same_group: Literal["mask", "positive"] = "mask",
     check_finite: bool = False,
 ) -> NestedLoss:
-    """Equal, in value and gradient, to::
+    """Equals, in value and gradient, `reference.nested_sigmoid` on the rows of all ranks::
 
-        sum(w[d] * sigmoid(normalize(image[:, :d]), normalize(text[:, :d]), scale[d], bias[d]) for d in dims) / sum(w)
+        logits = {d: scale[d] * F.normalize(image[:, :d]) @ F.normalize(text[:, :d]).T + bias[d] for d in dims}
+        loss = {d: -F.logsigmoid((2 * torch.eye(B) - 1) * logits[d]).sum() / B for d in dims}
+        total = sum(w[d] * loss[d] for d in dims) / sum(w.values())
 
-    of losses/reference.py over the rows of all processes. Sources: Zhai et al. 2023 (arXiv 2303.15343), section 3.2;
-    the nesting: Kusupati et al. 2022 (arXiv 2205.13147).
+    Sources: Zhai et al. 2023 (arXiv 2303.15343), section 3.2; the nesting: Kusupati et al. 2022 (arXiv 2205.13147).
 
     Args:
         logit_bias: added to the scaled similarities: a scalar, (1,), or (K,) in the order of `dims`.
-        same_group: pairs of one group are left out ("mask") or positives ("positive").
+        same_group: other pairs of one group are masked ("mask") or positives ("positive").
         All others: as in `nested_info_nce`.
 
     Raises:
         InputError: as `nested_info_nce`.
     """
-    inputs.check(image_BD, text_BD, groups, check_finite)
-    nested = nesting(dims, weights, image_BD.shape[1])
-    scale_K = inputs.by_dim("logit_scale", logit_scale, dims, image_BD)
-    bias_K = inputs.by_dim("logit_bias", logit_bias, dims, image_BD)
+    inputs.check_inputs(image_BD, text_BD, groups, check_finite)
+    nested = Nesting.from_dims(dims, weights, image_BD.shape[1])
+    scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_BD)
+    bias_K = inputs.per_dim("logit_bias", logit_bias, dims, image_BD)
     if same_group not in ("mask", "positive"):
         raise InputError(f"same_group: {same_group!r}; allowed: 'mask', 'positive'.")
     positive = same_group == "positive"
@@ -59,7 +62,7 @@ def nested_sigmoid(
 
 
 class _NestedSigmoid(torch.autograd.Function):
-    """Forward keeps nothing but the embeddings: each pair stands alone."""
+    """Forward saves only the embeddings and groups; backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -72,41 +75,41 @@ class _NestedSigmoid(torch.autograd.Function):
         groups: Groups | None,
         positive: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        text_BD = comm.gather(text_bD)
-        own, both, positives = comm.local_rows(len(image_bD)), (), len(image_bD)
+        text_BD = comm.all_gather_rows(text_bD)
+        local, local_groups, num_positives = comm.local_rows(len(image_bD)), (), len(image_bD)
         if groups is not None:
             group_B2 = inputs.gather_groups(groups)
-            both = inputs.groups_of_strip(group_B2, own)
-            positives += int(inputs.others_of_the_group(group_B2)[own, 0].sum()) if positive else 0
-        scales = inputs.positive(scale_K)
-        block, targets = _block(image_bD, text_BD, scales, nested, both, positive)
+            local_groups = inputs.local_groups(group_B2, local)
+            num_positives += int(inputs.count_same_group(group_B2)[local, 0].sum()) if positive else 0
+        scales = inputs.positive_scales(scale_K)
+        matrix, targets = _logits_and_targets(image_bD, text_BD, scales, nested, local_groups, positive)
         biases = [bias * LOG2_E for bias in bias_K.tolist()]
-        with sweep.own_precision(image_bD.dtype, image_bD.device):
-            loss_K = _losses(block, biases, targets)
+        with matmul_precision(image_bD.dtype, image_bD.device):
+            loss_K = _loss_sums(matrix, biases, targets)
         by_dim_K = comm.all_reduce_sum(loss_K) / len(text_BD)
-        ctx.save_for_backward(image_bD, text_BD, scale_K, *both)
+        ctx.save_for_backward(image_bD, text_BD, scale_K, *local_groups)
         ctx.nested, ctx.biases, ctx.bias_dtype = nested, biases, bias_K.dtype
-        ctx.positive, ctx.positives, ctx.scales = positive, positives, scales
+        ctx.positive, ctx.num_positives, ctx.scales = positive, num_positives, scales
         ctx.mark_non_differentiable(by_dim_K)
-        return (by_dim_K * by_dim_K.new_tensor(nested.shares)).sum(), by_dim_K
+        return (by_dim_K * by_dim_K.new_tensor(nested.weights)).sum(), by_dim_K
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's decorator has no types)
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        image_bD, text_BD, scale_K, *both = ctx.saved_tensors
-        block, targets = _block(image_bD, text_BD, ctx.scales, ctx.nested, both, ctx.positive)
-        slope = _Sigmoids(ctx.biases, like=block.rows.inverse_norm_Kn)
-        factor_K = [share * comm.world().size / len(text_BD) for share in ctx.nested.shares]
-        with sweep.own_precision(image_bD.dtype, image_bD.device):
-            found = sweep.gradients(block, slope, factor_K, targets, image_bD.shape[1])
+        image_bD, text_BD, scale_K, *local_groups = ctx.saved_tensors
+        matrix, targets = _logits_and_targets(image_bD, text_BD, ctx.scales, ctx.nested, local_groups, ctx.positive)
+        prob = _SigmoidProb(ctx.biases, like=matrix.rows.inverse_norm_Kn)
+        grad_scale_K = [weight * comm.world().size / len(text_BD) for weight in ctx.nested.weights]
+        with matmul_precision(image_bD.dtype, image_bD.device):
+            found = gradients(matrix, prob, grad_scale_K, targets, image_bD.shape[1])
         text_grad_bD = comm.reduce_scatter_sum(found.column_mD)
-        bias_grad_K = (slope.total_K - ctx.positives) * slope.total_K.new_tensor(factor_K)
+        bias_grad_K = (prob.sum_K - ctx.num_positives) * prob.sum_K.new_tensor(grad_scale_K)
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),
             text_grad_bD.mul_(grads[0]).to(text_BD.dtype),
-            (grads[0] * found.scale_K / scale_K).to(scale_K.dtype),
+            (grads[0] * found.log_scale_K / scale_K).to(scale_K.dtype),
             (grads[0] * bias_grad_K).to(ctx.bias_dtype),
             None,
             None,
@@ -114,51 +117,51 @@ class _NestedSigmoid(torch.autograd.Function):
         )
 
 
-def _block(
+def _logits_and_targets(
     image_bD: torch.Tensor,
     text_BD: torch.Tensor,
     scales: Sequence[float],
     nested: Nesting,
-    both: Sequence[torch.Tensor],
+    local_groups: Sequence[torch.Tensor],
     positive: bool,
-) -> tuple[Block, Targets]:
-    """This process's strip, and its targets: 1 at own pairs and, with `positive`, at all pairs of one group."""
-    block = inputs.strip(image_bD, text_BD, scales, nested, both)
-    row_n, column_m = block.rows.inverse_norm_Kn[0], block.columns.inverse_norm_Kn[0]
-    of_group = (torch.ones_like(row_n), torch.zeros_like(column_m)) if positive and both else None
-    return block, Targets(torch.ones_like(row_n), mask_same_group=not positive, same_group=of_group)
+) -> tuple[LogitMatrix, Targets]:
+    """The local logits and their targets: 1 for matching pairs and, with `positive`, for all pairs of one group."""
+    matrix = inputs.local_logits(image_bD, text_BD, scales, nested, local_groups)
+    row_n, column_m = matrix.rows.inverse_norm_Kn[0], matrix.columns.inverse_norm_Kn[0]
+    same_group = (torch.ones_like(row_n), torch.zeros_like(column_m)) if positive and local_groups else None
+    return matrix, Targets(torch.ones_like(row_n), mask_same_group=not positive, same_group=same_group)
 
 
-def _losses(block: Block, biases: Sequence[float], targets: Targets) -> torch.Tensor:
-    """Each dim's sum over the strip of -log sigmoid(± logit): (K,)."""
-    loss_K = block.rows.inverse_norm_Kn.new_zeros(len(biases))
-    for tile in Tiles(block, targets, buffers=2):
-        for k in tile.products(keep=False):
+def _loss_sums(matrix: LogitMatrix, biases: Sequence[float], targets: Targets) -> torch.Tensor:
+    """Each dim's sum over the local logits of -log sigmoid(± logit): (K,)."""
+    loss_K = matrix.rows.inverse_norm_Kn.new_zeros(len(biases))
+    for tile in LogitTiles(matrix, targets, num_buffers=2):
+        for k in tile.products(keep_all=False):
             logits_IJ = tile.logits(k, tile.buffers[0], out=tile.buffers[1]).add_(biases[k]).mul_(_LN_2)
-            own = tile.own_pairs(logits_IJ)
-            if own is not None:
-                loss_K[k] -= own[1].sum()
+            # -log sigmoid(x) = softplus(x) - x for a positive pair, and softplus(x) for a negative one.
+            matching = tile.matching_pairs(logits_IJ)
+            if matching is not None:
+                loss_K[k] -= matching[1].sum()
             if tile.target_IJ is not None:
                 loss_K[k] -= (tile.target_IJ * logits_IJ).sum()
-            # -log sigmoid(x) = softplus(x) - x, of which the targets' part is done.
             softplus_IJ = F.softplus(logits_IJ, threshold=40)  # exact to the last bit of float64
             loss_K[k] += (softplus_IJ if tile.mask_IJ is None else softplus_IJ.masked_fill_(tile.mask_IJ, 0)).sum()
     return loss_K
 
 
-class _Sigmoids:
-    """A tile's slope, and what it adds up to, which is the bias's gradient."""
+class _SigmoidProb:
+    """A `backward.ProbFunction`: the sigmoid of each logit. `sum_K` adds them up for the bias gradient."""
 
     def __init__(self, biases: Sequence[float], like: torch.Tensor) -> None:
         self._biases = biases
-        self.total_K = like.new_zeros(len(biases))
+        self.sum_K = like.new_zeros(len(biases))
 
     def __call__(
-        self, k: int, tile: Tile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
+        self, k: int, tile: LogitTile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
     ) -> torch.Tensor:
-        """As `sweep.Slope` says."""
+        """See `backward.ProbFunction`."""
         torch.add(logits_IJ, self._biases[k], out=out).mul_(_LN_2).sigmoid_()
         if tile.mask_IJ is not None:
             out.masked_fill_(tile.mask_IJ, 0)
-        self.total_K[k] += out.sum()
+        self.sum_K[k] += out.sum()
         return out

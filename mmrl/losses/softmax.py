@@ -1,7 +1,8 @@
-"""InfoNCE's part of the sweep: sums of exponentials forward, the softmax of rows and of columns backward.
+"""The softmax of InfoNCE, tile by tile: sums of exponentials forward, row plus column softmax backward.
 
-One exponential serves both directions where the range of the logits allows a shared shift; where it does not, rows and
-columns are shifted by their own maxima, so that nothing overflows and nothing that counts vanishes.
+Where the range of the logits allows it, all logits of a dim share one shift, and one exponential serves rows and
+columns. Otherwise each row and each column is shifted by its own maximum, as usual for log-sum-exp, so that nothing
+overflows and no row sum underflows.
 
 Shapes: as in sweep.py.
 """
@@ -11,85 +12,90 @@ from dataclasses import dataclass
 
 import torch
 
-from mmrl.losses.sweep import Block, Targets, Tile, Tiles, by_strip
+from mmrl.losses.sweep import LogitMatrix, LogitTile, LogitTiles, Targets, views_per_slice
 
 Shift = float | tuple[torch.Tensor, torch.Tensor]
-"""What is taken off one dim's logits before the exponential: one number for all, where the range of the logits allows
-it, else a number a row (n,) and a number a column (m,)."""
+"""What is subtracted from one dim's logits before the exponential: one number for all, or one per row (n,) and one per
+column (m,)."""
 
 
 @dataclass
-class Sums:
-    """What one sweep forward leaves: O(K (n + m)) numbers."""
+class ExpSums:
+    """The result of the forward pass over all tiles: O(K (n + m)) numbers."""
 
     row_Kn: torch.Tensor
-    """Sums of 2^(logit - shift) over the columns."""
+    """Sums over the columns of 2^(logit - shift)."""
     column_Km: torch.Tensor
-    """The same over the rows."""
-    target_K: torch.Tensor
-    """Sums of target times logit (base 2), but for own pairs' `Targets.own_n`."""
-    gap_row_Kn: torch.Tensor
-    """With `gaps`: sums over the columns of 2^(largest dim's logit - shift) times its lead over dim k's logit."""
-    gap_column_Km: torch.Tensor
+    """Sums over the rows of 2^(logit - shift)."""
+    target_logit_K: torch.Tensor
+    """Sums of target * logit (base 2), without the matching pairs' targets (`Targets.matching_n`)."""
+    row_logit_gap_Kn: torch.Tensor
+    """For distillation: sums over the columns of 2^(teacher logit - shift) * (teacher logit - logit of dim k), where
+    the teacher is the largest dim."""
+    column_logit_gap_Km: torch.Tensor
+    """The same, over the rows."""
 
 
-def sums(block: Block, shifts: Sequence[Shift], targets: Targets, gaps: bool, by_kernel: bool) -> Sums:
-    """The sweep forward. `gaps` is asked for by distillation; `by_kernel` lets kernels.py do the passes."""
-    K, row_Kn, column_Km = len(shifts), block.rows.inverse_norm_Kn, block.columns.inverse_norm_Kn
-    result = Sums(*(torch.zeros_like(x) for x in (row_Kn, column_Km, row_Kn[:, 0], row_Kn, column_Km)))
-    tiles = Tiles(block, targets, buffers=1 if by_kernel else (K if gaps else 1) + 3)
-    row_sums, column_sums = by_strip(result.row_Kn, tiles.rows), by_strip(result.column_Km, tiles.columns)
+def exp_sums(
+    matrix: LogitMatrix, shifts: Sequence[Shift], targets: Targets, distillation: bool, use_triton: bool
+) -> ExpSums:
+    """The forward pass: sums of exponentials over rows and columns, and the other sums the loss needs."""
+    K, row_Kn, column_Km = len(shifts), matrix.rows.inverse_norm_Kn, matrix.columns.inverse_norm_Kn
+    result = ExpSums(*(torch.zeros_like(x) for x in (row_Kn, column_Km, row_Kn[:, 0], row_Kn, column_Km)))
+    tiles = LogitTiles(matrix, targets, num_buffers=1 if use_triton else (K if distillation else 1) + 3)
+    row_sums = views_per_slice(result.row_Kn, tiles.rows)
+    column_sums = views_per_slice(result.column_Km, tiles.columns)
     for tile in tiles:
         spare = tile.buffers[-3:]
-        if by_kernel:
-            _add_sums_by_kernel(tile, shifts, row_sums[tile.rows.number], column_sums[tile.columns.number])
+        if use_triton:
+            _add_exp_sums_by_triton(tile, shifts, row_sums[tile.rows.index], column_sums[tile.columns.index])
             continue
-        for k in tile.products(keep=gaps):
-            logits_IJ = tile.logits(k, tile.buffers[k if gaps else 0], out=spare[0])
+        for k in tile.products(keep_all=distillation):
+            logits_IJ = tile.logits(k, tile.buffers[k if distillation else 0], out=spare[0])
             if tile.target_IJ is not None:
-                result.target_K[k] += (tile.target_IJ * logits_IJ).sum()
-            by_row_IJ, by_column_IJ = _exponentials(logits_IJ, shifts[k], tile, spare[0], spare[1])
-            row_sums[tile.rows.number][k] += by_row_IJ.sum(1)
-            column_sums[tile.columns.number][k] += by_column_IJ.sum(0)
-            if gaps and k == K - 1:
-                _add_gaps(result, tile, by_row_IJ, by_column_IJ, spare[2])
+                result.target_logit_K[k] += (tile.target_IJ * logits_IJ).sum()
+            row_exp_IJ, column_exp_IJ = _exponentials(logits_IJ, shifts[k], tile, spare[0], spare[1])
+            row_sums[tile.rows.index][k] += row_exp_IJ.sum(1)
+            column_sums[tile.columns.index][k] += column_exp_IJ.sum(0)
+            if distillation and k == K - 1:
+                _add_logit_gaps(result, tile, row_exp_IJ, column_exp_IJ, spare[2])
     return result
 
 
-def _add_sums_by_kernel(
-    tile: Tile, shifts: Sequence[Shift], row_sum_K: Sequence[torch.Tensor], column_sum_K: Sequence[torch.Tensor]
+def _add_exp_sums_by_triton(
+    tile: LogitTile, shifts: Sequence[Shift], row_sum_K: Sequence[torch.Tensor], column_sum_K: Sequence[torch.Tensor]
 ) -> None:
     from mmrl.losses import kernels
 
-    for k in tile.products(keep=False):
+    for k in tile.products(keep_all=False):
         shift = shifts[k]
         if isinstance(shift, tuple):
             shift = (shift[0][tile.rows.span], shift[1][tile.columns.span])
         factors = (tile.rows.factor_K[k][:, 0], tile.columns.factor_K[k])
-        kernels.add_sums(tile.buffers[0], factors, shift, tile.groups, tile.own_shift, row_sum_K[k], column_sum_K[k])
+        kernels.add_exp_sums(tile.buffers[0], factors, shift, tile.groups, tile.diagonal, row_sum_K[k], column_sum_K[k])
 
 
-def _add_gaps(
-    result: Sums, tile: Tile, by_row_IJ: torch.Tensor, by_column_IJ: torch.Tensor, spare: torch.Tensor
+def _add_logit_gaps(
+    result: ExpSums, tile: LogitTile, row_exp_IJ: torch.Tensor, column_exp_IJ: torch.Tensor, spare: torch.Tensor
 ) -> None:
-    """What distillation needs of a tile, from the exponentials of its largest dim."""
-    K, rows, columns = len(result.target_K), tile.rows.span, tile.columns.span
-    largest_IJ = tile.logits(K - 1, tile.buffers[K - 1], out=spare)
+    """Add a tile's `logit_gap` sums, from the exponentials of the teacher (the largest dim)."""
+    K, rows, columns = len(result.target_logit_K), tile.rows.span, tile.columns.span
+    teacher_IJ = tile.logits(K - 1, tile.buffers[K - 1], out=spare)
     for k in range(K - 1):
-        lead_IJ = largest_IJ - tile.logits(k, tile.buffers[k], out=tile.buffers[k])
-        result.gap_row_Kn[k, rows] += torch.linalg.vecdot(by_row_IJ, lead_IJ)
-        result.gap_column_Km[k, columns] += torch.linalg.vecdot(by_column_IJ, lead_IJ, dim=0)
+        logit_gap_IJ = teacher_IJ - tile.logits(k, tile.buffers[k], out=tile.buffers[k])
+        result.row_logit_gap_Kn[k, rows] += torch.linalg.vecdot(row_exp_IJ, logit_gap_IJ)
+        result.column_logit_gap_Km[k, columns] += torch.linalg.vecdot(column_exp_IJ, logit_gap_IJ, dim=0)
 
 
-def maxima(block: Block, exact: Sequence[bool], targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit (base 2) of each row and of each column, for the dims that ask for it: (K, n), (K, m)."""
-    lowest = torch.finfo(block.rows.inverse_norm_Kn.dtype).min
-    row_Kn = torch.full_like(block.rows.inverse_norm_Kn, lowest)
-    column_Km = torch.full_like(block.columns.inverse_norm_Kn, lowest)
-    for tile in Tiles(block, targets, buffers=2):
+def max_logits(matrix: LogitMatrix, needed_K: Sequence[bool], targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum logit (base 2) of each row and of each column, for the dims in `needed_K`: (K, n), (K, m)."""
+    lowest = torch.finfo(matrix.rows.inverse_norm_Kn.dtype).min
+    row_Kn = torch.full_like(matrix.rows.inverse_norm_Kn, lowest)
+    column_Km = torch.full_like(matrix.columns.inverse_norm_Kn, lowest)
+    for tile in LogitTiles(matrix, targets, num_buffers=2):
         rows, columns = tile.rows.span, tile.columns.span
-        for k in tile.products(keep=False):
-            if exact[k]:
+        for k in tile.products(keep_all=False):
+            if needed_K[k]:
                 logits_IJ = tile.logits(k, tile.buffers[0], out=tile.buffers[1])
                 if tile.mask_IJ is not None:
                     logits_IJ.masked_fill_(tile.mask_IJ, lowest)
@@ -98,8 +104,11 @@ def maxima(block: Block, exact: Sequence[bool], targets: Targets) -> tuple[torch
     return row_Kn, column_Km
 
 
-class Softmaxes:
-    """A tile's slope: the softmax over the row plus the softmax over the column, from their log-sum-exps (base 2)."""
+class SoftmaxProb:
+    """A `backward.ProbFunction`: the softmax over the row plus the softmax over the column.
+
+    With distillation, dim k's KL divergence adds `distillation` times (its own softmaxes - the teacher's).
+    """
 
     def __init__(
         self,
@@ -110,36 +119,38 @@ class Softmaxes:
     ) -> None:
         self._shifts, self._row_lse_Kn, self._column_lse_Km = shifts, row_lse_Kn, column_lse_Km
         self._distillation = distillation
-        self._largest_IJ = row_lse_Kn
+        self._teacher_IJ = row_lse_Kn
         shared_K1 = row_lse_Kn.new_tensor([[shift if isinstance(shift, float) else 0.0] for shift in shifts])
-        self._row_Kn1 = torch.exp2(shared_K1 - row_lse_Kn)[:, :, None]
-        self._column_Km = torch.exp2(shared_K1 - column_lse_Km)
+        self._row_normaliser_Kn1 = torch.exp2(shared_K1 - row_lse_Kn)[:, :, None]
+        self._column_normaliser_Km = torch.exp2(shared_K1 - column_lse_Km)
 
     def __call__(
-        self, k: int, tile: Tile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
+        self, k: int, tile: LogitTile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
     ) -> torch.Tensor:
-        """As `sweep.Slope` says."""
+        """See `backward.ProbFunction`."""
         rows, columns = tile.rows.span, tile.columns.span
         if isinstance(self._shifts[k], float):
             _exponentials(logits_IJ, self._shifts[k], tile, out, out)
-            torch.add(self._row_Kn1[k, rows], self._column_Km[k, columns], out=spare)
+            torch.add(self._row_normaliser_Kn1[k, rows], self._column_normaliser_Km[k, columns], out=spare)
             out.mul_(spare)
         else:
             _exponentials(logits_IJ, (self._row_lse_Kn[k], self._column_lse_Km[k]), tile, out, spare)
             out.add_(spare)
         if self._distillation:
             if k == len(self._shifts) - 1:
-                self._largest_IJ = out.clone()
+                self._teacher_IJ = out.clone()
             else:
-                out.mul_(1 + self._distillation).sub_(self._largest_IJ, alpha=self._distillation)
+                out.mul_(1 + self._distillation).sub_(self._teacher_IJ, alpha=self._distillation)
         return out
 
 
 def _exponentials(
-    logits_IJ: torch.Tensor, shift: Shift, tile: Tile, row_out: torch.Tensor, column_out: torch.Tensor
+    logits_IJ: torch.Tensor, shift: Shift, tile: LogitTile, row_out: torch.Tensor, column_out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """2^(logit - shift) as the rows and as the columns shift it, zero where masked: one tensor, `row_out`, where the
-    shift is shared. `row_out` may be the logits' own buffer."""
+    """2^(logit - shift) by the row shifts and by the column shifts, zero for masked pairs.
+
+    With a shared shift both are one tensor, `row_out`. `row_out` may be `logits_IJ`.
+    """
     if not isinstance(shift, tuple):
         if shift:
             logits_IJ = torch.sub(logits_IJ, shift, out=row_out)

@@ -1,1 +1,1 @@
-"""Two towers, a nested embedding, and the folder that an encoder is kept in."""
+"""Towers, the two-tower model with nested embeddings, and the folder format of stored encoders."""

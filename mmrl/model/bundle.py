@@ -1,12 +1,12 @@
-"""An encoder on disk: the folder that checkpoints hold, exports write and everything else reads.
+"""Save, load, truncate and rotate an encoder: the folder format of checkpoints and exports.
 
     FOLDER/
-        manifest.json       dims, image spec, tokenizer, model config, hashes, where it comes from
-        model.safetensors   weights, float32; a cut encoder's projections really have `dim` rows
+        manifest.json       dims, image spec, tokenizer, model config, hashes, source
+        model.safetensors   weights, float32; a truncated encoder's projections have `dim` outputs
         tokenizer/          open_clip's BPE file, or Hugging Face tokenizer files
-        text_model/         config.json of a Hugging Face text tower, where there is one
+        text_model/         config.json of a Hugging Face text tower, if it has one
 
-Reading it needs torch, open_clip and safetensors: no training code, no network, no pickles.
+Loading needs torch, open_clip and safetensors: no training code, no network, no pickles.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrl.images.image_spec import ImageSpec
-from mmrl.model import layouts, towers, two_tower
-from mmrl.model.manifest import FORMAT, VERSION, check_files, find, hash_files, read_manifest, write_manifest
+from mmrl.model import layouts, tokenizer, towers, two_tower
+from mmrl.model.guards import library_code_only, offline
+from mmrl.model.manifest import FORMAT, VERSION, check_files, hash_files, read_manifest, write_manifest
 from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
-from mmrl.model.towers import Side, Tokenizer, Towers
-from mmrl.model.two_tower import Encoder, LogitScaleConfig, MatryoshkaCLIP, added_projection
-from mmrl.nesting import check_dims, turned
+from mmrl.model.source import ModelSource, StoredModel, parse_model
+from mmrl.model.tokenizer import Tokenizer
+from mmrl.model.towers import Modality, Towers, TowersConfig
+from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP, ProjectedTower, added_projection
+from mmrl.nesting import check_dims, rotate_weight
 
 WEIGHTS = layouts.LAYOUTS["bundle"].weights
 _TOKENIZER, _TEXT_MODEL = "tokenizer", "text_model"
@@ -34,39 +37,46 @@ _SCALE, _BIAS = "log_logit_scale", "logit_bias"
 
 @dataclass(frozen=True)
 class Bundle:
-    """An encoder and all that is needed to use, cut and store it."""
+    """A model with all that is needed to use, truncate and store it."""
 
     model: MatryoshkaCLIP
     tokenise: Tokenizer
     image_spec: ImageSpec
     model_cfg: dict[str, Any]
-    """open_clip's config of the towers at their full width."""
+    """open_clip's config of the towers, at the full embedding width."""
     dim: int
-    """Length of the vectors that the model gives."""
+    """Embedding width of `model`."""
     nested_dims: tuple[int, ...]
-    """Prefixes that were trained, ascending; those beyond `dim` are gone."""
+    """Trained dims up to `dim`, ascending."""
     named_cfg: dict[str, Any]
-    """`model_cfg` with a Hugging Face text tower's name as it was given; there it is a folder where its config lies."""
+    """`model_cfg` with a Hugging Face text tower's original name instead of its local folder; stored in manifests."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The weights, on the CPU and apart from the model's own memory."""
+        """The weights, on the CPU."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
 
 
-def of_towers(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ...]) -> Bundle:
-    """The bundle of a model just built (or trained since) from `built`."""
+def make_bundle(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ...]) -> Bundle:
+    """The bundle of a model that was built from the towers `built`."""
     dim = built.embed_dim
     return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, dim, nested_dims, built.model_cfg)
 
 
 def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: dict[str, Any]) -> dict[str, Any]:
-    """Writes `bundle` with the weights `state`; returns the manifest. `source` is recorded as it is."""
+    """Writes `bundle` with the weights `state` to `folder`; returns the manifest.
+
+    Args:
+        source: where the weights come from; stored in the manifest unchanged.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
     except SafetensorError as error:  # what a full disk raises
         raise OSError(str(error)) from error
-    tokenizer = bundle.tokenise.save(folder / _TOKENIZER)
+    tokenizer_info = bundle.tokenise.save(folder / _TOKENIZER)
     towers.save_text_config(bundle.model.text.tower, folder / _TEXT_MODEL)
     files = hash_files(folder, (WEIGHTS, _TOKENIZER, _TEXT_MODEL))
     manifest = {
@@ -78,7 +88,7 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
         "nested_dims": list(bundle.nested_dims),
         "normalisation": "L2, after cutting to any of the dims",
         "image": bundle.image_spec.to_json(),
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer_info,
         "model_cfg": bundle.named_cfg,
         "weights_sha256": files[WEIGHTS],
         "source": source,
@@ -88,34 +98,35 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
     return manifest
 
 
-def open_model(model: str | Path) -> Bundle:
-    """The encoder that MODEL names: what `find` finds, or `open_clip:NAME[:PRETRAINED]`.
+def open_model(model: str | Path | ModelSource) -> Bundle:
+    """Opens the encoder that MODEL names, on the CPU, in evaluation mode.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: MODEL names no encoder, or the encoder is damaged or has no weights.
     """
-    if not str(model).startswith("open_clip:"):
-        return load(find(model))
-    name, _, pretrained = str(model).removeprefix("open_clip:").partition(":")
-    built = towers.build(towers.TowersConfig(name=name, pretrained=pretrained or None))
+    source = parse_model(model) if isinstance(model, str | Path) else model
+    if isinstance(source, StoredModel):
+        return load(source.folder)
+    config = TowersConfig(name=source.name, pretrained=source.pretrained)
+    built = towers.build(config, require_weights=source.brings_weights)
     encoder = two_tower.from_towers(built, LogitScaleConfig(), num_dims=1)
-    return of_towers(encoder.eval(), built, (built.embed_dim,))
+    return make_bundle(encoder.eval(), built, (built.embed_dim,))
 
 
 def load(folder: Path) -> Bundle:
-    """The encoder in `folder`, on the CPU, in evaluation mode.
+    """Loads the encoder in `folder`, on the CPU, in evaluation mode.
 
     Raises:
-        InputError: a file is missing, or the weights are not those that the manifest was written for.
+        InputError: a file is missing or does not have the hash in the manifest, or the layout has no weights.
     """
     manifest = read_manifest(folder)
     state = read_weights(folder, manifest)
-    encoders = load_encoders(folder, manifest, state, ["image", "text"])
-    model = MatryoshkaCLIP(encoders["image"], encoders["text"], state[_SCALE].exp(), state.get(_BIAS))
-    model.load_state_dict(state)  # the scale's logarithm to the bit
+    loaded = load_towers(folder, manifest, state, ["image", "text"])
+    model = MatryoshkaCLIP(loaded["image"], loaded["text"], state[_SCALE].exp(), state.get(_BIAS))
+    model.load_state_dict(state)  # restores the log scale exactly; exp and log above round
     return Bundle(
         model=model.eval(),
-        tokenise=load_tokenise(folder, manifest),
+        tokenise=load_tokenizer(folder, manifest),
         image_spec=ImageSpec.from_json(manifest["image"]),
         model_cfg=towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL),
         dim=manifest["dim"],
@@ -124,48 +135,48 @@ def load(folder: Path) -> Bundle:
     )
 
 
-def load_encoders(
-    folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], sides: Sequence[Side]
-) -> dict[Side, Encoder]:
-    """The towers of a bundle that are asked for, with their part of its weights."""
-    encoders: dict[Side, Encoder] = {}
-    for side in sides:
-        encoder = _build_encoder(folder, manifest, side)
-        prefix = f"{side}."
-        encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        encoders[side] = encoder
-    return encoders
+def load_towers(
+    folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
+) -> dict[Modality, ProjectedTower]:
+    """Builds the requested towers of a bundle and loads their weights from `state`."""
+    loaded: dict[Modality, ProjectedTower] = {}
+    for modality in modalities:
+        tower = _build_tower(folder, manifest, modality)
+        prefix = f"{modality}."
+        tower.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        loaded[modality] = tower
+    return loaded
 
 
-def load_tokenise(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a bundle."""
-    return towers.load_tokenise(folder / _TOKENIZER, manifest["tokenizer"], manifest["model_cfg"])
+def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """Loads the tokenizer of a bundle."""
+    return tokenizer.load_tokenizer(folder / _TOKENIZER, manifest["tokenizer"], manifest["model_cfg"])
 
 
-def _build_encoder(folder: Path, manifest: dict[str, Any], side: Side) -> Encoder:
-    """One tower of a bundle, with unset weights."""
+def _build_tower(folder: Path, manifest: dict[str, Any], modality: Modality) -> ProjectedTower:
+    """Builds one tower of a bundle without loading weights."""
     model_cfg, dim = towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL), manifest["dim"]
-    with towers.library_code_only(), towers.offline():
-        projection = added_projection(model_cfg, side, dim)
-        tower = towers.build_tower(model_cfg, side, dim if projection is None else model_cfg["embed_dim"])
-    prepare = ImageSpec.from_json(manifest["image"]).normalise if side == "image" else None
-    return Encoder(tower, projection, prepare)
+    with library_code_only(), offline():
+        projection = added_projection(model_cfg, modality, dim)
+        tower = towers.build_tower(model_cfg, modality, dim if projection is None else model_cfg["embed_dim"])
+    prepare = ImageSpec.from_json(manifest["image"]).normalise if modality == "image" else None
+    return ProjectedTower(tower, projection, prepare)
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """An encoder's weights under our names, after the check of its files.
+    """Checks an encoder's files against its manifest and reads its weights, under mmrl's names.
 
     Raises:
-        InputError: a file is missing or another than it was, or the layout has no weights.
+        InputError: a file is missing or does not have the hash in the manifest, or the layout has no weights.
     """
-    layout = layouts.of_manifest(manifest, folder)
-    # Of version 1 the weights' hash is the only one.
+    layout = layouts.layout_of_manifest(manifest, folder)
+    # Manifests of version 1 have no hash but that of the weights.
     check_files(folder, {"files": {layout.weights: manifest["weights_sha256"], **manifest["files"]}})
-    return layout.to_ours(load_file(folder / layout.weights))
+    return layout.import_state(load_file(folder / layout.weights))
 
 
-def cut_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
-    """The weights of the encoder whose vectors are the first `dim` numbers of this one's.
+def truncated_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
+    """The weights of `bundle` with both projections truncated to the first `dim` dims.
 
     Raises:
         InputError: dim is not in 1 … bundle.dim.
@@ -174,7 +185,7 @@ def cut_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
     state = bundle.state()
     for name, axis in embedding_axes(bundle.model_cfg).items():
         state[name] = state[name].narrow(axis, 0, dim).contiguous()
-    kept = max(1, len(kept_dims(bundle.nested_dims, dim)))
+    kept = max(1, len(dims_up_to(bundle.nested_dims, dim)))
     for name in (_SCALE, _BIAS):
         if name in state and len(state[name]) > 1:
             state[name] = state[name][:kept]
@@ -182,28 +193,34 @@ def cut_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
 
 
 def rotated_state(bundle: Bundle, rotation_DD: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weights of the encoder whose vectors are `rotation_DD @ x` for every vector x of this one; float64 (D, D)."""
+    """The weights of `bundle` with a rotation folded into both projections: each embedding x becomes `rotation_DD @ x`.
+
+    Of several logit scales and biases only the full dim's is kept: the others belong to prefixes before the rotation.
+
+    Args:
+        rotation_DD: orthogonal, float64 (D, D).
+    """
     state = bundle.state()
     for name, axis in embedding_axes(bundle.model_cfg).items():
-        state[name] = turned(state[name], axis, rotation_DD)
+        state[name] = rotate_weight(state[name], axis, rotation_DD)
     for name in (_SCALE, _BIAS):
-        if name in state:  # one of each dim's: the prefixes that they were learnt for are gone, but for the last
+        if name in state:
             state[name] = state[name][-1:]
     return state
 
 
 def embedding_axes(model_cfg: dict[str, Any]) -> dict[str, int]:
-    """The weights of both towers that end in the embedding, each with the axis that runs along it."""
+    """The weights of both towers' final projections: {name: the axis that indexes embedding dims}."""
     axes: dict[str, int] = {}
-    for side in ("image", "text"):
-        own = towers.projection_axes(model_cfg, side)
-        if own is None:
-            axes[f"{side}.projection.weight"] = 0
+    for modality in ("image", "text"):
+        of_tower = towers.projection_axes(model_cfg, modality)
+        if of_tower is None:
+            axes[f"{modality}.projection.weight"] = 0
         else:
-            axes |= {f"{side}.tower.{name}": axis for name, axis in own.items()}
+            axes |= {f"{modality}.tower.{name}": axis for name, axis in of_tower.items()}
     return axes
 
 
-def kept_dims(nested_dims: Sequence[int], dim: int) -> tuple[int, ...]:
-    """The trained prefixes that a cut to `dim` leaves."""
+def dims_up_to(nested_dims: Sequence[int], dim: int) -> tuple[int, ...]:
+    """The trained dims up to `dim`."""
     return tuple(d for d in nested_dims if d <= dim)

@@ -1,10 +1,11 @@
-"""The names that weights have: ours, open_clip's, and those of transformers' CLIPModel, each way.
+"""State dicts in the names of mmrl, of open_clip and of transformers' CLIPModel, converted both ways.
 
 Shapes: D the embedding's width, W a tower's width.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mmrl.errors import InputError
 State = dict[str, torch.Tensor]
 _SCALE, _BIAS = "log_logit_scale", "logit_bias"
 _QKV = ("q_proj", "k_proj", "v_proj")
-# open_clip's name of a part of a residual block -> transformers'.
+# Submodules of a residual block: open_clip's name -> transformers' name.
 _BLOCK = {
     "ln_1": "layer_norm1",
     "attn.out_proj": "self_attn.out_proj",
@@ -26,7 +27,7 @@ _IMAGE = {
     "class_embedding": "vision_model.embeddings.class_embedding",
     "positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "ln_pre.weight": "vision_model.pre_layrnorm.weight",  # so spelt there
+    "ln_pre.weight": "vision_model.pre_layrnorm.weight",  # spelled so in transformers
     "ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "ln_post.weight": "vision_model.post_layernorm.weight",
     "ln_post.bias": "vision_model.post_layernorm.bias",
@@ -41,113 +42,117 @@ _TEXT = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The file that holds the weights, and the two ways between our names and its."""
+    """The weights file of a folder layout, and the conversion of its state dict."""
 
     weights: str
-    to_theirs: Callable[[State], State]
-    to_ours: Callable[[State], State]
+    """File name."""
+    export_state: Callable[[State], State]
+    """From mmrl's names."""
+    import_state: Callable[[State], State]
+    """To mmrl's names."""
 
 
 def _to_open_clip(state: State) -> State:
-    """Both towers must end in their own projection. Of several logit scales it takes that of the largest dim."""
+    """Requires towers with their own projections. Of several logit scales the full dim's is kept."""
     renamed = {"image.tower.": "visual.", "text.tower.": "text."}
-    theirs = {}
+    converted = {}
     for name, tensor in state.items():
-        old = next((old for old in renamed if name.startswith(old)), None)
-        if old is not None:
-            theirs[renamed[old] + name.removeprefix(old)] = tensor
-    theirs["logit_scale"] = state[_SCALE][-1].clone()
+        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), None)
+        if prefix is not None:
+            converted[renamed[prefix] + name.removeprefix(prefix)] = tensor
+    converted["logit_scale"] = state[_SCALE][-1].clone()
     if _BIAS in state:
-        theirs["logit_bias"] = state[_BIAS][-1].clone()
-    return theirs
+        converted["logit_bias"] = state[_BIAS][-1].clone()
+    return converted
 
 
 def _from_open_clip(state: State) -> State:
-    ours = {}
+    converted = {}
     for name, tensor in state.items():
         if name.startswith("visual."):
-            ours[f"image.tower.{name.removeprefix('visual.')}"] = tensor
+            converted[f"image.tower.{name.removeprefix('visual.')}"] = tensor
         elif name.startswith("text."):
-            ours[f"text.tower.{name.removeprefix('text.')}"] = tensor
-    ours[_SCALE] = state["logit_scale"].reshape(1)
+            converted[f"text.tower.{name.removeprefix('text.')}"] = tensor
+    converted[_SCALE] = state["logit_scale"].reshape(1)
     if "logit_bias" in state:
-        ours[_BIAS] = state["logit_bias"].reshape(1)
-    return ours
+        converted[_BIAS] = state["logit_bias"].reshape(1)
+    return converted
 
 
 def _to_transformers(state: State) -> State:
-    theirs: State = {"logit_scale": state[_SCALE][-1].clone()}
-    for side, names, model in (("image", _IMAGE, "vision_model"), ("text", _TEXT, "text_model")):
-        prefix = f"{side}.tower."
+    """For towers that `formats.transformers.check_architecture` accepts."""
+    converted: State = {"logit_scale": state[_SCALE][-1].clone()}
+    for modality, names, model in (("image", _IMAGE, "vision_model"), ("text", _TEXT, "text_model")):
+        prefix = f"{modality}.tower."
         for name, tensor in state.items():
-            part = name.removeprefix(prefix)
-            if not name.startswith(prefix) or part in ("proj", "text_projection"):
+            inner = name.removeprefix(prefix)
+            if not name.startswith(prefix) or inner in ("proj", "text_projection"):
                 continue
-            if part in names:
-                theirs[names[part]] = tensor
+            if inner in names:
+                converted[names[inner]] = tensor
                 continue
-            number, _, rest = part.removeprefix("transformer.resblocks.").partition(".")
-            block = f"{model}.encoder.layers.{number}."
+            layer, _, rest = inner.removeprefix("transformer.resblocks.").partition(".")
+            block = f"{model}.encoder.layers.{layer}."
             if rest.startswith("attn.in_proj_"):
                 kind = rest.removeprefix("attn.in_proj_")  # weight (3W, W) or bias (3W,)
-                for one, share in zip(_QKV, tensor.chunk(3), strict=True):
-                    theirs[f"{block}self_attn.{one}.{kind}"] = share.contiguous()
+                for projection, chunk in zip(_QKV, tensor.chunk(3), strict=True):
+                    converted[f"{block}self_attn.{projection}.{kind}"] = chunk.contiguous()
                 continue
-            inner, _, kind = rest.rpartition(".")
-            theirs[f"{block}{_BLOCK[inner]}.{kind}"] = tensor
-    theirs["visual_projection.weight"] = state["image.tower.proj"].T.contiguous()  # (W, D) -> (D, W)
-    theirs["text_projection.weight"] = state["text.tower.text_projection"].T.contiguous()
-    return theirs
+            module, _, kind = rest.rpartition(".")
+            converted[f"{block}{_BLOCK[module]}.{kind}"] = tensor
+    converted["visual_projection.weight"] = state["image.tower.proj"].T.contiguous()  # (W, D) -> (D, W)
+    converted["text_projection.weight"] = state["text.tower.text_projection"].T.contiguous()
+    return converted
 
 
 def _from_transformers(state: State) -> State:
-    ours: State = {
+    converted: State = {
         _SCALE: state["logit_scale"].reshape(1),
         "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
         "text.tower.text_projection": state["text_projection.weight"].T.contiguous(),
     }
-    back = {theirs: inner for inner, theirs in _BLOCK.items()}
-    for side, names, model in (("image", _IMAGE, "vision_model"), ("text", _TEXT, "text_model")):
-        prefix = f"{side}.tower."
-        ours |= {prefix + part: state[theirs] for part, theirs in names.items()}
+    modules = {transformers_name: name for name, transformers_name in _BLOCK.items()}
+    for modality, names, model in (("image", _IMAGE, "vision_model"), ("text", _TEXT, "text_model")):
+        prefix = f"{modality}.tower."
+        converted |= {prefix + name: state[transformers_name] for name, transformers_name in names.items()}
         layers = f"{model}.encoder.layers."
         for name, tensor in state.items():
             if not name.startswith(layers):
                 continue
-            number, _, rest = name.removeprefix(layers).partition(".")
-            inner, _, kind = rest.rpartition(".")
-            block = f"{prefix}transformer.resblocks.{number}."
-            if inner in back:
-                ours[f"{block}{back[inner]}.{kind}"] = tensor
-            elif inner == "self_attn.q_proj":
-                shares = [state[f"{layers}{number}.self_attn.{one}.{kind}"] for one in _QKV]
-                ours[f"{block}attn.in_proj_{kind}"] = torch.cat(shares)
-    return ours
+            layer, _, rest = name.removeprefix(layers).partition(".")
+            module, _, kind = rest.rpartition(".")
+            block = f"{prefix}transformer.resblocks.{layer}."
+            if module in modules:
+                converted[f"{block}{modules[module]}.{kind}"] = tensor
+            elif module == "self_attn.q_proj":
+                chunks = [state[f"{layers}{layer}.self_attn.{projection}.{kind}"] for projection in _QKV]
+                converted[f"{block}attn.in_proj_{kind}"] = torch.cat(chunks)
+    return converted
 
 
-def _same(state: State) -> State:
+def _unchanged(state: State) -> State:
     return state
 
 
 _CLIP_MODEL = Layout("model.safetensors", _to_transformers, _from_transformers)
 LAYOUTS = {
-    "bundle": Layout("model.safetensors", _same, _same),
+    "bundle": Layout("model.safetensors", _unchanged, _unchanged),
     "open_clip": Layout("open_clip_model.safetensors", _to_open_clip, _from_open_clip),
     "transformers": _CLIP_MODEL,
     "sentence_transformers": _CLIP_MODEL,
 }
 
 
-def of_manifest(manifest: dict[str, Any], folder: Any) -> Layout:
-    """The layout of a stored encoder that has weights.
+def layout_of_manifest(manifest: dict[str, Any], folder: Path) -> Layout:
+    """The weights layout of a stored encoder.
 
     Raises:
-        InputError: it has ONNX graphs instead.
+        InputError: the encoder consists of ONNX graphs.
     """
     layout = LAYOUTS.get(manifest["layout"])
     if layout is None:
         raise InputError(
-            f"model: {folder} holds ONNX graphs, which give vectors but no weights; name the run, checkpoint or "
-            "bundle that it was exported from."
+            f"model: {folder} holds ONNX graphs, which have no weights; give the run, checkpoint or bundle that "
+            "it was exported from."
         )
     return layout

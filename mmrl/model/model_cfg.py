@@ -1,8 +1,8 @@
-"""What an open_clip model config may say, whoever wrote it: a manifest, a config JSON, a hub repository.
+"""Allow-list of the keys and values of an open_clip model config, from a manifest, a JSON file or a hub repository.
 
-open_clip, timm and transformers hand many of its values on to constructors, and some of those run code that lies beside
-the weights (`trust_remote_code`, `auto_map`) or fetch from an address (`hf-hub:` in a timm name). So every key is on
-the list below, with its type and range; what is not on it is refused before any of the three libraries sees it.
+open_clip, timm and transformers pass many values on to constructors, and some of these run code from the model's folder
+(`trust_remote_code`, `auto_map`) or download from an address (`hf-hub:` in a timm name). So every key is listed below
+with its type and range; any other is refused before one of the three libraries sees it.
 """
 
 import json
@@ -15,23 +15,23 @@ from pydantic import Field, ValidationError
 from mmrl.errors import InputError
 from mmrl.settings import Settings
 
-# Wide enough for any tower that was ever published, too small to fill a machine's memory by one number.
+# Large enough for every published tower, too small to exhaust a machine's memory by a single value.
 _Size = Annotated[int, Field(ge=1, le=1_000_000)]
 _Layers = Annotated[int, Field(ge=1, le=1000)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Ratio = Annotated[float, Field(gt=0, le=100)]
 _Pair = Annotated[list[_Size], Field(min_length=2, max_length=2)]
 _Stages = Annotated[list[_Layers], Field(min_length=4, max_length=4)]
-# One of the names that open_clip knows; it refuses others itself.
+# A name that open_clip looks up; it refuses unknown ones itself.
 _Choice = Annotated[str, Field(pattern=r"^[a-z0-9_]*$", max_length=40)]
-# A name in timm's own registry. `hf-hub:…` and `local-dir:…`, which timm would fetch or read, hold a colon.
+# A name in timm's registry. The forms that timm would download or read, `hf-hub:…` and `local-dir:…`, have a colon.
 _TimmName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
-# A hub repository or a folder. A stored encoder reads neither: it has its own copies of both.
+# A hub repository or a folder. A stored encoder reads neither: it holds copies of the files.
 _HubName = Annotated[str, Field(max_length=4096)]
 
 
 class TokenizerKwargs(Settings):
-    """What open_clip's two tokenizers take. Nothing here reaches transformers' own constructors."""
+    """Arguments of open_clip's two tokenizers. None is passed on to constructors of transformers."""
 
     clean: Literal["lower", "whitespace", "canonicalize"] | None = None
     strip_sep_token: bool = False
@@ -119,17 +119,17 @@ class _ModelCfg(Settings):
     nonscalar_logit_scale: bool = False
     output_dict: bool = False
     multimodal_cfg: dict[str, _Size] | None = None
-    """CoCa's decoder, which open_clip builds along and mmrl leaves out."""
+    """CoCa's decoder, which mmrl does not use."""
 
 
 def check_model_cfg(model_cfg: Any, source: str | Path) -> dict[str, Any]:
-    """The config unchanged, if every key and value of it is on the list above.
+    """Returns the config unchanged if every key and value is allowed.
 
     Args:
-        source: what the config was read from, for the message.
+        source: where the config was read from, for the error message.
 
     Raises:
-        InputError: a key that is not allowed, or a value of the wrong type or out of range, named.
+        InputError: names the key that is not allowed, or whose value has the wrong type or is out of range.
     """
     try:
         _ModelCfg.model_validate(model_cfg)
@@ -147,23 +147,23 @@ def check_model_cfg(model_cfg: Any, source: str | Path) -> dict[str, Any]:
 
 
 def check_config_folder(folder: Path) -> None:
-    """Raises InputError where a JSON file that transformers reads from `folder` names code to run or kernels to fetch.
+    """Raises InputError if a JSON file that transformers reads from `folder` names code to run or kernels to download.
 
     `auto_map` names Python files of the folder or of a hub repository; a value such as `kernels-community/…` of an
     attention setting names a repository of compiled code.
     """
     for path in sorted(folder.glob("*.json")):
         try:
-            holds = json.loads(path.read_text())
+            config = json.loads(path.read_text())
         except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path} cannot be read as JSON ({error}); export the encoder again.") from None
         if path.name.removesuffix(".json") in ("tokenizer", "vocab"):  # token tables: any string may be a key
             continue
-        for key, value in _entries(holds):
+        for key, value in _entries(config):
             if key in _CODE_KEYS and value:
-                raise InputError(f"{path}: {key}: files that name code to run are not read; remove this key.")
+                raise InputError(f"{path}: {key}: this key names code to run; remove it.")
             if "attn_implementation" in key and isinstance(value, str) and not value.replace("_", "").isalnum():
-                raise InputError(f"{path}: {key}: {value[:80]!r} names kernels to fetch; remove this key.")
+                raise InputError(f"{path}: {key}: {value[:80]!r} names kernels to download; remove this key.")
 
 
 _CODE_KEYS = frozenset(
@@ -176,9 +176,9 @@ _KEYS = frozenset(
 )
 
 
-def _entries(holds: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of nested JSON, with its value."""
-    waiting = [holds]
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """All (key, value) pairs of nested JSON."""
+    waiting = [config]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

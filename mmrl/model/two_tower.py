@@ -1,6 +1,6 @@
-"""MatryoshkaCLIP: an image tower and a text tower that meet in one nested embedding.
+"""MatryoshkaCLIP: an image tower and a text tower with one shared, nested embedding, and the logit scale.
 
-Shapes: B pictures, C channels, H and W the image's size, M texts, L tokens, D the embedding's width, K nested dims.
+Shapes: B images, C channels, H and W the image's size, M texts, L tokens, D the embedding's width, K nested dims.
 """
 
 import math
@@ -12,37 +12,34 @@ from pydantic import Field
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmrl.model.towers import Side, Towers, TowersConfig, projection_axes
+from mmrl.model.towers import Modality, Towers, TowersConfig, projection_axes
 from mmrl.settings import Settings
 
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.01, 100.0
-
-
-# Where the sigmoid loss starts (arXiv 2303.15343, section 3.2): most pairs are negatives, and scored so.
+# Initial values for the sigmoid loss (arXiv 2303.15343, section 3.2): the bias offsets the many negatives.
 _SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
 
 
 class LogitScaleConfig(Settings):
-    """The multiplier of the similarities, learnt as its logarithm and held within 0.01 and 100, and the sigmoid
-    loss's bias."""
+    """The multiplier of the similarities, learned as its logarithm and clamped to 0.01 … 100, and the sigmoid loss's
+    bias."""
 
     init: float | None = Field(default=None, ge=MIN_LOGIT_SCALE, le=MAX_LOGIT_SCALE)
-    """Where it starts; left out, where the towers come from (1 / 0.07 for new ones; 10 with a new bias)."""
+    """Initial scale. Default: that of the loaded weights; 1 / 0.07 for random weights; 10 with a new bias."""
     bias_init: float | None = None
-    """Where the bias starts; left out, where the towers come from (-10 for those without). Only loss.name: sigmoid
-    has a bias."""
+    """Initial bias, for loss.name: sigmoid only. Default: that of the loaded weights, else -10."""
     per_dim: bool = False
-    """One of each for each nested dim instead of one for all."""
+    """Learn a scale (and bias) per nested dim instead of one for all dims."""
 
 
 class ModelConfig(TowersConfig):
-    """The towers, and how their similarities are scaled."""
+    """The towers and the logit scale."""
 
     logit_scale: LogitScaleConfig = LogitScaleConfig()
 
 
-class Encoder(nn.Module):
-    """A tower, and a projection of ours where the tower has none that can be cut."""
+class ProjectedTower(nn.Module):
+    """A tower, preceded by pixel normalisation and followed by a projection where it has none that can be truncated."""
 
     def __init__(
         self,
@@ -67,13 +64,13 @@ Outputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Te
 
 
 class MatryoshkaCLIP(nn.Module):
-    """Two encoders and a logit scale. It knows pixels and tokens, no loss and no dims: every prefix of what it
-    returns is an embedding because the loss makes it so."""
+    """Both towers and the logit scale. The model depends on neither loss nor dims: the prefixes of its embeddings are
+    usable because the loss trains them."""
 
     def __init__(
         self,
-        image: Encoder,
-        text: Encoder,
+        image: ProjectedTower,
+        text: ProjectedTower,
         logit_scale: torch.Tensor,
         logit_bias: torch.Tensor | None = None,
         recomputes: bool = False,
@@ -82,13 +79,13 @@ class MatryoshkaCLIP(nn.Module):
         self._recomputes = recomputes
         self.image = image
         self.text = text
-        # One axis at least: DeepSpeed cannot broadcast a scalar parameter.
+        # Never 0-d: DeepSpeed cannot broadcast a scalar parameter.
         self.log_logit_scale = nn.Parameter(logit_scale.reshape(-1).log())
         self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.reshape(-1))
 
     def forward(self, image_BCHW: torch.Tensor | None, text_ML: torch.Tensor | None) -> Outputs:
-        """Image (B, D) and text (M, D) embeddings, not normalised, None for None; the logit scale, (1,) or (K,), and
-        such a bias or None."""
+        """Image (B, D) and text (M, D) embeddings, not normalised, None for an input of None; the logit scale, (1,) or
+        (K,); the bias, (1,) or (K,), or None."""
         image_BD = None if image_BCHW is None else self.encode_image(image_BCHW)
         text_MD = None if text_ML is None else self.encode_text(text_ML)
         return image_BD, text_MD, self.logit_scale, self.logit_bias
@@ -99,8 +96,8 @@ class MatryoshkaCLIP(nn.Module):
 
     def encode_text(self, text_ML: torch.Tensor) -> torch.Tensor:
         """Token ids (M, L) -> (M, D)."""
-        # The CPU's flash attention would take half of the text tower's backward in bfloat16. Not where activations are
-        # recomputed: that happens after this context has ended, and must make the same choice.
+        # On CPUs flash attention takes half of the text tower's backward time in bfloat16. Not with gradient
+        # checkpointing: the recomputation runs outside this context and must choose the same kernel.
         if self.training and text_ML.device.type == "cpu" and not self._recomputes:
             with sdpa_kernel(SDPBackend.MATH):
                 return self.text(text_ML)
@@ -108,29 +105,34 @@ class MatryoshkaCLIP(nn.Module):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """The multiplier, within 0.01 and 100: (1,) or (K,)."""
+        """The multiplier, clamped to 0.01 … 100: (1,) or (K,)."""
         return clamp_outward(self.log_logit_scale, math.log(MIN_LOGIT_SCALE), math.log(MAX_LOGIT_SCALE)).exp()
 
 
 def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bias: bool = False) -> MatryoshkaCLIP:
-    """The model to train; `with_bias` for the sigmoid loss."""
+    """Builds the model from its towers.
+
+    Args:
+        num_dims: the number of nested dims, for a logit scale per dim.
+        with_bias: add the sigmoid loss's bias.
+    """
     new_bias = with_bias and towers.logit_bias is None
     init = scale.init or (_SIGMOID_SCALE if new_bias else towers.logit_scale)
     bias_init = scale.bias_init if scale.bias_init is not None else towers.logit_bias
     count = num_dims if scale.per_dim else 1
     return MatryoshkaCLIP(
-        Encoder(towers.image, added_projection(towers.model_cfg, "image"), towers.image_spec.normalise),
-        Encoder(towers.text, added_projection(towers.model_cfg, "text")),
+        ProjectedTower(towers.image, added_projection(towers.model_cfg, "image"), towers.image_spec.normalise),
+        ProjectedTower(towers.text, added_projection(towers.model_cfg, "text")),
         torch.full((count,), init),
         torch.full((count,), _SIGMOID_BIAS if bias_init is None else bias_init) if with_bias else None,
         recomputes=towers.grad_checkpointing,
     )
 
 
-def added_projection(model_cfg: dict[str, Any], side: Side, dim: int | None = None) -> nn.Linear | None:
-    """The projection that this tower lacks, or None. It starts as the identity, so that a pretrained model stands
-    where it stood."""
-    if projection_axes(model_cfg, side) is not None:
+def added_projection(model_cfg: dict[str, Any], modality: Modality, dim: int | None = None) -> nn.Linear | None:
+    """A linear projection for a tower without one that can be truncated, else None. Initialised to the identity, so
+    that a pretrained model's embeddings do not change."""
+    if projection_axes(model_cfg, modality) is not None:
         return None
     projection = nn.Linear(model_cfg["embed_dim"], dim or model_cfg["embed_dim"], bias=False)
     nn.init.eye_(projection.weight)
@@ -139,25 +141,25 @@ def added_projection(model_cfg: dict[str, Any], side: Side, dim: int | None = No
 
 class _ClampOutward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, least: float, most: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.limits = least, most
-        return x.clamp(least, most)
+        ctx.limits = low, high
+        return x.clamp(low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = grads
         (x,) = ctx.saved_tensors
-        least, most = ctx.limits
-        # Descent moves against the gradient: a negative one at the upper limit would push further out.
-        outward = ((x >= most) & (grad < 0)) | ((x <= least) & (grad > 0))
+        low, high = ctx.limits
+        # Descent moves against the gradient: at the upper limit a negative gradient points outward.
+        outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
         return torch.where(outward, torch.zeros_like(grad), grad), None, None
 
 
-def clamp_outward(x: torch.Tensor, least: float, most: float) -> torch.Tensor:
-    """x held within [least, most] that lets it come back: at a limit only the gradient that points outward is dropped.
+def clamp_outward(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """x clamped to [low, high]; beyond a limit only the gradient that points outward is dropped, so x can return.
 
-    Clamping in the forward pass is what holds under ZeRO, where an in-place clamp of the parameter is undone by the
-    next step from the optimiser's own copy.
+    Clamped in the forward pass because under ZeRO an in-place clamp of the parameter is undone by the next step, which
+    starts from the optimiser's copy.
     """
-    return _ClampOutward.apply(x, least, most)  # pyright: ignore[reportReturnType]
+    return _ClampOutward.apply(x, low, high)  # pyright: ignore[reportReturnType]

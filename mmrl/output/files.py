@@ -1,6 +1,6 @@
 """Atomic writes: a reader finds the old file or the new one, never a part of it."""
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder for a file or a folder; it is renamed to `path` if no error was raised,
-    else removed."""
+    """Yields a temporary path, for a file or a folder, in the same folder. It is renamed to `path` at the end, or removed
+    after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(partial)
+    # Random: processes on several hosts, which may have the same id, can write to one shared folder.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         partial.replace(path)

@@ -1,1 +1,1 @@
-"""`mmrl rotate`: an orthogonal matrix that makes a trained encoder's prefixes usable."""
+"""`mmrl rotate`: an orthogonal matrix that makes the prefixes of a trained encoder usable, without training it."""

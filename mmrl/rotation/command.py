@@ -1,14 +1,12 @@
-"""`mmrl rotate`: any trained pair of towers made cuttable, without training.
+"""`mmrl rotate`: rotate a trained encoder so that its embeddings can be truncated, without training it.
 
-One orthogonal matrix, found from the embeddings of pictures and texts together, is folded into both projections. Every
-similarity of whole vectors stays what it was. The matrix begins as the principal directions of both modalities, and is
-then learnt by the nested loss of the prefixes, on vectors alone (learned.py). Without that (steps=0) every
-prefix is what uncentred principal component analysis keeps in so many numbers.
+One orthogonal matrix is computed from the embeddings of images and texts and folded into both projections. Full-dim
+similarities do not change. The matrix starts as the principal directions of both modalities (uncentred PCA) and is then
+learned by the nested loss of the prefixes, on embeddings only (learned.py). steps=0 stops at PCA.
 
-Shapes: N pictures or texts, D the embedding's width.
+Shapes: N images or texts, D the embedding's width.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +26,17 @@ from mmrl.evaluate import sets
 from mmrl.evaluate.sets import Embedded
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
+from mmrl.model.source import ModelSource, OpenClipModel, StoredModel, parse_model
+from mmrl.output.files import atomic_path, check_new_folder
+from mmrl.output.progress import progress_bar
 from mmrl.rotation import learned, moments
 from mmrl.rotation.moments import Moments
 
-# An orthogonal matrix changes no similarity; what is left is the rounding of weights and products in float32.
-WORST_ERROR = 1e-6
-_LEAST_DIM = 8  # of the dims that a model gets which has none
-_LEAST_GAIN = 1e-4  # in mean mAP: what two decimals of a per cent show
-_ENOUGH = 10  # samples for each number of the embedding, below which a note is due
+# A rotation changes no similarity except by rounding of weights and products in float32.
+MAX_ERROR = 1e-6
+_MIN_DIM = 8  # of the default dims of a model without trained dims
+_MIN_GAIN = 1e-4  # in mean mAP: the second decimal of a percentage
+_SAMPLES_PER_DIM = 10  # a note is printed below this
 
 Result = dict[str, Any]
 
@@ -52,51 +53,52 @@ def rotate_model(
     steps: int = learned.STEPS,
     quiet: bool = False,
 ) -> Result:
-    """Writes MODEL to OUT, turned so that its prefixes are embeddings; returns its manifest.
+    """Writes the rotated MODEL to OUT; returns its manifest.
 
-    Several processes (torchrun) divide the shards; the main one writes.
+    With several processes (torchrun, srun or mpirun) each embeds a share of the shards, and rank 0 writes.
 
     Args:
-        dims: what OUT is to be cut to, as its manifest tells; those that MODEL was trained for, else halves down to 8.
-        validate: shards by which it is decided whether, and from which number on, turning helps. Nothing is written
-            where it does not.
-        keep: leave the first so many numbers as they are, such as dims that were trained and are to stay. Left out,
-            none; with `validate`, as many as serve best.
-        samples: read about so many, spread evenly over the shards; all when left out.
-        captions: texts of each sample that are used, the plain one first; all when left out.
-        steps: in which the rotation is learnt, after the principal directions; 0 leaves these.
+        dims: the dims to optimise, listed in OUT's manifest; default: the trained dims of MODEL, else halves down to 8.
+        validate: shards to measure the rotation on. Nothing is written unless it improves mAP there.
+        keep: leave the first `keep` dims unchanged, e.g. trained dims. Default: 0; with `validate`, the best on those.
+        samples: use about this many samples, spread evenly over the shards; default: all.
+        captions: use at most this many texts per sample, the plain one first; default: all.
+        steps: to learn the rotation, after PCA; 0 stops at PCA.
 
     Raises:
-        InputError: no such model or shards, too few samples, dims that it does not have, vectors that are not finite,
-            OUT exists and is not empty.
-        RunStopped: turning does not help on `validate`, or similarities did not stay what they were.
+        InputError: no such model or shards, too few samples, dims that MODEL does not have, embeddings that are not
+            finite, OUT exists and is not empty.
+        RunStopped: the rotation does not help on `validate`, or similarities changed, or OUT cannot be written.
     """
     world = comm.start()
     console = Console(quiet=quiet or not world.is_rank_0)
-    _check_out(out)
+    check_new_folder(out)
+    source = parse_model(model)
     reader = open_reader(shards)
     validation = None if validate is None else open_reader(validate)
-    whole = bundle.open_model(model)
-    whole.model.to(world.device)
-    dims = _checked_dims(whole, dims)
-    _check_keep(whole, keep)
-    _check_count(shards, len(reader), whole.dim)
-    _tell_before(console, model, whole, keep, validate)
-    found = moments.of_set(model, whole, reader, samples, captions, console, with_pairs=steps > 0)
-    _check_count(shards, found.images, whole.dim)
-    _tell_after(console, whole.dim, found)
+    encoder = bundle.open_model(source)
+    encoder.model.to(world.device)
+    dims = _checked_dims(encoder, dims)
+    _check_keep(encoder, keep)
+    _check_count(shards, len(reader), encoder.dim)
+    _print_model_notes(console, source, encoder, keep, validate)
+    found = moments.compute_moments(model, encoder, reader, samples, captions, console, with_pairs=steps > 0)
+    _check_count(shards, found.images, encoder.dim)
+    _print_sample_notes(console, encoder.dim, found)
     candidates = [keep or 0]
     if validation is not None and keep is None:
-        candidates = [0, *(dim for dim in whole.nested_dims if dim < whole.dim)]
-    scale = whole.model.logit_scale[-1].item()
-    turns = {kept: learned.best(found.moment_DD, found.pairs, scale, dims, kept, steps) for kept in candidates}
-    kept, judged = candidates[0], None
+        candidates = [0, *(dim for dim in encoder.nested_dims if dim < encoder.dim)]
+    scale = encoder.model.logit_scale[-1].item()
+    rotations = {
+        kept: learned.find_rotation(found.moment_DD, found.pairs, scale, dims, kept, steps) for kept in candidates
+    }
+    kept, scores = candidates[0], None
     if validation is not None:
-        rotations = {kept: rotation_DD for kept, (rotation_DD, _) in turns.items()}
-        kept, judged = _judge(whole, rotations, validation, dims, captions, console)
-    rotation_DD, learnt = turns[kept]
-    if learnt is not None:
-        console.print(learnt.told(), soft_wrap=True, highlight=False)
+        matrices = {kept: rotation_DD for kept, (rotation_DD, _) in rotations.items()}
+        kept, scores = _best_on_validation(encoder, matrices, validation, dims, captions, console)
+    rotation_DD, learned_rotation = rotations[kept]
+    if learned_rotation is not None:
+        console.print(learned_rotation.summary(), soft_wrap=True, highlight=False)
     about = {
         "moments": "mean of x x^T over unit vectors, uncentred; pictures and texts weigh one half each",
         "images": found.images,
@@ -104,14 +106,10 @@ def rotate_model(
         "kept_as_they_were": kept,
         "effective_rank": nesting.effective_rank(found.moment_DD),
         "share_of_second_moment": _shares(rotation_DD, found.moment_DD, dims),
-        **({} if learnt is None else {"learnt": learnt.as_json()}),
-        **({} if judged is None else {"validation": {"shards": validate, **judged}}),
+        **({} if learned_rotation is None else {"learnt": learned_rotation.as_json()}),
+        **({} if scores is None else {"validation": {"shards": validate, **scores}}),
     }
-    manifest, refusal = comm.broadcast_object(
-        _write(model, whole, rotation_DD, out, dims, about, reader) if world.is_rank_0 else None
-    )
-    if refusal is not None:
-        raise RunStopped(refusal)
+    manifest = _write_on_rank_0(source, encoder, rotation_DD, out, dims, about, reader)
     console.print(_summary(out, manifest), highlight=False, markup=False, soft_wrap=True)
     return manifest
 
@@ -119,65 +117,66 @@ def rotate_model(
 # ------------------------------------------------------------------------------------------------ checks, notes
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out: {out} exists and is not empty; name a new folder.")
-
-
-def _checked_dims(whole: Bundle, dims: Sequence[int] | None) -> list[int]:
-    """Ascending."""
+def _checked_dims(encoder: Bundle, dims: Sequence[int] | None) -> list[int]:
+    """The dims to optimise, ascending."""
     if dims is not None:
-        nesting.check_dims(dims, whole.dim)
+        nesting.check_dims(dims, encoder.dim)
         return sorted(dims)
-    if _is_nested(whole):
-        return sorted({*whole.nested_dims, whole.dim})
-    halves = [whole.dim]
-    while halves[0] % 2 == 0 and halves[0] // 2 >= _LEAST_DIM:
+    if _is_nested(encoder):
+        return sorted({*encoder.nested_dims, encoder.dim})
+    halves = [encoder.dim]
+    while halves[0] % 2 == 0 and halves[0] // 2 >= _MIN_DIM:
         halves.insert(0, halves[0] // 2)
     return halves
 
 
-def _is_nested(whole: Bundle) -> bool:
-    return any(dim < whole.dim for dim in whole.nested_dims)
+def _is_nested(encoder: Bundle) -> bool:
+    return any(dim < encoder.dim for dim in encoder.nested_dims)
 
 
-def _check_keep(whole: Bundle, keep: int | None) -> None:
-    if keep is not None and not 0 <= keep < whole.dim - 1:
+def _check_keep(encoder: Bundle, keep: int | None) -> None:
+    if keep is not None and not 0 <= keep < encoder.dim - 1:
         raise InputError(
-            f"keep: {keep} of {whole.dim} numbers leaves nothing to turn; give 0 to {whole.dim - 2}, such as the "
-            "largest dim that is to stay as it was trained."
+            f"keep: {keep} of {encoder.dim} dims leaves nothing to rotate; give 0 to {encoder.dim - 2}, e.g. the "
+            "largest trained dim that must not change."
         )
 
 
 def _check_count(shards: str, count: int, dim: int) -> None:
     if count < dim:
         raise InputError(
-            f"shards: {shards} has {count:,} usable samples, too few to find {dim:,} directions; give at least "
-            f"{dim:,}, better {_ENOUGH * dim:,}."
+            f"shards: {shards} has {count:,} usable samples, too few for {dim:,} dims; give at least {dim:,}, better "
+            f"{_SAMPLES_PER_DIM * dim:,}."
         )
 
 
-def _tell_before(console: Console, model: str, whole: Bundle, keep: int | None, validate: str | None) -> None:
-    if model.startswith("open_clip:") and model.count(":") == 1:
-        console.print(f"Note: no weights are named ({model}:PRETRAINED), so the towers are random.", markup=False)
-    if _is_nested(whole) and not keep and validate is None:
-        trained = ", ".join(str(dim) for dim in whole.nested_dims)
+def _print_model_notes(
+    console: Console, source: ModelSource, encoder: Bundle, keep: int | None, validate: str | None
+) -> None:
+    if isinstance(source, OpenClipModel) and source.is_random:
         console.print(
-            f"Note: this model was trained to be cut at {trained}. Turning may lower its smallest dims: --validate "
-            "SHARDS measures it and keeps those that are better as they are.",
+            f"Note: {source.text} names no weights ({source.text}:PRETRAINED does), so the towers are random.",
+            markup=False,
+            soft_wrap=True,
+        )
+    if _is_nested(encoder) and not keep and validate is None:
+        trained = ", ".join(str(dim) for dim in encoder.nested_dims)
+        console.print(
+            f"Note: this model was trained at the dims {trained}. The rotation may make the smallest of them worse: "
+            "--validate SHARDS measures that and leaves dims unchanged where it is better.",
             soft_wrap=True,
             highlight=False,
         )
 
 
-def _tell_after(console: Console, dim: int, found: Moments) -> None:
+def _print_sample_notes(console: Console, dim: int, found: Moments) -> None:
     if found.bad:
         first = found.bad[0]
-        console.print(f"{len(found.bad):,} bad samples left out, such as {first.key}: {first.reason}", markup=False)
-    if found.images < _ENOUGH * dim:
+        console.print(f"{len(found.bad):,} bad samples skipped, e.g. {first.key}: {first.reason}", markup=False)
+    if found.images < _SAMPLES_PER_DIM * dim:
         console.print(
-            f"Note: {found.images:,} samples for {dim:,} directions: the weakest of them are chance. "
-            f"{_ENOUGH * dim:,} are better.",
+            f"Note: {found.images:,} samples are few for {dim:,} dims, and the weakest directions are noise; "
+            f"{_SAMPLES_PER_DIM * dim:,} or more are better.",
             soft_wrap=True,
             highlight=False,
         )
@@ -186,55 +185,60 @@ def _tell_after(console: Console, dim: int, found: Moments) -> None:
 # ------------------------------------------------------------------------------------------------ validation
 
 
-def _judge(
-    whole: Bundle,
-    turns: dict[int, torch.Tensor],
+def _best_on_validation(
+    encoder: Bundle,
+    rotations: dict[int, torch.Tensor],
     validation: SampleReader,
     dims: Sequence[int],
     captions: int | None,
     console: Console,
 ) -> tuple[int, Result]:
-    """Which of the rotations is best on validation data, by the mean of mAP over dims and directions, and its scores.
+    """The key of the best rotation by mean mAP over dims and directions, and the scores before and after.
 
-    `turns` holds them by the number of leading entries that each leaves alone. Since a rotation is linear, the set is
-    embedded once.
+    The set is embedded once and its embeddings are rotated, since a rotation is linear.
+
+    Args:
+        rotations: by the number of leading dims that each leaves unchanged.
 
     Raises:
-        RunStopped: none is better than no rotation.
+        RunStopped: no rotation is better than none.
     """
-    with moments.progress_bar(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("validating", total=len(validation))
         embedded = sets.embed(
             validation,
-            whole.model,
-            whole.image_spec,
-            whole.tokenise,
+            encoder.model,
+            encoder.image_spec,
+            encoder.tokenise,
             captions=captions,
             on_batch=lambda count: progress.advance(task, count),
         )
     before = sets.score(embedded, dims)
-    after = {kept: sets.score(_turned(embedded, rotation_DD), dims) for kept, rotation_DD in turns.items()}
-    before, after = comm.broadcast_object((before, after))  # one verdict, whatever the machines round
+    after = {kept: sets.score(_rotate(embedded, rotation_DD), dims) for kept, rotation_DD in rotations.items()}
+    before, after = comm.broadcast_object((before, after))  # ranks may round differently
     best = max(after, key=lambda kept: _mean_map(after[kept]))
-    helps = _mean_map(after[best]) >= _mean_map(before) + _LEAST_GAIN
+    helps = _mean_map(after[best]) >= _mean_map(before) + _MIN_GAIN
     for kept, scores in after.items():
-        turned = f"all but the first {kept} numbers" if kept else "all numbers"
         console.print(
-            f"turning {turned}: mean mAP {100 * _mean_map(before):.2f} → {100 * _mean_map(scores):.2f}",
+            f"rotating {_which_dims(kept)}: mean mAP {100 * _mean_map(before):.2f} → {100 * _mean_map(scores):.2f} %",
             highlight=False,
         )
     shown = best if helps else min(after)
     console.print(_before_and_after(before, after[shown], shown))
     if not helps:
         raise RunStopped(
-            f"Turning does not help on {len(embedded.keys):,} validation pictures (mean mAP over the dims "
-            f"{100 * _mean_map(before):.2f} as it is, {100 * _mean_map(after[best]):.2f} at best): nothing was "
-            "written; go on with the model as it is."
+            f"The rotation does not help on {len(embedded.keys):,} validation images (mean mAP over the dims "
+            f"{100 * _mean_map(before):.2f} % without, {100 * _mean_map(after[best]):.2f} % with the best one); "
+            "nothing was written. Use the model as it is."
         )
     return best, {"before": before["dims"], "after": after[best]["dims"]}
 
 
-def _turned(embedded: Embedded, rotation_DD: torch.Tensor) -> Embedded:
+def _which_dims(kept: int) -> str:
+    return f"all but the first {kept} dims" if kept else "all dims"
+
+
+def _rotate(embedded: Embedded, rotation_DD: torch.Tensor) -> Embedded:
     image_ND, text_MD = (
         (rows.double() @ rotation_DD.T).to(rows.dtype) for rows in (embedded.image_ND, embedded.text_MD)
     )
@@ -242,25 +246,27 @@ def _turned(embedded: Embedded, rotation_DD: torch.Tensor) -> Embedded:
 
 
 def _mean_map(scores: Result) -> float:
-    values = [one["mAP"] for directions in scores["dims"].values() for one in _both(directions)]
+    values = [one["mAP"] for by_direction in scores["dims"].values() for one in _cross_modal(by_direction)]
     return sum(values) / len(values)
 
 
-def _both(directions: Result) -> list[dict[str, float]]:
-    return [directions["image_to_text"], directions["text_to_image"]]
+def _cross_modal(by_direction: Result) -> list[dict[str, float]]:
+    return [by_direction["image_to_text"], by_direction["text_to_image"]]
 
 
 def _before_and_after(before: Result, after: Result, kept: int) -> Table:
-    turned = f"all but the first {kept} numbers turned" if kept else "all numbers turned"
     table = Table(
         title=f"{before['num_images']:,} images, {before['num_texts']:,} texts; mean of both directions, in %"
     )
-    table.caption = f"before → after, {turned}"
+    table.caption = f"before → after rotating {_which_dims(kept)}"
     for column in ("dim", "R@1", "R@10", "mAP"):
         table.add_column(column, justify="right")
-    for dim, directions in before["dims"].items():
+    for dim, by_direction in before["dims"].items():
         pairs = [
-            [100 * sum(one[metric] for one in _both(scores)) / 2 for scores in (directions, after["dims"][dim])]
+            [
+                100 * sum(one[metric] for one in _cross_modal(scores)) / 2
+                for scores in (by_direction, after["dims"][dim])
+            ]
             for metric in ("R@1", "R@10", "mAP")
         ]
         table.add_row(dim, *(f"{old:.1f} → {new:.1f}" for old, new in pairs))
@@ -268,7 +274,7 @@ def _before_and_after(before: Result, after: Result, kept: int) -> Table:
 
 
 def _shares(rotation_DD: torch.Tensor, moment_DD: torch.Tensor, dims: Sequence[int]) -> dict[str, float]:
-    """How much of the mean squared length (1, of unit vectors) each prefix keeps."""
+    """The share of the mean squared length that each prefix has."""
     kept_D = (rotation_DD @ moment_DD @ rotation_DD.T).diagonal()
     return {str(dim): float(kept_D[:dim].sum() / kept_D.sum()) for dim in dims}
 
@@ -276,61 +282,81 @@ def _shares(rotation_DD: torch.Tensor, moment_DD: torch.Tensor, dims: Sequence[i
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _write(
-    model: str,
-    whole: Bundle,
+def _write_on_rank_0(
+    source: ModelSource,
+    encoder: Bundle,
     rotation_DD: torch.Tensor,
     out: Path,
     dims: Sequence[int],
     about: Result,
     reader: SampleReader,
-) -> tuple[Result | None, str | None]:
-    """The manifest of what was written, or why nothing was."""
-    turned = replace(whole, nested_dims=tuple(dims))
-    beside = out.parent / f".{out.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
+) -> Result:
+    """Writes OUT on rank 0; returns its manifest, or raises rank 0's RunStopped, on every rank."""
+    manifest, failure = None, None
+    if comm.world().is_rank_0:
+        try:
+            manifest = _write(source, encoder, rotation_DD, out, dims, about, reader)
+        except RunStopped as error:
+            failure = str(error)
+    manifest, failure = comm.broadcast_object((manifest, failure))
+    if failure is not None:
+        raise RunStopped(failure)
+    return manifest
+
+
+def _write(
+    source: ModelSource,
+    encoder: Bundle,
+    rotation_DD: torch.Tensor,
+    out: Path,
+    dims: Sequence[int],
+    about: Result,
+    reader: SampleReader,
+) -> Result:
+    rotated = replace(encoder, nested_dims=tuple(dims))
     try:
-        manifest = bundle.save(turned, beside, bundle.rotated_state(whole, rotation_DD), _source(model, whole))
-        worst = _worst_difference(whole, bundle.load(beside), reader)
-        if not worst <= WORST_ERROR:
-            return None, f"{model} turned differs from itself by {worst:.1e} in its similarities; nothing was written."
-        manifest["rotation"] = about
-        manifest["contract"] = {
-            "equals": f"the source's similarities of all {whole.dim} numbers, on samples of the shards",
-            "worst_absolute_difference": worst,
-            "allowed": WORST_ERROR,
-        }
-        bundle.write_manifest(beside, manifest)
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
+        with atomic_path(out) as partial:
+            state = bundle.rotated_state(encoder, rotation_DD)
+            manifest = bundle.save(rotated, partial, state, _manifest_source(source, encoder))
+            worst = _max_difference(encoder, bundle.load(partial), reader)
+            if not worst <= MAX_ERROR:  # so that NaN fails
+                raise RunStopped(
+                    f"The rotation changes similarities of {source.text} by {worst:.1e}, more than the {MAX_ERROR:.0e} "
+                    "allowed; nothing was written."
+                )
+            manifest["rotation"] = about
+            manifest["contract"] = {
+                "equals": f"the source's similarities of all {encoder.dim} numbers, on samples of the shards",
+                "worst_absolute_difference": worst,
+                "allowed": MAX_ERROR,
+            }
+            bundle.write_manifest(partial, manifest)
     except OSError as error:
-        return None, f"{out} could not be written ({error})."
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return manifest, None
+        raise RunStopped(f"{out} could not be written ({error}).") from error
+    return manifest
 
 
-def _source(model: str, whole: Bundle) -> Result:
-    """Where OUT comes from. Not as `weights_sha256`, which tells encoders whose vectors agree: these do not."""
-    source: Result = {"model": Path(model).name, "dim": whole.dim}
-    if not model.startswith("open_clip:"):
-        manifest = bundle.read_manifest(bundle.find(model))
-        source["rotated_from"] = {**manifest["source"], "weights_sha256": bundle.origin(manifest)}
-    return source
+def _manifest_source(source: ModelSource, encoder: Bundle) -> Result:
+    """The manifest's `source`. The original's hash is not its `weights_sha256`, which is equal for encoders with equal
+    embeddings only."""
+    about: Result = {"model": Path(source.text).name, "dim": encoder.dim}
+    if isinstance(source, StoredModel):
+        manifest = bundle.read_manifest(source.folder)
+        about["rotated_from"] = {**manifest["source"], "weights_sha256": bundle.origin(manifest)}
+    return about
 
 
 @torch.inference_mode()
-def _worst_difference(whole: Bundle, turned: Bundle, reader: SampleReader) -> float:
-    """The greatest change of a similarity among the pictures and texts of the first part that has any."""
-    turned.model.to(comm.world().device)
-    batch = next(batch for batch in moments.read(whole, reader) if batch.keys)
-    old, new = (_similarities(*moments.embed(encoder, batch)) for encoder in (whole, turned))
+def _max_difference(encoder: Bundle, rotated: Bundle, reader: SampleReader) -> float:
+    """The greatest change of a full-dim similarity, on the first chunk with usable samples."""
+    rotated.model.to(comm.world().device)
+    batch = next(batch for batch in moments.read_chunks(encoder, reader) if batch.keys)
+    old, new = (_similarities(*moments.embed(one, batch)) for one in (encoder, rotated))
     return float((old - new).abs().max())
 
 
 def _similarities(image_ND: torch.Tensor, text_ND: torch.Tensor) -> torch.Tensor:
-    """Of all vectors with all, of both modalities, in float64."""
+    """Cosine similarities of all images and texts with all, in float64."""
     unit = F.normalize(torch.cat([image_ND, text_ND]).double(), dim=-1)
     return unit @ unit.T
 
@@ -340,7 +366,8 @@ def _summary(out: Path, manifest: Result) -> str:
     shares = ", ".join(f"{dim}: {100 * share:.1f}" for dim, share in reversed(about["share_of_second_moment"].items()))
     worst = manifest["contract"]["worst_absolute_difference"]
     return (
-        f"{out}: {manifest['dim']}-d encoder, turned by {about['images']:,} pictures and {about['texts']:,} texts; "
-        f"similarities changed by {worst:.0e} at most\n"
-        f"effective rank {about['effective_rank']:.1f} of {manifest['dim']}; % of the squared length kept at {shares}"
+        f"{out}: {manifest['dim']}-d encoder, rotated with {about['images']:,} images and {about['texts']:,} texts; "
+        f"full-dim similarities changed by at most {worst:.0e}\n"
+        f"effective rank {about['effective_rank']:.1f} of {manifest['dim']}; % of the mean squared length in the first "
+        f"dims: {shares}"
     )

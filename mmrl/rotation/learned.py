@@ -1,25 +1,26 @@
-"""The rotation whose prefixes compare best, learnt from vectors alone: the towers are not touched.
+"""Learn the rotation whose prefixes retrieve best, from embeddings alone: the towers do not change.
 
-Principal directions are those in which vectors differ most. What tells pairs apart is not always that: pictures vary in
-much that no text speaks of. So the matrix is learnt: beginning with the principal directions, the nested loss of the
-prefixes goes down over orthogonal matrices, on vectors embedded once. Similarities of whole vectors cannot change.
+Principal directions (PCA) have the most variance, but part of the variance of images has no counterpart in their texts.
+So the rotation starts at the principal directions and descends the nested loss of the prefixes over orthogonal
+matrices, on embeddings that were computed once. Full-dim similarities cannot change.
 
-Towers may know the very pictures that taught them by heart, and then pairs teach little. So prefixes are pulled to the
-whole vectors' softmaxes as well, which for new pictures are the best there is to go by (tests/benchmarks/LOG.md).
+Embeddings of the images that the towers were trained on carry little signal, because the towers have memorised these
+pairs. So prefixes are also distilled from the full dim's softmax, which generalises to new images
+(tests/benchmarks/LOG.md).
 
-The loss leaves any order within the numbers that one dim adds to the next smaller one. There it is by what pictures and
-their texts have in common, so that cuts between the dims serve, too.
+Within the block of dims between two nested dims the loss does not determine the order. They are ordered by the
+covariance of images with their texts, so that prefixes between the nested dims are usable, too.
 
-An orthogonal matrix is Cayley's (I - S)⁻¹ (I + S) of a skew-symmetric S, which Adam moves: every S gives one, and S = 0
-the identity. (Cayley 1846; Helfrich et al. 2018, arXiv 1707.09520, for learning by it.)
+The orthogonal matrix is the Cayley transform (I - S)⁻¹ (I + S) of a skew-symmetric S, which Adam updates: every S gives
+an orthogonal matrix, and S = 0 the identity. (Cayley 1846; Helfrich et al. 2018, arXiv 1707.09520, learn with it.)
 
-Shapes: N pictures, M texts, D the embedding's width, R the entries that are turned, B pairs of a batch.
+Shapes: N images, M texts, D the embedding's width, R the number of rotated dims, B pairs of a batch.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,29 +34,29 @@ STEPS = 300
 _BATCH = 512
 _LR, _SCALE_LR = 1e-2, 1e-2
 _OPTIONS = InfoNCEOptions(distillation=1.0)
-_HELD_OUT = 10  # every tenth picture judges what the others taught
-_MOST_JUDGES = 2048
+_HOLDOUT_EVERY = 10  # every tenth image is held out
+_MAX_HOLDOUT = 2048
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Vectors of some pictures of a set and of their texts, on the CPU."""
+    """Embeddings of images and of their texts, on the CPU."""
 
     image_ND: torch.Tensor
     text_MD: torch.Tensor
     image_of_text_M: torch.Tensor
     group_N: torch.Tensor
-    """Pictures of one group are no negatives of each other; -1 is in no group."""
+    """Images of one group are not negatives of each other; -1: no group."""
 
-    def of(self, picture_n: torch.Tensor) -> "Pairs":
-        """Some of the pictures, with their texts."""
-        place_N = torch.full((len(self.image_ND),), -1).scatter(0, picture_n, torch.arange(len(picture_n)))
-        image_of_text_M = place_N[self.image_of_text_M]
+    def select(self, image_n: torch.Tensor) -> "Pairs":
+        """The images with these indices, with their texts."""
+        new_index_N = torch.full((len(self.image_ND),), -1).scatter(0, image_n, torch.arange(len(image_n)))
+        image_of_text_M = new_index_N[self.image_of_text_M]
         kept = image_of_text_M >= 0
-        return Pairs(self.image_ND[picture_n], self.text_MD[kept], image_of_text_M[kept], self.group_N[picture_n])
+        return Pairs(self.image_ND[image_n], self.text_MD[kept], image_of_text_M[kept], self.group_N[image_n])
 
-    def turned(self, rotation_DD: torch.Tensor) -> "Pairs":
-        """The same, in other coordinates, as unit vectors in float32."""
+    def rotated(self, rotation_DD: torch.Tensor) -> "Pairs":
+        """The embeddings times a rotation, as unit vectors in float32."""
         image_ND, text_MD = (
             F.normalize((rows.double() @ rotation_DD.T), dim=-1).float() for rows in (self.image_ND, self.text_MD)
         )
@@ -64,37 +65,43 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LearnedRotation:
-    """A rotation, and how it did on pictures that it was not learnt from."""
+    """A learned rotation and its score on held-out images."""
 
     rotation_DD: torch.Tensor
-    """Orthogonal, float64 (D, D), on the CPU; the one that was begun with where nothing better was found."""
-    pictures: int
-    """It was learnt from so many."""
-    judged_by: int
-    """So many others."""
+    """Orthogonal, float64 (D, D), on the CPU; the initial rotation if the learned one is not better on the holdout."""
+    images: int
+    """Images that it was learned from."""
+    holdout_images: int
     before: float
-    """Mean reciprocal rank among the judges, of all smaller dims and both directions, as it was begun with."""
+    """Mean reciprocal rank on the holdout, over the smaller dims and both directions, with the initial rotation."""
     after: float
+    """The same with the learned rotation."""
 
     @property
     def helps(self) -> bool:
-        """Whether what was learnt is the better one."""
+        """Whether the learned rotation is better on the holdout than the initial one."""
         return self.after > self.before
 
-    def told(self) -> str:
-        """For the user."""
-        taken = "" if self.helps else ", so the principal directions are kept"
+    def summary(self) -> str:
+        """One line for the console."""
+        kept = "" if self.helps else "; no improvement, so PCA is used"
         return (
-            f"learnt from {self.pictures:,} pictures: mean reciprocal rank of the smaller dims among "
-            f"{self.judged_by:,} others {100 * self.before:.1f} → {100 * self.after:.1f} %{taken}"
+            f"rotation learned from {self.images:,} images; on {self.holdout_images:,} held-out images the mean "
+            f"reciprocal rank of the smaller dims went from {100 * self.before:.1f} to {100 * self.after:.1f} %{kept}"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For a manifest."""
-        return {name: value for name, value in asdict(self).items() if name != "rotation_DD"} | {"taken": self.helps}
+        """The manifest's `rotation.learnt`."""
+        return {
+            "pictures": self.images,
+            "judged_by": self.holdout_images,
+            "before": self.before,
+            "after": self.after,
+            "taken": self.helps,
+        }
 
 
-def best(
+def find_rotation(
     moment_DD: torch.Tensor,
     pairs: Pairs | None,
     logit_scale: float,
@@ -102,63 +109,65 @@ def best(
     keep: int = 0,
     steps: int = STEPS,
 ) -> tuple[torch.Tensor, LearnedRotation | None]:
-    """The principal rotation, or a better one learnt from it; on every process that of the main one.
+    """The rotation of a set: PCA, or a learned rotation if it is better on held-out images.
+
+    Computed on rank 0 and broadcast to all ranks.
 
     Args:
-        moment_DD: the mean of x xᵀ.
-        pairs: what to learn from; nothing is learnt for None.
-        logit_scale: the model's, of its whole vectors.
-        keep: leave the first so many numbers as they are.
+        moment_DD: the second moment, the mean of x xᵀ.
+        pairs: embeddings to learn from; None: PCA only.
+        logit_scale: the model's scale of the full dim.
+        keep: leave the first `keep` dims unchanged.
     """
     found = None
     if comm.world().is_rank_0:
         rotation_DD = nesting.principal_rotation(moment_DD, keep)
         with comm.single_process():
-            learnt = None if pairs is None else learn(pairs, logit_scale, rotation_DD, dims, keep, steps)
-        found = (rotation_DD, None) if learnt is None else (learnt.rotation_DD, learnt)
+            learned = None if pairs is None else learn_rotation(pairs, logit_scale, rotation_DD, dims, keep, steps)
+        found = (rotation_DD, None) if learned is None else (learned.rotation_DD, learned)
     found = comm.broadcast_object(found)
     assert found is not None
     return found
 
 
-def learn(
+def learn_rotation(
     pairs: Pairs,
     logit_scale: float,
-    begin_DD: torch.Tensor,
+    initial_DD: torch.Tensor,
     dims: Sequence[int],
     keep: int = 0,
     steps: int = STEPS,
     seed: int = 0,
 ) -> LearnedRotation | None:
-    """Turns `begin_DD` on, by the mean loss of all of `dims` that a rotation can change.
+    """Learns a rotation by the mean nested loss of the `dims` between `keep` and D, starting at `initial_DD`.
 
     Args:
-        logit_scale: of the whole vectors' softmaxes, which prefixes are pulled to.
-        begin_DD: orthogonal, float64 (D, D); the directions to begin with, such as the principal ones.
-        keep: leave the first so many numbers as `begin_DD` has them.
+        logit_scale: of the full dim's softmax, from which prefixes are distilled.
+        initial_DD: orthogonal, float64 (D, D), such as the principal directions.
+        keep: leave the first `keep` dims as `initial_DD` gives them.
 
-    Returns: None where there is nothing to learn: no steps, too few pictures, or no dim between `keep` and D.
+    Returns: None if there is nothing to learn: no steps, too few images, or no dim between `keep` and D.
     """
-    width = len(begin_DD)
+    width = len(initial_DD)
     dims = sorted(dim for dim in dims if keep < dim < width)
-    number_N = torch.arange(len(pairs.image_ND))
-    judge_N = number_N % _HELD_OUT == _HELD_OUT - 1
-    if not dims or not steps or not judge_N.any():
+    index_N = torch.arange(len(pairs.image_ND))
+    held_out_N = index_N % _HOLDOUT_EVERY == _HOLDOUT_EVERY - 1
+    if not dims or not steps or not held_out_N.any():
         return None
-    begun = pairs.turned(begin_DD)
-    own, judges = begun.of(number_N[~judge_N]), begun.of(number_N[judge_N][:_MOST_JUDGES])
-    turn_DD = torch.eye(width, dtype=torch.float64)
-    turn_DD[keep:, keep:] = _descend(own, logit_scale, dims, keep, steps, torch.Generator().manual_seed(seed))
-    turn_DD = _ordered(own.turned(turn_DD), [keep, *dims, width]) @ turn_DD
-    before, after = (mean_reciprocal_rank(one, dims) for one in (judges, judges.turned(turn_DD)))
-    rotation_DD = turn_DD @ begin_DD if after > before else begin_DD
-    return LearnedRotation(rotation_DD, len(own.image_ND), len(judges.image_ND), before, after)
+    initial = pairs.rotated(initial_DD)
+    training, holdout = initial.select(index_N[~held_out_N]), initial.select(index_N[held_out_N][:_MAX_HOLDOUT])
+    update_DD = torch.eye(width, dtype=torch.float64)
+    update_DD[keep:, keep:] = _descend(training, logit_scale, dims, keep, steps, torch.Generator().manual_seed(seed))
+    update_DD = _order_within_blocks(training.rotated(update_DD), [keep, *dims, width]) @ update_DD
+    before, after = (mean_reciprocal_rank(one, dims) for one in (holdout, holdout.rotated(update_DD)))
+    rotation_DD = update_DD @ initial_DD if after > before else initial_DD
+    return LearnedRotation(rotation_DD, len(training.image_ND), len(holdout.image_ND), before, after)
 
 
 def _descend(
-    pairs: Pairs, logit_scale: float, dims: Sequence[int], keep: int, steps: int, draw: torch.Generator
+    pairs: Pairs, logit_scale: float, dims: Sequence[int], keep: int, steps: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """The orthogonal matrix (R, R) of the numbers after `keep`, in float64."""
+    """The learned orthogonal matrix (R, R) of the dims from `keep` on, in float64."""
     width, texts = pairs.image_ND.shape[1] - keep, len(pairs.text_MD)
     free_RR = torch.zeros(width, width, requires_grad=True)
     log_scale_K = torch.full((len(dims),), math.log(logit_scale), requires_grad=True)
@@ -167,16 +176,16 @@ def _descend(
         optimizer, [lambda step: (1 + math.cos(math.pi * step / steps)) / 2, lambda step: 1.0]
     )
     group_N = _groups(pairs)
-    whole, weights = torch.tensor([logit_scale]), [1.0] * len(dims) + [0.0]
+    full_scale, weights = torch.tensor([logit_scale]), [1.0] * len(dims) + [0.0]
     for _ in range(steps):
-        text_B = torch.randint(texts, (min(_BATCH, texts),), generator=draw)
+        text_B = torch.randint(texts, (min(_BATCH, texts),), generator=generator)
         image_B = pairs.image_of_text_M[text_B]
         cayley_RR = _cayley(free_RR)
         image_BD, text_BD = (
             torch.cat([rows[:, :keep], rows[:, keep:] @ cayley_RR.T], 1)
             for rows in (pairs.image_ND[image_B], pairs.text_MD[text_B])
         )
-        scale_K = torch.cat([log_scale_K.exp(), whole])
+        scale_K = torch.cat([log_scale_K.exp(), full_scale])
         loss = nested_info_nce(
             image_BD, text_BD, scale_K, [*dims, keep + width], weights, groups=group_N[image_B], options=_OPTIONS
         )
@@ -188,44 +197,46 @@ def _descend(
 
 
 def _cayley(free_RR: torch.Tensor) -> torch.Tensor:
-    """Orthogonal, of any square matrix, by its skew-symmetric part."""
-    skew_RR, one_RR = (free_RR - free_RR.T) / 2, torch.eye(len(free_RR), dtype=free_RR.dtype)
-    return torch.linalg.solve(one_RR - skew_RR, one_RR + skew_RR)
+    """The Cayley transform of a square matrix's skew-symmetric part: orthogonal (R, R)."""
+    skew_RR, identity_RR = (free_RR - free_RR.T) / 2, torch.eye(len(free_RR), dtype=free_RR.dtype)
+    return torch.linalg.solve(identity_RR - skew_RR, identity_RR + skew_RR)
 
 
-def _ordered(pairs: Pairs, edges: Sequence[int]) -> torch.Tensor:
-    """Orthogonal (D, D) in float64, which turns the numbers between two edges among themselves: those in which pictures
-    and their texts vary together the most come first, by the symmetric part of their covariance."""
+def _order_within_blocks(pairs: Pairs, edges: Sequence[int]) -> torch.Tensor:
+    """The orthogonal matrix, float64 (D, D), that sorts the dims of each block between two edges: directions with the
+    highest covariance between images and their texts come first (by its symmetric part)."""
     image_MD, text_MD = (
         rows.double() - rows.double().mean(0) for rows in (pairs.image_ND[pairs.image_of_text_M], pairs.text_MD)
     )
     order_DD = torch.eye(image_MD.shape[1], dtype=torch.float64)
     for first, last in itertools.pairwise(edges):
-        shared = image_MD[:, first:last].T @ text_MD[:, first:last] / len(text_MD)
-        order_DD[first:last, first:last] = nesting.principal_rotation(shared)
+        covariance = image_MD[:, first:last].T @ text_MD[:, first:last] / len(text_MD)
+        order_DD[first:last, first:last] = nesting.principal_rotation(covariance)
     return order_DD
 
 
 def _groups(pairs: Pairs) -> torch.Tensor:
-    """A group for each picture: its own where it has none, so that two of its texts are no negatives of each other."""
+    """A group for every image. An image without one gets its own, so that its texts are not each other's negatives."""
     _, group_N = pairs.group_N.unique(return_inverse=True)  # below N
     return torch.where(pairs.group_N >= 0, group_N, torch.arange(len(group_N)) + len(group_N))
 
 
 def mean_reciprocal_rank(pairs: Pairs, dims: Sequence[int]) -> float:
-    """Of each picture's first text among all pictures' first texts, and the other way; the mean over `dims` too. What
-    scores as high as the right one comes before it."""
-    text_N = _first_places(pairs.image_of_text_M, len(pairs.image_ND))
+    """Mean reciprocal rank between images and their first texts, over both directions and `dims`.
+
+    Candidates of the same group are ignored; ties rank before the match.
+    """
+    text_N = _first_index(pairs.image_of_text_M, len(pairs.image_ND))
     group_N = _groups(pairs)
     masked_NN = (group_N[:, None] == group_N[None, :]).fill_diagonal_(False)
-    found = []
+    reciprocal_ranks = []
     for dim in dims:
         image_Nd, text_Nd = (F.normalize(rows[:, :dim], dim=-1) for rows in (pairs.image_ND, pairs.text_MD[text_N]))
         score_NN = (image_Nd @ text_Nd.T).masked_fill(masked_NN, -math.inf)
-        found += [1 / (one >= one.diagonal()[:, None]).sum(1) for one in (score_NN, score_NN.T)]
-    return float(torch.stack(found).double().mean())
+        reciprocal_ranks += [1 / (one >= one.diagonal()[:, None]).sum(1) for one in (score_NN, score_NN.T)]
+    return float(torch.stack(reciprocal_ranks).double().mean())
 
 
-def _first_places(value_M: torch.Tensor, count: int) -> torch.Tensor:
-    """Where each of 0 … count - 1 comes first."""
+def _first_index(value_M: torch.Tensor, count: int) -> torch.Tensor:
+    """The first index of each value 0 … count - 1."""
     return torch.full((count,), len(value_M)).scatter_reduce(0, value_M, torch.arange(len(value_M)), "amin")

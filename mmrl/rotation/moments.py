@@ -1,12 +1,9 @@
-"""What a rotation is found from, in one pass and bounded memory: a set's second moments, and some of its vectors.
+"""Second moments of a set's embeddings, and some of the embeddings themselves, in one pass with bounded memory.
 
-Two choices of the moments, and why:
-- The vectors are made unit vectors first, since it is their directions that are compared: a long one would otherwise
-  count more than a short one.
-- Pictures and texts weigh one half each, however many texts a picture has: the same matrix serves both, and neither
-  may be better kept because there is more of it.
+- Embeddings are normalised first, since they are compared by cosine: otherwise long vectors would weigh more.
+- Images and texts weigh one half each, however many texts an image has: one rotation serves both modalities.
 
-Shapes: N pictures or texts, D the embedding's width.
+Shapes: N images or texts, D the embedding's width.
 """
 
 import itertools
@@ -16,41 +13,41 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmrl.data.index import Problem
 from mmrl.data.samples import SampleReader
-from mmrl.data.sequential import WholeBatch, read_whole
+from mmrl.data.sequential import SequentialBatch, read_sequential
 from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.model.bundle import Bundle
+from mmrl.output.progress import progress_bar
 from mmrl.rotation.learned import Pairs
 
-# The set is read in parts of so many neighbouring samples. They are the same whatever the number of processes.
-PART = 256
-# So many pictures' vectors are kept to learn from, for each number of the vector, and so many at most: 67 MB of 512-d,
-# and as much for each of their texts.
-PICTURES_PER_DIM, MOST_PICTURES = 64, 1 << 15
+# A set is read in chunks of this many consecutive samples, whatever the number of ranks.
+CHUNK_SIZE = 256
+# Images whose embeddings are kept to learn a rotation from: this many per dim, and at most MAX_IMAGES, which is 67 MB
+# of 512-d embeddings, and as much again per text of an image.
+IMAGES_PER_DIM, MAX_IMAGES = 64, 1 << 15
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What one pass finds, over all processes."""
+    """The result of one pass over a set, over all ranks."""
 
     moment_DD: torch.Tensor
-    """The mean of x xᵀ, half over pictures, half over texts: float64, on the CPU."""
+    """The mean of x xᵀ, half of it over images, half over texts: float64, on the CPU."""
     images: int
     texts: int
     bad: list[Problem]
     pairs: Pairs | None
-    """Vectors of pictures spread evenly over the set, where they were asked for and any are good."""
+    """Embeddings of images spread evenly over the set; None if not requested."""
 
 
 class SecondMoment:
-    """The mean of x xᵀ over unit rows x, in one pass, over all processes.
+    """The mean of x xᵀ over unit rows x, in one pass, over all ranks.
 
-    The sums are kept in integers, which add up to the same bits in any order: any number of processes finds the same
-    rotation. 2**-44 is their unit, so a part's sum is rounded less than float64 rounds a sum of a thousand such parts.
+    Sums are kept in integers, which add exactly in any order: the rotation does not depend on the number of ranks.
+    The unit 2**-44 rounds a chunk's sum less than float64 rounds a sum of a thousand chunks.
     """
 
     _UNIT = 2.0**-44
@@ -62,7 +59,7 @@ class SecondMoment:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, rows_ND: torch.Tensor) -> None:
-        """Takes some rows in, of any length; fewer than 2**18 at a time."""
+        """Adds fewer than 2**18 rows, of any length."""
         assert len(rows_ND) < 1 << 18, "the sum would not fit into 63 bits"
         unit_ND = F.normalize(rows_ND.double(), dim=-1)
         sum_DD = (unit_ND.T @ unit_ND / self._UNIT).round().long()
@@ -71,132 +68,128 @@ class SecondMoment:
         self._count += len(rows_ND)
 
     def count(self) -> int:
-        """The rows of all processes."""
+        """The number of rows of all ranks."""
         return int(comm.all_reduce_sum(self._count))
 
     def mean(self) -> torch.Tensor:
-        """Over the rows of all processes: float64 (D, D)."""
+        """The mean over the rows of all ranks: float64 (D, D)."""
         high_DD, low_DD = comm.all_reduce_sum(self._high_DD), comm.all_reduce_sum(self._low_DD)
         return (high_DD.double() * 2.0**self._LOW_BITS + low_DD.double()) * self._UNIT / self.count()
 
 
 @torch.inference_mode()
-def of_set(
+def compute_moments(
     model: str,
-    whole: Bundle,
+    encoder: Bundle,
     reader: SampleReader,
     samples: int | None,
     captions: int | None,
     console: Console,
     with_pairs: bool = False,
 ) -> Moments:
-    """Embeds the set, divided over the processes.
+    """Embeds a set, divided over the ranks, and returns its second moments.
 
     Args:
-        model: how the user names it.
-        samples: about so many, spread evenly over the set; all for None.
-        captions: texts of each sample at most; all for None.
-        with_pairs: keep vectors to learn from, too.
+        model: the name for error messages.
+        samples: use about this many samples, spread evenly over the set; None: all.
+        captions: use at most this many texts per sample; None: all.
+        with_pairs: also return embeddings to learn a rotation from.
 
     Raises:
-        InputError: a vector that is not finite, or nothing but bad samples.
+        InputError: an embedding is not finite, or all samples are bad.
     """
     world = comm.world()
-    of_images, of_texts = (SecondMoment(whole.dim, world.device) for _ in range(2))
+    of_images, of_texts = (SecondMoment(encoder.dim, world.device) for _ in range(2))
     bad = list(reader.problems) if world.is_rank_0 else []
-    broken: list[str] = []
+    not_finite: list[str] = []
     kept: list[Pairs] = []
     with progress_bar(console) as progress:
-        parts = own_parts(len(reader), samples)
-        kept_parts = set(_spread(wanted_parts(len(reader), samples), -(-enough(whole.dim) // PART)))
-        task = progress.add_task("embedding", total=min(len(parts) * PART, len(reader)))
-        for (part, _), batch in zip(parts, read(whole, reader, parts, captions), strict=True):
+        chunks = local_chunks(len(reader), samples)
+        pair_chunks = set(_spread(_all_chunks(len(reader), samples), -(-max_images(encoder.dim) // CHUNK_SIZE)))
+        task = progress.add_task("embedding", total=min(len(chunks) * CHUNK_SIZE, len(reader)))
+        for chunk, batch in zip(chunks, read_chunks(encoder, reader, chunks, captions), strict=True):
             progress.advance(task, len(batch.keys) + len(batch.bad))
             bad += batch.bad
             if not batch.keys:
                 continue
-            image_ND, text_ND = embed(whole, batch)
+            image_ND, text_ND = embed(encoder, batch)
             if not (image_ND.isfinite().all() and text_ND.isfinite().all()):
-                broken.append(batch.keys[0])
+                not_finite.append(batch.keys[0])
                 break
             of_images.add(image_ND)
             of_texts.add(text_ND)
-            if with_pairs and part in kept_parts:
+            if with_pairs and chunk in pair_chunks:
                 kept.append(Pairs(image_ND.float().cpu(), text_ND.float().cpu(), batch.row_of_text_M, batch.group_B))
-    shares = comm.all_gather_objects((broken, bad))
-    broken = [key for share, _ in shares for key in share]
-    bad = [problem for _, share in shares for problem in share]
-    if broken:
+    by_rank = comm.all_gather_objects((not_finite, bad))
+    not_finite = [key for keys, _ in by_rank for key in keys]
+    bad = [problem for _, problems in by_rank for problem in problems]
+    if not_finite:
         raise InputError(
-            f"model: {model} gives vectors that are not finite, near {broken[0]}; its weights are damaged: train or "
-            "export it again."
+            f"model: {model} gives embeddings that are not finite, in the chunk of samples from {not_finite[0]}; its "
+            "weights are damaged: train or export it again."
         )
     images, texts = of_images.count(), of_texts.count()
     if not images:
-        raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
+        raise InputError(f"shards: every sample is bad, e.g. {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
     moment_DD = ((of_images.mean() + of_texts.mean()) / 2).cpu()
-    return Moments(moment_DD, images, texts, bad, _gathered(kept) if with_pairs else None)
+    return Moments(moment_DD, images, texts, bad, _gather_pairs(kept) if with_pairs else None)
 
 
-def enough(dim: int) -> int:
-    """Pictures to learn a rotation of vectors of `dim` numbers from."""
-    return min(PICTURES_PER_DIM * dim, MOST_PICTURES)
+def max_images(dim: int) -> int:
+    """The maximum number of images to learn a rotation of `dim` dims from."""
+    return min(IMAGES_PER_DIM * dim, MAX_IMAGES)
 
 
-def wanted_parts(count: int, samples: int | None) -> list[int]:
-    """The numbers of the parts that are read, by all processes together."""
-    parts = range(-(-count // PART))
-    return list(parts) if samples is None else _spread(parts, -(-samples // PART))
+def local_chunks(count: int, samples: int | None) -> list[int]:
+    """Indices of the chunks that this rank reads, of a set of `count` samples."""
+    chunks, world = _all_chunks(count, samples), comm.world()
+    return chunks[len(chunks) * world.rank // world.size : len(chunks) * (world.rank + 1) // world.size]
 
 
-def own_parts(count: int, samples: int | None) -> list[tuple[int, int]]:
-    """This process's share of them, each as (its number, how many the set has)."""
-    wanted, world = wanted_parts(count, samples), comm.world()
-    own = wanted[len(wanted) * world.rank // world.size : len(wanted) * (world.rank + 1) // world.size]
-    return [(part, -(-count // PART)) for part in own]
+def _all_chunks(count: int, samples: int | None) -> list[int]:
+    """Indices of the chunks that all ranks together read."""
+    chunks = range(-(-count // CHUNK_SIZE))
+    return list(chunks) if samples is None else _spread(chunks, -(-samples // CHUNK_SIZE))
 
 
-def _spread(parts: Sequence[int], most: int) -> list[int]:
-    """So many of them at most, evenly."""
-    count = min(len(parts), most)
-    return [parts[len(parts) * place // count] for place in range(count)]
+def _spread(chunks: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` of the chunks, evenly spaced."""
+    count = min(len(chunks), limit)
+    return [chunks[len(chunks) * i // count] for i in range(count)]
 
 
-def _gathered(kept: Sequence[Pairs]) -> Pairs | None:
-    """Of all processes, in the order of the set; None where every sample of theirs is bad."""
-    every = [one for share in comm.all_gather_objects(kept) for one in share]
-    if not every:
+def _gather_pairs(kept: Sequence[Pairs]) -> Pairs | None:
+    """The pairs of all ranks, in the order of the set; None if there are none."""
+    chunks = [one for of_rank in comm.all_gather_objects(kept) for one in of_rank]
+    if not chunks:
         return None
-    before = itertools.accumulate((len(one.image_ND) for one in every), initial=0)
+    offsets = itertools.accumulate((len(one.image_ND) for one in chunks), initial=0)
     return Pairs(
-        torch.cat([one.image_ND for one in every]),
-        torch.cat([one.text_MD for one in every]),
-        torch.cat([one.image_of_text_M + first for first, one in zip(before, every, strict=False)]),
-        torch.cat([one.group_N for one in every]),
+        torch.cat([one.image_ND for one in chunks]),
+        torch.cat([one.text_MD for one in chunks]),
+        torch.cat([one.image_of_text_M + offset for offset, one in zip(offsets, chunks, strict=False)]),
+        torch.cat([one.group_N for one in chunks]),
     )
 
 
-def read(
-    encoder: Bundle,
-    reader: SampleReader,
-    parts: Sequence[tuple[int, int]] | None = None,
-    captions: int | None = None,
-) -> Iterator[WholeBatch]:
-    """The parts of a set, each a batch; all of them for None."""
-    count = -(-len(reader) // PART)
-    for part, of in [(part, count) for part in range(count)] if parts is None else parts:
-        yield from read_whole(
-            reader, encoder.image_spec, encoder.tokenise, batch_size=PART, captions=captions, rank=part, world_size=of
+def read_chunks(
+    encoder: Bundle, reader: SampleReader, chunks: Sequence[int] | None = None, captions: int | None = None
+) -> Iterator[SequentialBatch]:
+    """Reads the chunks of a set with these indices, by default all; one batch per chunk."""
+    count = -(-len(reader) // CHUNK_SIZE)
+    for chunk in range(count) if chunks is None else chunks:
+        yield from read_sequential(
+            reader,
+            encoder.image_spec,
+            encoder.tokenise,
+            batch_size=CHUNK_SIZE,
+            captions=captions,
+            rank=chunk,
+            world_size=count,
         )
 
 
-def embed(encoder: Bundle, batch: WholeBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors of the batch's pictures and texts: (N, D) each, not normalised."""
+def embed(encoder: Bundle, batch: SequentialBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of the batch's images and texts, not normalised: (B, D) and (M, D)."""
     device = comm.world().device
     return encoder.model.encode_image(batch.image_BCHW.to(device)), encoder.model.encode_text(batch.text_ML.to(device))
-
-
-def progress_bar(console: Console) -> Progress:
-    """Where there is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,1 +1,1 @@
-"""From the pictures of a set to an index over their vectors, and to the nearest ones of a query."""
+"""Image search: embed a set of images, index the embeddings, search and serve the index."""

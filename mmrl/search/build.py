@@ -1,290 +1,246 @@
-"""`mmrl index`: embeddings -> an index; and what is added to it and taken out of it later.
+"""`mmrl index`: builds an index from embeddings, adds to it, deletes from it, compacts it.
 
-An index never changes in place, deletions apart: a new data folder is written beside the one in use, and the manifest's
-rename puts it in force. A search that is under way keeps the old files, and a crash leaves the old index.
+Only deletions change an index in place. Everything else writes a new data folder next to the current one and then
+replaces the manifest atomically. Searches in progress keep the old files; a crash leaves the old index.
 
-Shapes: N rows of the index, n of one chunk, D the width of its vectors, d the prefix of its codes.
+Shapes: N rows of the index, n rows of one batch, M captions, D dim of its vectors.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
+from mmrl.codecs.code_index import faiss_module, training_rows
+from mmrl.codecs.table import CODECS, CODES, OLD_CODES, Code
 from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
-from mmrl.inference.load import load
-from mmrl.nesting import check_dims, cut, nesting
+from mmrl.nesting import Nesting, check_dims
+from mmrl.output.files import atomic_path, write_atomic
 from mmrl.search import items
 from mmrl.search.calibrate import K, Queries, calibrate
-from mmrl.search.embed import EMBEDDINGS, LONGEST_TEXT, TEXTS, identify, prepare_folder
-from mmrl.search.embed import FORMAT as EMBEDDINGS_FORMAT
-from mmrl.search.embed import VERSION as EMBEDDINGS_VERSION
-from mmrl.search.funnel import CODES, Code, Funnel, faiss_module
-from mmrl.search.index import DELETED, FORMAT, ITEMS, MANIFEST, VECTORS, VERSION, Index, open_index
-from mmrl.search.index import TEXTS as SAMPLE_OF_TEXTS
-from mmrl.search.table import METADATA_KEY, vectors_in
+from mmrl.search.embed import prepare_folder
+from mmrl.search.embeddings import Batches, caption_vectors, open_embeddings
+from mmrl.search.funnel import Funnel
+from mmrl.search.index import (
+    CAPTION_VECTORS,
+    DELETED,
+    INDEX_FORMAT,
+    INDEX_VERSION,
+    ITEMS,
+    MANIFEST,
+    VECTORS,
+    Index,
+    open_index,
+)
 from mmrl.version import __version__
 
 EXACT_UP_TO = 50_000
-"""Pictures that are searched outright: faster than they are compressed, and nothing is lost."""
-_ROWS_AT_A_TIME = 2048
-# Vectors of each modality that codes are fitted to, and that recall is measured with.
-_FITTED_TO, _MEASURED_WITH = 20_000, 256
-_LEAST_FOR_CODES = 1000
-_MANIFEST_BESIDE = f".{MANIFEST}.partial"
-
-Chunks = Callable[..., Iterator[tuple[np.ndarray, Any]]]
-"""The rows of an index to be: unit vectors (n, D) and a record batch of items.COLUMNS."""
+"""`--code auto` compresses indexes of more images than this. Smaller ones are fast enough uncompressed."""
+_QUERIES = 256
+"""Per modality, that choose the shortlists, and as many that measure them."""
+_MIN_COMPRESSED = 1000
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What an index is made of."""
+class _IndexSource:
+    """The contents of a new index."""
 
     count: int
     schema: Any
-    chunks: Chunks
-    texts_MD: np.ndarray
-    """Some captions' vectors; none where they could not be had."""
+    batches: Batches
+    captions_MD: np.ndarray
+    """Caption embeddings, to train and measure the codes with; empty if there are none."""
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """The codes of a compressed index."""
+
+    code: Code
+    dim: int
+    candidates: int | None = None
+    """Fixed length of the shortlist; None: chosen by `calibrate`, with a second stage after binary and pq."""
 
 
 def write_index(
-    embeddings: Path, out: Path, *, code: str = "auto", dim: int | None = None, quiet: bool = False
+    embeddings: Path,
+    out: Path,
+    *,
+    code: str = "auto",
+    dim: int | None = None,
+    candidates: int | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Makes OUT an index of what `mmrl embed` wrote; returns its manifest.
+    """Builds the index OUT from the output of `mmrl embed`; returns its manifest.
 
     Args:
-        code: one of CODES for the first stage, 'exact' for none, 'auto' for none below EXACT_UP_TO pictures, then pq.
-        dim: the prefix that the codes are of; about a quarter of the vectors when left out.
+        code: code of the first stage, one of CODES; 'exact': no codes; 'auto': exact up to EXACT_UP_TO images, else pq.
+        dim: dim of the codes (default: the trained dim closest to a quarter of the full dim).
+        candidates: images that the codes pass on to the ranking by full vectors (default: as many as recall 0.99 needs,
+            chosen by measurement).
 
     Raises:
-        InputError: EMBEDDINGS is not such a file or folder, OUT holds something else, a code or dim that is not to be
-            had.
+        InputError: EMBEDDINGS is not the output of `mmrl embed`; OUT holds other files; invalid code, dim or
+            candidates.
     """
-    facts, count, chunks, schema = _open_embeddings(embeddings)
+    metadata, count, batches, schema = open_embeddings(embeddings)
+    code = OLD_CODES.get(code, code)
     if code not in ("auto", "exact", *CODES):
         raise InputError(f"code: {code!r} is unknown; allowed: auto, exact, {', '.join(CODES)}.")
     if code == "auto":
-        code = "exact" if count <= EXACT_UP_TO and dim is None else "pq"
-    chosen = None if code == "exact" else _choose_codes(code, dim, facts, count)
-    prepare_folder(out, {MANIFEST, _MANIFEST_BESIDE, *_data_folders(out)})
-    texts_MD = np.zeros((0, facts["dim"]), np.float32)
-    if chosen is not None:
-        texts_MD = _texts_of(embeddings, facts, Console(quiet=quiet))
+        code = "exact" if count <= EXACT_UP_TO and dim is None and candidates is None else "pq"
+    if code == "exact" and candidates is not None:
+        raise InputError("candidates: an exact index has none; give a code with --code, or leave out --candidates.")
+    codes = None if code == "exact" else _choose_codes(code, dim, candidates, metadata, count)
+    prepare_folder(out, {MANIFEST, *_data_folders(out)})
+    captions_MD = np.zeros((0, metadata["dim"]), np.float32)
+    if codes is not None:
+        captions_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, Console(quiet=quiet))
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "encoder": {"model": facts["model"], "origin_sha256": facts["origin_sha256"]},
-        "dim": facts["dim"],
-        "nested_dims": facts["nested_dims"],
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
+        "encoder": {"model": metadata["model"], "origin_sha256": metadata["origin_sha256"]},
+        "dim": metadata["dim"],
+        "nested_dims": metadata["nested_dims"],
     }
-    return _write(out, manifest, _Source(count, schema, chunks, texts_MD), chosen, Console(quiet=quiet))
+    return _write(out, manifest, _IndexSource(count, schema, batches, captions_MD), codes, Console(quiet=quiet))
 
 
-def add(embeddings: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:
-    """Adds what `mmrl embed` wrote to an index; a picture whose key is there replaces that one. Codes are fitted and
-    measured anew. Returns the manifest.
+def add_to_index(embeddings: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:
+    """Adds the output of `mmrl embed` to an index; returns the manifest. Images with an existing key replace the old
+    ones. Codes are trained and measured again.
 
     Raises:
-        InputError: they are of another encoder or of shorter vectors than the index's.
+        InputError: the embeddings are of another encoder, or have fewer dims than the index.
     """
     index = open_index(folder)
-    facts, count, chunks, _ = _open_embeddings(embeddings)
-    kept = index.manifest["encoder"]["origin_sha256"]
-    if facts["origin_sha256"] != kept:
+    metadata, count, batches, _ = open_embeddings(embeddings)
+    origin = index.manifest["encoder"]["origin_sha256"]
+    if metadata["origin_sha256"] != origin:
         raise InputError(
-            f"embeddings: {embeddings} are of another encoder (weights {facts['origin_sha256'][:12]}…) than {folder} "
-            f"({kept[:12]}…); embed these pictures with {index.manifest['encoder']['model']}."
+            f"embeddings: {embeddings} are of another encoder (weights {metadata['origin_sha256'][:12]}…) than "
+            f"{folder} ({origin[:12]}…); embed these images with {index.manifest['encoder']['model']}."
         )
-    if facts["dim"] < index.dim:
+    if metadata["dim"] < index.dim:
         raise InputError(
-            f"embeddings: {embeddings} has {facts['dim']} numbers a vector and {folder} {index.dim}; embed these "
-            f"pictures with --dim {index.dim}."
+            f"embeddings: {embeddings} has {metadata['dim']} dims and {folder} has {index.dim}; embed these images "
+            f"with --dim {index.dim}."
         )
-    keys = [key for _, batch in chunks() for key in batch.column("key").to_pylist()]
+    keys = [key for _, batch in batches() for key in batch.column("key").to_pylist()]
     replaced = index.items.rows_of(keys)[0]
-    texts_MD = np.load(index.data / SAMPLE_OF_TEXTS, allow_pickle=False)
+    captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
     if index.funnel is not None:
-        texts_MD = np.concatenate([texts_MD, _texts_of(embeddings, facts, Console(quiet=quiet))[:, : index.dim]])
+        new_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, Console(quiet=quiet))
+        captions_MD = np.concatenate([captions_MD, new_MD[:, : index.dim]])
 
-    def both() -> Iterator[tuple[np.ndarray, Any]]:
-        yield from _live_chunks(index, replaced)
-        yield from chunks(index.dim)
+    def old_and_new() -> Iterator[tuple[np.ndarray, Any]]:
+        yield from _remaining_batches(index, replaced)
+        yield from batches(index.dim)
 
-    gone = np.union1d(index.deleted, replaced)
-    source = _Source(len(index.vectors_ND) - len(gone) + count, index.items.schema, both, texts_MD)
+    removed = np.union1d(index.deleted, replaced)
+    source = _IndexSource(len(index.vectors_ND) - len(removed) + count, index.items.schema, old_and_new, captions_MD)
     return _write(folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
 
 
-def delete(folder: Path, keys: Sequence[str], quiet: bool = False) -> dict[str, Any]:
-    """Takes the pictures with these keys out of an index, at once; their vectors and thumbnails stay in its files until
-    it is compacted or added to. Returns the manifest.
+def delete_from_index(folder: Path, keys: Sequence[str], quiet: bool = False) -> dict[str, Any]:
+    """Deletes the images with these keys from an index; returns the manifest. Their vectors and thumbnails stay in its
+    files until `compact_index` or `add_to_index`.
 
     Raises:
-        InputError: a key that no picture has, or none would be left.
+        InputError: a key does not exist, or no image would remain.
     """
     index = open_index(folder)
     rows, unknown = index.items.rows_of(keys)
     if unknown:
-        raise InputError(
-            f"delete: {folder} has no picture {unknown[0]!r}{_and_others(unknown)}; nothing was taken out."
-        )
+        others = f" (nor {len(unknown) - 1:,} more of the keys)" if len(unknown) > 1 else ""
+        raise InputError(f"delete: {folder} has no image {unknown[0]!r}{others}; nothing was deleted.")
     deleted = np.union1d(index.deleted, rows)
     if len(deleted) == len(index.vectors_ND):
-        raise InputError(f"delete: no picture would be left in {folder}; remove the folder instead.")
-    beside = index.data / f".{DELETED}"
-    with beside.open("wb") as file:
+        raise InputError(f"delete: no image would remain in {folder}; delete the folder instead.")
+    with atomic_path(index.data_folder / DELETED) as partial, partial.open("wb") as file:
         np.save(file, deleted)
-    beside.replace(index.data / DELETED)
     manifest = {**index.manifest, "count": len(index.vectors_ND) - len(deleted)}
-    _put_in_force(folder, manifest)
-    gone = len(deleted) - len(index.deleted)
-    _say(Console(quiet=quiet), f"{folder}: {gone:,} pictures taken out, {manifest['count']:,} are left")
+    _write_manifest(folder, manifest)
+    count = len(deleted) - len(index.deleted)
+    _print(Console(quiet=quiet), f"{folder}: deleted {count:,} images, {manifest['count']:,} remain")
     return manifest
 
 
-def compact(folder: Path, quiet: bool = False) -> dict[str, Any]:
-    """Rewrites an index without what was deleted. Returns the manifest."""
+def compact_index(folder: Path, quiet: bool = False) -> dict[str, Any]:
+    """Rewrites an index without its deleted images; returns the manifest."""
     index = open_index(folder)
-    texts_MD = np.load(index.data / SAMPLE_OF_TEXTS, allow_pickle=False)
+    captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
     none = np.zeros(0, np.int64)
-    source = _Source(len(index), index.items.schema, lambda: _live_chunks(index, none), texts_MD)
+    source = _IndexSource(len(index), index.items.schema, lambda: _remaining_batches(index, none), captions_MD)
     return _write(folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
 
 
-def _codes_of(index: Index) -> tuple[Code, int] | None:
-    return None if index.funnel is None else (index.funnel.code, index.funnel.dim)
+def _codes_of(index: Index) -> _Codes | None:
+    if index.funnel is None:
+        return None
+    return _Codes(index.funnel.code, index.funnel.dim, index.manifest["codes"].get("candidates"))
 
 
-def _open_embeddings(embeddings: Path) -> tuple[dict[str, Any], int, Chunks, Any]:
-    """The metadata that `mmrl embed` wrote, the number of rows, the rows, and the schema of the items.
-
-    Raises:
-        InputError: it did not write this, or wrote no vectors that an index can be made of.
-    """
-    pyarrow, parquet = arrow("mmrl index")
-    path = embeddings / EMBEDDINGS if embeddings.is_dir() else embeddings
-    if not path.is_file():
-        raise InputError(f"embeddings: {path} does not exist; give the folder that mmrl embed wrote.")
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, count = file.schema_arrow, file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"embeddings: {path} is not a readable Parquet file ({error}); run mmrl embed again."
-        ) from None
-    missing = {"embedding", *items.COLUMNS} - set(schema.names)
-    metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    if missing or metadata.get("format") != EMBEDDINGS_FORMAT or metadata.get("version") != EMBEDDINGS_VERSION:
-        lacks = f"it lacks column {sorted(missing)[0]!r}" if missing else "it lacks mmrl's metadata of that version"
-        raise InputError(
-            f"embeddings: {path} was not written by this version's mmrl embed ({EMBEDDINGS_FORMAT} version "
-            f"{EMBEDDINGS_VERSION}): {lacks}."
-        )
-    if not count:
-        raise InputError(f"embeddings: {path} has no rows.")
-    if metadata["columns"][0]["precision"] not in ("fp32", "fp16"):
-        raise InputError(
-            f"embeddings: {path} has no vectors at fp32 or fp16, which an index ranks by; run mmrl embed again with "
-            "--precision fp32 or fp16 among them."
-        )
-
-    def chunks(dim: int = metadata["dim"]) -> Iterator[tuple[np.ndarray, Any]]:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=["embedding", *items.COLUMNS]):
-                # Of length 1, also where they come at fp16 or longer.
-                rows_nD = torch.from_numpy(vectors_in(batch, "embedding").astype(np.float32))
-                yield cut(rows_nD, dim).numpy(), batch.select(items.COLUMNS)
-
-    return metadata, count, chunks, pyarrow.schema([schema.field(name) for name in items.COLUMNS])
-
-
-def _live_chunks(index: Index, replaced: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
+def _remaining_batches(index: Index, replaced: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
     """The rows of an index that are neither deleted nor replaced."""
     pyarrow, _ = arrow("mmrl index")
-    kept_N = np.ones(len(index.vectors_ND), bool)
-    kept_N[index.deleted] = kept_N[replaced] = False
+    mask_N = np.ones(len(index.vectors_ND), bool)
+    mask_N[index.deleted] = mask_N[replaced] = False
     for start, batch in index.items.batches():
-        kept = kept_N[start : start + len(batch)]
-        yield index.vectors_ND[start : start + len(batch)][kept], batch.filter(pyarrow.array(kept))
+        mask_n = mask_N[start : start + len(batch)]
+        yield index.vectors_ND[start : start + len(batch)][mask_n], batch.filter(pyarrow.array(mask_n))
 
 
-def _choose_codes(code: str, dim: int | None, facts: dict[str, Any], count: int) -> tuple[Code, int]:
-    """The first stage's code and prefix, checked before long work."""
-    full: int = facts["dim"]
+def _choose_codes(code: str, dim: int | None, candidates: int | None, metadata: dict[str, Any], count: int) -> _Codes:
+    """Checks, before the long work, the code and dim of the first stage, and chooses the dim if it is None."""
+    full: int = metadata["dim"]
     if dim is None:
-        usual = [d for d in nesting(facts["nested_dims"] or [full], None, full).dims if d % 8 == 0]
-        dim = min(usual or [full], key=lambda d: (abs(d - full // 4), d))
+        trained = [d for d in Nesting.from_dims(metadata["nested_dims"] or [full], None, full).dims if d % 8 == 0]
+        dim = min(trained or [full], key=lambda d: (abs(d - full // 4), d))
     check_dims([dim], full, "dim")
     faiss_module("a compressed index")
-    unit = {"pq": 2, "binary": 8}.get(code, 1)
+    unit = CODECS[code].dim_multiple
     if dim % unit:
-        raise InputError(f"dim: code {code} packs {unit} numbers and {dim} is no multiple of that; give another.")
-    if count < _LEAST_FOR_CODES:
+        raise InputError(f"dim: code {code} needs a multiple of {unit}, and {dim} is not one; give another dim.")
+    if count < _MIN_COMPRESSED:
         raise InputError(
-            f"code: {count:,} pictures are too few to be compressed, at least {_LEAST_FOR_CODES:,} are needed; "
-            "leave --code out, and the search is exact."
+            f"code: a compressed index needs at least {_MIN_COMPRESSED:,} images, and there are {count:,}; leave out "
+            "--code for an exact index."
         )
-    return next(one for one in CODES if one == code), dim
-
-
-def _texts_of(embeddings: Path, facts: dict[str, Any], console: Console) -> np.ndarray:
-    """Vectors of captions: those of texts.parquet, or some encoded now: (M, D), M at most _FITTED_TO."""
-    _, parquet = arrow("mmrl index")
-    path = (embeddings if embeddings.is_dir() else embeddings.parent) / TEXTS
-    rng = np.random.default_rng(0)
-    if path.is_file():
-        with parquet.ParquetFile(path) as file:
-            chosen = np.sort(rng.permutation(file.metadata.num_rows)[:_FITTED_TO])
-            found, start = [], 0
-            for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=["embedding"]):
-                inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-                found.append(vectors_in(batch, "embedding")[inside].astype(np.float32))
-                start += len(batch)
-        return np.concatenate(found)
-    table = parquet.read_table(embeddings / EMBEDDINGS if embeddings.is_dir() else embeddings, columns=["captions"])
-    rows = rng.permutation(len(table))
-    some = table.take(rows[: 8 * _MEASURED_WITH])["captions"].to_pylist()
-    captions = [captions[0][:LONGEST_TEXT] for captions in some if captions][: 2 * _MEASURED_WITH]
-    try:
-        name, where, digest = identify(facts["model"])
-        if captions and digest == facts["origin_sha256"]:
-            return load(where, dim=facts["dim"], towers="text").encode_texts(captions)
-        reason = "no picture has a caption" if not captions else f"{name} is another encoder now"
-    except InputError as error:
-        reason = str(error)
-    _say(console, f"Codes are fitted to and measured with pictures alone: {reason}")
-    return np.zeros((0, facts["dim"]), np.float32)
+    if candidates is not None and not K <= candidates <= count:
+        raise InputError(
+            f"candidates: {candidates:,} is out of range; allowed: {K} to {count:,}, the number of images."
+        )
+    return _Codes(next(one for one in CODES if one == code), dim, candidates)
 
 
 def _write(
-    out: Path, manifest: dict[str, Any], source: _Source, codes: tuple[Code, int] | None, console: Console
+    out: Path, manifest: dict[str, Any], source: _IndexSource, codes: _Codes | None, console: Console
 ) -> dict[str, Any]:
-    """Writes a new data folder of OUT and puts it in force."""
+    """Writes a new data folder, switches the manifest to it and removes the old one; returns the manifest."""
     numbers = [int(name.removeprefix("data-")) for name in _data_folders(out)]
     data = out / f"data-{max(numbers, default=0) + 1}"
     data.mkdir()
     try:
         vectors_ND = _write_rows(data, source, manifest["dim"])
-        np.save(data / SAMPLE_OF_TEXTS, source.texts_MD)
-        facts = {} if codes is None else _write_codes(data, vectors_ND, source.texts_MD, codes)
+        np.save(data / CAPTION_VECTORS, source.captions_MD)
+        sections = {} if codes is None else _write_codes(data, vectors_ND, source.captions_MD, codes)
         manifest = {
             **manifest,
             "count": source.count,
             "rows": source.count,
             "data": data.name,
-            "codes": facts.get("codes"),
-            "search": facts.get("search", {"shortlists": None, f"recall@{K}": "exact"}),
+            "codes": sections.get("codes"),
+            "search": sections.get("search", {"shortlists": None, f"recall@{K}": "exact"}),
             "mmrl_version": __version__,
         }
-        _put_in_force(out, manifest)
+        _write_manifest(out, manifest)
     except BaseException:
         shutil.rmtree(data, ignore_errors=True)
         raise
@@ -292,59 +248,62 @@ def _write(
         if name != data.name:
             shutil.rmtree(out / name, ignore_errors=True)
     size = sum(path.stat().st_size for path in data.iterdir()) / 1e6
-    _say(console, f"{out}: index of {source.count:,} pictures, {manifest['dim']}-d, {size:,.1f} MB")
-    if facts:
-        _say(console, _codes_line(manifest))
+    _print(console, f"{out}: index of {source.count:,} images, {manifest['dim']}-d, {size:,.1f} MB")
+    if sections:
+        _print(console, _codes_summary(manifest))
     return manifest
 
 
-def _codes_line(manifest: dict[str, Any]) -> str:
+def _codes_summary(manifest: dict[str, Any]) -> str:
     codes, recall = manifest["codes"], manifest["search"][f"recall@{K}"]
-    found = " and ".join(f"{share:.1%} by {modality}" for modality, share in recall.items())
+    by_modality = ", ".join(f"{share:.1%} for {modality} queries" for modality, share in recall.items())
     memory = codes["resident_bytes"]
-    less = 4 * manifest["dim"] * manifest["rows"] / memory
+    ratio = 4 * manifest["dim"] * manifest["rows"] / memory
     return (
-        f"{codes['code']} codes of {codes['dim']} numbers: {memory / 1e6:,.1f} MB in memory, {less:.1f} times less "
-        f"than the vectors; of the {K} nearest {found} are found"
+        f"{codes['dim']}-d {codes['code']} codes: {memory / 1e6:,.1f} MB in memory, {ratio:.1f}x less than the "
+        f"vectors; recall@{K} {by_modality}"
     )
 
 
-def _write_rows(data: Path, source: _Source, dim: int) -> np.ndarray:
-    """vectors.npy and items.arrow; returns the first, mapped: (N, D)."""
+def _write_rows(data: Path, source: _IndexSource, dim: int) -> np.ndarray:
+    """Writes vectors.npy and items.arrow; returns the vectors, memory-mapped: (N, D)."""
     shape = (source.count, dim)
     vectors_ND = np.lib.format.open_memmap(data / VECTORS, mode="w+", dtype=np.float32, shape=shape)
-    filled = 0
-    with items.writing(data / ITEMS, source.schema) as writer:
-        for rows_nD, batch in source.chunks():
+    start = 0
+    with items.item_writer(data / ITEMS, source.schema) as writer:
+        for rows_nD, batch in source.batches():
             if len(batch):
-                vectors_ND[filled : filled + len(batch)] = rows_nD
+                vectors_ND[start : start + len(batch)] = rows_nD
                 writer.write_batch(batch)
-                filled += len(batch)
-    assert filled == source.count
+                start += len(batch)
+    assert start == source.count
     vectors_ND.flush()
     return vectors_ND
 
 
-def _write_codes(data: Path, vectors_ND: np.ndarray, texts_MD: np.ndarray, codes: tuple[Code, int]) -> dict[str, Any]:
-    """The funnel's files; returns its parts of the manifest."""
-    code, dim = codes
-    rng = np.random.default_rng(0)
-    rows = np.sort(rng.permutation(len(vectors_ND))[:_FITTED_TO])
-    funnel = Funnel.build(data, vectors_ND, code, dim, np.concatenate([vectors_ND[rows], texts_MD]))
-    own = np.sort(rng.permutation(len(vectors_ND))[: 2 * _MEASURED_WITH])
-    texts = rng.permutation(len(texts_MD))[: 2 * _MEASURED_WITH]
+def _write_codes(data: Path, vectors_ND: np.ndarray, captions_MD: np.ndarray, codes: _Codes) -> dict[str, Any]:
+    """Writes the codes and measures their recall; returns the manifest's sections `codes` and `search`."""
+    rows = training_rows(len(vectors_ND))
+    sample = np.concatenate([vectors_ND[rows], captions_MD])
+    funnel = Funnel.build(data, vectors_ND, codes.code, codes.dim, sample, codes.candidates)
+    rng = np.random.default_rng(1)
+    image_rows = np.sort(rng.permutation(len(vectors_ND))[: 2 * _QUERIES])
+    caption_rows = rng.permutation(len(captions_MD))[: 2 * _QUERIES]
     queries = Queries(
-        np.concatenate([vectors_ND[own], texts_MD[texts]]), np.concatenate([own, np.full(len(texts), -1)])
+        np.concatenate([vectors_ND[image_rows], captions_MD[caption_rows]]),
+        np.concatenate([image_rows, np.full(len(caption_rows), -1)]),
     )
-    _, measured = calibrate(funnel, vectors_ND, queries)
-    facts = {
-        "code": code,
-        "dim": dim,
-        "threshold": None if funnel.threshold_d is None else funnel.threshold_d.tolist(),
+    _, measured = calibrate(funnel, vectors_ND, queries, codes.candidates)
+    section = {
+        "code": codes.code,
+        "dim": codes.dim,
+        "threshold": None,
+        "candidates": codes.candidates,
+        "second_stage": funnel.prefix_Nd is not None,
         "resident_bytes": funnel.resident_bytes,
-        "fitted_to": {"image": len(rows), "text": len(texts_MD)},
+        "fitted_to": {"image": len(rows), "text": len(captions_MD)},
     }
-    return {"codes": facts, "search": measured}
+    return {"codes": section, "search": measured}
 
 
 def _data_folders(out: Path) -> list[str]:
@@ -353,15 +312,9 @@ def _data_folders(out: Path) -> list[str]:
     return [path.name for path in out.iterdir() if path.name.startswith("data-") and path.name[5:].isdigit()]
 
 
-def _put_in_force(out: Path, manifest: dict[str, Any]) -> None:
-    beside = out / _MANIFEST_BESIDE
-    beside.write_text(json.dumps(manifest, indent=2) + "\n")
-    beside.replace(out / MANIFEST)
+def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    write_atomic(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def _and_others(names: Sequence[str]) -> str:
-    return f" (nor {len(names) - 1:,} others)" if len(names) > 1 else ""
-
-
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)

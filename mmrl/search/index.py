@@ -1,16 +1,16 @@
-"""An index opened for search: exact at any prefix of its vectors, or by a funnel of smaller codes.
+"""An index opened for search: exact at any prefix of its vectors, or in stages over compressed codes.
 
     INDEX/
         manifest.json        format, version, the encoder's path and hash, dims, count, codes and their measured recall;
-                             written last, and by a rename: it names the folder of the rest
+                             replaced atomically, last of all files: it names the data folder
         data-1/
-            vectors.npy      float32 (N, D), unit rows; mapped into memory, not read
-            items.arrow      key, captions, group, group_name, thumbnail of each row; mapped likewise
-            codes.faiss …    where the index is compressed: see `funnel.py`
-            texts.npy        some captions' vectors, by which the codes are fitted and measured
-            deleted.npy      rows that are gone, where any are
+            vectors.npy      float32 unit vectors (N, D), memory-mapped
+            items.arrow      key, captions, group, group_name and thumbnail of each row, memory-mapped
+            codes.faiss …    only in a compressed index: see `funnel.py`
+            texts.npy        caption embeddings, used to train the codes and to measure their recall
+            deleted.npy      deleted rows, if any
 
-Shapes: N rows of the index, n of some, D the width of its vectors, d the prefix searched.
+Shapes: N rows of the index, n selected rows, D dim of its vectors, d the searched dim.
 """
 
 import json
@@ -22,24 +22,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmrl.data.samples import group_number
+from mmrl.data.samples import group_id
 from mmrl.errors import InputError, did_you_mean
-from mmrl.nesting import check_dims, cut
+from mmrl.evaluate.ranking.ranks import top_k
+from mmrl.nesting import check_dims, truncate
 from mmrl.search.calibrate import K
 from mmrl.search.funnel import Funnel
 from mmrl.search.items import Item, Items
 
-FORMAT, VERSION = "mmrl-index", 2
-MANIFEST, VECTORS, ITEMS, TEXTS, DELETED = "manifest.json", "vectors.npy", "items.arrow", "texts.npy", "deleted.npy"
-# Numbers of the index that a scan takes at once: 64 MB of float32.
+INDEX_FORMAT, INDEX_VERSION = "mmrl-index", 2
+MANIFEST, VECTORS, ITEMS, DELETED = "manifest.json", "vectors.npy", "items.arrow", "deleted.npy"
+CAPTION_VECTORS = "texts.npy"
+# Elements of the index per scan step: 64 MB of float32.
 _CHUNK_ELEMENTS = 1 << 24
-# So many rows, or fewer, are compared outright instead of through the funnel.
-_FEW = 20_000
+# Up to this many rows an exact scan is faster than the staged search.
+_EXACT_SCAN_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index opened for search. It may be used by several threads."""
+    """An index opened for search. It is thread-safe."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -47,95 +49,100 @@ class Index:
     items: Items
     funnel: Funnel | None = None
     deleted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Rows that no search finds any more, ascending."""
+    """Deleted rows, ascending. No search returns them."""
     _norms: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def dim(self) -> int:
-        """The width of its vectors."""
+        """The dim of its vectors."""
         return self.manifest["dim"]
 
     def __len__(self) -> int:
-        """How many pictures can be found."""
+        """The number of images, without deleted ones."""
         return len(self.vectors_ND) - len(self.deleted)
 
     def nearest(
         self, query_D: np.ndarray, dim: int, k: int, *, group: str | None = None, exact: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the k highest cosines at the first `dim` numbers, and these; the best first, ties by row.
+        """The rows of the k highest cosine similarities at `dim` and their scores, best first, ties by row.
 
-        A compressed index finds nearly all of them (the manifest tells how many were found at its full width), unless
+        A compressed index returns nearly all of them (its manifest has the recall measured at the full dim), unless
         `exact`.
 
         Args:
-            query_D: a vector of the index's width, or wider where the encoder's is.
-            group: only pictures of this group.
+            query_D: an embedding of at least `dim` dims.
+            group: search only images of this group.
 
         Raises:
-            InputError: dim is not in 1 … D, there is no such group.
+            InputError: dim is not in 1 … D, or there is no such group.
         """
         check_dims([dim], self.dim, "dim")
-        query_d = cut(torch.from_numpy(query_D), dim).numpy()
-        among = self._among(group)
-        size = len(self) if among is None else int(among.sum())
-        # An encoder cut shorter than the codes' prefix cannot meet them.
-        if self.funnel is not None and not exact and size > _FEW and len(query_D) >= self.funnel.dim:
-            rows = self._shortlist(query_D, k * len(self.vectors_ND) / size / K, among)
+        query_d = truncate(torch.from_numpy(query_D), dim).numpy()
+        mask_N = self._row_mask(group)
+        size = len(self) if mask_N is None else int(mask_N.sum())
+        # A query embedding of fewer dims than the codes cannot be compared with them.
+        if self.funnel is not None and not exact and size > _EXACT_SCAN_ROWS and len(query_D) >= self.funnel.dim:
+            rows = self._shortlist(query_D, k * len(self.vectors_ND) / size / K, mask_N)
             if len(rows) >= k:
-                return _best(rows, self._cosines(query_d, rows), k)
-        if among is not None and size <= _FEW:
-            rows = np.flatnonzero(among)
-            return _best(rows, self._cosines(query_d, rows), k)
-        scores_N = self._all_cosines(query_d)
-        if among is not None:
-            scores_N[~among] = -np.inf
-        return _best(np.arange(len(scores_N)), scores_N, min(k, size))
+                return self._nearest_of(query_d, rows, k)
+        if mask_N is not None and size <= _EXACT_SCAN_ROWS:
+            return self._nearest_of(query_d, np.flatnonzero(mask_N), k)
+        score_N = self._all_cosines(query_d)
+        if mask_N is not None:
+            score_N[~mask_N] = -np.inf
+        rows_1k, score_1k = top_k(score_N[None], min(k, size))
+        return rows_1k[0], score_1k[0]
 
     def sample(self, k: int, group: str | None = None) -> np.ndarray:
-        """Some rows, the same at each call. Raises InputError as `nearest`."""
-        among = self._among(group)
-        rows = np.arange(len(self.vectors_ND)) if among is None else np.flatnonzero(among)
+        """A random sample of rows, the same on every call. Raises InputError if there is no such group."""
+        mask_N = self._row_mask(group)
+        rows = np.arange(len(self.vectors_ND)) if mask_N is None else np.flatnonzero(mask_N)
         return rows[np.random.default_rng(0).choice(len(rows), min(k, len(rows)), replace=False)]
 
-    def _among(self, group: str | None) -> np.ndarray | None:
-        """Which rows count: bool (N,); None for all."""
+    def _row_mask(self, group: str | None) -> np.ndarray | None:
+        """Which rows to search: bool (N,), or None for all."""
         if group is None and not len(self.deleted):
             return None
-        among = np.ones(len(self.vectors_ND), bool)
+        mask_N = np.ones(len(self.vectors_ND), bool)
         if group is not None:
-            among = self.items.groups_N == group_number(group)
-            if not among.any():
+            mask_N = self.items.groups_N == group_id(group)
+            if not mask_N.any():
                 names = [name for name, _ in self.items.named_groups]
                 hint = did_you_mean(group, names) if len(names) <= 1000 else ""
-                raise InputError(f"group: no picture is of the group {group[:80]!r}.{hint}")
-        among[self.deleted] = False
-        return among
+                raise InputError(f"group: no image has the group {group[:80]!r}.{hint}")
+        mask_N[self.deleted] = False
+        return mask_N
 
-    def _shortlist(self, query_D: np.ndarray, share: float, among: np.ndarray | None) -> np.ndarray:
-        """What the funnel hands to the last stage; `share` lengthens its lists where only some rows count, or more than
-        usual are asked for."""
+    def _shortlist(self, query_D: np.ndarray, factor: float, mask_N: np.ndarray | None) -> np.ndarray:
+        """The rows that the stages before the last select. `factor` > 1 lengthens their shortlists, for a larger k or
+        where `mask_N` excludes rows."""
         assert self.funnel is not None
-        lists, longer = self.manifest["search"]["shortlists"], max(1.0, share)
-        rows = self.funnel.first(query_D[None, : self.dim], min(int(lists["first"] * longer), len(self.vectors_ND)))[0]
+        lengths, factor_1 = self.manifest["search"]["shortlists"], max(1.0, factor)
+        n = min(int(lengths["first"] * factor_1), len(self.vectors_ND))
+        rows = self.funnel.first(query_D[None, : self.dim], n)[0]
         rows = rows[rows >= 0]
-        if among is not None:
-            rows = rows[among[rows]]
-        kept = int(lists["second"] * (longer if among is None else max(1.0, share * len(self) / len(self.vectors_ND))))
-        return self.funnel.second(query_D[: self.dim], rows)[:kept]
+        if mask_N is not None:
+            rows = rows[mask_N[rows]]
+            factor_1 = max(1.0, factor * len(self) / len(self.vectors_ND))
+        return self.funnel.second(query_D[: self.dim], rows)[: int(lengths["second"] * factor_1)]
 
-    def _cosines(self, query_d: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """With some rows: (n,)."""
-        rows_nd = self.vectors_ND[rows, : len(query_d)]
-        return _cosines(rows_nd, query_d, np.linalg.norm(rows_nd, axis=1))
+    def _nearest_of(self, query_d: np.ndarray, rows_n: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k of these rows with the highest cosine similarities, and their scores."""
+        rows_nd = self.vectors_ND[rows_n, : len(query_d)]
+        score_n = _cosines(rows_nd, query_d, np.linalg.norm(rows_nd, axis=1))
+        order_n = np.argsort(rows_n)  # so that ties are ordered by row
+        rows_n, score_n = rows_n[order_n], score_n[order_n]
+        best_1k, score_1k = top_k(score_n[None], k)
+        return rows_n[best_1k[0]], score_1k[0]
 
     def _all_cosines(self, query_d: np.ndarray) -> np.ndarray:
-        """With all rows, a chunk of the file at a time: (N,)."""
+        """The query's cosine similarity with every row, computed in chunks: (N,)."""
         dim, chunk = len(query_d), max(1, _CHUNK_ELEMENTS // self.dim)
         starts = range(0, len(self.vectors_ND), chunk)
-        # As nesting.cut divides, but once an index and dim instead of once a query.
+        # The norms of the prefixes, computed once per dim instead of once per query.
         if dim not in self._norms:
-            parts = [np.linalg.norm(self.vectors_ND[start : start + chunk, :dim], axis=1) for start in starts]
-            self._norms[dim] = np.concatenate(parts)
+            norms = [np.linalg.norm(self.vectors_ND[start : start + chunk, :dim], axis=1) for start in starts]
+            self._norms[dim] = np.concatenate(norms)
         norms_N = self._norms[dim]
         return np.concatenate([
             _cosines(self.vectors_ND[start : start + chunk, :dim], query_d, norms_N[start : start + chunk])
@@ -143,12 +150,12 @@ class Index:
         ])  # fmt: skip
 
     def take(self, rows: np.ndarray) -> list[Item]:
-        """What is kept of these rows, in their order."""
+        """The items of these rows, in the order given."""
         return self.items.take(rows)
 
     @cached_property
-    def data(self) -> Path:
-        """The folder of everything but the manifest."""
+    def data_folder(self) -> Path:
+        """The folder of all files except the manifest."""
         return self.folder / self.manifest["data"]
 
 
@@ -156,68 +163,58 @@ def _cosines(rows_nd: np.ndarray, query_d: np.ndarray, norms_n: np.ndarray) -> n
     return np.asarray(rows_nd @ query_d) / norms_n.clip(min=1e-12)
 
 
-def _best(rows_n: np.ndarray, scores_n: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k highest scores' rows, and these; the best first, ties by row."""
-    k = min(k, len(scores_n))
-    if not k:
-        return rows_n[:0], scores_n[:0]
-    # All that reach the k-th score, so that a tie at the end falls to the first rows on every machine.
-    places = np.flatnonzero(scores_n >= np.partition(scores_n, -k)[-k])
-    places = places[np.lexsort((rows_n[places], -scores_n[places]))][:k]
-    return rows_n[places], scores_n[places]
-
-
 def open_index(folder: Path) -> Index:
-    """Opens what `build.write_index` wrote.
+    """Opens the index that `build.write_index` wrote.
 
     Raises:
-        InputError: the folder is no index, one of a version that this code does not read, or damaged.
+        InputError: the folder is not an index, has an unsupported version, or is damaged.
     """
     manifest = read_manifest(folder)
     data = folder / manifest["data"]
-    vectors_ND = _mapped(data / VECTORS)
-    wanted = (manifest["rows"], manifest["dim"])
-    if vectors_ND.shape != wanted or vectors_ND.dtype != np.float32:
+    vectors_ND = _memory_map(data / VECTORS)
+    shape = (manifest["rows"], manifest["dim"])
+    if vectors_ND.shape != shape or vectors_ND.dtype != np.float32:
         raise InputError(
-            f"index: {folder} is damaged: {VECTORS} holds {vectors_ND.dtype} {vectors_ND.shape} where float32 {wanted} "
-            "belongs; run mmrl index again."
+            f"index: {folder} is damaged: {VECTORS} holds {vectors_ND.dtype} {vectors_ND.shape}, not float32 {shape}; "
+            "run mmrl index again."
         )
     items = Items(data / ITEMS)
     if len(items) != manifest["rows"]:
         raise InputError(
-            f"index: {folder} is damaged: {ITEMS} holds {len(items)} rows of {manifest['rows']}; run mmrl index again."
+            f"index: {folder} is damaged: {ITEMS} holds {len(items)} rows, not {manifest['rows']}; run mmrl index "
+            "again."
         )
     funnel = Funnel.open(data, manifest["codes"], manifest["rows"]) if manifest["codes"] else None
-    deleted = _mapped(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
+    deleted = _memory_map(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
     return Index(folder, manifest, vectors_ND, items, funnel, deleted)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """An index's manifest.
+    """The manifest of an index.
 
     Raises:
-        InputError: the folder is no index, or one of a version that this code does not read.
+        InputError: the folder is not an index, or has an unsupported version.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"index: {folder} is no index: it has no {MANIFEST}; make one with mmrl index.") from None
+        raise InputError(f"index: {folder} is not an index: it has no {MANIFEST}; make one with mmrl index.") from None
     except ValueError as error:
         raise InputError(f"index: {folder / MANIFEST} is not JSON ({error}); run mmrl index again.") from None
-    known = manifest.get("format") if isinstance(manifest, dict) else None
-    if known != FORMAT or manifest.get("version") != VERSION:
-        found = f"{known} version {manifest.get('version') if isinstance(manifest, dict) else None}"
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != INDEX_FORMAT or manifest.get("version") != INDEX_VERSION:
+        version = manifest.get("version") if isinstance(manifest, dict) else None
         raise InputError(
-            f"index: {folder / MANIFEST} is {found}; this mmrl reads {FORMAT} version {VERSION}. Run mmrl embed and "
-            "mmrl index again."
+            f"index: {folder / MANIFEST} is {found} version {version}; this mmrl reads {INDEX_FORMAT} version "
+            f"{INDEX_VERSION}. Run mmrl embed and mmrl index again."
         )
     if not isinstance(manifest.get("data"), str) or Path(manifest["data"]).name != manifest["data"]:
-        raise InputError(f"index: {folder / MANIFEST} names no data folder of its own; run mmrl index again.")
+        raise InputError(f"index: {folder / MANIFEST} names no data folder inside the index; run mmrl index again.")
     return manifest
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _memory_map(path: Path) -> np.ndarray:
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # memmap's own indexing is slow
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # indexing an np.memmap is slow
     except (OSError, ValueError) as error:
         raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None

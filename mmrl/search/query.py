@@ -1,6 +1,6 @@
-"""`mmrl search`: a text or a picture -> the nearest pictures of an index, as a table, JSON and a contact sheet.
+"""`mmrl search`: the images of an index nearest to a text or an image, as a table, as JSON and as a contact sheet.
 
-Shapes: D the length of a query's vector.
+Shapes: D query embedding dim.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,26 @@ from mmrl.errors import InputError
 from mmrl.images import contact_sheet
 from mmrl.inference.base import LoadedEncoder
 from mmrl.inference.load import load
-from mmrl.model.towers import offline
+from mmrl.model.guards import offline
 from mmrl.nesting import check_dims
-from mmrl.search.embed import LONGEST_TEXT, identify
+from mmrl.search.embed import MAX_TEXT_LENGTH
+from mmrl.search.encoder_identity import identify_encoder
 from mmrl.search.index import Index, open_index
 from mmrl.search.items import Item
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture found."""
+    """One search result."""
 
     rank: int
     row: int
     score: float
-    """The cosine with the query at the dim searched."""
+    """Cosine similarity with the query at the searched dim."""
     item: Item
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` and the page's API tell of it."""
+        """A result as `mmrl search --json` prints it."""
         item = self.item
         return {
             "rank": self.rank,
@@ -50,7 +51,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Searcher:
-    """An index and the encoder that it was made with."""
+    """An index and the encoder of its queries."""
 
     index: Index
     encoder: LoadedEncoder
@@ -59,50 +60,49 @@ class Searcher:
     def open(
         cls, folder: Path, model: str | None = None, towers: Literal["both", "image", "text"] = "both"
     ) -> "Searcher":
-        """Opens an index and the encoder that it names, or that `model` names.
+        """Opens an index and its encoder: `model` if given, else the path stored in the index.
 
         Raises:
-            InputError: no index, an encoder that is gone or is not the one that the index was built with.
+            InputError: not an index, or the encoder cannot be opened or differs from the one that built the index.
         """
         index = open_index(folder)
-        with (
-            nullcontext() if model else offline()
-        ):  # an index may name a hub's repository that its reader did not choose
-            return cls(index, load(_encoder_of(index, model), towers=towers))
+        # Offline unless --model is given: the path stored in an index may name a Hugging Face repository.
+        with nullcontext() if model else offline():
+            return cls(index, load(_find_encoder(index, model), towers=towers))
 
     @property
-    def widest(self) -> int:
+    def max_dim(self) -> int:
         """The largest dim that can be searched."""
         return min(self.index.dim, self.encoder.dim)
 
-    def embed_text(self, text: str) -> np.ndarray:
-        """A text's vector: (D,).
+    def encode_text(self, text: str) -> np.ndarray:
+        """A text's embedding: (D,).
 
         Raises:
-            InputError: it is empty, too long, or no text.
+            InputError: as `check_query_text`.
         """
-        return self.encoder.encode_texts([checked_text(text)])[0]
+        return self.encoder.encode_texts([check_query_text(text)])[0]
 
-    def embed_picture(self, picture: Path | bytes) -> np.ndarray:
-        """A picture's vector, from a file or its content: (D,).
+    def encode_image(self, image: Path | bytes) -> np.ndarray:
+        """The embedding of an image file or of its bytes: (D,).
 
         Raises:
-            InputError: it cannot be read, is too large, or is no picture.
+            InputError: it cannot be read, is too large, or is not an image.
         """
-        return self.encoder.encode_images([picture])[0]
+        return self.encoder.encode_images([image])[0]
 
-    def find(
+    def search(
         self, query_D: np.ndarray, dim: int | None, k: int, group: str | None = None, exact: bool = False
     ) -> list[Hit]:
-        """The k pictures nearest to a vector, the best first, by its first `dim` numbers; all where that is None.
+        """The k nearest images to a query embedding at `dim` (None: `max_dim`), most similar first.
 
         Raises:
-            InputError: a k below 1, a dim that the index or the encoder does not have, no such group.
+            InputError: k is below 1, or the index or its encoder lacks this dim or group.
         """
         if k < 1:
             raise InputError(f"k: {k} is too small; give at least 1.")
-        dim = self.widest if dim is None else dim
-        check_dims([dim], self.widest, "dim")
+        dim = self.max_dim if dim is None else dim
+        check_dims([dim], self.max_dim, "dim")
         rows, scores = self.index.nearest(query_D, dim, k, group=group, exact=exact)
         return [
             Hit(rank, int(row), float(score), item)
@@ -110,7 +110,7 @@ class Searcher:
         ]
 
 
-def search(
+def search_index(
     folder: Path,
     text: str | None,
     *,
@@ -123,41 +123,41 @@ def search(
     picture: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Shows the `k` pictures of an index that are nearest to a text, or to a picture; returns what `--json` prints.
+    """Searches an index by text or by image, prints a table of the k nearest images and returns them for `--json`.
 
     Args:
-        image: the query where it is given; `text` is then not looked at.
-        model: where the index's encoder is now; the path that the index keeps when left out.
-        dim: the prefix searched; all of the index's vectors when left out.
-        group: only pictures of this group.
-        exact: pass by the codes of a compressed index.
-        picture: a file for the contact sheet, of any kind that Pillow writes.
+        image: query image; `text` is then ignored.
+        model: path of the index's encoder (default: the path stored in the index).
+        dim: embedding dim to compare at (default: the index's full dim).
+        group: search only images of this group.
+        exact: compare all full vectors instead of using the index's codes.
+        picture: file to draw the results into as a contact sheet, in any image format that Pillow writes.
 
     Raises:
-        InputError: no index, no query, an encoder that is gone or is not the one that the index was built with, a dim
-            or group that the index does not have, a picture that cannot be read or written.
+        InputError: not an index; no query; the encoder cannot be opened or differs from the one that built the index;
+            no such dim or group; an image cannot be read or written.
     """
     if image is None:
-        text = checked_text(text)
+        text = check_query_text(text)
     if k < 1:
         raise InputError(f"k: {k} is too small; give at least 1.")
     if picture is not None:
-        contact_sheet.check(picture)
+        contact_sheet.check_path(picture)
     searcher = Searcher.open(folder, model, "text" if image is None else "image")
     index = searcher.index
-    dim = searcher.widest if dim is None else dim
-    check_dims([dim], searcher.widest, "dim")
-    query_D = searcher.embed_text(str(text)) if image is None else searcher.embed_picture(image)
-    hits = searcher.find(query_D, dim, k, group, exact)
+    dim = searcher.max_dim if dim is None else dim
+    check_dims([dim], searcher.max_dim, "dim")
+    query_D = searcher.encode_text(str(text)) if image is None else searcher.encode_image(image)
+    hits = searcher.search(query_D, dim, k, group, exact)
     console = Console(quiet=quiet)
-    shown = image.name if image is not None else str(text)
+    title = image.name if image is not None else str(text)
     if image is not None and text:
-        console.print(f"The picture is the query; the text {text!r} is not looked at.", highlight=False, markup=False)
-    console.print(_table(shown, index, dim, hits))
+        console.print(f"Searching by the image; the text {text!r} is ignored.", highlight=False, markup=False)
+    console.print(_table(title, index, dim, hits))
     if picture is not None:
-        note = f"{len(hits)} nearest of {len(index):,} pictures, by {dim} of {index.dim} numbers"
-        contact_sheet.write(picture, shown, note, [_tile(hit) for hit in hits], image)
-        console.print(f"Written: {picture}", highlight=False, markup=False, soft_wrap=True)
+        note = f"{len(hits)} nearest of {len(index):,} images, at {dim} of {index.dim} dims"
+        contact_sheet.write(picture, title, note, [_tile(hit) for hit in hits], image)
+        console.print(f"Wrote {picture}", highlight=False, markup=False, soft_wrap=True)
     return {
         "query": {"image": str(image)} if image is not None else {"text": text},
         "dim": dim,
@@ -166,18 +166,18 @@ def search(
     }
 
 
-def checked_text(text: str | None) -> str:
-    """A query in words.
+def check_query_text(text: str | None) -> str:
+    """The text of a query.
 
     Raises:
-        InputError: it is empty, longer than any tower could read, or holds half characters.
+        InputError: it is empty, has more than MAX_TEXT_LENGTH characters, or is not valid Unicode.
     """
     if text is None or not text.strip():
-        raise InputError("query: give a text, or a picture with --image FILE.")
-    if len(text) > LONGEST_TEXT:
+        raise InputError("query: give a text, or an image with --image FILE.")
+    if len(text) > MAX_TEXT_LENGTH:
         raise InputError(
-            f"query: a text of {len(text):,} letters is too long; at most {LONGEST_TEXT:,} are taken, and the encoder "
-            "reads the first few dozen words."
+            f"query: the text has {len(text):,} characters, more than the {MAX_TEXT_LENGTH:,} allowed; the encoder "
+            "reads only the first few dozen words."
         )
     try:
         text.encode()
@@ -186,24 +186,25 @@ def checked_text(text: str | None) -> str:
     return text
 
 
-def _encoder_of(index: Index, model: str | None) -> str | Path:
-    """What to load for the index's queries."""
-    kept = index.manifest["encoder"]
-    named = model or kept["model"]
+def _find_encoder(index: Index, model: str | None) -> str | Path:
+    """The encoder to load for the index's queries, after a check that it is the one that built the index."""
+    stored = index.manifest["encoder"]
+    name = model or stored["model"]
     try:
-        _, where, digest = identify(named)
+        _, path, digest = identify_encoder(name)
     except InputError as error:
         if model is not None:
             raise
         raise InputError(
-            f"index: the encoder of {index.folder} cannot be opened: {error} Name its present place with --model."
+            f"index: the encoder of {index.folder} cannot be opened: {error} Give its current path with --model."
         ) from None
-    if digest != kept["origin_sha256"]:
+    if digest != stored["origin_sha256"]:
         raise InputError(
-            f"model: {index.folder} was built with another encoder (weights {kept['origin_sha256'][:12]}…) than "
-            f"{named} is now ({digest[:12]}…); name that one with --model, or embed and index again."
+            f"model: {index.folder} was built with another encoder (weights {stored['origin_sha256'][:12]}…) than "
+            f"{name} ({digest[:12]}…); give the encoder of the index with --model, or run mmrl embed and mmrl index "
+            "again."
         )
-    return where
+    return path
 
 
 def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
@@ -214,7 +215,7 @@ def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
     table.add_column("key", overflow="fold")
     table.add_column("caption")
     for hit in hits:
-        # As Text, or a caption such as "[red] shoe" would be read as markup.
+        # As Text: rich would read a caption such as "[red] shoe" as markup.
         table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(hit.item.key), Text(hit.item.caption))
     return table
 

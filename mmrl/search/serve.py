@@ -1,4 +1,4 @@
-"""`mmrl serve`: opens an index and its encoder, and shows them at an address."""
+"""`mmrl serve`: opens an index and its encoder and runs the HTTP server."""
 
 import ipaddress
 import socket
@@ -9,15 +9,15 @@ from rich.console import Console
 from mmrl.errors import InputError
 from mmrl.search.query import Searcher
 
-# Connections at once, and seconds that an idle one is kept.
-_MOST_CONNECTIONS, _KEEP_ALIVE = 100, 5
+_MAX_CONNECTIONS, _KEEP_ALIVE_S = 100, 5
 
 
-def serve(folder: Path, model: str | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serves the page and its API until it is interrupted.
+def serve_index(folder: Path, model: str | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serves the search page and its API until interrupted.
 
     Raises:
-        InputError: no index, not its encoder, an address that cannot be listened at, FastAPI or uvicorn not installed.
+        InputError: not an index; the encoder cannot be opened or differs from the one that built the index; the address
+            is unavailable; FastAPI or uvicorn is not installed.
     """
     try:
         import uvicorn
@@ -27,39 +27,44 @@ def serve(folder: Path, model: str | None = None, host: str = "127.0.0.1", port:
         raise InputError(
             f"mmrl serve needs {error.name}, which is not installed; run pip install 'mmrl-clip[serve]'."
         ) from None
-    listening = _listen(host, port)
-    with listening:
+    listener = open_listener(host, port)
+    with listener:
         searcher = Searcher.open(folder, model)
-        # Names are checked where only this machine is meant; the check knows no IPv6 addresses.
-        named = _is_loopback(host) and ":" not in host
-        app = create_app(searcher, hosts=["127.0.0.1", "localhost", host] if named else ["*"])
-        port = listening.getsockname()[1]
+        # Host headers are checked on loopback addresses only; the check cannot parse IPv6 addresses.
+        check_host = _is_loopback(host) and ":" not in host
+        app = create_app(searcher, hosts=["127.0.0.1", "localhost", host] if check_host else ["*"])
+        port = listener.getsockname()[1]
         console = Console()
-        shown = f"{len(searcher.index):,} pictures at http://{host}:{port} and its API at http://{host}:{port}/docs"
-        console.print(f"{shown}; Ctrl-C ends it", highlight=False, markup=False, soft_wrap=True)
+        line = f"Serving {len(searcher.index):,} images at http://{host}:{port} (API: http://{host}:{port}/docs)"
+        console.print(f"{line}. Press Ctrl-C to stop.", highlight=False, markup=False, soft_wrap=True)
         if not _is_loopback(host):
-            console.print("Everyone who can reach this machine can search them.", highlight=False)
+            console.print("Anyone who can reach this machine can search the index.", highlight=False)
         config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=_MOST_CONNECTIONS, timeout_keep_alive=_KEEP_ALIVE,
+            app, log_level="warning", limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_KEEP_ALIVE_S,
             server_header=False,
         )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to an address. Port 0 takes a free port.
+
+    Raises:
+        InputError: the address is invalid or in use.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Those that are accepted inherit it; without, an answer's body waits 40 ms for its head to be acknowledged.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Inherited by accepted connections. Without it Nagle's algorithm and delayed ACKs add 40 ms to each response.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        listening.bind((host, port))
+        listener.bind((host, port))
     except OSError as error:
-        listening.close()
+        listener.close()
         raise InputError(
-            f"port: {host}:{port} cannot be listened at ({error.strerror or error}); give another --port or --host."
+            f"port: cannot listen on {host}:{port} ({error.strerror or error}); give another --port or --host."
         ) from None
-    return listening
+    return listener
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,6 @@
-"""The rows that `mmrl embed` writes: as Arrow tables, in parts that are joined at the end, and as .npy files.
+"""The files that `mmrl embed` writes: Parquet tables, one per chunk and then concatenated, and .npy files.
 
-Shapes: N rows, d the length of a column's vectors.
+Shapes: N images, M captions, d width of a vector column.
 """
 
 import io
@@ -15,25 +15,26 @@ from PIL import Image
 
 from mmrl.data.pack.tables import arrow
 from mmrl.data.samples import Sample
-from mmrl.search.precision import Column
+from mmrl.output.files import atomic_path
+from mmrl.search.columns import Column
 
 METADATA_KEY = b"mmrl"
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 160, 88
-_ROWS_AT_A_TIME = 2048
-_ABOUT = ("key", "captions", "group", "group_name")
+_BATCH_ROWS = 2048
+_ITEM_COLUMNS = ("key", "captions", "group", "group_name")
 
 
-def picture_schema(columns: Sequence[Column], metadata: dict[str, Any]) -> Any:
-    """The columns of embeddings.parquet. A group of -1 is none."""
+def image_schema(columns: Sequence[Column], metadata: dict[str, Any]) -> Any:
+    """The Arrow schema of embeddings.parquet. Group -1 means no group."""
     pyarrow, _ = arrow("mmrl embed")
-    about = [("captions", pyarrow.list_(pyarrow.string())), *_group_fields(pyarrow)]
+    captions = ("captions", pyarrow.list_(pyarrow.string()))
     vectors = [(column.name, vector_type(pyarrow, column)) for column in columns]
-    fields = [("key", pyarrow.string()), *about, *vectors, ("thumbnail", pyarrow.binary())]
+    fields = [("key", pyarrow.string()), captions, *_group_fields(pyarrow), *vectors, ("thumbnail", pyarrow.binary())]
     return pyarrow.schema(fields).with_metadata({METADATA_KEY: json.dumps(metadata)})
 
 
 def text_schema(columns: Sequence[Column], metadata: dict[str, Any]) -> Any:
-    """The columns of texts.parquet: a row a caption, `key` the picture's."""
+    """The Arrow schema of texts.parquet: one row per caption, with its image's `key`."""
     pyarrow, _ = arrow("mmrl embed")
     vectors = [(column.name, vector_type(pyarrow, column)) for column in columns]
     fields = [("key", pyarrow.string()), ("caption", pyarrow.string()), *_group_fields(pyarrow), *vectors]
@@ -45,18 +46,18 @@ def _group_fields(pyarrow: Any) -> list[tuple[str, Any]]:
 
 
 def vector_type(pyarrow: Any, column: Column) -> Any:
-    """A list of fixed size, which LanceDB wants for search and every reader takes."""
+    """A fixed-size list: LanceDB requires it for search, and every Parquet reader supports it."""
     return pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(column.dtype)), column.width)
 
 
 def vector_array(pyarrow: Any, rows_Nd: np.ndarray) -> Any:
-    """(N, width) of a column's type -> its Arrow array."""
+    """Vectors (N, width) -> an Arrow array of fixed-size lists."""
     flat = pyarrow.array(np.ascontiguousarray(rows_Nd).reshape(-1))
     return pyarrow.FixedSizeListArray.from_arrays(flat, rows_Nd.shape[1])
 
 
-def vectors_in(batch: Any, name: str) -> np.ndarray:
-    """The vectors of one column of a table or record batch: (N, width)."""
+def read_vectors(batch: Any, name: str) -> np.ndarray:
+    """One vector column of a table or record batch: (N, width)."""
     array = batch.column(name)
     array = array.combine_chunks() if hasattr(array, "combine_chunks") else array
     return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
@@ -64,7 +65,7 @@ def vectors_in(batch: Any, name: str) -> np.ndarray:
 
 @dataclass
 class Rows:
-    """Some pictures, by column, without their vectors."""
+    """The columns of some images, without their vectors."""
 
     keys: list[str] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
@@ -72,42 +73,47 @@ class Rows:
     group_names: list[str | None] = field(default_factory=list)
     thumbnails: list[bytes] = field(default_factory=list)
 
-    def add(self, sample: Sample, picture: Image.Image) -> None:
+    def add(self, sample: Sample, image: Image.Image) -> None:
+        """Appends a row. `image` is stored as a thumbnail."""
         self.keys.append(sample.name)
         self.captions.append(sample.captions)
         self.groups.append(sample.group)
         self.group_names.append(sample.group_name or None)
-        self.thumbnails.append(thumbnail(picture))
+        self.thumbnails.append(thumbnail(image))
 
     def as_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
-        """`vectors`: (N, width) for each column of vectors, in the schema's order."""
+        """An Arrow table of `image_schema`. `vectors`: (N, width) for each vector column, in the schema's order."""
         pyarrow, _ = arrow("mmrl embed")
-        plain = [self.keys, self.captions, self.groups, self.group_names]
-        arrays = [pyarrow.array(values, schema.field(name).type) for name, values in zip(_ABOUT, plain, strict=True)]
+        items = [self.keys, self.captions, self.groups, self.group_names]
+        arrays = [
+            pyarrow.array(values, schema.field(name).type) for name, values in zip(_ITEM_COLUMNS, items, strict=True)
+        ]
         arrays += [vector_array(pyarrow, rows_Nd) for rows_Nd in vectors]
         arrays.append(pyarrow.array(self.thumbnails, pyarrow.binary()))
         return pyarrow.Table.from_arrays(arrays, schema=schema)
 
     def text_rows(self) -> list[int]:
-        """The row of each caption's picture."""
+        """The image row of each caption."""
         return [row for row, captions in enumerate(self.captions) for _ in captions]
 
     def as_text_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
-        """`vectors`: (M, width) for each column, of the M captions in their order."""
+        """An Arrow table of `text_schema`. `vectors`: (M, width) of the captions for each vector column."""
         pyarrow, _ = arrow("mmrl embed")
         rows = self.text_rows()
-        plain = {
+        items = {
             "key": [self.keys[row] for row in rows],
             "caption": [caption for captions in self.captions for caption in captions],
             "group": [self.groups[row] for row in rows],
             "group_name": [self.group_names[row] for row in rows],
         }
-        arrays = [pyarrow.array(values, schema.field(name).type) for name, values in plain.items()]
-        return pyarrow.Table.from_arrays([*arrays, *(vector_array(pyarrow, v) for v in vectors)], schema=schema)
+        arrays = [pyarrow.array(values, schema.field(name).type) for name, values in items.items()]
+        return pyarrow.Table.from_arrays(
+            [*arrays, *(vector_array(pyarrow, rows_Md) for rows_Md in vectors)], schema=schema
+        )
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """An RGB picture -> WebP of at most 160 pixels a side."""
+    """An RGB image -> WebP bytes, at most 160 pixels on the longer side."""
     small = image.copy()
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()
@@ -115,57 +121,53 @@ def thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def join(parts: Sequence[Path], out: Path, schema: Any) -> int:
-    """Parquet files of one schema -> one file, a row group each; returns its rows."""
+def concatenate(chunks: Sequence[Path], out: Path, schema: Any) -> int:
+    """Concatenates Parquet files of one schema, one row group per file; returns the number of rows."""
     _, parquet = arrow("mmrl embed")
-    beside = out.with_name(f".{out.name}.partial")
     rows = 0
-    try:
-        with parquet.ParquetWriter(beside, schema) as writer:
-            for part in parts:
-                table = parquet.read_table(part, partitioning=None).replace_schema_metadata(schema.metadata)
-                rows += len(table)
-                if len(table):
-                    writer.write_table(table)
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_path(out) as partial, parquet.ParquetWriter(partial, schema) as writer:
+        for chunk in chunks:
+            table = parquet.read_table(chunk, partitioning=None).replace_schema_metadata(schema.metadata)
+            rows += len(table)
+            if len(table):
+                writer.write_table(table)
     return rows
 
 
-def write_npy(out: Path, pictures: Path, texts: Path | None, columns: Sequence[Column]) -> None:
-    """The vectors again as clip-retrieval lays them out, row i of each file the same picture:
+def write_npy(out: Path, images: Path, texts: Path | None, columns: Sequence[Column]) -> None:
+    """Writes the vectors in clip-retrieval's layout. Row i of every file belongs to image i:
 
-    img_emb/img_emb_0.npy, text_emb/text_emb_0.npy (each picture's first caption; zeros where it has none),
-    metadata/metadata_0.parquet (image_path, caption); other columns likewise, such as img_emb_64_int8/.
+    img_emb/img_emb_0.npy, text_emb/text_emb_0.npy (the image's first caption; zeros if it has none),
+    metadata/metadata_0.parquet (image_path, caption), and the same for other columns, e.g. img_emb_64_int8/.
     """
     pyarrow, parquet = arrow("mmrl embed")
-    about = parquet.read_table(pictures, columns=["key", "captions"])
-    captions = about["captions"].to_pylist()
-    first = [some[0] if some else "" for some in captions]
+    items = parquet.read_table(images, columns=["key", "captions"])
+    captions = items["captions"].to_pylist()
+    first = [one[0] if one else "" for one in captions]
     (out / "metadata").mkdir(exist_ok=True)
-    named = pyarrow.table({"image_path": about["key"], "caption": pyarrow.array(first, pyarrow.string())})
-    parquet.write_table(named, out / "metadata" / "metadata_0.parquet")
+    metadata = pyarrow.table({"image_path": items["key"], "caption": pyarrow.array(first, pyarrow.string())})
+    parquet.write_table(metadata, out / "metadata" / "metadata_0.parquet")
     for column in columns:
         suffix = column.name.removeprefix("embedding")
-        _copy_vectors(pictures, column, out / f"img_emb{suffix}" / f"img_emb{suffix}_0.npy", None, len(first))
+        _copy_vectors(images, column, out / f"img_emb{suffix}" / f"img_emb{suffix}_0.npy", None, len(first))
         if texts is not None:
-            counts_N = np.array([len(some) for some in captions])
-            row_of_M = np.full(int(counts_N.sum()), -1)
-            row_of_M[(np.cumsum(counts_N) - counts_N)[counts_N > 0]] = np.flatnonzero(counts_N)
-            _copy_vectors(texts, column, out / f"text_emb{suffix}" / f"text_emb{suffix}_0.npy", row_of_M, len(first))
+            counts_N = np.array([len(one) for one in captions])
+            image_row_M = np.full(int(counts_N.sum()), -1)
+            image_row_M[(np.cumsum(counts_N) - counts_N)[counts_N > 0]] = np.flatnonzero(counts_N)
+            _copy_vectors(texts, column, out / f"text_emb{suffix}" / f"text_emb{suffix}_0.npy", image_row_M, len(first))
 
 
-def _copy_vectors(source: Path, column: Column, path: Path, row_of: np.ndarray | None, count: int) -> None:
-    """One column as a .npy of `count` rows; with `row_of` each goes to the row that it names, or nowhere where that is
-    -1."""
+def _copy_vectors(source: Path, column: Column, path: Path, target_row: np.ndarray | None, count: int) -> None:
+    """Copies one vector column to a .npy file of `count` rows; vector i goes to row `target_row[i]`, -1 is skipped."""
     path.parent.mkdir(exist_ok=True)
     shape = (count, column.width)
     out_Nd = np.lib.format.open_memmap(path, mode="w+", dtype=column.dtype, shape=shape)
     start = 0
     with arrow("mmrl embed")[1].ParquetFile(source) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[column.name]):
-            rows = np.arange(start, start + len(batch)) if row_of is None else row_of[start : start + len(batch)]
-            out_Nd[rows[rows >= 0]] = vectors_in(batch, column.name)[rows >= 0]
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[column.name]):
+            rows = (
+                np.arange(start, start + len(batch)) if target_row is None else target_row[start : start + len(batch)]
+            )
+            out_Nd[rows[rows >= 0]] = read_vectors(batch, column.name)[rows >= 0]
             start += len(batch)
     out_Nd.flush()

@@ -1,5 +1,7 @@
-"""Before a run of several processes: has every host what the others have? One table, and the name of the host that is
-off. Each part is bounded in time, so that a hanging file system ends in a sentence."""
+"""Checks before a run of several processes: every host must have the same versions, config, clock and data.
+
+One table is printed, and a host that differs is named. Each check has a time limit, so that a hanging file system
+ends in an error message."""
 
 import hashlib
 import importlib.metadata
@@ -19,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmrl
-from mmrl import config as configs
-from mmrl.config import Config
+from mmrl.config import Config, dump_config
 from mmrl.data.shards import expand
 from mmrl.data.sources import named_sources
 from mmrl.data.stores import cache_folder, is_remote
@@ -31,40 +32,40 @@ from mmrl.version import __version__
 
 T = TypeVar("T")
 
-# A file system that has not answered for so long is taken for hanging.
-_PATIENCE_S = 30.0
-# Clocks further apart than this make nonsense of log files and of the ages of files; certificates fail much later.
-_CLOCK_S = 60.0
-_LEAST_FREE_GB = 1.0
-# A host that receives at less than this share of the median is pointed out.
-_SLOW = 0.25
+# A file system that does not answer within this time is reported as hanging.
+_TIMEOUT_S = 30.0
+# A larger clock difference makes log files and file ages misleading.
+_MAX_CLOCK_DIFFERENCE_S = 60.0
+_MIN_FREE_GB = 1.0
+# A host that receives at less than this share of the median rate is reported.
+_SLOW_SHARE = 0.25
 _PACKAGES = ("torch", "deepspeed", "open_clip_torch", "transformers", "numpy", "webdataset")
 
 
 @dataclass(frozen=True)
-class Facts:
+class HostFacts:
     """What one process found on its host."""
 
     host: str
     device: str
     versions: dict[str, str] = field(default_factory=dict)
     config: str = ""
-    """A digest of the resolved config."""
+    """Digest of the resolved config."""
     seed: int = 0
     clock: float = 0.0
-    """Seconds since 1970, read at one moment by all."""
+    """Unix time in seconds, read by all processes right after a barrier."""
     free_gb: float = float("inf")
-    """Of the disk that has the run folder, or the cache of remote shards if that has less."""
+    """Free space for the run folder or the cache of remote shards, whichever is smaller."""
     problem: str | None = None
     receives_gb_s: float = float("nan")
-    """From the process before it."""
+    """Rate at which this process receives from the previous rank."""
 
 
 def check(config: Config, world: World, console: Console) -> None:
-    """Compares all processes, prints the table on the main one, and stops all where a host is off.
+    """Compares all processes, prints the table on rank 0, and stops all of them if a host differs. Collective.
 
     Raises:
-        InputError: on the main process, naming the host; the others end with exit code 2.
+        InputError: on rank 0, naming the host; other ranks exit with code 2.
     """
     if world.size == 1:
         return
@@ -74,11 +75,11 @@ def check(config: Config, world: World, console: Console) -> None:
     if not problems:
         received, rate = _rates(world)
         slow = comm.all_gather_objects(received)
-        facts = [Facts(**{**vars(one), "receives_gb_s": speed}) for one, speed in zip(facts, slow, strict=True)]
+        facts = [HostFacts(**{**vars(one), "receives_gb_s": speed}) for one, speed in zip(facts, slow, strict=True)]
     if world.is_rank_0:
         console.print(table(facts))
         if rate == rate:
-            console.print(f"All-reduce: {rate:.2f} GB/s a process.", highlight=False)
+            console.print(f"All-reduce: {rate:.2f} GB/s per process.", highlight=False)
         for note in notes_of(facts):
             console.print(f"Note: {note}", highlight=False, soft_wrap=True)
     if problems:
@@ -86,12 +87,14 @@ def check(config: Config, world: World, console: Console) -> None:
 
 
 def agree(world: World, work: Callable[[], T], rank_0_only: bool = False) -> T | None:
-    """This process's own work, such as opening the shards. Where it fails on any process all stop, with the sentence
-    of the first that failed, and with its host where others have succeeded. None where the work is the main process's
-    alone and this is another.
+    """Runs `work` on every process, or on rank 0 only, and stops all processes if it fails on any. Collective.
+
+    The message is that of the lowest rank that failed; it names the hosts if the work succeeded elsewhere.
+
+    Returns: the result of this process; None on other ranks if `rank_0_only`.
 
     Raises:
-        InputError: on the main process; the others end with exit code 2.
+        InputError: on rank 0; other ranks exit with code 2.
     """
     result, problem = None, None
     try:
@@ -105,20 +108,20 @@ def agree(world: World, work: Callable[[], T], rank_0_only: bool = False) -> T |
     if failed:
         sentence = failed[0][1]
         hosts = sorted({host for host, _ in failed})
-        everywhere = rank_0_only or len(failed) == len(found)
-        _stop_all(world, sentence if everywhere else f"On host {', '.join(hosts[:5])} alone: {sentence}")
+        on_all = rank_0_only or len(failed) == len(found)
+        _stop_all(world, sentence if on_all else f"Only on host {', '.join(hosts[:5])}: {sentence}")
     return result
 
 
 def same_folder(config: Config, world: World) -> None:
-    """Sees that all hosts have the run folder that the main process has just written to.
+    """Checks that every host sees the run folder that rank 0 has just written to. Collective.
 
     Raises:
-        InputError: on the main process, naming a host that has another; the others end with exit code 2.
+        InputError: on rank 0, naming a host that sees another folder; other ranks exit with code 2.
     """
     if world.size == 1:
         return
-    file, wanted = Path(config.run) / "config.yaml", comm.broadcast_object(configs.dump(config))
+    file, wanted = Path(config.run) / "config.yaml", comm.broadcast_object(dump_config(config))
 
     def look() -> None:
         for _ in range(10):  # a network file system may show a new file a moment later
@@ -130,7 +133,7 @@ def same_folder(config: Config, world: World) -> None:
             "share, under the same path."
         )
 
-    agree(world, lambda: _within(_PATIENCE_S, look, f"run: {config.run}"))
+    agree(world, lambda: _within(_TIMEOUT_S, look, f"run: {config.run}"))
 
 
 def _stop_all(world: World, sentence: str) -> NoReturn:
@@ -139,70 +142,78 @@ def _stop_all(world: World, sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def problems_of(facts: Sequence[Facts]) -> list[str]:
-    """A sentence for each host that a run would fail on or, worse, would not; empty where all is well."""
-    problems = [f"Host {one.host}: {one.problem}" for one in _one_a_host(facts) if one.problem]
+def problems_of(facts: Sequence[HostFacts]) -> list[str]:
+    """One sentence for each host that differs; empty if none does."""
+    problems = [f"Host {one.host}: {one.problem}" for one in _one_per_host(facts) if one.problem]
     answered = [one for one in facts if not one.problem]
     for name in sorted({name for one in answered for name in one.versions}):
-        problems += _unlike(
-            answered, lambda one, name=name: one.versions.get(name, "none"), name, "install the same everywhere"
+        problems += _differing(
+            answered,
+            lambda one, name=name: one.versions.get(name, "none"),
+            name,
+            "install the same version on all hosts",
         )
-    problems += _unlike(answered, lambda one: str(one.seed), "seed", "give all processes the same command")
+    problems += _differing(answered, lambda one: str(one.seed), "seed", "give all processes the same command")
     if not any(problem.startswith("Host") and "seed" in problem for problem in problems):
-        problems += _unlike(answered, lambda one: one.config, "config", "give all processes the same command and file")
-    middle = statistics.median([one.clock for one in answered] or [0.0])
-    for one in _one_a_host(answered):
-        if abs(one.clock - middle) > _CLOCK_S:
+        problems += _differing(
+            answered, lambda one: one.config, "config", "give all processes the same command and file"
+        )
+    median = statistics.median([one.clock for one in answered] or [0.0])
+    for one in _one_per_host(answered):
+        if abs(one.clock - median) > _MAX_CLOCK_DIFFERENCE_S:
             problems.append(
-                f"Host {one.host}: its clock is {one.clock - middle:+,.0f} s off the others'; set it (chrony, ntpd)."
+                f"Host {one.host}: its clock differs from the other hosts' by {one.clock - median:+,.0f} s; "
+                "synchronise it (chrony, ntpd)."
             )
-        if one.free_gb < _LEAST_FREE_GB:
+        if one.free_gb < _MIN_FREE_GB:
             problems.append(
-                f"Host {one.host}: {one.free_gb:.1f} GB of disk are free for the run folder or the shard cache; make "
-                "room for the checkpoints."
+                f"Host {one.host}: {one.free_gb:.1f} GB of disk space are free for the run folder or the shard cache; "
+                "free some for the checkpoints."
             )
     return problems
 
 
-def _unlike(facts: Sequence[Facts], value: Callable[[Facts], str], what: str, remedy: str) -> list[str]:
+def _differing(facts: Sequence[HostFacts], value: Callable[[HostFacts], str], what: str, remedy: str) -> list[str]:
     counts = Counter(value(one) for one in facts)
     if len(counts) < 2:
         return []
     usual = counts.most_common(1)[0][0]
-    off = [one for one in _one_a_host(facts, value) if value(one) != usual]
-    return [f"Host {one.host}: {what} is {value(one)}, and {usual} elsewhere; {remedy}." for one in off]
+    off = [one for one in _one_per_host(facts, value) if value(one) != usual]
+    return [f"Host {one.host}: {what} is {value(one)}, but {usual} on other hosts; {remedy}." for one in off]
 
 
-def notes_of(facts: Sequence[Facts]) -> list[str]:
-    """What is odd and may be meant."""
+def notes_of(facts: Sequence[HostFacts]) -> list[str]:
+    """Differences that may be intended: slow links, unequal devices."""
     notes = []
-    hosts = _one_a_host(facts)
-    middle = statistics.median(one.receives_gb_s for one in hosts)
+    hosts = _one_per_host(facts)
+    median = statistics.median(one.receives_gb_s for one in hosts)
     for one in hosts:
-        if len(hosts) > 2 and one.receives_gb_s < _SLOW * middle:
+        if len(hosts) > 2 and one.receives_gb_s < _SLOW_SHARE * median:
             before = facts[(next(r for r, other in enumerate(facts) if other is one) - 1) % len(facts)]
             notes.append(
-                f"host {one.host} receives {one.receives_gb_s:.2f} GB/s from host {before.host}, others {middle:.2f} "
-                "GB/s; the whole run goes at the pace of the slowest link."
+                f"host {one.host} receives {one.receives_gb_s:.2f} GB/s from host {before.host}, others {median:.2f} "
+                "GB/s; the slowest link limits the whole run."
             )
     devices = Counter(one.device for one in facts)
     if len(devices) > 1:
         shown = ", ".join(f"{count} × {device}" for device, count in devices.most_common())
-        notes.append(f"the devices differ ({shown}); the slowest sets the pace.")
+        notes.append(f"the devices differ ({shown}); the slowest limits the run.")
     return notes
 
 
-def _one_a_host(facts: Sequence[Facts], value: Callable[[Facts], object] = lambda one: one.problem) -> list[Facts]:
-    """The first process of each host, and every further one of another value."""
+def _one_per_host(
+    facts: Sequence[HostFacts], value: Callable[[HostFacts], object] = lambda one: one.problem
+) -> list[HostFacts]:
+    """The first process of each host, and each further one whose value differs."""
     return list({(one.host, value(one)): one for one in reversed(facts)}.values())[::-1]
 
 
-def table(facts: Sequence[Facts]) -> Table:
-    """One line a host."""
+def table(facts: Sequence[HostFacts]) -> Table:
+    """One row per host."""
     shown = Table(title="Hosts", title_justify="left")
     for heading in ("host", "ranks", "device", "torch", "clock", "free", "receives", ""):
         shown.add_column(heading, justify="right" if heading in ("clock", "free", "receives") else "left")
-    middle = statistics.median(one.clock for one in facts)
+    median = statistics.median(one.clock for one in facts)
     hosts = list(dict.fromkeys(one.host for one in facts))
     for host in hosts:
         ranks = [rank for rank, one in enumerate(facts) if one.host == host]
@@ -215,16 +226,16 @@ def table(facts: Sequence[Facts]) -> Table:
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}",
             first.device,
             first.versions.get("torch", "?"),
-            "?" if problem else f"{first.clock - middle:+.1f} s",
+            "?" if problem else f"{first.clock - median:+.1f} s",
             "?" if problem else f"{first.free_gb:,.0f} GB",
             f"{speed:.2f} GB/s" if speed == speed else "–",
-            "off" if off else "ok",
+            "differs" if off else "ok",
         )
     return shown
 
 
-def _facts(config: Config) -> Facts:
-    """This process's own, gathered within a bounded time."""
+def _facts(config: Config) -> HostFacts:
+    """The facts of this process, collected within a time limit. Collective."""
     device = comm.world().device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
     versions = {"python": platform.python_version(), "mmrl": f"{__version__} ({_digest_of_code()})"}
@@ -233,16 +244,16 @@ def _facts(config: Config) -> Facts:
         versions["CUDA"] = torch.version.cuda
     problem, free = None, 0.0
     try:
-        free = _within(_PATIENCE_S, lambda: _free_gb(config), "the disks of the run folder and the shard cache")
-        _within(_PATIENCE_S, lambda: _touch_shards(config), "data.train")
+        free = _within(_TIMEOUT_S, lambda: _free_gb(config), "the disks of the run folder and the shard cache")
+        _within(_TIMEOUT_S, lambda: _touch_shards(config), "data.train")
     except InputError as error:
         problem = str(error)
     comm.barrier()
-    return Facts(
+    return HostFacts(
         host=comm.host(),
         device=name,
         versions=versions,
-        config=hashlib.sha256(configs.dump(config).encode()).hexdigest()[:12],
+        config=hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],
         seed=config.seed,
         clock=time.time(),
         free_gb=free,
@@ -257,13 +268,13 @@ def _free_gb(config: Config) -> float:
         folders.append(cache_folder(config.data.remote))
     free = []
     for folder in folders:
-        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        free.append(shutil.disk_usage(there).free / 1e9)
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        free.append(shutil.disk_usage(existing).free / 1e9)
     return min(free)
 
 
 def _touch_shards(config: Config) -> None:
-    """Opens the first and the last local shard of each source; all of them are opened, and counted, later on."""
+    """Opens the first and the last local shard of each source. All are opened later."""
     for source in named_sources(config.data):
         local = [path for path in expand(source.shards, config.data.allow_pipe) if not is_remote(path)]
         for path in {local[0], local[-1]} if local else ():
@@ -279,7 +290,7 @@ def _specs(shards: str | list[str]) -> list[str]:
 
 
 def _within(seconds: float, work: Callable[[], T], what: str) -> T:
-    """work(), given up after so long; a call that hangs in the kernel cannot be interrupted, only left behind."""
+    """Runs work() in a thread with a time limit: a call that hangs in the kernel cannot be interrupted."""
     outcome: list[T | Exception] = []
 
     def run() -> None:
@@ -292,7 +303,7 @@ def _within(seconds: float, work: Callable[[], T], what: str) -> T:
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise InputError(f"{what}: no answer within {seconds:.0f} s; see whether the file system hangs.")
+        raise InputError(f"{what}: no answer within {seconds:.0f} s; check whether the file system hangs.")
     result = outcome[0]
     if isinstance(result, OSError):
         raise InputError(f"{what}: {result}.") from result
@@ -302,7 +313,7 @@ def _within(seconds: float, work: Callable[[], T], what: str) -> T:
 
 
 def _digest_of_code() -> str:
-    """Of mmrl's own source, which two checkouts of one version may differ in."""
+    """Digest of mmrl's source: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     for path in sorted(Path(mmrl.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -310,23 +321,23 @@ def _digest_of_code() -> str:
 
 
 def _rates(world: World) -> tuple[float, float]:
-    """GB/s of what this process receives from the one before it, and of an all-reduce (its bytes over its time).
+    """GB/s received from the previous rank, and of an all-reduce (bytes divided by time). Collective.
 
-    Sizes grow until a round takes a tenth of a second, so that a slow network costs seconds, not minutes.
+    The message size grows until a round takes 0.1 s, so that a slow network costs seconds, not minutes.
     """
-    numbers, ring, reduced = 1 << 16, float("nan"), float("nan")
-    while numbers <= 1 << 24:
-        given = torch.ones(numbers, device=world.device)
+    numel, ring, reduced = 1 << 16, float("nan"), float("nan")
+    while numel <= 1 << 24:
+        values = torch.ones(numel, device=world.device)
         comm.barrier()
         began = time.monotonic()
-        comm.ring_shift(given)
-        ring = given.nbytes / (time.monotonic() - began) / 1e9
+        comm.ring_shift(values)
+        ring = values.nbytes / (time.monotonic() - began) / 1e9
         comm.barrier()
         began = time.monotonic()
-        comm.all_reduce_sum(given)[0].item()
+        comm.all_reduce_sum(values)[0].item()
         took = time.monotonic() - began
-        reduced = given.nbytes / took / 1e9
+        reduced = values.nbytes / took / 1e9
         if comm.any_rank(took > 0.1):
             break
-        numbers *= 4
+        numel *= 4
     return ring, reduced

@@ -1,46 +1,45 @@
-"""`mmrl plan`: what a run needs of memory, network and time on N GPUs, before any is booked.
+"""`mmrl plan`: memory, network traffic and time of a run on N GPUs, estimated before any is booked.
 
-Memory of a process (bytes; P weights, of which T are trained; N processes; m pairs of a micro-batch; b = B / N pairs of
-a process in all; D the embedding's width; e bytes of an embedding's number, 2 under bf16 and 4 else)
+Memory per process in bytes. P parameters, of which T are trained; N processes; m pairs per micro-batch; b = B / N pairs
+per process; D the embedding's width; e bytes per embedding value (2 under bf16, else 4); K dims.
 
-    weights       4P at stages 0–2 and 4P/N at stage 3, which gathers up to 4·min(P, 1e9) of them while it computes
-                  (DeepSpeed's stage3_max_live_parameters)
-    gradients     4T at stages 0 and 1, 4T/N at 2 and 3, and at 1 to 3 a bucket of 4·min(P, 5e8) (reduce_bucket_size);
-                  with micro-batches, unless engine.reduce_each_micro_batch is set, they stay whole until they are
-                  reduced once: at 2 4T while the towers work, bucket and share after them; at 3, whose bucket stays,
-                  another 4T. The plan advises reduce_each_micro_batch only where nothing fits without
-    optimiser     8T of Adam at stage 0; 12T/N at 1 to 3, with the float32 copy that DeepSpeed keeps of its share
-    average       4P with train.ema
-    activations   fixed + m·(a pair's): measured, by running forward and backward of the real towers on fake tensors
-                  (torch's FakeTensorMode: shapes without memory) and following every allocation
-    loss          16(b + B)D + 32K(b + B), and tiles of 1/128 of the GPU's memory: of both sides the embedding, its
-                  blocks, its gradient's blocks and their concatenation, each of at most 4 bytes a number
-                  (losses/sweep.py)
+    weights       4P at stages 0-2. 4P/N at stage 3, plus up to 4*min(P, 1e9) gathered while computing (DeepSpeed's
+                  stage3_max_live_parameters)
+    gradients     4T at stages 0 and 1, 4T/N at 2 and 3; at 1-3 also a bucket of 4*min(P, 5e8) (reduce_bucket_size).
+                  With micro-batches they stay whole until they are reduced once per step, unless
+                  engine.reduce_each_micro_batch is set: at stage 2, 4T during forward and backward, then bucket and
+                  partition; at stage 3, another 4T. reduce_each_micro_batch is advised only if nothing fits without it
+    optimizer     8T (Adam) at stage 0; 12T/N at 1-3, including DeepSpeed's fp32 copy of the partition
+    EMA           4P with train.ema
+    activations   fixed + m * per pair: measured by forward and backward of the real towers on fake tensors (torch's
+                  FakeTensorMode: shapes without memory), following every allocation
+    loss          16(b + B)D + 32K(b + B), and tiles of 1/128 of the GPU's memory: for both modalities the embedding,
+                  its blocks, their gradients and the concatenation, at most 4 bytes per value (losses/sweep.py)
 
-Stages as in Rajbhandari et al. 2020 (arXiv 1910.02054, section 3 and figure 1), with DeepSpeed 0.19's own buffers,
-which tests/test_plan.py and tests/benchmarks/scale.py measure. With micro-batches the loss is computed while no
-activations are held, so that the larger of the two counts; without, their sum.
+Stages: Rajbhandari et al. 2020 (arXiv 1910.02054, section 3 and figure 1), with DeepSpeed 0.19's buffers, which
+tests/train/test_plan.py and tests/benchmarks/scale.py measure. With micro-batches the loss is computed while no
+activations are held, so the larger of the two counts; without them, their sum.
 
-Traffic of a process a step, in a ring: an all-gather or reduce-scatter of S bytes sends S(N-1)/N, an all-reduce twice
+Traffic per process and step, in a ring: an all-gather or reduce-scatter of S bytes sends S(N-1)/N, an all-reduce twice
 that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-batches.
 
-    loss          all-gather of the texts eBD and of the groups 16B; all-reduce of the columns' sums 4KB;
-                  reduce-scatter of the texts' gradient 4BD                   (losses/nested_infonce.py)
+    loss          all-gather of the text embeddings eBD and of the groups 16B; all-reduce of the column sums 4KB;
+                  reduce-scatter of the text gradient 4BD                     (losses/nested_infonce.py)
     stage 0       all-reduce of the gradients 4T, once
     stage 1       the same, and all-gather of the new weights 4T
     stage 2       the same; with reduce_each_micro_batch the all-reduce A times
-    stage 3       reduce-scatter of the gradients 4T, once or A times likewise; all-gather of the weights 4P for each
-                  forward and each backward, of which DeepSpeed may save some on a small model
+    stage 3       reduce-scatter of the gradients 4T, once or A times; all-gather of the weights 4P for each forward and
+                  each backward, some of which DeepSpeed may save for a small model
 
-Time of a step = (towers' + loss's operations) / (peak · share reached) + traffic / bandwidth + calls · latency ·
-log2 N, nothing overlapped: an upper bound, where the share reached holds. The towers' operations are counted on the
-fake tensors (torch's FlopCounterMode): 3 times a forward's for a trained tower, 1 for a locked one, one more forward of
-a trained tower with micro-batches; the loss's are 8B²D/N (4 multiply-adds, see README, "The loss").
+Step time = (FLOPs of towers and loss) / (peak * utilisation) + traffic / bandwidth + calls * latency * log2 N, without
+overlap: an upper bound if the assumed utilisation is reached. The towers' FLOPs are counted on the fake tensors
+(torch's FlopCounterMode): 3 forwards for a trained tower, 1 for a locked one, and one more forward of a trained tower
+with micro-batches; the loss takes 8B^2D/N (4 multiply-adds, see mmrl/losses/README.md).
 
-Constants, of an H100 SXM as NVIDIA's data sheets give it; none of them was measured by this project, and --tflops and
---gigabytes take your own: 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink each way within a host of 8; 50 GB/s
-of network a GPU between hosts (400 Gb/s each); 20 µs of latency a call and doubling. Assumed: 40 % of the peak and 80 %
-of the bandwidth are reached, and 1.5 GB of the GPU's memory and 5 % of it are lost to CUDA and to fragments.
+The constants are an H100 SXM's, from NVIDIA's data sheets; this project has not measured them, and --tflops and
+--gigabytes replace them: 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink per direction within a host of 8; 50
+GB/s of network per GPU between hosts (400 Gb/s each); 20 us of latency per call and doubling. Assumed: 40 % of the peak
+and 80 % of the bandwidth are reached, and 1.5 GB plus 5 % of the GPU's memory are lost to CUDA and fragmentation.
 """
 
 import dataclasses
@@ -58,23 +57,23 @@ from mmrl.model import footprint
 from mmrl.model.footprint import Footprint
 
 GB = 1e9
-LIVE = 1e9
+MAX_LIVE_PARAMETERS = 1e9
 PEAK_TFLOPS = {"bf16": H100_TFLOPS_16, "fp16": H100_TFLOPS_16, "fp32": 67.0}
 SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.8
-GPUS_OF_A_HOST, WITHIN_GB_S, BETWEEN_GB_S = 8, 450.0, 50.0
+GPUS_PER_HOST, WITHIN_GB_S, BETWEEN_GB_S = 8, 450.0, 50.0
 LATENCY_S = 20e-6
-RESERVED_GB, FRAGMENTS = 1.5, 0.05
+RESERVED_GB, FRAGMENTATION = 1.5, 0.05
 
 
 @dataclass(frozen=True)
-class Fit:
-    """One ZeRO stage on one GPU, with the largest micro-batch that fits."""
+class StageEstimate:
+    """One ZeRO stage: memory per GPU with the largest micro-batch that fits, traffic and step time."""
 
     zero_stage: int
     micro_batch: int | None
-    """None where not even one pair fits."""
+    """None if not even one pair fits."""
     reduce_each_micro_batch: bool
-    """Whether it fits only so."""
+    """Whether it fits only with this option."""
     weights_gb: float
     gradients_gb: float
     optimizer_gb: float
@@ -82,14 +81,14 @@ class Fit:
     loss_gb: float
     total_gb: float
     traffic_gb: float
-    """That a process sends a step."""
+    """Sent per process and step."""
     collective_calls: int
     step_seconds: float
 
 
 @dataclass(frozen=True)
-class Result:
-    """All of the plan."""
+class ResourcePlan:
+    """Memory, traffic and time of a run at every ZeRO stage."""
 
     gpus: int
     memory_gb: float
@@ -101,29 +100,29 @@ class Result:
     steps_per_epoch: int | None
     steps: int | None
     notes: list[str]
-    stages: list[Fit]
+    stages: list[StageEstimate]
     best: int | None
-    """The smallest stage that fits."""
+    """The lowest stage that fits."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The plan as JSON values."""
         return dataclasses.asdict(self)
 
 
-def plan(
+def plan_resources(
     config: Config,
     gpus: int,
     memory_gb: float,
     tflops: float | None = None,
     gigabytes: float | None = None,
     measured: Footprint | None = None,
-) -> Result:
-    """What `config` needs on so many GPUs of so much memory.
+) -> ResourcePlan:
+    """Estimates memory, traffic and time of `config` on `gpus` GPUs with `memory_gb` GB each.
 
     Args:
-        tflops: what a GPU really does a second, instead of the constants above.
-        gigabytes: what a GPU really sends a second, likewise.
-        measured: the towers' footprint, where it is known already.
+        tflops: TFLOP/s that a GPU reaches, instead of the constants above.
+        gigabytes: GB/s that a GPU sends, instead of the constants above.
+        measured: the towers' footprint, if it is known already.
 
     Raises:
         InputError: a batch that the GPUs do not divide; an unknown model.
@@ -131,13 +130,13 @@ def plan(
     batch = config.train.batch_size
     if batch % gpus:
         raise InputError(
-            f"train.batch_size: {batch} cannot be divided over {gpus} GPUs; take a multiple of {gpus}, such as "
+            f"train.batch_size: {batch} cannot be divided over {gpus} GPUs; use a multiple of {gpus}, e.g. "
             f"{max(gpus, round(batch / gpus) * gpus)}."
         )
     precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
     model = measured or footprint.measure(config.model, precision != "fp32")
     flops_s = (tflops or PEAK_TFLOPS[precision] * SHARE_OF_PEAK) * 1e12
-    within = gpus <= GPUS_OF_A_HOST
+    within = gpus <= GPUS_PER_HOST
     bytes_s = (gigabytes or (WITHIN_GB_S if within else BETWEEN_GB_S) * SHARE_OF_BANDWIDTH) * GB
     machine = _Machine(gpus, memory_gb, flops_s, bytes_s)
     fits = [_fit(config, model, machine, stage, precision) for stage in range(4)]
@@ -145,9 +144,9 @@ def plan(
     samples, note = _samples(config)
     notes = [note] if note else []
     if config.train.ema is not None:
-        notes.append("train.ema keeps a second set of weights, which is counted; it excludes stage 3.")
+        notes.append("train.ema keeps a second copy of the weights, which is counted; it cannot be used with stage 3.")
     per_epoch = None if samples is None else samples // batch
-    return Result(
+    return ResourcePlan(
         gpus=gpus,
         memory_gb=memory_gb,
         precision=precision,
@@ -163,18 +162,18 @@ def plan(
     )
 
 
-def lines(result: Result) -> list[str]:
-    """The plan for people."""
+def plan_lines(result: ResourcePlan) -> list[str]:
+    """The plan as lines of text."""
     epoch = "unknown" if result.steps_per_epoch is None else f"{result.steps_per_epoch:,}"
     steps = "unknown" if result.steps is None else f"{result.steps:,}"
     shown = [
         f"{result.parameters / 1e6:,.1f} M parameters, {result.trained_parameters / 1e6:,.1f} M trained, "
         f"{result.precision}; {result.gpus} GPUs of {result.memory_gb:g} GB",
-        f"global batch {result.global_batch:,}: {result.pairs_per_gpu:,} pairs a GPU; steps an epoch: {epoch}, in all: "
-        f"{steps}",
+        f"global batch {result.global_batch:,}: {result.pairs_per_gpu:,} pairs per GPU; steps per epoch: {epoch}, "
+        f"total: {steps}",
         "",
-        "GB a GPU      weights  gradients  optimiser  activations     loss    total   micro-batch"
-        "   sent a step   calls   step",
+        "GB per GPU    weights  gradients  optimizer  activations     loss    total   micro-batch"
+        "   sent/step     calls   step",
     ]
     for fit in result.stages:
         parts = (fit.weights_gb, fit.gradients_gb, fit.optimizer_gb, fit.activations_gb, fit.loss_gb, fit.total_gb)
@@ -187,12 +186,12 @@ def lines(result: Result) -> list[str]:
         )
     shown.append("")
     if result.best is None:
-        shown.append("Nothing fits: take more memory, model.grad_checkpointing=true, or a smaller global batch.")
+        shown.append("Nothing fits: use more memory, model.grad_checkpointing=true, or a smaller global batch.")
     else:
         fit = result.stages[result.best]
         micro = "" if fit.micro_batch == result.pairs_per_gpu else f" train.micro_batch={fit.micro_batch}"
         each = " engine.reduce_each_micro_batch=true" if fit.reduce_each_micro_batch else ""
-        shown.append(f"Smallest that fits: engine.zero_stage={result.best}{micro}{each}")
+        shown.append(f"Lowest stage that fits: engine.zero_stage={result.best}{micro}{each}")
     return [*shown, *(f"Note: {note}" for note in result.notes)]
 
 
@@ -204,18 +203,18 @@ class _Machine:
     bytes_s: float
 
 
-def _allowed(config: Config, fit: Fit) -> bool:
+def _allowed(config: Config, fit: StageEstimate) -> bool:
     return config.train.ema is None or fit.zero_stage < 3
 
 
-def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precision: str) -> Fit:
-    """The largest micro-batch of a stage that fits, with its figures; those of one pair where none does."""
+def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precision: str) -> StageEstimate:
+    """The estimate of one stage with the largest micro-batch that fits; with one pair if none does."""
     share = config.train.batch_size // machine.gpus
     loss = loss_bytes(config, model, machine.gpus) + machine.memory_gb * GB / 128
-    room = machine.memory_gb * GB * (1 - FRAGMENTS) - RESERVED_GB * GB
+    room = machine.memory_gb * GB * (1 - FRAGMENTATION) - RESERVED_GB * GB
 
     def bytes_of(m: int, each: bool) -> tuple[tuple[float, float, float], float]:
-        """The states, and what the work on them needs at the most."""
+        """(weights, gradients, optimizer state), and the peak of activations and loss."""
         keeps_whole = m < share and not each
         states = state_bytes(model, stage, machine.gpus, config.train.ema is not None, keeps_whole)
         after = reduction_bytes(model, machine.gpus) if keeps_whole and stage == 2 else 0.0
@@ -241,7 +240,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
         config.train.batch_size,
         forwards=1 if accumulation == 1 else 2,
     )
-    return Fit(
+    return StageEstimate(
         zero_stage=stage,
         micro_batch=m if fitting else None,
         reduce_each_micro_batch=each and stage >= 2 and accumulation > 1,
@@ -271,12 +270,16 @@ def _divisors(number: int) -> list[int]:
 def state_bytes(
     model: Footprint, stage: int, gpus: int, averaged: bool = False, keeps_whole: bool = False
 ) -> tuple[float, float, float]:
-    """Weights, gradients and optimiser state of one process, which keeps whole gradients until the last micro-batch at
-    stages 2 and 3 too, or not; see the file's head."""
+    """Bytes of weights, gradients and optimizer state per process; see the head of this file.
+
+    Args:
+        averaged: with an EMA copy of the weights.
+        keeps_whole: stages 2 and 3 keep whole gradients until the last micro-batch.
+    """
     share = 1 / gpus if stage else 1
     weights = 4.0 * model.parameters * (share if stage == 3 else 1)
     if stage == 3:
-        weights += 4 * min(model.parameters, LIVE)
+        weights += 4 * min(model.parameters, MAX_LIVE_PARAMETERS)
     if averaged:
         weights += 4 * model.parameters
     gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
@@ -286,12 +289,12 @@ def state_bytes(
 
 
 def reduction_bytes(model: Footprint, gpus: int) -> float:
-    """What stage 2 needs beside whole gradients to reduce them once, when no activations are held: bucket and share."""
+    """Bytes that stage 2 needs on top of whole gradients to reduce them once, after backward: bucket and partition."""
     return 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
 
 
 def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
-    """The loss's memory on one process, but for its tiles."""
+    """Bytes of the loss per process, without its tiles."""
     rows = config.train.batch_size // gpus + config.train.batch_size
     return rows * (16.0 * model.embed_dim + 32.0 * _num_dims(config))
 
@@ -299,12 +302,15 @@ def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
 def traffic_of(
     config: Config, model: Footprint, gpus: int, stage: int, accumulation: int, precision: str, each: bool = False
 ) -> tuple[float, int]:
-    """Bytes that one process sends a step, and the collective calls of a step, with a reduction for each micro-batch or
-    one in all; see the file's head."""
+    """Bytes sent per process and step, and collective calls per step; see the head of this file.
+
+    Args:
+        each: gradients are reduced for each micro-batch instead of once per step.
+    """
     if gpus == 1:
         return 0.0, 0
     B, D, e = config.train.batch_size, model.embed_dim, 2 if precision == "bf16" else 4
-    # Texts and groups gathered, columns' sums and the loss reduced, the texts' gradient scattered.
+    # Text embeddings and groups gathered; column sums and the loss reduced; the text gradient scattered.
     once = B * (e * D + 16) + 2 * 4 * _num_dims(config) * B + 4 * B * D
     calls = 5
     gradients, weights = 4.0 * model.trained, 4.0 * model.parameters
@@ -328,15 +334,15 @@ def _num_dims(config: Config) -> int:
 
 
 def _samples(config: Config) -> tuple[int | None, str | None]:
-    """The samples of an epoch, where the shards are at hand; else why not."""
+    """Samples per epoch if the shards can be read here, else the reason why not."""
     try:
         return sum(share.per_epoch for share in open_training_set(config.data).shares), None
     except InputError as error:
-        return None, f"The steps of an epoch are unknown, since the shards are not at hand here: {error}"
+        return None, f"Steps per epoch are unknown, because the shards cannot be read here: {error}"
 
 
 def _steps(config: Config, per_epoch: int | None) -> int | None:
     duration = config.train.duration
     if per_epoch is None and isinstance(duration, str) and "epoch" in duration:
         return None
-    return max(1, durations.steps(duration, config.train.batch_size, per_epoch or 0))
+    return max(1, durations.to_steps(duration, config.train.batch_size, per_epoch or 0))

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the SIGTERM of a batch system: the present step is finished, a checkpoint written, and the run ends."""
+"""Ctrl-C, and the SIGTERM of a batch system: the current step ends, a checkpoint is written, and the run stops."""
 
 import signal
 import sys
@@ -7,24 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Stop:
-    """Whether a signal has asked the run to end after its present step."""
+class StopRequest:
+    """Whether a signal has asked this process to stop after its current step."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.name = ""
+        self.requested = False
+        self.signal_name = ""
 
     def __call__(self, number: int, _frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
-        self.asked, self.name = True, signal.Signals(number).name
-        print(f"\n{self.name}: stopping after this step …", file=sys.stderr)
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
+        self.requested, self.signal_name = True, signal.Signals(number).name
+        print(f"\n{self.signal_name}: stopping after this step …", file=sys.stderr)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM let the step finish and a checkpoint be written."""
-    stop = Stop()
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within, Ctrl-C and SIGTERM set a flag instead of ending the process."""
+    stop = StopRequest()
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

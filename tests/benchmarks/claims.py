@@ -45,16 +45,15 @@ import torch.nn.functional as F
 from claims_scores import Embeddings
 from rich.console import Console
 
-from mmrl import config as configs
 from mmrl import nesting
-from mmrl.config import Config
+from mmrl.config import Config, load_config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
 from mmrl.model import bundle
 from mmrl.rotation import learned
 from mmrl.rotation.command import rotate_model
-from mmrl.settings import learning_values
+from mmrl.settings import hyperparameters
 from mmrl.train.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -153,7 +152,7 @@ def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: 
         *world.overrides,
         *changes,
     ]
-    config = configs.load(RECIPE, overrides)
+    config = load_config(RECIPE, overrides)
     every = max(1, -(-world.steps // CURVE_POINTS)) if curve else world.steps
     checkpoint = config.checkpoint.model_copy(update={"every": f"{every} steps", "keep": CURVE_POINTS + 1})
     return config.model_copy(update={"checkpoint": checkpoint})
@@ -162,7 +161,7 @@ def _config(plan: Plan, world: World, changes: Sequence[str], seed: int, curve: 
 def _hash(config: Config, world: World) -> str:
     """Of all that decides what is learnt, wherever the files lie, and of what is kept of a run."""
     towers = json.loads(Path(config.model.name).read_text())
-    decides = {**learning_values(config), "model.name": towers, "data.train": world.name, "claims.format": _FORMAT}
+    decides = {**hyperparameters(config), "model.name": towers, "data.train": world.name, "claims.format": _FORMAT}
     text = json.dumps(decides, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -212,7 +211,7 @@ def measure(run: Run) -> None:
             embed_tests(run, checkpoint, f"{checkpoint.name}-", only=first)
     if run.arm == "plain":
         width = bundle.open_model(run.last).dim
-        dims = sorted(dim for dim in configs.load(RECIPE).nesting.dims if dim <= width)
+        dims = sorted(dim for dim in load_config(RECIPE).nesting.dims if dim <= width)
         _turn(run, "rotated", dims, captions=1, steps=0)
         _turn(run, "nested", dims, captions=None, steps=learned.STEPS)
         _fit_pca(run)
@@ -328,7 +327,7 @@ def full_plan(world: Path, cache: Path, seeds: list[int], worlds: Sequence[str])
     """What is published: the named ones of both sets."""
     if "world" in worlds and not (world / "NOTICE").is_file():
         raise InputError(f"world: {world} is not whole; build it: python tests/benchmarks/world.py {world}")
-    recipe = configs.load(RECIPE).nesting
+    recipe = load_config(RECIPE).nesting
     assert recipe.start == 1, "the nested arm is made of the plain one"
     dims = sorted(recipe.dims, reverse=True)
     small = World(

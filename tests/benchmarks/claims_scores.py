@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmrl.nesting import cut
+from mmrl.nesting import truncate
 
 METRICS = ("R@1", "R@5", "R@10", "mAP")
 CROSS, SAME = ("image_to_text", "text_to_image"), ("image_to_image", "text_to_text")
@@ -64,7 +64,7 @@ class Embeddings:
             "image_to_image": (image, image),
             "text_to_text": (caption, caption),
         }[direction]
-        query_QD, gallery_GD = (cut(torch.from_numpy(rows), dim).numpy() for rows in (query, gallery))
+        query_QD, gallery_GD = (truncate(torch.from_numpy(rows), dim).numpy() for rows in (query, gallery))
         return query_QD, gallery_GD, query_group, gallery_group
 
 

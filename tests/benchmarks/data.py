@@ -35,12 +35,12 @@ import torch.nn.functional as F
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from mmrl.data.check.command import check
-from mmrl.data.pack.command import pack
+from mmrl.data.check.command import check_shards
+from mmrl.data.pack.command import pack_shards
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.stream import Stream
 from mmrl.data.transforms import AugmentConfig
-from mmrl.images.decode import decode_pixels, to_picture
+from mmrl.images.decode import decode_pixels, to_pil
 from mmrl.images.image_spec import ImageSpec
 
 wds: Any = importlib.import_module("webdataset")  # its names come from everywhere, which type checkers do not see
@@ -208,7 +208,7 @@ def measure_pack(place: Path, turns: int = 3) -> None:
                 data = path.read_bytes()
                 pixels_CHW = decode_pixels(data)
                 if max_side is not None:
-                    picture, buffer = to_picture(pixels_CHW), io.BytesIO()
+                    picture, buffer = to_pil(pixels_CHW), io.BytesIO()
                     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
                     picture.save(buffer, "JPEG", quality=92)
                     data = buffer.getvalue()
@@ -223,7 +223,7 @@ def measure_pack(place: Path, turns: int = 3) -> None:
             began = time.perf_counter()
             bare(max_side)
             middle = time.perf_counter()
-            pack(folder, place / f"packed-{max_side}-{turn}", max_side=max_side, quiet=True)
+            pack_shards(folder, place / f"packed-{max_side}-{turn}", max_side=max_side, quiet=True)
             if turn:
                 ratios.append((middle - began) / (time.perf_counter() - middle))
         what = "as they are" if max_side is None else f"made smaller, {max_side}"
@@ -236,7 +236,7 @@ def measure_check(place: Path) -> None:
     write_shards(folder, 4, 2048, lambda _: rng.bytes(60_000))
     for _ in range(3):
         began = time.perf_counter()
-        result = check(str(folder), decode=False, workers=1, quiet=True)
+        result = check_shards(str(folder), decode=False, workers=1, quiet=True)
         size = sum(one.bytes for one in result.sets)
         print(f"check    without decoding          {size / 1e6 / (time.perf_counter() - began):8.0f} MB/s")
 

@@ -24,7 +24,7 @@ from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
 from mmrl.engine.timing import peak_memory
 from mmrl.evaluate.ranking.ranks import rank_both
-from mmrl.nesting import cut
+from mmrl.nesting import truncate
 
 WIDTH, CAPTIONS = 512, 5
 DIMS = (512, 256, 128, 64, 32)
@@ -54,7 +54,7 @@ def ours(given: Embeddings, dims: tuple[int, ...]) -> dict[str, float]:
 def clip_benchmarks(given: Embeddings, dim: int) -> dict[str, float]:
     """Recall at one dim, as CLIP_benchmark's evaluate() computes it from embeddings."""
     image_ND, text_MD, _, image_of_text_M = given
-    score_MN = cut(text_MD, dim) @ cut(image_ND, dim).T
+    score_MN = truncate(text_MD, dim) @ truncate(image_ND, dim).T
     positive_MN = torch.zeros_like(score_MN, dtype=torch.bool)
     positive_MN[torch.arange(len(score_MN)), image_of_text_M] = True
     result = {}

@@ -29,7 +29,7 @@ import torch
 from mmrl.export import bundles
 from mmrl.inference.standalone import Encoder
 from mmrl.model import bundle
-from mmrl.nesting import cut
+from mmrl.nesting import truncate
 
 _FIRST = """
 import time
@@ -63,11 +63,11 @@ def main() -> None:
 
     @torch.inference_mode()
     def image() -> object:
-        return cut(whole.model.encode_image(pixels), options.dim).numpy()
+        return truncate(whole.model.encode_image(pixels), options.dim).numpy()
 
     @torch.inference_mode()
     def text() -> object:
-        return cut(whole.model.encode_text(full), options.dim).numpy()
+        return truncate(whole.model.encode_text(full), options.dim).numpy()
 
     few = graphs["fp32"].tokenise(short)
     length = whole.tokenise.context_length

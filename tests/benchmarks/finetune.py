@@ -31,7 +31,7 @@ from claims import Plan, Run
 from claims_scores import Embeddings
 from rich.console import Console
 
-from mmrl import config as configs
+from mmrl.config import dump_config, load_config
 from mmrl.export import bundles
 from mmrl.train.trainer import train
 
@@ -40,7 +40,7 @@ SHARE_OF_LR = 0.2
 
 def tuned(plain: Run, plan: Plan, kind: str, steps: int) -> Run:
     """The run that goes on from a plain one for so many steps."""
-    recipe = configs.load(claims.RECIPE)
+    recipe = load_config(claims.RECIPE)
     lrs = {name: getattr(recipe.optim, name) for name in ("lr", "lr_token_embedding", "lr_logit_scale")}
     source = plain.folder / "open_clip"
     light = [1.0, *[0.15] * (len(plan.dims) - 1)]
@@ -59,10 +59,10 @@ def tuned(plain: Run, plan: Plan, kind: str, steps: int) -> Run:
     if not source.exists():
         bundles.export(str(plain.last), source, [plan.dims[0]], "open_clip")
     beside = plain.folder / "tuned.yaml"
-    beside.write_text(configs.dump(plain.config))
+    beside.write_text(dump_config(plain.config))
     name = f"{plain.folder.name}-and-{steps}-{hashlib.sha256(' '.join(changes).encode()).hexdigest()[:10]}"
     places = [f"run={plain.folder.with_name(name)}", f"model.pretrained={source / 'open_clip_model.safetensors'}"]
-    config = configs.load(beside, [*changes, *places])
+    config = load_config(beside, [*changes, *places])
     return replace(plain, arm=f"plain, then {steps} steps, {kind}", config=config, curve=False)
 
 

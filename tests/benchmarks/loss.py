@@ -1,16 +1,16 @@
-"""The nested loss beside open_clip's, the plain nested formula and sentence-transformers', run by hand:
+"""Time and memory of the nested loss, compared with open_clip, the plain nested formula and sentence-transformers:
 
     pip install --no-deps --target /tmp/extras sentence-transformers scipy scikit-learn joblib
     pip install --no-deps --target /tmp/extras cloudpickle threadpoolctl narwhals
     PYTHONPATH=/tmp/extras python tests/benchmarks/loss.py [--batch 8192] [--repeats 5] [--device cuda]
 
-(Without sentence-transformers its row is left out.) Every row is value and gradient of both towers' embeddings, on
-random embeddings of width 512 whose pairs resemble each other. Times: the rows run in turns, forwards and backwards,
-and each shows its median and the median of its ratios to open_clip's single loss within the same turn. `foreign` is
-how many cores other processes used meanwhile: above some 0.1, believe the ratios alone.
+(Without sentence-transformers its row is skipped.) Each row computes the loss and the gradients of both embeddings, on
+random 512-d embeddings whose matching pairs are correlated. Time: the rows run in rounds, in alternating order; each
+shows its median and the median of its per-round ratios to open_clip's single loss. `foreign` is the mean number of
+cores that other processes used meanwhile: above about 0.1, trust only the ratios.
 
-Memory: what the process needs at its peak beyond the embeddings and the results of their gradients, each row in a
-process of its own. `--large 65536` measures our loss alone at that batch: time, and the whole process at its peak.
+Memory: the peak beyond the embeddings and their gradients, each row in its own process. `--large 65536` measures only
+our loss at that batch size: its time, and the peak memory of the whole process.
 """
 
 import argparse
@@ -40,12 +40,12 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def open_clip_single(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
-    """open_clip's loss at the full dim, as its trainer calls it: on normalised embeddings."""
+    """open_clip's loss at the full dim, on normalised embeddings as in its trainer."""
     return _clip_loss(image_BD, text_BD)
 
 
 def plain_nested(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
-    """The mean of open_clip's loss over the renormalised prefixes: what one would write by hand."""
+    """The mean of open_clip's loss over the renormalised prefixes: the plain implementation."""
     losses = [_clip_loss(image_BD[:, :dim], text_BD[:, :dim]) for dim in DIMS]
     return torch.stack(losses).mean()
 
@@ -56,7 +56,7 @@ def _clip_loss(image_Bd: torch.Tensor, text_Bd: torch.Tensor) -> torch.Tensor:
 
 
 def sentence_transformers_nested(image_BD: torch.Tensor, text_BD: torch.Tensor) -> torch.Tensor:
-    """MatryoshkaLoss over the symmetric ranking loss, on a model that only hands out the embeddings."""
+    """MatryoshkaLoss of the symmetric ranking loss, on a model that returns the given embeddings."""
     from sentence_transformers.sentence_transformer.losses import (  # pyright: ignore[reportMissingImports]
         MatryoshkaLoss,
         MultipleNegativesRankingLoss,
@@ -88,19 +88,19 @@ def _scale(embedding_BD: torch.Tensor) -> torch.Tensor:
 
 
 ROWS: dict[str, tuple[Loss, torch.dtype]] = {
-    "open_clip, dim 512 alone": (open_clip_single, torch.float32),
+    "open_clip, 512-d only": (open_clip_single, torch.float32),
     "plain nested (K x ClipLoss)": (plain_nested, torch.float32),
     "sentence-transformers": (sentence_transformers_nested, torch.float32),
     "mmrl, 5 dims": (ours(DIMS), torch.float32),
-    "mmrl, dim 512 alone": (ours((WIDTH,)), torch.float32),
+    "mmrl, 512-d only": (ours((WIDTH,)), torch.float32),
     "mmrl, 8 dims": (ours(EIGHT_DIMS), torch.float32),
     "mmrl, 5 dims, bf16 inputs": (ours(DIMS), torch.bfloat16),
 }
-BASELINE, FULL = "open_clip, dim 512 alone", "mmrl, 5 dims"
+BASELINE, OURS = "open_clip, 512-d only", "mmrl, 5 dims"
 
 
 def main() -> None:
-    """Measures and prints the tables."""
+    """Measure and print the tables."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
@@ -111,9 +111,9 @@ def main() -> None:
         return
     rows = [name for name in ROWS if name != "sentence-transformers" or _has_sentence_transformers()]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} threads"
-    print(f"B = {arguments.batch:,}, D = {WIDTH}, dims {list(DIMS)}, {device}; {arguments.repeats} turns")
+    print(f"B = {arguments.batch:,}, D = {WIDTH}, dims {list(DIMS)}, {device}; {arguments.repeats} rounds")
     seconds, foreign = _time(rows, arguments)
-    memory = {name: _memory_in_own_process(name, arguments) for name in rows}
+    memory = {name: _memory_in_new_process(name, arguments) for name in rows}
     print(f"\n{'':28} {'ms':>8} {'/ open_clip':>11} {'extra MiB':>10}")
     for name in rows:
         ratio = _ratio(seconds, name, BASELINE)
@@ -123,21 +123,21 @@ def main() -> None:
 
 
 def _print_ratios(seconds: dict[str, list[float]], memory: dict[str, float], arguments: argparse.Namespace) -> None:
-    print("\nratios of medians within a turn")
+    print("\nmedian ratios within a round")
     for of, to in (
-        (FULL, BASELINE),
-        (FULL, "plain nested (K x ClipLoss)"),
-        (FULL, "sentence-transformers"),
-        ("mmrl, 8 dims", "mmrl, dim 512 alone"),
-        ("mmrl, 5 dims, bf16 inputs", FULL),
+        (OURS, BASELINE),
+        (OURS, "plain nested (K x ClipLoss)"),
+        (OURS, "sentence-transformers"),
+        ("mmrl, 8 dims", "mmrl, 512-d only"),
+        ("mmrl, 5 dims, bf16 inputs", OURS),
     ):
         if to in seconds:
             print(f"  time    {of:26} / {to:28} {_ratio(seconds, of, to):.2f}")
     plain = memory["plain nested (K x ClipLoss)"]
-    print(f"  memory  {FULL:26} / {'plain nested (K x ClipLoss)':28} 1/{plain / max(memory[FULL], 1):.0f}")
-    rate = _ratio(seconds, "the products alone", FULL)
-    flops = 8 * arguments.batch**2 * WIDTH / statistics.median(seconds["the products alone"])
-    print(f"  rate    {FULL:26} / torch.mm of the same tiles   {rate:.2f} (of {flops / 1e9:.0f} GFLOP/s)")
+    print(f"  memory  {OURS:26} / {'plain nested (K x ClipLoss)':28} 1/{plain / max(memory[OURS], 1):.0f}")
+    rate = _ratio(seconds, "matrix products only", OURS)
+    flops = 8 * arguments.batch**2 * WIDTH / statistics.median(seconds["matrix products only"])
+    print(f"  rate    {OURS:26} / torch.mm of the same tiles   {rate:.2f} (of {flops / 1e9:.0f} GFLOP/s)")
 
 
 def _arguments() -> argparse.Namespace:
@@ -146,7 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--large", type=int, help="measure our loss alone at this batch")
+    parser.add_argument("--large", type=int, help="measure only our loss, at this batch size")
     parser.add_argument("--memory-of", choices=list(ROWS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -159,7 +159,7 @@ def _embeddings(arguments: argparse.Namespace, batch: int, dtype: torch.dtype) -
 
 
 def _run(loss: Loss, embeddings: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Seconds of one value and gradient."""
+    """Seconds of one loss and gradient."""
     began = time.perf_counter()
     torch.autograd.grad(loss(*embeddings), embeddings)
     if embeddings[0].is_cuda:
@@ -167,8 +167,8 @@ def _run(loss: Loss, embeddings: tuple[torch.Tensor, torch.Tensor]) -> float:
     return time.perf_counter() - began
 
 
-def _products_alone(arguments: argparse.Namespace) -> float:
-    """Seconds of the 4 B^2 D multiply-adds that the loss cannot do without, as torch.mm of 1,024-wide tiles."""
+def _products_only(arguments: argparse.Namespace) -> float:
+    """Seconds of the loss's 4 B^2 D multiply-adds alone, as torch.mm of 1,024-wide tiles."""
     B, tile = arguments.batch, 1024
     x_BD, y_BD = (torch.randn(tile, WIDTH, device=arguments.device) for _ in "xy")
     out_BB = torch.empty(tile, tile, device=arguments.device)
@@ -184,36 +184,36 @@ def _products_alone(arguments: argparse.Namespace) -> float:
 
 
 def _time(rows: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each row in each turn, and the cores that others used."""
+    """Seconds of each row in each round, and the mean number of cores that other processes used."""
     embeddings = {dtype: _embeddings(arguments, arguments.batch, dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds: dict[str, list[float]] = defaultdict(list)
     for name in rows:
         _run(ROWS[name][0], embeddings[ROWS[name][1]])
-    wall, own, everything = time.perf_counter(), sum(os.times()[:2]), _cpu_of_all()
-    for turn in range(arguments.repeats):
-        for name in rows[:: -1 if turn % 2 else 1]:
+    began, own, system = time.perf_counter(), sum(os.times()[:2]), _system_cpu_seconds()
+    for repeat in range(arguments.repeats):
+        for name in rows[:: -1 if repeat % 2 else 1]:
             loss, dtype = ROWS[name]
             seconds[name].append(_run(loss, embeddings[dtype]))
-        seconds["the products alone"].append(_products_alone(arguments))
-    own, everything = sum(os.times()[:2]) - own, _cpu_of_all() - everything
-    return seconds, (everything - own) / (time.perf_counter() - wall)
+        seconds["matrix products only"].append(_products_only(arguments))
+    own, system = sum(os.times()[:2]) - own, _system_cpu_seconds() - system
+    return seconds, (system - own) / (time.perf_counter() - began)
 
 
 def _ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
 
 
-def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> float:
+def _memory_in_new_process(name: str, arguments: argparse.Namespace) -> float:
     command = [sys.executable, __file__, "--memory-of", name, "--batch", str(arguments.batch)]
     command += ["--threads", str(arguments.threads), "--device", arguments.device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def _peak_memory(row: tuple[Loss, torch.dtype], arguments: argparse.Namespace) -> float:
-    """Bytes at the peak beyond the embeddings and their gradients."""
+    """Peak bytes beyond the embeddings and their gradients."""
     loss, dtype = row
     small = _embeddings(arguments, 256, dtype)
-    _run(loss, small)  # threads, libraries
+    _run(loss, small)  # warm-up: threads and libraries
     embeddings = _embeddings(arguments, arguments.batch, dtype)
     gradients = sum(x.numel() * x.element_size() for x in embeddings)
     if arguments.device == "cuda":
@@ -222,14 +222,14 @@ def _peak_memory(row: tuple[Loss, torch.dtype], arguments: argparse.Namespace) -
         _run(loss, embeddings)
         return torch.cuda.max_memory_allocated() - before - gradients
     before, _ = _resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     _run(loss, embeddings)
     _, peak = _resident()
     return peak - before - gradients
 
 
 def _resident() -> tuple[int, int]:
-    """Bytes of memory that this process holds now and held at its peak. (Linux.)"""
+    """Resident bytes of this process, now and at the peak (Linux)."""
     status = Path("/proc/self/status").read_text()
     now, peak = (re.search(rf"{name}:\s+(\d+) kB", status) for name in ("VmRSS", "VmHWM"))
     assert now is not None and peak is not None, status  # noqa: PT018
@@ -241,7 +241,7 @@ def _measure_large(arguments: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if arguments.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    print(f"B = {arguments.large:,}: {seconds:.1f} s, the whole process at its peak {peak / 2**30:.2f} GiB")
+    print(f"B = {arguments.large:,}: {seconds:.1f} s, peak of the whole process {peak / 2**30:.2f} GiB")
 
 
 def _has_sentence_transformers() -> bool:
@@ -252,8 +252,8 @@ def _has_sentence_transformers() -> bool:
     return True
 
 
-def _cpu_of_all() -> float:
-    """CPU seconds that everything on this machine has used. (Linux; NaN elsewhere.)"""
+def _system_cpu_seconds() -> float:
+    """CPU seconds used by all processes on this machine (Linux; NaN elsewhere)."""
     if not Path("/proc/stat").exists():
         return float("nan")
     user, nice, system, _idle, _wait, irq, soft_irq, *_ = Path("/proc/stat").read_text().split()[1:]

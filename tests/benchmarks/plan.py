@@ -1,9 +1,9 @@
-"""The table of launch/README.md: a step's time and traffic as `mmrl plan` models them, for whole clusters.
+"""Prints step time and traffic for 8 to 4,096 GPUs, as modelled by `mmrl plan`.
 
     python tests/benchmarks/plan.py
 
-The formulas and their constants stand at the head of mmrl/plan.py, and are printed below the table. Nothing here was
-measured on a GPU.
+The formulas and their constants are at the head of mmrl/train/plan.py, and are printed below the table. Nothing here
+was measured on a GPU.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from mmrl import config as configs
+from mmrl.config import load_config
 from mmrl.model import footprint
 from mmrl.train import plan
 
@@ -29,11 +29,11 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, dims in TOWERS.items():
         overrides = [f"model.name={name}", f"nesting.dims={dims}", "engine.precision=bf16", "evaluation={}"]
-        measured = footprint.measure(configs.load(RECIPE, overrides).model, in_16_bits=True)
+        measured = footprint.measure(load_config(RECIPE, overrides).model, in_16_bits=True)
         for batch in BATCHES:
-            config = configs.load(RECIPE, [*overrides, f"train.batch_size={batch}"])
+            config = load_config(RECIPE, [*overrides, f"train.batch_size={batch}"])
             for gpus in GPUS:
-                result = plan.plan(config, gpus, MEMORY_GB, measured=measured)
+                result = plan.plan_resources(config, gpus, MEMORY_GB, measured=measured)
                 if result.best is None:
                     print(f"| {name} | {batch:,} | {gpus:,} | – | does not fit | | | | |")
                     continue

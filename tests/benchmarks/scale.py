@@ -35,8 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from mmrl import config as configs
-from mmrl.config import Config
+from mmrl.config import Config, load_config
 from mmrl.distributed import comm
 from mmrl.engine import grad_cache, optim
 from mmrl.engine.engine import Engine, EngineConfig
@@ -45,10 +44,10 @@ from mmrl.losses.config import LossConfig, nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model import towers, two_tower
 from mmrl.model.two_tower import MatryoshkaCLIP
-from mmrl.nesting import nesting
+from mmrl.nesting import Nesting
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-RECIPE = configs.load(QUICKSTART)
+RECIPE = load_config(QUICKSTART)
 VIT = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": 96, "layers": 6, "width": 384, "head_width": 64, "patch_size": 16},
@@ -77,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vit-benchmark.json"
         path.write_text(json.dumps(VIT))
-        _accumulation(arguments, configs.load(QUICKSTART, [f"model.name={path}"]))
+        _accumulation(arguments, load_config(QUICKSTART, [f"model.name={path}"]))
     _deepspeed(arguments)
     comm.stop()
     _collectives()
@@ -215,7 +214,7 @@ def _loss(
     bias: torch.Tensor | None,
 ) -> NestedLoss:
     groups = torch.arange(len(image_bD)) + comm.world().rank * len(image_bD)
-    nested = nesting(dims, None, image_bD.shape[1])
+    nested = Nesting.from_dims(dims, None, image_bD.shape[1])
     return nested_loss(LossConfig(), image_bD, text_bD, scale, bias, nested, groups)
 
 

@@ -30,14 +30,14 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from mmrl.data.samples import group_number
+from mmrl.data.samples import group_id
 from mmrl.search.build import write_index
 from mmrl.search.calibrate import Queries, exact_neighbours
+from mmrl.search.columns import columns_of
 from mmrl.search.embed import EMBEDDINGS, TEXTS
-from mmrl.search.funnel import Funnel, prefix
+from mmrl.search.funnel import Funnel, unit_prefix
 from mmrl.search.index import Index, open_index
-from mmrl.search.precision import columns_of
-from mmrl.search.table import picture_schema, text_schema, vector_array
+from mmrl.search.table import image_schema, text_schema, vector_array
 
 DIM, HEAD, ENERGY = 512, 64, 0.74
 PER_CLUSTER, CHUNK, TEXTS_GIVEN, QUERIES = 250, 50_000, 4_000, 64
@@ -85,10 +85,10 @@ def power_law() -> np.ndarray:
 
 def spectrum_of(run: str) -> np.ndarray:
     """The deviations of a trained model's pictures, stretched to DIM numbers."""
-    from mmrl.search.embed import embed_pictures
+    from mmrl.search.embed import embed_images
 
     with tempfile.TemporaryDirectory() as place:
-        embed_pictures(run, "starter:test-artist", Path(place, "e"), quiet=True)
+        embed_images(run, "starter:test-artist", Path(place, "e"), quiet=True)
         table = pyarrow.parquet.read_table(Path(place, "e", EMBEDDINGS))
     rows = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     deviations = rows.std(axis=0)
@@ -109,7 +109,7 @@ def write_embeddings(vectors: Vectors, folder: Path) -> Path:
         "nested_dims": [64, 128, 256, 512],
         "columns": [column.to_json() for column in columns],
     }
-    schema = picture_schema(columns, facts)
+    schema = image_schema(columns, facts)
     with pyarrow.parquet.ParquetWriter(folder / EMBEDDINGS, schema, compression="none") as writer:
         start = 0
         for rows in vectors.chunks():
@@ -117,7 +117,7 @@ def write_embeddings(vectors: Vectors, folder: Path) -> Path:
             data = {
                 "key": [f"shard/{n:08}" for n in numbers],
                 "captions": [[f"picture number {n}"] for n in numbers],
-                "group": [group_number(f"group {n % 100}") for n in numbers],
+                "group": [group_id(f"group {n % 100}") for n in numbers],
                 "group_name": [f"group {n % 100}" for n in numbers],
                 "embedding": vector_array(pyarrow, rows),
                 "thumbnail": [b"x" * 3000 if vectors.rows <= 100_000 else b"x"] * len(rows),
@@ -181,10 +181,10 @@ def funnel(index: Index, vectors: Vectors) -> None:
     for start in range(0, vectors.rows, CHUNK):
         rows = np.array(index.vectors_ND[start : start + CHUNK])
         exact.add(rows)
-        short.add(prefix(rows, HEAD))
+        short.add(unit_prefix(rows, HEAD))
 
     def reranked(number: int, count: int) -> np.ndarray:
-        rows = short.search(prefix(both[number : number + 1], HEAD), count)[1][0]
+        rows = short.search(unit_prefix(both[number : number + 1], HEAD), count)[1][0]
         return rows[np.argsort(-(index.vectors_ND[rows] @ both[number]))[:10]]
 
     ways: dict[str, Callable[[int], np.ndarray]] = {
@@ -221,14 +221,14 @@ def codes(index: Index, vectors: Vectors) -> None:
     assert index.funnel is not None
     dim = index.funnel.dim
     plain = faiss.index_factory(dim, f"PQ{dim // 2}x4fs", faiss.METRIC_INNER_PRODUCT)
-    sample = prefix(rows_ND[:20_000], dim)
+    sample = unit_prefix(rows_ND[:20_000], dim)
     plain.train(sample)
-    plain.add(prefix(rows_ND, dim))
+    plain.add(unit_prefix(rows_ND, dim))
     with tempfile.TemporaryDirectory() as place:
         folded = Funnel.build(Path(place), rows_ND, "pq", dim, rows_ND[:20_000])
         binary = Funnel.build(Path(place), rows_ND, "binary", dim, rows_ND[:20_000])
     for name, found in (
-        ("pq, neighbours in pairs", plain.search(prefix(queries_QD, dim), 4000)[1]),
+        ("pq, neighbours in pairs", plain.search(unit_prefix(queries_QD, dim), 4000)[1]),
         ("pq, folded", folded.first(queries_QD, 4000)),
         ("binary", binary.first(queries_QD, 4000)),
     ):
@@ -256,10 +256,10 @@ def page(index: Index, vectors: Vectors) -> None:
 
     from mmrl.search.app import create_app
     from mmrl.search.query import Searcher
-    from mmrl.search.serve import _listen
+    from mmrl.search.serve import open_listener
 
     encoder: Any = _NoEncoder(vectors.words(QUERIES, (4,)))
-    listening = _listen("127.0.0.1", 0)
+    listening = open_listener("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(create_app(Searcher(index, encoder), ["*"]), log_level="warning"))
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/api/search/text"

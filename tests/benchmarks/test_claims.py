@@ -97,7 +97,7 @@ def test_arms_differ_in_their_nesting_alone(tmp_path: Path) -> None:
     assert len(runs) == 2 * 2 * 3
     assert len({run.folder for run in runs}) == len(runs)
     one_world = [run for run in runs if run.world.name == "starter" and run.seed == 0]
-    learnt = [claims.learning_values(run.config) for run in one_world]
+    learnt = [claims.hyperparameters(run.config) for run in one_world]
     differing = {key for values in learnt for key in values if values[key] != learnt[0][key]}
     assert differing == {"nesting.dims"}
     assert {run.arm: run.config.nesting.dims for run in one_world} == {

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrl import config as configs
+from mmrl.config import load_config
 from mmrl.data.shards import expand
 from mmrl.model.towers import OWN_CONFIGS
 
@@ -211,7 +211,7 @@ def _open_clip() -> Trainer:
     def command(arguments: argparse.Namespace, folder: Path) -> list[str]:
         main_file = folder / "open_clip_main.py"
         main_file.write_text(OPEN_CLIP_MAIN.format(folder=str(OWN_CONFIGS)))
-        optim = configs.load(RECIPE).optim
+        optim = load_config(RECIPE).optim
         flags = {
             "model": MODEL,
             "train-data": "::".join(str(path) for path in expand(SHARDS)),

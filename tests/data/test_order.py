@@ -6,26 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.data import draws
-from mmrl.data.order import EpochOrder, Share
+from mmrl.data.order import EpochOrder, SourceShare
 
 
-def numbers(shares: list[Share], epoch: int = 0, window: int = 16) -> np.ndarray:
+def indices(shares: list[SourceShare], epoch: int = 0, window: int = 16) -> np.ndarray:
     order = EpochOrder(shares, seed=5, epoch=epoch, window=window)
-    return order.numbers(np.arange(order.length))
+    return order.indices(np.arange(order.length))
 
 
 @pytest.mark.parametrize("counts", [[7], [5, 1, 30], [100] * 20])
 @pytest.mark.parametrize("window", [1, 16, 10_000])
-def test_an_epoch_holds_each_sample_once_in_an_order_of_its_own(counts: list[int], window: int) -> None:
+def test_each_epoch_is_a_different_permutation_of_all_samples(counts: list[int], window: int) -> None:
     everywhere = np.arange(sum(counts))
-    epochs = [numbers([Share(counts)], epoch, window) for epoch in range(3)]
+    epochs = [indices([SourceShare(counts)], epoch, window) for epoch in range(3)]
     for order in epochs:
         assert sorted(order.tolist()) == everywhere.tolist()
     assert epochs[0].tolist() != epochs[1].tolist() != epochs[2].tolist()
-    # Any part of the order is found without the rest.
-    again = EpochOrder([Share(counts)], seed=5, epoch=1, window=window)
-    assert again.numbers(everywhere[3:6]).tolist() == epochs[1][3:6].tolist()
-    assert again.numbers(everywhere[:2] + sum(counts)).tolist() == epochs[1][:2].tolist()
+    # Random access to any positions, also beyond the end.
+    again = EpochOrder([SourceShare(counts)], seed=5, epoch=1, window=window)
+    assert again.indices(everywhere[3:6]).tolist() == epochs[1][3:6].tolist()
+    assert again.indices(everywhere[:2] + sum(counts)).tolist() == epochs[1][:2].tolist()
 
 
 @settings(deadline=None)
@@ -37,14 +37,14 @@ def test_an_epoch_holds_each_sample_once_in_an_order_of_its_own(counts: list[int
     ),
     st.integers(1, 60),
 )
-def test_each_source_comes_as_often_as_it_should(sources: list[tuple[list[int], float]], window: int) -> None:
-    shares = [Share(counts, repeat) for counts, repeat in sources]
+def test_all_samples_of_a_source_are_seen_equally_often(sources: list[tuple[list[int], float]], window: int) -> None:
+    shares = [SourceShare(counts, repeat) for counts, repeat in sources]
     total = sum(share.total for share in shares)
     seen: Counter[int] = Counter()
     epochs = 10
     for epoch in range(epochs):
-        order = numbers(shares, epoch, window)
-        assert len(set(order.tolist())) == len(order)  # every appearance has a number of its own
+        order = indices(shares, epoch, window)
+        assert len(set(order.tolist())) == len(order)  # copies of a sample have different indices
         seen.update((order % total).tolist())
     first = 0
     for share in shares:
@@ -54,26 +54,26 @@ def test_each_source_comes_as_often_as_it_should(sources: list[tuple[list[int], 
         first += share.total
 
 
-def test_half_a_source_is_the_other_half_next_time() -> None:
-    first, second = (set(numbers([Share([30, 10], 0.5)], epoch).tolist()) for epoch in range(2))
+def test_with_repeat_one_half_two_epochs_are_one_pass() -> None:
+    first, second = (set(indices([SourceShare([30, 10], 0.5)], epoch).tolist()) for epoch in range(2))
     assert len(first) == len(second) == 20
     assert not first & second
 
 
-def test_what_is_read_ahead_is_what_comes() -> None:
+def test_prefetch_indices_cover_the_shards_of_the_next_windows() -> None:
     counts = [10] * 50
-    order = EpochOrder([Share(counts)], seed=1, epoch=0, window=40)
+    order = EpochOrder([SourceShare(counts)], seed=1, epoch=0, window=40)
     for position in (0, 100, 333):
         for windows in (0, 1, 4):
-            ahead = {int(number) // 10 for number in order.ahead(position, windows)}
-            rest = range(position, position + order.length)
-            in_them = [p for p in rest if (order.window_of(p) - order.window_of(position)) % 13 <= windows]
-            coming = {int(number) // 10 for number in order.numbers(np.array(in_them))}
-            assert coming <= ahead
+            ahead = {int(index) // 10 for index in order.prefetch_indices(position, windows)}
+            following = range(position, position + order.length)
+            inside = [p for p in following if (order.window_of(p) - order.window_of(position)) % 13 <= windows]
+            needed = {int(index) // 10 for index in order.indices(np.array(inside))}
+            assert needed <= ahead
             assert len(ahead) <= 4 * (windows + 1) + 2
 
 
-def test_draws_are_even_and_do_not_depend_on_their_company() -> None:
+def test_uniform_is_uniform_and_depends_only_on_the_key() -> None:
     numbers = draws.uniform(1, 2, np.arange(20_000))
     assert abs(numbers.mean() - 0.5) < 0.01
     assert abs(np.histogram(numbers, 10)[0] / 2000 - 1).max() < 0.1

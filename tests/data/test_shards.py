@@ -6,10 +6,10 @@ from mmrl.data.shards import expand
 from mmrl.errors import InputError
 
 
-def test_every_way_of_naming_shards(shards: Path, tmp_path: Path) -> None:
+def test_expand_takes_folders_patterns_lists_and_the_starter_set(shards: Path, tmp_path: Path) -> None:
     names = ["part-0.tar", "part-1.tar", "part-2.tar"]
     listing = tmp_path / "list.txt"
-    listing.write_text(f"# the first\n{shards}/part-0.tar\n\n{shards}/part-{{1..2}}.tar\n")
+    listing.write_text(f"# a comment\n{shards}/part-0.tar\n\n{shards}/part-{{1..2}}.tar\n")
     for spec in (str(shards), f"{shards}/part-{{0..2}}.tar", f"@{listing}", [shards / name for name in names]):
         assert [Path(path).name for path in expand(spec)] == names  # pyright: ignore[reportArgumentType]
     assert len(expand("starter:train")) == 4
@@ -24,16 +24,16 @@ def test_every_way_of_naming_shards(shards: Path, tmp_path: Path) -> None:
         ("{empty}", "holds no .tar file"),
         ("pipe:rm -rf x", "would run a command; set data.allow_pipe=true"),
         ("http://example.org/shards/", r"cannot be listed; give a pattern such as http://example.org/shards/shard-"),
-        ("nostore://bucket/a.tar", r"nostore:// in .* is no store that is known here; http, https, "),
+        ("nostore://bucket/a.tar", r"nostore:// in .* is not supported; use a path or one of http, https, "),
         ("memory://nothing/here", "holds no .tar file"),
         ("starter:training", "no split 'training'.*val-pictures"),
     ],
 )
-def test_shards_that_are_not_there_are_named(spec: str, says: str, shards: Path, tmp_path: Path) -> None:
+def test_a_wrong_spec_is_an_error_that_names_it(spec: str, says: str, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         expand(spec.format(shards=shards, empty=tmp_path))
 
 
-def test_a_shard_named_twice_is_refused(shards: Path) -> None:
+def test_a_shard_named_twice_is_an_error(shards: Path) -> None:
     with pytest.raises(InputError, match="named twice"):
         expand([shards, shards / "part-1.tar"])

@@ -1,4 +1,4 @@
-"""The starter set as it ships, and the rules that it is built by."""
+"""The shipped starter set, and the functions that build it."""
 
 import io
 import json
@@ -18,7 +18,7 @@ COUNTS = {"train": 5887, "val-pictures": 211, "val-concepts": 224, "test-artist"
 
 @cache
 def members(shard: Path) -> list[tuple[str, str, bytes]]:
-    """(key, extension, content) of each file in the tar, in its order."""
+    """(key, extension, content) of each file in the tar, in order."""
     found = []
     with tarfile.open(shard) as tar:
         for member in tar:
@@ -31,7 +31,7 @@ def members(shard: Path) -> list[tuple[str, str, bytes]]:
 
 @cache
 def samples(split: str) -> dict[str, dict[str, bytes]]:
-    """The files of each sample by extension."""
+    """Key -> extension -> content of all samples of a split."""
     found: dict[str, dict[str, bytes]] = {}
     for shard in starter.shards(split):
         for key, extension, content in members(shard):
@@ -51,12 +51,12 @@ def artists(split: str) -> set[str]:
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_each_split_has_its_count(split: str) -> None:
+def test_each_split_has_the_documented_number_of_samples(split: str) -> None:
     assert len(samples(split)) == COUNTS[split]
     assert all(shard.parent == starter.folder() for shard in starter.shards(split))
 
 
-def test_the_splits_are_all_there_is() -> None:
+def test_the_shipped_tars_are_the_splits_and_no_key_occurs_twice() -> None:
     shipped = {path for split in COUNTS for path in starter.shards(split)}
     assert set(starter.SPLITS) == set(COUNTS)
     assert set(starter.folder().glob("*.tar")) == shipped
@@ -74,35 +74,35 @@ def test_held_out_concepts_are_in_no_other_split() -> None:
         assert not concepts("test-concepts") & concepts(other)
 
 
-def test_validation_concepts_are_not_trained_on() -> None:
+def test_val_concepts_are_not_in_train_or_val_pictures() -> None:
     assert not concepts("val-concepts") & (concepts("train") | concepts("val-pictures"))
 
 
-def test_the_test_artist_is_seen_nowhere_in_training_or_validation() -> None:
+def test_the_test_artist_is_not_in_train_or_val_splits() -> None:
     assert artists("test-artist") == {"twemoji"}
     for split in ("train", "val-pictures", "val-concepts"):
         assert "twemoji" not in artists(split)
 
 
-def test_the_test_artist_draws_what_training_or_validation_shows_by_others() -> None:
+def test_the_concepts_of_the_test_artist_are_those_of_train_and_val_concepts() -> None:
     assert concepts("test-artist") == concepts("train") | concepts("val-concepts")
 
 
-def test_validation_pictures_are_of_concepts_that_training_shows_twice() -> None:
+def test_val_pictures_are_of_concepts_with_two_images_in_train() -> None:
     trained = [build.artist_and_concept(key)[1] for key in samples("train")]
     for key in samples("val-pictures"):
         assert trained.count(build.artist_and_concept(key)[1]) >= 2, key
 
 
-def test_no_validation_picture_has_a_near_copy_by_the_artist_who_shares_its_drawings() -> None:
-    assert not artists("val-pictures") & build.DRAWN_ALIKE
+def test_val_pictures_have_no_near_duplicates_in_train() -> None:
+    assert not artists("val-pictures") & build.NEAR_DUPLICATE_ARTISTS
 
 
 # ------------------------------------------------------------------------------------------------ the samples
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_each_sample_is_whole_and_says_what_its_key_says(split: str) -> None:
+def test_each_sample_has_all_files_and_metadata_that_matches_its_key(split: str) -> None:
     for key, files in samples(split).items():
         artist, concept = build.artist_and_concept(key)
         assert set(files) == {"webp", "txt", "json"}, key
@@ -115,21 +115,21 @@ def test_each_sample_is_whole_and_says_what_its_key_says(split: str) -> None:
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_each_picture_has_the_size_told(split: str) -> None:
-    for number, (key, files) in enumerate(samples(split).items()):
-        with Image.open(io.BytesIO(files["webp"])) as picture:
-            assert (picture.format, picture.mode, picture.size) == ("WEBP", "RGB", (64, 64)), key
-            if number % 50 == 0:  # the rest only by their headers: decoding all takes longer
-                picture.load()
+def test_each_image_is_a_64_pixel_webp(split: str) -> None:
+    for i, (key, files) in enumerate(samples(split).items()):
+        with Image.open(io.BytesIO(files["webp"])) as image:
+            assert (image.format, image.mode, image.size) == ("WEBP", "RGB", (64, 64)), key
+            if i % 50 == 0:  # decoding all takes too long
+                image.load()
 
 
-def test_the_same_concept_has_the_same_words_everywhere() -> None:
+def test_a_concept_has_the_same_captions_in_all_splits() -> None:
     words: dict[str, str] = {}
     for split in COUNTS:
         for key, files in samples(split).items():
             facts = json.loads(files["json"])
-            told = json.dumps([facts["captions"], facts["tags"], facts["category"]])
-            assert words.setdefault(facts["group"], told) == told, key
+            text = json.dumps([facts["captions"], facts["tags"], facts["category"]])
+            assert words.setdefault(facts["group"], text) == text, key
     assert len(words) == 1644
 
 
@@ -137,23 +137,23 @@ def test_the_same_concept_has_the_same_words_everywhere() -> None:
 def test_webdataset_reads_the_same_keys_in_the_same_order(split: str) -> None:
     read = []
     for shard in starter.shards(split):
-        # Its reader, not webdataset.WebDataset, which leaves files open until they are collected.
+        # Not webdataset.WebDataset, which leaves files open until garbage collection.
         with shard.open("rb") as stream:
             files = tar_file_expander([{"url": str(shard), "stream": stream}])
             read += [sample["__key__"] for sample in group_by_keys(files) if sample.keys() >= {"webp", "txt", "json"}]
     assert read == list(samples(split))
 
 
-def test_the_shards_tell_nothing_of_their_maker() -> None:
+def test_the_shards_have_no_owner_and_no_time() -> None:
     for split in COUNTS:
         for shard in starter.shards(split):
             with tarfile.open(shard) as tar:
                 for member in tar:
-                    told = (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode)
-                    assert told == (0, 0, 0, "", "", 0o644), member.name
+                    metadata = (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode)
+                    assert metadata == (0, 0, 0, "", "", 0o644), member.name
 
 
-def test_the_training_shards_are_shuffled_and_about_equal() -> None:
+def test_the_training_shards_are_shuffled_and_of_equal_size() -> None:
     sizes = [len(members(shard)) // 3 for shard in starter.shards("train")]
     assert max(sizes) - min(sizes) <= 1
     for shard in starter.shards("train"):
@@ -169,36 +169,36 @@ def test_the_notice_names_every_package() -> None:
 # ------------------------------------------------------------------------------------------------ the build
 
 
-def test_the_rule_gives_the_shipped_splits_again() -> None:
+def test_split_keys_gives_the_shipped_splits() -> None:
     keys = [key for split in COUNTS for key in samples(split)]
     splits = build.split_keys(reversed(keys), build.held_out_concepts())
     assert splits == {split: list(samples(split)) for split in COUNTS}
 
 
-def test_a_held_out_concept_goes_to_its_test_whoever_drew_it() -> None:
+def test_a_held_out_concept_goes_to_test_concepts_for_all_artists() -> None:
     splits = build.split_keys(["noto_1f9c2", "twemoji_1f9c2", "twemoji_1f355"], {"1f9c2"})
     assert splits["test-concepts"] == ["noto_1f9c2", "twemoji_1f9c2"]
     assert splits["test-artist"] == ["twemoji_1f355"]
 
 
-def test_a_validation_picture_leaves_two_others() -> None:
+def test_a_validation_image_leaves_two_images_in_train() -> None:
     key = next(iter(samples("val-pictures")))
     concept = build.artist_and_concept(key)[1]
     others = [f"fluent_3d_{concept}", f"fluent_flat_{concept}"]
-    assert build.validation_picture([key, *others]) == key
-    assert build.validation_picture([key, others[0]]) is None
-    assert build.validation_picture(others) is None
+    assert build.validation_image([key, *others]) == key
+    assert build.validation_image([key, others[0]]) is None
+    assert build.validation_image(others) is None
 
 
 @pytest.mark.parametrize(
     ("hexcode", "expected"),
     [("1F9C2", "1f9c2"), ("0023-FE0F-20E3", "0023-20e3"), ("1F441-FE0F-200D-1F5E8-FE0F", "1f441-200d-1f5e8")],
 )
-def test_code_points_lose_their_variation_selector(hexcode: str, expected: str) -> None:
+def test_code_points_are_normalised(hexcode: str, expected: str) -> None:
     assert build.code_point(hexcode) == expected
 
 
-def test_icons_are_found_by_the_names_that_other_sets_have_for_a_code_point() -> None:
+def test_find_icons_uses_the_names_of_other_sets_for_a_set_without_code_points() -> None:
     newer = build.IconSet({"icons": {}}, {"1f621": "enraged-face", "1f997": "cricket"})
     another = build.IconSet({"icons": {}}, {"1f621": "pouting-face"})
     older = build.IconSet({"icons": {"pouting-face": {}, "cricket-game": {}}, "aliases": {"cricket": {}}}, {})
@@ -207,18 +207,18 @@ def test_icons_are_found_by_the_names_that_other_sets_have_for_a_code_point() ->
     assert build.find_icons(newer, names) == newer.name_of
 
 
-def test_an_icon_takes_the_measures_of_its_set_where_it_has_none() -> None:
+def test_an_icon_without_a_size_takes_that_of_its_set() -> None:
     icon_set = build.IconSet({"icons": {"slice": {"body": "<g/>", "height": 25.22}}, "width": 36, "height": 36}, {})
     svg = build.svg_of(icon_set, "slice")
     assert 'viewBox="0 0 36 25.22"' in svg
     assert "<g/></svg>" in svg
 
 
-def test_a_drawing_becomes_a_picture_in_the_middle_of_a_white_square() -> None:
+def test_encode_centres_a_drawing_on_a_white_square() -> None:
     drawing = Image.new("RGBA", (128, 64), "red")
-    with Image.open(io.BytesIO(build.encode(drawing))) as picture:
-        assert picture.size == (64, 64)
-        top, middle = picture.getpixel((32, 4)), picture.getpixel((32, 32))
+    with Image.open(io.BytesIO(build.encode(drawing))) as image:
+        assert image.size == (64, 64)
+        top, middle = image.getpixel((32, 4)), image.getpixel((32, 32))
     assert isinstance(top, tuple)
     assert isinstance(middle, tuple)
     assert min(top) > 245

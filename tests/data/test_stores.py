@@ -16,7 +16,7 @@ from mmrl.data import stores
 from mmrl.data.index import SUFFIX, index_shard, save_index
 from mmrl.data.samples import BadSample
 from mmrl.data.sources import DataConfig, open_reader, open_training_set
-from mmrl.data.stores import Store, StoreConfig
+from mmrl.data.stores import RemoteConfig, ShardCache
 from mmrl.data.stream import Stream, stream
 from mmrl.errors import InputError
 
@@ -36,170 +36,179 @@ def serve(shards: Path) -> Iterator[type[Server]]:
 
 
 @pytest.fixture(autouse=True)
-def no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "_LONGEST_PAUSE", 0.05)
+def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_MAX_RETRY_DELAY", 0.05)
 
 
-def config(folder: Path, **options: object) -> StoreConfig:
-    return StoreConfig.model_validate({"folder": str(folder), "timeout": 0.3, **options})
+def config(folder: Path, **options: object) -> RemoteConfig:
+    return RemoteConfig.model_validate({"folder": str(folder), "timeout": 0.3, **options})
 
 
-def epoch(shards: str | list[str], store: StoreConfig, **options: bool) -> list[str]:
-    reader = open_training_set(DataConfig(train=shards, remote=store, **options))  # pyright: ignore[reportArgumentType]
+def epoch(shards: str | list[str], remote: RemoteConfig, **options: bool) -> list[str]:
+    """The keys of one epoch, in order."""
+    reader = open_training_set(DataConfig(train=shards, remote=remote, **options))  # pyright: ignore[reportArgumentType]
     return [key for batch in Stream(reader, 4, seed=3) for key in batch.keys]
 
 
+def read(cache: ShardCache, url: str) -> bytes:
+    with os.fdopen(cache.open(url), "rb") as file:
+        return file.read()
+
+
 @pytest.mark.parametrize("with_ranges", [True, False])
-def test_an_epoch_over_a_bad_line_is_complete_and_exact(
+def test_an_epoch_from_a_failing_server_equals_the_local_one(
     shards: Path, tmp_path: Path, serve: type[Server], with_ranges: bool
 ) -> None:
-    server = serve(shards, troubles=0.6, with_ranges=with_ranges)
-    # Without ranges each attempt begins anew, so it takes more of them.
-    store = config(tmp_path, retries=40)
-    remote = epoch(server.url + "/part-{0..2}.tar", store)
-    assert remote == epoch(str(shards), config(tmp_path / "local"))
-    assert server.made["trouble"]
+    server = serve(shards, failure_rate=0.6, with_ranges=with_ranges)
+    # Without ranges each attempt starts over, so more are needed.
+    keys = epoch(server.url + "/part-{0..2}.tar", config(tmp_path, retries=40))
+    assert keys == epoch(str(shards), config(tmp_path / "local"))
+    assert server.failures["failed"]
 
 
-def test_a_broken_download_goes_on_where_it_was_cut(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+def test_a_cut_download_is_resumed(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
     server = serve(shards)
-    store = Store(config(tmp_path))
+    cache = ShardCache(config(tmp_path))
     url = f"{server.url}/part-0.tar"
-    target = store.folder / stores.cache_name(url)
+    target = cache.folder / stores.cache_name(url)
     target.parent.mkdir(parents=True)
     data = (shards / "part-0.tar").read_bytes()
-    partial, mark = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "mark"))
+    partial, version = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "mark"))
     partial.write_bytes(data[:5000])
-    mark.write_text(f'"{(shards / "part-0.tar").stat().st_mtime_ns}"')
-    assert store.local(url).read_bytes() == data
-    assert server.seen["/part-0.tar"] == 1
-    assert store.local(url).read_bytes() == data
-    assert server.seen["/part-0.tar"] == 1  # it is here
-    # What was begun of an older version is not joined to the newer one; what is whole already is not asked for again.
+    version.write_text(f'"{(shards / "part-0.tar").stat().st_mtime_ns}"')
+    assert read(cache, url) == data
+    assert server.requests["/part-0.tar"] == 1
+    assert read(cache, url) == data
+    assert server.requests["/part-0.tar"] == 1  # cached
+    # A partial file of an older version is not continued; a complete partial file is not downloaded again.
     target.unlink()
     partial.write_bytes(b"older" * 100)
-    mark.write_text('"older"')
-    assert store.local(url).read_bytes() == data
+    version.write_text('"older"')
+    assert read(cache, url) == data
     target.rename(partial)
-    mark.write_text(f'"{(shards / "part-0.tar").stat().st_mtime_ns}"')
-    assert store.local(url).read_bytes() == data
-    assert not mark.exists()
+    version.write_text(f'"{(shards / "part-0.tar").stat().st_mtime_ns}"')
+    assert read(cache, url) == data
+    assert not version.exists()
 
 
-def test_a_remote_shard_that_has_changed_is_fetched_anew(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
-    folder, cache = tmp_path / "served", config(tmp_path / "cache")
+def test_a_changed_remote_shard_is_downloaded_again(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+    folder, remote = tmp_path / "served", config(tmp_path / "cache")
     folder.mkdir()
     shutil.copy(shards / "part-0.tar", folder / "a.tar")
     server = serve(folder)
-    reader = open_training_set(DataConfig(train=server.url + "/a.tar", remote=cache))
+    reader = open_training_set(DataConfig(train=server.url + "/a.tar", remote=remote))
     assert len(reader) == 20
-    # The copy is of another time than the index: it is thrown away, and what the server has is the right one.
+    # The cached copy does not match the index, but the server's file does: the copy is replaced.
     (copy,) = (path for path in (tmp_path / "cache" / "shards").iterdir() if path.suffix == ".tar")
     copy.unlink()
     shutil.copy(shards / "part-1.tar", copy)
-    reader._open_none()  # as a worker that has not come to it
+    reader._reset_caches()  # as in a new worker
     assert reader.read(0).name.endswith("00000")
     assert copy.read_bytes() == (shards / "part-0.tar").read_bytes()
-    # The server's has changed: no sample of the new shard passes for one of the old, until a new start indexes it.
+    # The server's file has changed: its samples are bad until a restart indexes it again.
     shutil.copy(shards / "part-1.tar", folder / "a.tar")
     copy.unlink()
-    reader._open_none()
-    with pytest.raises(BadSample, match="not the shard that was indexed any more; start again"):
+    reader._reset_caches()
+    with pytest.raises(BadSample, match="changed since it was indexed; restore it"):
         reader.read(0)
-    assert len(open_training_set(DataConfig(train=server.url + "/a.tar", remote=cache))) == 17
+    assert len(open_training_set(DataConfig(train=server.url + "/a.tar", remote=remote))) == 17
 
 
-def test_a_copy_pushed_out_as_soon_as_it_is_there_is_read_all_the_same(
+def test_a_copy_evicted_right_after_the_download_can_be_read(
     shards: Path, tmp_path: Path, serve: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(shards)
-    store = Store(config(tmp_path))
-    really = Path.replace
+    cache = ShardCache(config(tmp_path))
+    replace = Path.replace
 
-    def raced(path: Path, target: Path) -> Path:
-        really(path, target).unlink()
+    def replace_and_evict(path: Path, target: Path) -> Path:
+        replace(path, target).unlink()
         return target
 
-    monkeypatch.setattr(Path, "replace", raced)
+    monkeypatch.setattr(Path, "replace", replace_and_evict)
     for fetched in (1, 2):
-        with os.fdopen(store.open(f"{server.url}/part-0.tar"), "rb") as file:
-            assert file.read() == (shards / "part-0.tar").read_bytes()
-        assert server.seen["/part-0.tar"] == fetched
+        assert read(cache, f"{server.url}/part-0.tar") == (shards / "part-0.tar").read_bytes()
+        assert server.requests["/part-0.tar"] == fetched
 
 
-def test_the_index_beside_a_remote_shard_saves_reading_it(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
-    folder = tmp_path / "served"
-    for path in shards.glob("*.tar"):
-        (folder / path.name).parent.mkdir(exist_ok=True)
-        (folder / path.name).write_bytes(path.read_bytes())
-        save_index(index_shard(path), folder / (path.name + SUFFIX))
-    server = serve(folder)
-    reader = open_reader(server.url + "/part-{0..2}.tar", store=config(tmp_path / "cache"))
-    assert len(reader) == 48
-    assert set(server.seen) == {"/part-0.tar", *(f"/part-{n}.tar{SUFFIX}" for n in range(3))}
-    reader.read(47)
-    assert server.seen["/part-2.tar"] == 1
-
-
-def test_a_shard_that_is_not_there_is_named_at_once(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
-    server = serve(shards)
-    with pytest.raises(InputError, match=r"part-3.tar cannot be read \(.* does not exist \(HTTP 404\)\)"):
-        epoch(server.url + "/part-{0..3}.tar", config(tmp_path))
-    assert server.seen["/part-3.tar"] == 1
-
-
-def test_a_server_that_is_gone_is_named_after_the_retries(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"http://127.0.0.1:9/a.tar cannot be read"):
-        epoch("http://127.0.0.1:9/a.tar", config(tmp_path, retries=1))
-
-
-def test_a_server_is_asked_as_often_as_configured(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
-    server = serve(shards, troubles=1.0)
-    server.answers_nothing()
-    with pytest.raises(OSError, match="cannot be fetched: HTTP 500"):
-        Store(config(tmp_path, retries=3)).local(f"{server.url}/part-0.tar")
-    assert server.seen["/part-0.tar"] == 4
-
-
-def test_a_shard_that_vanishes_in_mid_epoch_is_skipped_and_listed(
+def test_the_index_next_to_a_remote_shard_spares_its_download(
     shards: Path, tmp_path: Path, serve: type[Server]
 ) -> None:
     folder = tmp_path / "served"
     for path in shards.glob("*.tar"):
         (folder / path.name).parent.mkdir(exist_ok=True)
         (folder / path.name).write_bytes(path.read_bytes())
-    server, store = serve(folder), config(tmp_path / "cache", retries=1)
+        save_index(index_shard(path), folder / (path.name + SUFFIX))
+    server = serve(folder)
+    reader = open_reader(server.url + "/part-{0..2}.tar", remote=config(tmp_path / "cache"))
+    assert len(reader) == 48
+    assert set(server.requests) == {"/part-0.tar", *(f"/part-{n}.tar{SUFFIX}" for n in range(3))}
+    reader.read(47)
+    assert server.requests["/part-2.tar"] == 1
+
+
+def test_a_missing_remote_shard_is_an_error_without_retries(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+    server = serve(shards)
+    with pytest.raises(InputError, match=r"part-3.tar cannot be read \(.* does not exist \(HTTP 404\)\)"):
+        epoch(server.url + "/part-{0..3}.tar", config(tmp_path))
+    assert server.requests["/part-3.tar"] == 1
+
+
+def test_an_unreachable_server_is_an_error_after_the_retries(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9/a.tar cannot be read"):
+        epoch("http://127.0.0.1:9/a.tar", config(tmp_path, retries=1))
+
+
+def test_a_download_is_retried_as_often_as_configured(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+    server = serve(shards)
+    server.fail_always()
+    with pytest.raises(OSError, match="cannot be fetched: HTTP 500"):
+        ShardCache(config(tmp_path, retries=3)).open(f"{server.url}/part-0.tar")
+    assert server.requests["/part-0.tar"] == 4
+
+
+def test_the_samples_of_a_shard_that_becomes_unavailable_are_skipped_and_listed(
+    shards: Path, tmp_path: Path, serve: type[Server]
+) -> None:
+    folder = tmp_path / "served"
+    for path in shards.glob("*.tar"):
+        (folder / path.name).parent.mkdir(exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    server, remote = serve(folder), config(tmp_path / "cache", retries=1)
     location = server.url + "/part-{0..2}.tar"
-    reader = open_training_set(DataConfig(train=location, remote=store))
-    for path in (tmp_path / "cache" / "shards").iterdir():  # fetched for their indexes, and evicted since
+    reader = open_training_set(DataConfig(train=location, remote=remote))
+    for path in (tmp_path / "cache" / "shards").iterdir():  # downloaded to be indexed
         path.unlink()
     (folder / "part-1.tar").unlink()
-    reader = open_training_set(DataConfig(train=location, remote=store))
+    reader = open_training_set(DataConfig(train=location, remote=remote))
     batches = list(Stream(reader, 4, seed=3))
     assert len(batches) == 12
     bad = [problem for batch in batches for problem in batch.bad]
     assert len({problem.key for problem in bad}) == 17
     assert {problem.kind for problem in bad} == {"shard out of reach"}
-    assert server.seen["/part-1.tar"] == 2  # not asked for again for every sample
+    assert server.requests["/part-1.tar"] == 2  # not requested again for every sample
 
 
-def test_the_copies_keep_to_their_room(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+def test_the_least_recently_used_copy_is_evicted(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
     server = serve(shards)
     size = (shards / "part-0.tar").stat().st_size
-    store = Store(config(tmp_path, gigabytes=1.5 * size / 1e9))
-    first = store.local(f"{server.url}/part-0.tar")
-    with first.open("rb") as held:
-        store.local(f"{server.url}/part-1.tar")
-        assert not first.exists()
-        assert held.read() == (shards / "part-0.tar").read_bytes()
-    assert store.local(f"{server.url}/part-0.tar").exists()
+    cache = ShardCache(config(tmp_path, gigabytes=1.5 * size / 1e9))
+    url = f"{server.url}/part-0.tar"
+    copy = cache.folder / stores.cache_name(url)
+    with os.fdopen(cache.open(url), "rb") as file:
+        assert copy.exists()
+        read(cache, f"{server.url}/part-1.tar")
+        assert not copy.exists()
+        assert file.read() == (shards / "part-0.tar").read_bytes()
+    assert read(cache, url) == (shards / "part-0.tar").read_bytes()
+    assert copy.exists()
 
 
 def _fetch(url: str, folder: str) -> None:
-    Store(StoreConfig(folder=folder)).local(url)
+    os.close(ShardCache(RemoteConfig(folder=folder)).open(url))
 
 
-def test_many_processes_fetch_a_shard_once(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+def test_several_processes_download_a_shard_once(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
     server = serve(shards)
     context = multiprocessing.get_context("fork")
     arguments = (f"{server.url}/part-0.tar", str(tmp_path))
@@ -209,19 +218,19 @@ def test_many_processes_fetch_a_shard_once(shards: Path, tmp_path: Path, serve: 
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    assert server.seen["/part-0.tar"] == 1
+    assert server.requests["/part-0.tar"] == 1
 
 
-def test_shards_are_fetched_before_they_are_needed(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
+def test_prefetch_downloads_shards_in_the_background(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
     server = serve(shards)
-    store = Store(config(tmp_path))
-    store.fetch_ahead([f"{server.url}/part-{n}.tar" for n in range(3)])
+    cache = ShardCache(config(tmp_path))
+    cache.prefetch([f"{server.url}/part-{n}.tar" for n in range(3)])
     deadline = time.monotonic() + 20
-    while len(server.seen) < 3 and time.monotonic() < deadline:
+    while len(server.requests) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert set(server.seen) == {f"/part-{n}.tar" for n in range(3)}
-    pickle.loads(pickle.dumps(store))  # as to a spawned worker, which starts threads of its own  # noqa: S301
-    copies = store.folder
+    assert set(server.requests) == {f"/part-{n}.tar" for n in range(3)}
+    pickle.loads(pickle.dumps(cache))  # as to a spawned worker, which starts its own threads  # noqa: S301
+    copies = cache.folder
     while len(list(copies.glob("*.tar"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert sorted(path.read_bytes() for path in copies.glob("*.tar")) == sorted(
@@ -229,18 +238,18 @@ def test_shards_are_fetched_before_they_are_needed(shards: Path, tmp_path: Path,
     )
 
 
-def test_any_store_of_fsspec_serves(shards: Path, tmp_path: Path) -> None:
+def test_shards_are_read_from_any_fsspec_store(shards: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in shards.glob("*.tar"):
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
-    remote = epoch("memory://bucket", config(tmp_path))
-    assert sorted(remote) == sorted(epoch(str(shards), config(tmp_path / "local")))
-    assert open_reader("memory://bucket/part-0.tar", store=config(tmp_path)).is_remote
+    keys = epoch("memory://bucket", config(tmp_path))
+    assert sorted(keys) == sorted(epoch(str(shards), config(tmp_path / "local")))
+    assert open_reader("memory://bucket/part-0.tar", remote=config(tmp_path)).is_remote
     with pytest.raises(InputError, match="cannot be read"):
         epoch("memory://bucket/none.tar", config(tmp_path))
 
 
-def test_a_pipe_is_run_only_where_it_is_allowed(shards: Path, tmp_path: Path) -> None:
+def test_a_pipe_runs_only_with_allow_pipe(shards: Path, tmp_path: Path) -> None:
     spec = f"pipe:cat {shards}/part-0.tar"
     with pytest.raises(InputError, match=r"data\.allow_pipe"):
         epoch(spec, config(tmp_path))
@@ -251,7 +260,7 @@ def test_a_pipe_is_run_only_where_it_is_allowed(shards: Path, tmp_path: Path) ->
         epoch("pipe:cat nothing-of-this-name 2> /dev/null", config(tmp_path, retries=0), allow_pipe=True)
 
 
-def test_sources_with_fields_and_shares_of_their_own(shards: Path, tmp_path: Path) -> None:
+def test_sources_have_their_own_fields_and_repeats(shards: Path, tmp_path: Path) -> None:
     members = [
         (name.replace(".png", ".picture").replace(".txt", ".words"), data)
         for number in range(100, 110)
@@ -274,13 +283,13 @@ def test_sources_with_fields_and_shares_of_their_own(shards: Path, tmp_path: Pat
     assert {times for key, times in seen.items() if key.startswith("extra/a.tar/")} == {3}
     assert {times for key, times in seen.items() if key.startswith("base/part-")} == {1}
     assert sum(seen.values()) == 78
-    # The copies of a sample are of one group.
+    # All copies of a sample are in one group.
     groups = {(key, int(g)) for b in batches for key, g in zip(b.keys, b.group, strict=True) if key.startswith("extra")}
     assert len(groups) == 10
     assert min(group for _, group in groups) >= 0
-    with pytest.raises(InputError, match="two are called 'base'"):
+    with pytest.raises(InputError, match="two have the name 'base'"):
         stream(DataConfig.model_validate({"sources": [sources[0], sources[0]]}), 6)
-    with pytest.raises(InputError, match=r"given beside data\.sources"):
+    with pytest.raises(InputError, match=r"set together with data\.sources"):
         stream(DataConfig.model_validate({"train": "a.tar", "sources": sources}), 6)
     with pytest.raises(InputError, match="names no file"):
         stream(DataConfig(), 6)

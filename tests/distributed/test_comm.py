@@ -1,4 +1,4 @@
-"""Several gloo processes against one: gather, loss and gradients under data-parallel averaging."""
+"""N gloo processes give the loss and gradients of one process; helpers for a world of one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +18,8 @@ DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
 GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
 
 
-class Given(NamedTuple):
-    """What a loss takes, of some rows or of all."""
+class LossInputs(NamedTuple):
+    """A loss's inputs: the rows of one rank, or of all."""
 
     image: torch.Tensor
     text: torch.Tensor
@@ -29,16 +29,16 @@ class Given(NamedTuple):
 
 
 Result = tuple[torch.Tensor, dict[int, torch.Tensor]]
-# Ours, and the plain formula.
-LossPair = tuple[Callable[[Given], Result], Callable[[Given], Result]]
+# (mmrl's loss, the plain formula).
+LossPair = tuple[Callable[[LossInputs], Result], Callable[[LossInputs], Result]]
 
 
 def _infonce(options: InfoNCEOptions) -> LossPair:
-    def ours(given: Given) -> Result:
+    def ours(given: LossInputs) -> Result:
         loss = nested_info_nce(given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, options)
         return loss.total + 0 * given.bias.sum(), loss.by_dim
 
-    def plain(given: Given) -> Result:
+    def plain(given: LossInputs) -> Result:
         total, by_dim = reference.nested_info_nce(
             given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, **options.model_dump(exclude={"kernels"})
         )
@@ -48,12 +48,12 @@ def _infonce(options: InfoNCEOptions) -> LossPair:
 
 
 def _sigmoid(same_group: Literal["mask", "positive"]) -> LossPair:
-    def ours(given: Given) -> Result:
+    def ours(given: LossInputs) -> Result:
         image, text, scale, bias, groups = given
         loss = nested_sigmoid(image, text, scale, bias, DIMS, WEIGHTS, groups, same_group)
         return loss.total, loss.by_dim
 
-    def plain(given: Given) -> Result:
+    def plain(given: LossInputs) -> Result:
         image, text, scale, bias, groups = given
         return reference.nested_sigmoid(image, text, scale, bias, DIMS, WEIGHTS, groups, same_group)
 
@@ -81,13 +81,13 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(12, 6).double(), torch.randn(12, 6).double()
 
 
-def _losses_of_my_rows(folder: Path) -> None:
+def _save_losses_of_local_rows(folder: Path) -> None:
     world, (x, y) = comm.world(), _inputs()
     rows = comm.local_rows(12 // world.size)
     results = {}
     for name, (ours, _) in LOSSES.items():
         image, text, scale, bias = _parameters()
-        total, by_dim = ours(Given(image(x[rows]), text(y[rows]), scale, bias, GROUPS[rows]))
+        total, by_dim = ours(LossInputs(image(x[rows]), text(y[rows]), scale, bias, GROUPS[rows]))
         total.backward()
         grads = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
         averaged = [comm.all_reduce_sum(grad) / world.size for grad in grads if grad is not None]
@@ -97,11 +97,11 @@ def _losses_of_my_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_losses_and_averaged_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
-    run_in_world(size, _losses_of_my_rows, tmp_path, "spawn")
+    run_in_world(size, _save_losses_of_local_rows, tmp_path, "spawn")
     (x, y), results = _inputs(), [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(size)]
     for name, (_, plain) in LOSSES.items():
         image, text, scale, bias = _parameters()
-        total, by_dim = plain(Given(image(x), text(y), scale, bias, GROUPS))
+        total, by_dim = plain(LossInputs(image(x), text(y), scale, bias, GROUPS))
         total.backward()
         expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters(), scale, bias)]
         for result in results:
@@ -125,7 +125,7 @@ def _loss_under_ddp(folder: Path) -> None:
             return image(x), text(y)
 
     model, rows = torch.nn.parallel.DistributedDataParallel(Both()), comm.local_rows(12 // world.size)
-    total, _ = LOSSES["plain"][0](Given(*model(x[rows], y[rows]), scale=scale, bias=bias, groups=GROUPS[rows]))
+    total, _ = LOSSES["plain"][0](LossInputs(*model(x[rows], y[rows]), scale=scale, bias=bias, groups=GROUPS[rows]))
     total.backward()
     if world.is_rank_0:
         torch.save([parameter.grad for parameter in towers.parameters()], folder / "grads.pt")
@@ -135,7 +135,7 @@ def test_gradients_under_ddp_equal_one_process(tmp_path: Path) -> None:
     run_in_world(2, _loss_under_ddp, tmp_path, "spawn")
     image, text, scale, bias = _parameters()
     x, y = _inputs()
-    LOSSES["plain"][1](Given(image(x), text(y), scale, bias, GROUPS))[0].backward()
+    LOSSES["plain"][1](LossInputs(image(x), text(y), scale, bias, GROUPS))[0].backward()
     expected = [parameter.grad for parameter in (*image.parameters(), *text.parameters())]
     torch.testing.assert_close(torch.load(tmp_path / "grads.pt"), expected)
 
@@ -156,28 +156,28 @@ def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -
     run_in_world(2, _count_collectives, tmp_path, "spawn")
     counts = torch.load(tmp_path / "rank0.pt")
     assert counts[1] == counts[6]
-    # One gather and one scattered gradient, both of the texts; the columns' sums, and the scalar of the rows'.
+    # All-gather of the texts, reduce-scatter of their gradient, all-reduce of the column sums and of the loss.
     assert len(counts[1]) == 4
 
 
-def test_a_world_of_one_needs_no_process_group() -> None:
+def test_one_process_needs_no_process_group() -> None:
     x = torch.randn(3, 2, requires_grad=True)
-    assert comm.gather(x) is x
+    assert comm.all_gather_rows(x) is x
     assert comm.all_gather_objects("a") == ["a"]
     assert comm.broadcast_object(5) == 5
     assert torch.equal(comm.all_reduce_sum(x), x)
 
 
-def _alone_on_one(folder: Path) -> None:
+def _work_alone_on_rank_0(folder: Path) -> None:
     rows_bD = torch.full((2, 3), float(comm.world().rank))
     if comm.world().is_rank_0:
-        with comm.single_process():  # the other process takes no part, so a gather would wait for ever
+        with comm.single_process():  # rank 1 takes no part, so a collective would never return
             assert comm.world().size == 1
-            assert torch.equal(comm.gather(rows_bD), rows_bD)
+            assert torch.equal(comm.all_gather_rows(rows_bD), rows_bD)
             assert comm.broadcast_object("mine") == "mine"
     assert comm.world().size == 2
-    assert comm.gather(rows_bD).shape == (4, 3)
+    assert comm.all_gather_rows(rows_bD).shape == (4, 3)
 
 
-def test_one_process_can_work_alone_while_others_wait(tmp_path: Path) -> None:
-    run_in_world(2, _alone_on_one, tmp_path)
+def test_single_process_makes_collectives_local(tmp_path: Path) -> None:
+    run_in_world(2, _work_alone_on_rank_0, tmp_path)

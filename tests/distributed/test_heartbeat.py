@@ -1,4 +1,4 @@
-"""A process that dies, hangs or fails is named by the others within a bounded time; none of them waits for ever."""
+"""A rank that dies, hangs or fails is named by the other ranks within a bounded time."""
 
 import multiprocessing
 import os
@@ -31,21 +31,21 @@ def _hang() -> None:
 
 
 def _fail() -> None:
-    raise OverflowError("the shelf is full")
+    raise OverflowError("out of range")
 
 
-def _run(rank: int, size: int, folder: Path, culprit: int, fault: Callable[[], None] | None) -> None:
-    """One process: meets the others twice, and between the two meets its fate."""
-    sys.stderr = (folder / f"said{rank}").open("w")
+def _run(rank: int, size: int, folder: Path, faulty_rank: int, fault: Callable[[], None] | None) -> None:
+    """One rank: two barriers, and between them the fault of the faulty rank."""
+    sys.stderr = (folder / f"stderr{rank}").open("w")
     if dist.is_initialized():  # inherited
         dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     try:
         with Heartbeat(comm.world(), LOST_AFTER_S) as heartbeat:
-            heartbeat.at(13, "training")
+            heartbeat.report_progress(13, "training")
             comm.barrier()
             time.sleep(2 * BEAT_S)
-            if rank == culprit and fault is not None:
+            if rank == faulty_rank and fault is not None:
                 fault()
             comm.barrier()
     except RunStopped as error:
@@ -56,48 +56,52 @@ def _run(rank: int, size: int, folder: Path, culprit: int, fault: Callable[[], N
     os._exit(0)
 
 
-def _world(folder: Path, culprit: int, fault: Callable[[], None] | None) -> tuple[list[int | None], list[str], float]:
-    """Exit codes, what was said, and the seconds until the last but the culprit had ended."""
+def _world(
+    folder: Path, faulty_rank: int, fault: Callable[[], None] | None
+) -> tuple[list[int | None], list[str], float]:
+    """Exit codes, stderr, and the seconds until all but the faulty rank had ended."""
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_run, args=(rank, 3, folder, culprit, fault)) for rank in range(3)]
+    processes = [fork.Process(target=_run, args=(rank, 3, folder, faulty_rank, fault)) for rank in range(3)]
     for process in processes:
         process.start()
     began = time.monotonic()
     for rank, process in enumerate(processes):
-        if rank != culprit or fault is None:
+        if rank != faulty_rank or fault is None:
             process.join(60)
     took = time.monotonic() - began
-    processes[culprit].kill()
-    processes[culprit].join()
-    return [one.exitcode for one in processes], [(folder / f"said{rank}").read_text() for rank in range(3)], took
+    processes[faulty_rank].kill()
+    processes[faulty_rank].join()
+    return [one.exitcode for one in processes], [(folder / f"stderr{rank}").read_text() for rank in range(3)], took
 
 
 @pytest.mark.parametrize(
-    ("culprit", "fault", "says"),
+    ("faulty_rank", "fault", "message"),
     [
-        (1, _die, rf"rank 1 on host {HOST} is gone: .* \(step 14, training\)"),
-        (0, _die, rf"rank 0 on host {HOST} is gone"),
-        (2, _hang, rf"rank 2 on host {HOST} has not been heard of for [56] s"),
+        (1, _die, rf"rank 1 on host {HOST} disconnected: .* \(step 14, training\)"),
+        (0, _die, rf"rank 0 on host {HOST} disconnected"),
+        (2, _hang, rf"rank 2 on host {HOST} has sent no heartbeat for [56] s"),
         pytest.param(0, _hang, rf"rank 0 on host {HOST} has not answered for \d s", marks=pytest.mark.slow),
-        (1, _fail, rf"rank 1 on host {HOST} stopped: OverflowError: the shelf is full \(step 14, training\)"),
+        (1, _fail, rf"rank 1 on host {HOST} stopped: OverflowError: out of range \(step 14, training\)"),
     ],
-    ids=["dies", "main dies", "hangs", "main hangs", "fails"],
+    ids=["killed", "rank 0 killed", "hangs", "rank 0 hangs", "raises"],
 )
-def test_the_others_stop_and_name_it(tmp_path: Path, culprit: int, fault: Callable[[], None], says: str) -> None:
-    codes, said, took = _world(tmp_path, culprit, fault)
-    for rank in {0, 1, 2} - {culprit}:
-        assert codes[rank] == 1, said
-        assert re.search(says, said[rank]), said
-        assert "resume=auto" in said[rank]
-    assert took < LOST_AFTER_S + GRACE_S + 30  # far less where nothing else runs
+def test_all_ranks_stop_and_name_the_lost_one(
+    tmp_path: Path, faulty_rank: int, fault: Callable[[], None], message: str
+) -> None:
+    codes, stderr, took = _world(tmp_path, faulty_rank, fault)
+    for rank in {0, 1, 2} - {faulty_rank}:
+        assert codes[rank] == 1, stderr
+        assert re.search(message, stderr[rank]), stderr
+        assert "resume=auto" in stderr[rank]
+    assert took < LOST_AFTER_S + GRACE_S + 30  # generous: other tests may be running
 
 
-def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:
-    codes, said, _ = _world(tmp_path, 1, None)
+def test_a_successful_run_prints_nothing(tmp_path: Path) -> None:
+    codes, stderr, _ = _world(tmp_path, 1, None)
     assert codes == [0, 0, 0]
-    assert said == ["", "", ""]
+    assert stderr == ["", "", ""]
 
 
-def test_one_process_has_no_watch() -> None:
+def test_one_process_needs_no_heartbeat() -> None:
     with Heartbeat(World(), LOST_AFTER_S) as heartbeat:
-        heartbeat.at(1, "training")
+        heartbeat.report_progress(1, "training")

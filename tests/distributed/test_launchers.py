@@ -1,14 +1,14 @@
-"""The world as each launcher's variables tell it."""
+"""Rank and world size from each launcher's variables."""
 
 from dataclasses import replace
 
 import pytest
 
-from mmrl.distributed.launchers import Place, find, first_host, port_of
+from mmrl.distributed.launchers import LaunchInfo, detect_launch, first_host, port_for_job
 from mmrl.errors import InputError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29400"}
-# As srun of Slurm 22.05 set them, for the second of two tasks on two nodes.
+# As set by srun of Slurm 22.05 for the second of two tasks on two nodes.
 SLURM = {
     "SLURM_JOB_ID": "2",
     "SLURM_STEP_ID": "0",
@@ -28,50 +28,50 @@ OPEN_MPI = {
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "launch"),
     [
         ({}, None),
-        (TORCHRUN, Place("torchrun", 5, 8, 1, "n0", 29400)),
-        (SLURM, Place("Slurm", 1, 2, 0, "gpu08", port_of("2.0"))),
-        (SLURM | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "31000"}, Place("Slurm", 1, 2, 0, "10.0.0.7", 31000)),
-        (SLURM | TORCHRUN, Place("torchrun", 5, 8, 1, "n0", 29400)),  # torchrun under srun
+        (TORCHRUN, LaunchInfo("torchrun", 5, 8, 1, "n0", 29400)),
+        (SLURM, LaunchInfo("Slurm", 1, 2, 0, "gpu08", port_for_job("2.0"))),
+        (SLURM | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "31000"}, LaunchInfo("Slurm", 1, 2, 0, "10.0.0.7", 31000)),
+        (SLURM | TORCHRUN, LaunchInfo("torchrun", 5, 8, 1, "n0", 29400)),  # torchrun under srun
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),  # a shell under srun
         ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # the batch script itself
-        (OPEN_MPI | {"MASTER_ADDR": "n1"}, Place("Open MPI", 3, 4, 1, "n1", 29500)),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, Place("Open MPI", 3, 4, 1, "127.0.0.1", 29500)),
+        (OPEN_MPI | {"MASTER_ADDR": "n1"}, LaunchInfo("Open MPI", 3, 4, 1, "n1", 29500)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, LaunchInfo("Open MPI", 3, 4, 1, "127.0.0.1", 29500)),
         (
             {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-            Place("MPICH", 1, 2, 1, "127.0.0.1", 29500),
+            LaunchInfo("MPICH", 1, 2, 1, "127.0.0.1", 29500),
         ),
         (
             {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "n2"},
-            Place("MVAPICH", 1, 2, 0, "n2", 29500),
+            LaunchInfo("MVAPICH", 1, 2, 0, "n2", 29500),
         ),
     ],
 )
-def test_the_world_is_found(environ: dict[str, str], place: Place | None) -> None:
-    assert find(environ) == place
-    if place is not None:
+def test_launcher_variables_are_read_and_exported_for_torch(environ: dict[str, str], launch: LaunchInfo | None) -> None:
+    assert detect_launch(environ) == launch
+    if launch is not None:
         exported: dict[str, str] = {}
-        place.export(exported)
-        assert find(exported) == replace(place, launcher="torchrun")
+        launch.export(exported)
+        assert detect_launch(exported) == replace(launch, launcher="torchrun")
 
 
 @pytest.mark.parametrize(
-    ("environ", "says"),
+    ("environ", "message"),
     [
-        ({"RANK": "0"}, "WORLD_SIZE is not set"),
-        ({"WORLD_SIZE": "2"}, "RANK is not set"),
-        (TORCHRUN | {"RANK": "eight"}, "RANK: 'eight' is no whole number"),
-        (TORCHRUN | {"RANK": "8"}, "process 8 of 8; ranks go from 0 to 7"),
-        (TORCHRUN | {"MASTER_PORT": "70000"}, "70000 is no port"),
+        ({"RANK": "0"}, "WORLD_SIZE: not set"),
+        ({"WORLD_SIZE": "2"}, "RANK: not set"),
+        (TORCHRUN | {"RANK": "eight"}, "RANK: 'eight' is not a whole number"),
+        (TORCHRUN | {"RANK": "8"}, "RANK: torchrun set rank 8 of 8 processes; ranks go from 0 to 7"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "70000 is not a valid port"),
         (OPEN_MPI, "MASTER_ADDR: Open MPI started 4 processes on several hosts"),
         (SLURM | {"SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": ""}, "names no host; set MASTER_ADDR"),
     ],
 )
-def test_what_does_not_fit_is_refused(environ: dict[str, str], says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        find(environ)
+def test_invalid_variables_are_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        detect_launch(environ)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_what_does_not_fit_is_refused(environ: dict[str, str], says: str) -> Non
         ("node-1.cluster.local", "node-1.cluster.local"),
     ],
 )
-def test_the_first_host_of_slurms_lists(nodes: str, host: str) -> None:
+def test_first_host_of_a_slurm_node_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-def test_a_jobs_port_is_its_own_and_always_the_same() -> None:
-    assert port_of("17.0") == port_of("17.0")
-    assert len({port_of(f"{job}.0") for job in range(50)}) == 50
-    assert all(1024 < port_of(str(job)) < 32768 for job in range(1000))
+def test_the_port_of_a_job_is_stable_and_differs_between_jobs() -> None:
+    assert port_for_job("17.0") == port_for_job("17.0")
+    assert len({port_for_job(f"{job}.0") for job in range(50)}) == 50
+    assert all(1024 < port_for_job(str(job)) < 32768 for job in range(1000))

@@ -1,3 +1,5 @@
+"""Learning rates, weight decay and schedules."""
+
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ def model_of(name: str) -> tuple[MatryoshkaCLIP, dict]:
 
 
 @pytest.mark.parametrize("name", ["tiny", "mmrl-starter"])
-def test_each_parameter_learns_in_its_own_way(name: str, tiny_model: Path) -> None:
+def test_parameters_have_their_learning_rate_and_weight_decay(name: str, tiny_model: Path) -> None:
     model, model_cfg = model_of(str(tiny_model) if name == "tiny" else name)
     config = OptimConfig(
         lr=1.0,
@@ -53,7 +55,7 @@ def test_layer_decay_slows_the_layers_near_the_input() -> None:
     assert of["text.tower.ln_final.weight"] == of["text.tower.text_projection"] == 1
 
 
-def test_schedules() -> None:
+def test_learning_rate_schedules() -> None:
     def curve(**settings: object) -> list[float]:
         config = OptimConfig.model_validate({"lr": 1.0, **settings})
         return [lr_factor(config, step, total=10, warmup=2, cooldown=2) for step in range(10)]

@@ -1,6 +1,8 @@
-"""Sets of every kind, from what lies on disk to what retrieval.json says."""
+"""Evaluation sets of every kind: from files to retrieval.json, in one process and in several."""
 
 import json
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,17 @@ from conftest import drawing, encoded, write_tar
 from helpers.worlds import run_in_world
 from rich.console import Console
 
-from mmrl import config as configs
+from mmrl.config import load_config
 from mmrl.data.sources import open_reader
+from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.evaluate import sets, zeroshot
-from mmrl.evaluate.command import Asked, evaluate_model
-from mmrl.evaluate.degrade import KINDS, chosen_rows, degraded
-from mmrl.evaluate.readers import FolderReader, draw_shards, open_set
+from mmrl.evaluate.command import EvalOptions, evaluate_model
+from mmrl.evaluate.degrade import KINDS, degrade_image, sample_rows
+from mmrl.evaluate.directions import CROSS_MODAL, DIRECTIONS
+from mmrl.evaluate.readers import draw_shards, open_set
 from mmrl.evaluate.sets import Embedded
-from mmrl.evaluate.zeroshot import class_vectors, embed_labelled, read_classes, score_labelled
+from mmrl.evaluate.zeroshot import class_embeddings, embed_labelled, read_classes, score_classification
 from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
@@ -41,7 +45,7 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     model = two_tower.from_towers(built, LogitScaleConfig(), 3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    one = bundle.of_towers(model, built, (4, 8, 16))
+    one = bundle.make_bundle(model, built, (4, 8, 16))
     folder = tmp_path_factory.mktemp("encoder")
     bundle.save(one, folder, one.state(), {})
     return folder
@@ -52,8 +56,8 @@ def encoder(model_folder: Path) -> Bundle:
     return bundle.load(model_folder)
 
 
-def evaluate(model: Path, *shards: str | Path, out: Path | None = None, **asked: Any) -> dict[str, Any]:
-    return evaluate_model(str(model), [str(one) for one in shards], Asked(**asked), out, quiet=True)
+def evaluate(model: Path, *shards: str | Path, out: Path | None = None, **options: Any) -> dict[str, Any]:
+    return evaluate_model(str(model), [str(one) for one in shards], EvalOptions(**options), out, quiet=True)
 
 
 def embedded_of(groups: Sequence[int], captions: Sequence[str], image_of_text: Sequence[int]) -> Embedded:
@@ -66,22 +70,22 @@ def embedded_of(groups: Sequence[int], captions: Sequence[str], image_of_text: S
         image_of_text_M=torch.tensor(image_of_text),
         image_group_N=torch.tensor(groups),
         bad=[],
-        numbers=list(range(len(groups))),
+        sample_indices=list(range(len(groups))),
     )
 
 
-def test_a_direction_without_right_answers_is_left_out() -> None:
+def test_a_direction_without_positives_is_left_out() -> None:
     one_each = embedded_of([-2, -3, -4], ["a", "b", "c"], [0, 1, 2])
-    assert set(sets.score(one_each, [8], directions=sets.DIRECTIONS)["chance"]) == set(sets.CROSS)
-    with pytest.raises(InputError, match="directions: the set has no right answers in text_to_text"):
+    assert set(sets.score(one_each, [8], directions=DIRECTIONS)["chance"]) == set(CROSS_MODAL)
+    with pytest.raises(InputError, match="directions: this set has no positives in text_to_text"):
         sets.score(one_each, [8], directions=["text_to_text"])
     paraphrased = embedded_of([-2, -3, -4], ["a", "b", "c", "d"], [0, 1, 2, 2])
-    assert set(sets.score(paraphrased, [8], directions=sets.DIRECTIONS)["chance"]) == {*sets.CROSS, "text_to_text"}
+    assert set(sets.score(paraphrased, [8], directions=DIRECTIONS)["chance"]) == {*CROSS_MODAL, "text_to_text"}
     products = embedded_of([7, 7, -4], ["a", "a", "c"], [0, 1, 2])
-    assert set(sets.score(products, [8], directions=sets.DIRECTIONS)["chance"]) == {*sets.CROSS, "image_to_image"}
+    assert set(sets.score(products, [8], directions=DIRECTIONS)["chance"]) == {*CROSS_MODAL, "image_to_image"}
 
 
-def test_the_same_words_are_no_paraphrase() -> None:
+def test_a_verbatim_copy_of_a_caption_is_not_a_positive() -> None:
     repeated = embedded_of([7, 7, 9, 9], ["a", "b", "a", "x", "y"], [0, 0, 1, 2, 3])
     without = embedded_of([7, 7, 9, 9], ["a", "b", "x", "y"], [0, 0, 2, 3])
     without = replace(without, text_MD=repeated.text_MD[[0, 1, 3, 4]])
@@ -89,20 +93,20 @@ def test_the_same_words_are_no_paraphrase() -> None:
     assert one == other
 
 
-def test_a_query_is_no_answer_to_itself() -> None:
-    """Two pictures of each group: the query left out, one right answer among the others."""
-    twins = embedded_of([5, 5, 6, 6], ["a", "b", "c", "d"], [0, 1, 2, 3])
+def test_a_query_is_not_its_own_positive() -> None:
+    """Two images per group: without the query itself, one positive."""
+    pairs = embedded_of([5, 5, 6, 6], ["a", "b", "c", "d"], [0, 1, 2, 3])
     rows_ND = torch.eye(8)[:4]
     rows_ND[1] = rows_ND[0] + 0.1 * rows_ND[2]
-    result = sets.score(replace(twins, image_ND=rows_ND), [8], (1,), directions=["image_to_image"])
-    assert result["dims"]["8"]["image_to_image"]["R@1"] == 0.5  # the second twins are at right angles
+    result = sets.score(replace(pairs, image_ND=rows_ND), [8], (1,), directions=["image_to_image"])
+    assert result["dims"]["8"]["image_to_image"]["R@1"] == 0.5  # the second pair is orthogonal
     assert result["chance"]["image_to_image"]["R@1"] == pytest.approx(1 / 3)
 
 
-def test_nan_embeddings_are_one_sentence() -> None:
+def test_nan_embeddings_are_reported() -> None:
     broken = embedded_of([1, 2], ["a", "b"], [0, 1])
     broken.text_MD[1, 3] = torch.nan
-    with pytest.raises(InputError, match="texts: holds numbers that are not finite"):
+    with pytest.raises(InputError, match="texts: contains values that are not finite"):
         sets.score(broken, [8])
 
 
@@ -111,7 +115,7 @@ def test_every_direction_from_shards(model_folder: Path, shards: Path, tmp_path:
     assert json.loads((tmp_path / "retrieval.json").read_text()) == result
     assert result["dims"] == result["sets"]["val"]["dims"]
     assert list(result["dims"]) == ["16", "8", "4"]
-    assert set(result["dims"]["4"]) == set(result["chance"]) == set(sets.DIRECTIONS)
+    assert set(result["dims"]["4"]) == set(result["chance"]) == set(DIRECTIONS)
     assert {"R@1", "R@3", "R@5", "R@10", "mAP", "mAP@R", "nDCG@10", "MRR", "median_rank", "mean_rank"} == set(
         result["dims"]["16"]["image_to_image"]
     )
@@ -124,11 +128,11 @@ def test_an_exported_encoder_scores_as_its_source(model_folder: Path, shards: Pa
     source, exported = (evaluate(folder, shards, dims=[8, 4]) for folder in (model_folder, tmp_path / "small"))
     for dim in ("8", "4"):
         for way, scores in source["dims"][dim].items():
-            # The projections are cut: vectors differ by rounding, which may swap two that come that near.
+            # The projections are truncated: rounding may swap two nearly equal scores.
             assert exported["dims"][dim][way] == pytest.approx(scores, abs=1e-4)
 
 
-def test_a_folder_of_pictures_is_a_set(model_folder: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_is_an_evaluation_set(model_folder: Path, shards: Path, tmp_path: Path) -> None:
     for number in range(48):
         image, caption, group = drawing(number)
         (tmp_path / f"{number:05}.png").write_bytes(encoded(image))
@@ -136,22 +140,13 @@ def test_a_folder_of_pictures_is_a_set(model_folder: Path, shards: Path, tmp_pat
         (tmp_path / f"{number:05}.json").write_text(
             json.dumps({"captions": [caption, f"{caption}, again"], "group": group})
         )
-    (tmp_path / "alone.txt").write_text("no picture")
+    (tmp_path / "alone.txt").write_text("no image")
     (tmp_path / "uncaptioned.png").write_bytes(encoded(drawing(1)[0]))
-    (tmp_path / "zz.png").write_bytes(b"no picture either")
+    (tmp_path / "zz.png").write_bytes(b"not an image")
     (tmp_path / "zz.txt").write_text("damaged")
     result, packed = evaluate(model_folder, tmp_path), evaluate(model_folder, shards)
     assert result["num_bad"] == 3
     assert result["dims"] == packed["dims"]
-
-
-def test_a_folder_without_captions_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded(drawing(1)[0]))
-    with pytest.raises(InputError, match=r"none of 1 pictures in .* has a caption beside it"):
-        FolderReader(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no picture"):
-        open_set(str(tmp_path / "empty"))
 
 
 def labelled_members(number: int, label: str) -> list[tuple[str, bytes]]:
@@ -173,20 +168,20 @@ def labelled(tmp_path: Path) -> Path:
 
 def test_classification_equals_clip_benchmarks(model_folder: Path, encoder: Bundle, labelled: Path) -> None:
     result = evaluate(model_folder, labelled, dims=[16, 5])
-    pictures = torch.stack([encoder.image_spec.pixels(drawing(n)[0]) for n in range(40)])
+    images = torch.stack([encoder.image_spec.pixels(drawing(n)[0]) for n in range(40)])
     label_N = torch.arange(40) % 4
     templates = (labelled / "zeroshot_classification_templates.txt").read_text().splitlines()
     with torch.no_grad():
-        image_ND = encoder.model.encode_image(pictures)
+        image_ND = encoder.model.encode_image(images)
     for dim in (16, 5):
 
-        class Cut:
-            """What an exported encoder of that dim gives."""
+        class Truncated:
+            """The exported encoder of that dim."""
 
             def encode_text(self, tokens: torch.Tensor, dim: int = dim) -> torch.Tensor:
                 return encoder.model.encode_text(tokens)[:, :dim]
 
-        weights_dC = zero_shot_classifier(Cut(), encoder.tokenise, CLASSES, templates, "cpu", amp=False)
+        weights_dC = zero_shot_classifier(Truncated(), encoder.tokenise, CLASSES, templates, "cpu", amp=False)
         logits_NC = torch.nn.functional.normalize(image_ND[:, :dim], dim=-1) @ weights_dC
         scores = result["dims"][str(dim)]["classification"]
         assert scores["top1"] == pytest.approx((logits_NC.argmax(1) == label_N).double().mean().item(), abs=1e-6)
@@ -197,7 +192,7 @@ def test_classification_equals_clip_benchmarks(model_folder: Path, encoder: Bund
     assert result["chance"]["classification"]["top1"] == 0.25
 
 
-def test_a_label_that_is_no_class_is_counted(encoder: Bundle, tmp_path: Path) -> None:
+def test_labels_out_of_range_are_bad_samples(encoder: Bundle, tmp_path: Path) -> None:
     members = [m for n, label in enumerate(["0", "3", "4", "-1", "red"]) for m in labelled_members(n, label)]
     one = open_set(str(write_tar(tmp_path / "a.tar", members)), read_classes_of(tmp_path, CLASSES))
     found = embed_labelled(one.reader, encoder.model, encoder.image_spec, 4)
@@ -210,14 +205,14 @@ def read_classes_of(folder: Path, names: Sequence[str]) -> zeroshot.Classes:
     return read_classes(str(folder / "names.txt"))
 
 
-def test_a_single_class_is_always_right(encoder: Bundle, tmp_path: Path) -> None:
+def test_with_a_single_class_accuracy_is_1(encoder: Bundle, tmp_path: Path) -> None:
     classes = read_classes_of(tmp_path, ["thing"])
-    found = zeroshot.Labelled(torch.randn(3, 16), torch.zeros(3, dtype=torch.int64), [])
-    vectors = class_vectors(classes, encoder.model, encoder.tokenise, [16])
-    assert score_labelled(found, vectors)["dims"]["16"]["classification"]["top1"] == 1
+    found = zeroshot.LabelledImages(torch.randn(3, 16), torch.zeros(3, dtype=torch.int64), [])
+    vectors = class_embeddings(classes, encoder.model, encoder.tokenise, [16])
+    assert score_classification(found, vectors)["dims"]["16"]["classification"]["top1"] == 1
 
 
-def test_imagenets_names_and_templates_are_at_hand(tmp_path: Path) -> None:
+def test_imagenet_names_and_templates_are_built_in(tmp_path: Path) -> None:
     classes = read_classes("imagenet", "imagenet")
     assert len(classes.names) == 1000
     assert len(classes.prompts(0)) == 80
@@ -230,7 +225,7 @@ def test_imagenets_names_and_templates_are_at_hand(tmp_path: Path) -> None:
         read_classes("nowhere.txt")
 
 
-def test_benchmarks_captions_are_lines(encoder: Bundle, tmp_path: Path) -> None:
+def test_clip_benchmark_captions_are_one_per_line(encoder: Bundle, tmp_path: Path) -> None:
     members = [("a.png", encoded(drawing(0)[0])), ("a.txt", b"one\ntwo\n\nthree"), ("b.png", encoded(drawing(1)[0]))]
     write_tar(tmp_path / "test" / "0.tar", [*members, ("b.txt", b"four")])
     (tmp_path / "dataset_type.txt").write_text("retrieval")
@@ -240,34 +235,35 @@ def test_benchmarks_captions_are_lines(encoder: Bundle, tmp_path: Path) -> None:
     assert found.image_of_text_M.tolist() == [0, 0, 0, 1]
 
 
-def test_degrading_is_a_function_of_the_name() -> None:
-    picture = torch.from_numpy(np.array(drawing(3, 96)[0])).permute(2, 0, 1)
+def test_degradation_depends_on_the_key_only() -> None:
+    image = torch.from_numpy(np.array(drawing(3, 96)[0])).permute(2, 0, 1)
     for kind, (_, _, amounts) in KINDS.items():
-        worse = [degraded(picture, kind, amount, "a") for amount in amounts]
+        worse = [degrade_image(image, kind, amount, "a") for amount in amounts]
         assert all(
-            torch.equal(one, degraded(picture, kind, amount, "a")) for one, amount in zip(worse, amounts, strict=True)
+            torch.equal(one, degrade_image(image, kind, amount, "a"))
+            for one, amount in zip(worse, amounts, strict=True)
         )
         resized = [torch.nn.functional.interpolate(one[None].float(), (96, 96))[0] for one in worse]
-        distances = [float((one - picture).abs().mean()) for one in resized]
+        distances = [float((one - image).abs().mean()) for one in resized]
         assert kind == "crop" or distances == sorted(distances)
-    crop = degraded(picture, "crop", 0.25, "a")
+    crop = degrade_image(image, "crop", 0.25, "a")
     assert crop.shape == (3, 48, 48)
-    assert not torch.equal(crop, degraded(picture, "crop", 0.25, "b"))
+    assert not torch.equal(crop, degrade_image(image, "crop", 0.25, "b"))
     keys = [str(number) for number in range(50)]
-    assert chosen_rows(keys, 10) == sorted(keys.index(key) for key in [keys[row] for row in chosen_rows(keys, 10)])
-    assert len(chosen_rows(keys, 100)) == 50
+    assert sample_rows(keys, 10) == sorted(keys.index(key) for key in [keys[row] for row in sample_rows(keys, 10)])
+    assert len(sample_rows(keys, 100)) == 50
 
 
-def test_degraded_pictures_look_for_their_originals(model_folder: Path, shards: Path) -> None:
+def test_degraded_images_as_queries_for_their_originals(model_folder: Path, shards: Path) -> None:
     found = evaluate(model_folder, shards, dims=[16], degrade=9)["degraded"]
     assert found["num_queries"] == 9
     assert set(found) == {"num_queries", *KINDS}
-    # The pictures are of 32 pixels: to make them 96 changes nothing.
+    # The images have 32 pixels: downscaling to 96 changes nothing.
     assert found["downscale"]["severities"]["96"]["16"]["R@1"] == 1
     assert found["blur"]["severities"]["0.06"]["16"]["mean_rank"] > 1
 
 
-def test_large_sets_are_sampled_by_shard(shards: Path) -> None:
+def test_a_large_set_is_subsampled_by_shard(shards: Path) -> None:
     reader = open_reader(str(shards))
     assert draw_shards(reader, None) is draw_shards(reader, 48) is reader
     drawn = draw_shards(reader, 12)
@@ -276,9 +272,9 @@ def test_large_sets_are_sampled_by_shard(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_is_judged_by_some_shards_as_mmrl_eval_would(write_config: Callable[..., Path], stage: int) -> None:
+def test_training_scores_a_subsampled_set_like_mmrl_eval(write_config: Callable[..., Path], stage: int) -> None:
     overrides = ["evaluation.most_samples=12", "train.duration=2 steps", f"engine.zero_stage={stage}"]
-    config = configs.load(write_config(), overrides)
+    config = load_config(write_config(), overrides)
     folder = train(config, Console(quiet=True))
     found = json.loads((folder / "retrieval.json").read_text())["sets"]["val"]
     reader = draw_shards(open_reader(config.evaluation.sets["val"].shards), 12)
@@ -299,7 +295,7 @@ def _evaluate_in_a_world(folder: Path) -> None:
     evaluate(Path(model), labelled, out=folder / "classes")
 
 
-def test_two_processes_find_what_one_does(model_folder: Path, shards: Path, labelled: Path, tmp_path: Path) -> None:
+def test_two_processes_score_like_one(model_folder: Path, shards: Path, labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "paths").write_text(f"{model_folder}\n{shards}\n{labelled}")
     run_in_world(2, _evaluate_in_a_world, tmp_path)
     for name, expected in (
@@ -308,14 +304,51 @@ def test_two_processes_find_what_one_does(model_folder: Path, shards: Path, labe
     ):
         found = json.loads((tmp_path / name / "retrieval.json").read_text())
         for one in (found, *found["sets"].values()):
-            one.pop("analysis", None)  # which comes with a report
+            one.pop("analysis", None)  # only with a report
         assert found == expected
 
 
+def _launcher_variables(launcher: str, rank: int) -> dict[str, str]:
+    """What the launcher sets for each of two processes on this host."""
+    if launcher == "srun":
+        variables = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        return {"SLURM_STEP_NODELIST": "localhost", **{name: str(value) for name, value in variables.items()}}
+    variables = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in variables.items()}
+
+
+def _evaluate_under(rank: int, launcher: str, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    comm.stop()  # a process group inherited from a test of the parent process
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **_launcher_variables(launcher, rank)}
+    model, shards = (folder / "paths").read_text().split("\n")
+    evaluate(Path(model), shards, out=folder / f"rank{rank}")
+    assert (comm.world().rank, comm.world().size) == (rank, 2)
+    comm.stop()
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_eval_divides_the_work_under_slurm_and_mpi(
+    model_folder: Path, shards: Path, tmp_path: Path, launcher: str
+) -> None:
+    (tmp_path / "paths").write_text(f"{model_folder}\n{shards}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+        _evaluate_under, (launcher, tmp_path, port), nprocs=2, start_method="fork"
+    )
+    found = json.loads((tmp_path / "rank0" / "retrieval.json").read_text())
+    assert found["dims"] == evaluate(model_folder, shards)["dims"]
+    assert not (tmp_path / "rank1").exists()
+
+
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("options", "says"),
     [
-        ({"directions": ["image_to_txt"]}, "there is no 'image_to_txt'. Did you mean 'image_to_text'"),
+        ({"directions": ["image_to_txt"]}, "unknown direction 'image_to_txt'. Did you mean 'image_to_text'"),
         ({"templates": "imagenet"}, "templates: given without classes"),
         ({"ks": (0,)}, "ks: "),
         ({"dims": [32]}, "32 is out of range"),
@@ -323,6 +356,6 @@ def test_two_processes_find_what_one_does(model_folder: Path, shards: Path, labe
         ({"classes": "imagenet"}, "fields.text: no sample .* has .cls"),
     ],
 )
-def test_mistakes_are_one_sentence(model_folder: Path, shards: Path, asked: dict[str, Any], says: str) -> None:
+def test_invalid_options_are_reported(model_folder: Path, shards: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        evaluate(model_folder, shards, **asked)
+        evaluate(model_folder, shards, **options)

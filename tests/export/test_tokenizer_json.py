@@ -10,8 +10,9 @@ from mmrl.data.sources import open_reader
 from mmrl.export import tokenizer_json
 from mmrl.inference.standalone import clean
 from mmrl.model import towers
+from mmrl.model.tokenizer import Tokenizer as MmrlTokenizer
 
-ODD = [
+UNUSUAL = [
     "Caf\u00e9 \u201cquoted\u201d, it\u2019s 3kg; don't",
     "Tom &amp; Jerry &lt;3 &quot;x&quot; &amp;amp; &eacute;",
     "  white \t space\n here ",
@@ -28,31 +29,31 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[towers.Tokenizer, Tokenizer]:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[MmrlTokenizer, Tokenizer]:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
-    ours = towers.tokenise_of("mmrl-starter")
+    ours = towers.build_tokenizer("mmrl-starter")
     tokenizer_json._write_bpe(ours.tokenizer, folder / "tokenizer.json")
-    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    theirs.enable_truncation(ours.context_length)
-    return ours, theirs
+    exported = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    exported.enable_truncation(ours.context_length)
+    return ours, exported
 
 
-def ids(theirs: Tokenizer, text: str, length: int) -> list[int]:
-    row = theirs.encode(text).ids
+def ids(exported: Tokenizer, text: str, length: int) -> list[int]:
+    row = exported.encode(text).ids
     return row + [0] * (length - len(row))
 
 
-@pytest.mark.parametrize("text", ODD)
-def test_odd_texts_become_the_same_ids(both: tuple[towers.Tokenizer, Tokenizer], text: str) -> None:
-    ours, theirs = both
-    assert ids(theirs, clean(text, "lower"), ours.context_length) == ours([text])[0].tolist()
+@pytest.mark.parametrize("text", UNUSUAL)
+def test_unusual_texts_have_the_same_token_ids(tokenizers: tuple[MmrlTokenizer, Tokenizer], text: str) -> None:
+    ours, exported = tokenizers
+    assert ids(exported, clean(text, "lower"), ours.context_length) == ours([text])[0].tolist()
 
 
-def test_real_captions_become_the_same_ids_without_any_cleaning(
-    both: tuple[towers.Tokenizer, Tokenizer],
+def test_captions_have_the_same_token_ids_without_cleaning(
+    tokenizers: tuple[MmrlTokenizer, Tokenizer],
 ) -> None:
-    ours, theirs = both
+    ours, exported = tokenizers
     reader = open_reader("starter:test-concepts")
     captions = [caption for number in range(0, len(reader), 5) for caption in reader.read(number).captions]
-    found = [ids(theirs, caption, ours.context_length) for caption in captions]
+    found = [ids(exported, caption, ours.context_length) for caption in captions]
     np.testing.assert_array_equal(found, ours(captions).numpy())

@@ -1,6 +1,6 @@
-"""An encoder, an index or a model config from a stranger runs no code and reaches no network, by any way in.
+"""An encoder, index or model config from an untrusted source runs no code and makes no network request, in any command.
 
-Each payload would leave a file (the canary) if its Python ran; each connection that is tried is recorded and refused.
+Each payload would create a file (the canary) if its Python ran. Every attempted connection is recorded and refused.
 """
 
 import json
@@ -31,7 +31,7 @@ Change = Callable[[Path, dict[str, Any], Path], None]
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Path]:
-    """A file that any executed payload makes."""
+    """A file that a payload creates if it is executed."""
     path = tmp_path / "canary"
     yield path
     assert not path.exists(), "code of the payload was executed"
@@ -39,19 +39,19 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Every connection and name look-up that is tried; none may be."""
-    tried: list[Any] = []
+    """Records attempted connections and name look-ups; fails if there are any."""
+    attempts: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> Any:
-        tried.append(arguments)
+        attempts.append(arguments)
         raise OSError("no network in this test")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked whether to run code"))
-    yield tried
-    assert not tried, "a stored name caused a network call"
+    yield attempts
+    assert not attempts, "a stored name caused a network call"
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def encoder(hf_model: Path, tmp_path: Path) -> Path:
     """A bundle with a Hugging Face tokenizer and text tower."""
     torch.manual_seed(1)
     built = towers.build(TowersConfig(name=str(hf_model)))
-    one = bundle.of_towers(two_tower.from_towers(built, LogitScaleConfig(), 1), built, (16,))
+    one = bundle.make_bundle(two_tower.from_towers(built, LogitScaleConfig(), 1), built, (16,))
     bundle.save(one, tmp_path / "encoder", one.state(), {"step": 1})
     return tmp_path / "encoder"
 
 
 def write_payload(folder: Path, canary: Path) -> None:
-    """Python that transformers would import if it were allowed to."""
+    """Writes Python code that transformers would import if it were allowed to."""
     code = f"open({str(canary)!r}, 'w').close()\n"
     (folder / "evil.py").write_text(
         f"{code}from transformers import BertConfig, BertModel, BertTokenizerFast\n"
@@ -142,7 +142,7 @@ CHANGES: list[Change] = [
 
 
 def apply(change: Change, folder: Path, canary: Path) -> None:
-    """Changes a bundle, with every hash of its manifest right again."""
+    """Changes a bundle and updates the hashes in its manifest."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(folder, manifest["model_cfg"], canary)
     weights = manifest["files"]["model.safetensors"]
@@ -151,7 +151,7 @@ def apply(change: Change, folder: Path, canary: Path) -> None:
 
 
 def run(*arguments: Any) -> str:
-    """What a command answers to a file of a stranger's: one sentence, which `main` prints, and exit code 2."""
+    """The error message of a command that refuses a file: an InputError, which `main` prints with exit code 2."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert isinstance(result.exception, InputError), result.output
     return str(result.exception)
@@ -168,14 +168,14 @@ def test_a_stored_encoder_is_refused_by_every_command(
         try:
             mmrl.load(encoder, towers=tower)
         except InputError:
-            continue  # the other tower may be sound
-    sentences = [
+            continue  # the change may concern the other tower only
+    messages = [
         run("eval", encoder, shards),
         run("export", encoder, tmp_path / "exported", "--dim", "8"),
         run("rotate", encoder, shards, tmp_path / "rotated"),
         run("embed", encoder, shards, tmp_path / "embeddings", "--texts"),
     ]
-    assert all(str(encoder) in sentence for sentence in sentences), sentences
+    assert all(str(encoder) in message for message in messages), messages
 
 
 def test_an_index_that_names_such_an_encoder(encoder: Path, canary: Path, shards: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_model_config_is_refused_by_every_command(
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
         name = f"local-dir:{folder}"
     config = write_config(model={"name": name})
-    run("eval", f"open_clip:{name}", shards)
+    assert "open_clip has no model" not in run("eval", f"open_clip:{name}", shards)  # refused for its content
     run("embed", f"open_clip:{name}", shards, tmp_path / "embeddings")
     run("export", f"open_clip:{name}", tmp_path / "exported", "--dim", "8")
     run("check", shards, "--tokenizer", name)
@@ -226,7 +226,7 @@ def test_a_model_config_is_refused_by_every_command(
     run("plan", config)
 
 
-def test_a_siglip_name_fetches_no_tokenizer(tmp_path: Path) -> None:
+def test_a_siglip_name_downloads_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "my-siglip.json").write_text(json.dumps(TINY_MODEL))
     with pytest.raises(InputError, match="hf_tokenizer_name"):
         towers.build(TowersConfig(name=str(tmp_path / "my-siglip.json")))
@@ -253,24 +253,24 @@ def test_every_config_that_open_clip_ships_is_allowed() -> None:
         ("text_cfg", "norm_kwargs", {"device": "cuda"}),
     ],
 )
-def test_a_value_out_of_range_is_named(section: str, key: str, value: Any) -> None:
+def test_a_value_out_of_range_is_reported(section: str, key: str, value: Any) -> None:
     changed = {**TINY_MODEL, section: TINY_MODEL[section] | {key: value}}
     with pytest.raises(InputError, match=rf"^stranger: model config: {section}\.{key}"):
         check_model_cfg(changed, "stranger")
 
 
-def test_the_payload_would_run_where_it_is_trusted(encoder: Path, tmp_path: Path) -> None:
-    """The canary sings: without this, the tests above could not fail."""
+def test_the_payload_runs_if_it_is_trusted(encoder: Path, tmp_path: Path) -> None:
+    """Checks the payload itself: if it could not run, the tests above could not fail."""
     from transformers import AutoTokenizer
 
-    sung = tmp_path / "sung"
-    write_payload(encoder / "tokenizer", sung)
-    auto_map_in_tokenizer(encoder, {}, sung)
+    created = tmp_path / "created"
+    write_payload(encoder / "tokenizer", created)
+    auto_map_in_tokenizer(encoder, {}, created)
     AutoTokenizer.from_pretrained(encoder / "tokenizer", trust_remote_code=True)
-    assert sung.exists()
+    assert created.exists()
 
 
-def test_a_sound_encoder_loads_offline(encoder: Path) -> None:
+def test_a_valid_encoder_loads_offline(encoder: Path) -> None:
     vectors = mmrl.load(encoder).encode_texts([VOCABULARY[6]])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert mmrl.load(encoder).encode_images([drawing(1)[0]]).shape == (1, 16)

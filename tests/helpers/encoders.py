@@ -1,4 +1,4 @@
-"""Encoders of random weights on disk, that several test files export."""
+"""Encoders with random weights, for tests of export and rotation."""
 
 from pathlib import Path
 
@@ -11,21 +11,21 @@ from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
 
 TEXTS = ["a red square", "green stripes", "x"]
-PICTURES = [drawing(number, size)[0] for number, size in enumerate((32, 40, 64))]
+IMAGES = [drawing(number, size)[0] for number, size in enumerate((32, 40, 64))]
 
 
-def stored(name: str, folder: Path, per_dim: bool = False) -> Path:
-    """A bundle of random weights, nested at 4, 8 and 16."""
+def save_random_encoder(name: str, folder: Path, per_dim: bool = False) -> Path:
+    """Writes a bundle with random weights, nested at 4, 8 and 16."""
     torch.manual_seed(1)
     built = towers.build(TowersConfig(name=name))
     model = two_tower.from_towers(built, LogitScaleConfig(per_dim=per_dim), 3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    one = bundle.of_towers(model, built, (4, 8, 16))
+    one = bundle.make_bundle(model, built, (4, 8, 16))
     bundle.save(one, folder, one.state(), {"step": 5})
     return folder
 
 
 def prefix(vectors: np.ndarray, dim: int) -> np.ndarray:
-    """The renormalised first `dim` numbers, by the plain formula."""
+    """The first `dim` dims, renormalised."""
     return vectors[:, :dim] / np.linalg.norm(vectors[:, :dim], axis=1, keepdims=True)

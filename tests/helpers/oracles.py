@@ -1,4 +1,4 @@
-"""Scores by brute force, written from their definitions, one query at a time; and as foreign libraries give them."""
+"""Reference scores: brute force by definition, one query at a time, and other libraries."""
 
 import math
 
@@ -12,35 +12,35 @@ def unit(x: np.ndarray, dim: int) -> np.ndarray:
     return x[:, :dim] / np.linalg.norm(x[:, :dim], axis=1, keepdims=True)
 
 
-def places(score_G: np.ndarray, positive_G: np.ndarray) -> list[int]:
-    """The place of the n-th best positive: n + the non-positives that score as high or higher."""
+def positive_ranks(score_G: np.ndarray, positive_G: np.ndarray) -> list[int]:
+    """The rank of the n-th best positive: n + the number of non-positives that score at least as high."""
     mine, others = sorted(score_G[positive_G], reverse=True), score_G[~positive_G]
     return [n + 1 + int((others >= value).sum()) for n, value in enumerate(mine)]
 
 
 def brute_force(query: np.ndarray, gallery: np.ndarray, positive: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
-    """Unit vectors and who is whose positive -> all scores."""
+    """All scores, from unit vectors and the matrix of positives."""
     hits: dict[int, list[bool]] = {k: [] for k in ks}
     precision, r_precision, gain, best = [], [], [], []
     for q in range(len(query)):
         if not positive[q].any():
             continue
-        found = places((query[q] * gallery).sum(1), positive[q])
-        best.append(found[0])
+        ranks = positive_ranks((query[q] * gallery).sum(1), positive[q])
+        best.append(ranks[0])
         for k in ks:
-            hits[k].append(found[0] <= k)
-        precision.append(np.mean([(n + 1) / place for n, place in enumerate(found)]))
-        within = [(n + 1) / place for n, place in enumerate(found) if place <= len(found)]
-        r_precision.append(sum(within) / len(found))
-        ideal = sum(1 / math.log2(n + 2) for n in range(min(len(found), 10)))
-        gain.append(sum(1 / math.log2(place + 1) for place in found if place <= 10) / ideal)
+            hits[k].append(ranks[0] <= k)
+        precision.append(np.mean([(n + 1) / rank for n, rank in enumerate(ranks)]))
+        within = [(n + 1) / rank for n, rank in enumerate(ranks) if rank <= len(ranks)]
+        r_precision.append(sum(within) / len(ranks))
+        ideal = sum(1 / math.log2(n + 2) for n in range(min(len(ranks), 10)))
+        gain.append(sum(1 / math.log2(rank + 1) for rank in ranks if rank <= 10) / ideal)
     scores = {f"R@{k}": float(np.mean(hits[k])) for k in ks}
     return {
         **scores,
         "mAP": float(np.mean(precision)),
         "mAP@R": float(np.mean(r_precision)),
         "nDCG@10": float(np.mean(gain)),
-        "MRR": float(np.mean([1 / place for place in best])),
+        "MRR": float(np.mean([1 / rank for rank in best])),
         "median_rank": float(np.median(best)),
         "mean_rank": float(np.mean(best)),
     }

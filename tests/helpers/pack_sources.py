@@ -1,4 +1,4 @@
-"""What the tests of `mmrl pack` put in, and how they look at what comes out."""
+"""Inputs for the tests of `mmrl pack`, and functions that read its output."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def put(path: Path, content: bytes | str) -> Path:
 
 
 def members(out: Path) -> dict[str, bytes]:
-    """All files in all shards, in order."""
+    """All members of all shards, in order."""
     found = {}
     for shard in sorted(out.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -40,7 +40,7 @@ def bad_lines(out: Path) -> list[dict[str, str]]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """All that a pack left, by name."""
+    """All files of a pack, by path."""
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
@@ -51,15 +51,15 @@ def write_csv(path: Path, rows: Rows, separator: str = ",") -> None:
         writer.writerows(rows)
 
 
-def picture_folder(folder: Path) -> dict[str, bytes]:
-    """Six pictures in all manners that a folder may say things of them; key -> the picture's bytes."""
-    pictures = {}
+def image_folder(folder: Path) -> dict[str, bytes]:
+    """Writes six images with captions and groups in every supported form; returns key in the shards -> image bytes."""
+    images = {}
     kinds = ["PNG", "JPEG", "WEBP", "JPEG", "PNG", "PNG"]
     names = ["a.png", "sub/b.JPG", "sub/deep er/c.v2.webp", "d.jpeg", "e.png", "f.png"]
     for number, (name, kind) in enumerate(zip(names, kinds, strict=True)):
         data = encoded(drawing(number)[0], kind)
         path = put(folder / name, data)
-        pictures[safe_key(str(Path(name).with_suffix("")))] = data
+        images[safe_key(str(Path(name).with_suffix("")))] = data
         caption, group = drawing(number)[1:]
         if number < 4:
             put(path.with_suffix(".txt"), f" {caption}\n")
@@ -67,13 +67,13 @@ def picture_folder(folder: Path) -> dict[str, bytes]:
             put(path.with_suffix(".json"), json.dumps({"captions": [caption, f"{caption}, é"], "group": group}))
         if number == 3:
             put(path.with_suffix(".json"), json.dumps({"group": 7, "licence": "mine"}))
-    put(folder / "f.json", json.dumps({"caption": "as img2dataset has it"}))
+    put(folder / "f.json", json.dumps({"caption": "in the format of img2dataset"}))
     put(folder / ".hidden.png", b"")
-    return pictures
+    return images
 
 
 def end_by(how: str) -> str:
-    """A worker's function that does not survive some items."""
+    """A worker function that ends its process for some items."""
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "exit":

@@ -1,4 +1,4 @@
-"""A web server of a folder that fails in the ways that real ones do."""
+"""A local web server of a folder that simulates network failures."""
 
 import http.server
 import threading
@@ -9,33 +9,33 @@ from pathlib import Path
 import numpy as np
 
 
-class Unreliable(http.server.BaseHTTPRequestHandler):
-    """Serves a folder; a share of the answers is an error, ends early, or stalls."""
+class _FlakyHandler(http.server.BaseHTTPRequestHandler):
+    """Serves a folder; a random fraction of the responses is an error, is cut, or stalls."""
 
     folder: Path
-    seen: Counter[str]
+    requests: Counter[str]
     rng: np.random.Generator
-    troubles: float
+    failure_rate: float
     with_ranges: bool
-    made: Counter[str]
+    failures: Counter[str]
 
     def do_GET(self) -> None:
-        self.seen[self.path] += 1
+        self.requests[self.path] += 1
         path = self.folder / self.path.lstrip("/")
         if not path.is_file():
             self.send_error(404)
             return
-        trouble = self.rng.random() < self.troubles
-        kind = self.rng.integers(3) if trouble else -1
-        self.made["trouble"] += trouble
-        if kind == 0 or self.made["nothing"]:
+        fails = self.rng.random() < self.failure_rate
+        kind = self.rng.integers(3) if fails else -1
+        self.failures["failed"] += fails
+        if kind == 0 or self.failures["always"]:
             self.send_error(500)
             return
         data = path.read_bytes()
         version = f'"{path.stat().st_mtime_ns}"'
         is_same = self.headers.get("If-Range", version) == version
-        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
-        start = int(asked) if self.with_ranges and is_same else 0
+        offset = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
+        start = int(offset) if self.with_ranges and is_same else 0
         if start >= len(data):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
@@ -57,24 +57,31 @@ class Unreliable(http.server.BaseHTTPRequestHandler):
         self.wfile.write(rest)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 class Server:
-    """An unreliable server of a folder, and what was asked of it."""
+    """A running flaky server; `requests` counts requests per path."""
 
-    def __init__(self, folder: Path, troubles: float = 0.0, with_ranges: bool = True) -> None:
-        self.seen: Counter[str] = Counter()
-        self.made: Counter[str] = Counter()
-        facts = {"folder": folder, "seen": self.seen, "made": self.made, "rng": np.random.default_rng(0)}
-        handler = type("Handler", (Unreliable,), {**facts, "troubles": troubles, "with_ranges": with_ranges})
+    def __init__(self, folder: Path, failure_rate: float = 0.0, with_ranges: bool = True) -> None:
+        self.requests: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        attributes = {
+            "folder": folder,
+            "requests": self.requests,
+            "failures": self.failures,
+            "rng": np.random.default_rng(0),
+            "failure_rate": failure_rate,
+            "with_ranges": with_ranges,
+        }
+        handler = type("Handler", (_FlakyHandler,), attributes)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def answers_nothing(self) -> None:
-        self.made["nothing"] = 1
+    def fail_always(self) -> None:
+        self.failures["always"] = 1
 
     def close(self) -> None:
         self._server.shutdown()

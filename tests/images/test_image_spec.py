@@ -10,7 +10,6 @@ from conftest import drawing, encoded
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from mmrl.images import decode as decoding
 from mmrl.images.decode import decode
 from mmrl.images.image_spec import ImageSpec
 
@@ -18,14 +17,14 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A smooth picture with some grain."""
+    """A smooth image with some noise."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [128 + 90 * np.sin(x / (17 + 9 * c) + y / (23 + 5 * c)) for c in range(3)]
-    grain = np.random.default_rng(0).normal(0, 6, (height, width, 3))
-    return Image.fromarray((np.stack(waves, -1) + grain).clip(0, 255).astype(np.uint8))
+    noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
+    return Image.fromarray((np.stack(waves, -1) + noise).clip(0, 255).astype(np.uint8))
 
 
-# Not here: shortest, bilinear, non-square; open_clip resizes that by bicubic whatever its config says.
+# Without shortest + bilinear + non-square, which open_clip resizes with bicubic in spite of its config.
 @pytest.mark.parametrize(
     ("resize_mode", "interpolation", "target"),
     [
@@ -34,7 +33,7 @@ def photo(width: int, height: int) -> Image.Image:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [(500, 401), (333, 500), (64, 64), (40, 90)])
-def test_pixels_are_open_clips_within_rounding(
+def test_preprocessing_equals_open_clips_within_rounding(
     resize_mode: str, interpolation: str, size: tuple[int, int], target: int | tuple[int, int]
 ) -> None:
     cfg = PreprocessCfg(target, "RGB", MEAN, STD, interpolation, resize_mode, fill_color=0)
@@ -47,15 +46,15 @@ def test_pixels_are_open_clips_within_rounding(
     assert levels_CHW.mean() < 0.3
 
 
-def test_a_spec_survives_json() -> None:
+def test_a_spec_is_equal_after_json() -> None:
     spec = ImageSpec(height=32, width=48, mean=MEAN, std=STD, resize_mode="longest", fill_color=255)
     assert ImageSpec.from_json(spec.to_json()) == spec
 
 
-def test_pictures_come_upright_and_in_colour() -> None:
+def test_decode_gives_upright_rgb_images() -> None:
     image, _, _ = drawing(2)
     rotated, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6  # turn a quarter right to be upright
+    exif[0x0112] = 6  # upright after a clockwise rotation by 90 degrees
     image.rotate(90).save(rotated, "PNG", exif=exif)
     assert np.array_equal(np.array(decode(rotated.getvalue())), np.array(image))
     for mode in ("L", "P", "RGBA", "LA", "CMYK"):
@@ -64,24 +63,24 @@ def test_pictures_come_upright_and_in_colour() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
-def test_damage_is_a_value_error_or_a_picture_never_anything_else(kind: str) -> None:
+def test_a_damaged_file_raises_value_error_or_is_decoded(kind: str) -> None:
     whole = encoded(drawing(1)[0], kind)
     rng = np.random.default_rng(0)
     for _ in range(300):
         data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
-        for place in rng.integers(0, len(data), 3):
-            data[place] = rng.integers(0, 256)
+        for offset in rng.integers(0, len(data), 3):
+            data[offset] = rng.integers(0, 256)
         with contextlib.suppress(ValueError):
             assert decode(bytes(data)).mode == "RGB"
 
 
-def test_what_is_no_picture_or_too_large_is_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_and_too_large_images_raise_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     good = encoded(drawing(1)[0])
     for data in (b"", b"<html>", good[:60], good[: len(good) // 2]):
         with pytest.raises(ValueError, match=r".+"):
             decode(data)
     with pytest.raises(ValueError, match="no picture in a known format"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 1000)
+    monkeypatch.setattr("mmrl.images.decode.MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="32x32 pixels, more than the 1,000"):
         decode(good)

@@ -1,7 +1,7 @@
-"""Three hosts on one machine: network namespaces with addresses, names and an sshd of their own, and no way out.
+"""Simulates several hosts on one machine: isolated network namespaces, each with an address, a host name and an sshd.
 
-Each host has one link to a bridge that stands in a namespace of its own, so that nothing else can be reached and
-nothing outside notices. Root is needed. A link is cut, and a host killed, by the methods of `Hosts`.
+Each host has one link to a bridge in a separate namespace, so that hosts reach only each other. Requires root.
+`Hosts` can cut a link and kill a host.
 """
 
 import os
@@ -18,7 +18,7 @@ SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 
 
 def lacking(*programs: str) -> str | None:
-    """Why no hosts can be made here; None where they can."""
+    """The reason why hosts cannot be simulated here; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [name for name in ("ip", "nsenter", "unshare", *programs) if shutil.which(name) is None]
@@ -30,20 +30,20 @@ def lacking(*programs: str) -> str | None:
 
 
 class Hosts:
-    """The hosts node0, node1 …, by number."""
+    """The hosts node0, node1, …"""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
-        # Short, since a link's name may have 15 letters; of this process, since tests may run side by side.
+        # Short, since a link's name has at most 15 letters; with the process id, since tests may run in parallel.
         self._prefix = f"m{os.getpid()}"
         self._started: list[subprocess.Popen[str]] = []
 
     def name(self, host: int) -> str:
-        """The network namespace."""
+        """The name of a host's network namespace."""
         return f"{self._prefix}h{host}"
 
     def make(self) -> None:
-        """Bridge, links, addresses, names."""
+        """Creates the bridge, and the links, addresses and names of all hosts."""
         switch = f"{self._prefix}sw"
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "br0", "type", "bridge")
@@ -60,7 +60,7 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
 
     def remove(self) -> None:
-        """Ends all that runs on the hosts, and the hosts."""
+        """Kills all processes on the hosts and removes the hosts."""
         for host in range(self.count):
             self.kill(host)
             subprocess.run(["ip", "netns", "del", self.name(host)], check=False)
@@ -69,14 +69,14 @@ class Hosts:
             process.wait(10)
 
     def inside(self, host: int, command: Sequence[str]) -> list[str]:
-        """A command as it is run on a host: with the host's network and name, and with all hosts' names known."""
+        """The command line that runs a command on a host, with its network and host name and with all host names."""
         names = shlex.quote(str(self.folder / "hosts"))
         script = f'mount --bind {names} /etc/hosts; hostname node{host}; exec "$@"'
         spaces = ["nsenter", f"--net=/run/netns/{self.name(host)}", "unshare", "--uts", "--mount"]
         return [*spaces, "sh", "-c", script, "_", *command]
 
     def start(self, host: int, command: Sequence[str], log: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
-        """Starts a command on a host; what it says goes to folder/log."""
+        """Starts a command on a host, with its output in folder/log."""
         with (self.folder / log).open("a") as file:
             process = subprocess.Popen(
                 self.inside(host, command),
@@ -92,21 +92,21 @@ class Hosts:
         return process
 
     def log(self, log: str) -> str:
-        """What was said so far."""
+        """The output so far."""
         file = self.folder / log
         return file.read_text(errors="replace") if file.exists() else ""
 
     def cut(self, host: int) -> None:
-        """Pulls the plug of a host's network: nothing is refused, packets are lost."""
+        """Cuts a host's link: packets are lost, connections are not refused."""
         _ip("-n", self.name(host), "link", "set", "veth0", "down")
 
-    def mend(self, host: int) -> None:
-        """Plugs it in again."""
+    def restore(self, host: int) -> None:
+        """Restores the link."""
         _ip("-n", self.name(host), "link", "set", "veth0", "up")
 
     def kill(self, host: int) -> None:
-        """Every process of a host, at once, without a word."""
-        for _ in range(3):  # some may just be starting others
+        """Kills every process of a host with SIGKILL."""
+        for _ in range(3):  # some may be starting others
             listed = subprocess.run(["ip", "netns", "pids", self.name(host)], capture_output=True, text=True)
             for pid in listed.stdout.split():
                 try:
@@ -116,7 +116,7 @@ class Hosts:
             time.sleep(0.1)
 
     def start_sshd(self) -> dict[str, str]:
-        """An sshd on each host, and the variables with which ssh uses a key made for them alone."""
+        """Starts an sshd on each host. Returns environment variables that make ssh use a key of this test."""
         keys = self.folder / "ssh"
         keys.mkdir(mode=0o700)
         for name in ("host", "user"):
@@ -131,7 +131,7 @@ class Hosts:
         (keys / "ssh.conf").write_text(
             f"Host *\n  IdentityFile {keys}/user\n  UserKnownHostsFile {keys}/known\n  StrictHostKeyChecking yes\n"
         )
-        # ssh takes no config file from its environment, and the user's own is not ours to touch.
+        # ssh reads no config file from the environment, and the user's must not be changed.
         program = keys / "bin" / "ssh"
         program.parent.mkdir()
         program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {keys}/ssh.conf "$@"\n')
@@ -144,7 +144,7 @@ class Hosts:
 
 @contextmanager
 def hosts(folder: Path, count: int = 3) -> Iterator[Hosts]:
-    """So many hosts, gone afterwards with all that ran on them."""
+    """Yields `count` hosts and removes them afterwards, with everything that runs on them."""
     made = Hosts(folder, count)
     try:
         made.make()

@@ -1,4 +1,4 @@
-"""The Kubernetes manifest against Kubernetes' own schemas, and against what training and nodes.sh expect."""
+"""Checks the Kubernetes manifest against Kubernetes' schemas, and against what nodes.sh expects."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((LAUNCH / "kubernetes.
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document["kind"])
 @pytest.mark.parametrize("version", ["1.31", "1.35"])
-def test_it_fits_the_schema(document: dict[str, Any], version: str) -> None:
+def test_manifest_fits_the_kubernetes_schema(document: dict[str, Any], version: str) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     validator.validate(document, version, strict=True)
     broken = {**document, "spec": {**document["spec"], "completionMod": "Indexed"}}
@@ -21,12 +21,12 @@ def test_it_fits_the_schema(document: dict[str, Any], version: str) -> None:
         validator.validate(broken, version, strict=True)
 
 
-def test_machines_and_names_agree() -> None:
+def test_host_counts_and_names_agree() -> None:
     service, job = DOCUMENTS
     spec, pod = job["spec"], job["spec"]["template"]
     environ = {one["name"]: one["value"] for one in pod["spec"]["containers"][0]["env"]}
     assert spec["completions"] == spec["parallelism"] == int(environ["NODES"])
-    # A pod's name is JOB-INDEX, and its address POD.SERVICE, by the pod's subdomain.
+    # A pod's name is JOB-INDEX; its subdomain gives it the address POD.SERVICE.
     assert environ["HEAD"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real Slurm: munged, slurmctld, and two slurmd on hosts of their own (namespaces.py)."""
+"""launch/slurm.sbatch under a real Slurm: munged, slurmctld, and two slurmd on simulated hosts (namespaces.py)."""
 
 import json
 import os
@@ -77,7 +77,7 @@ class Slurm:
         )
 
     def run(self, *command: str) -> str:
-        """What a command says on node0."""
+        """Runs a command on node0; returns its output."""
         environ = {**os.environ, **self.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             self._hosts.inside(0, command), cwd=self._folder, env=environ, capture_output=True, text=True, timeout=60
@@ -85,7 +85,7 @@ class Slurm:
         return done.stdout + done.stderr
 
     def logs(self) -> str:
-        """All that was said."""
+        """The ends of all log files."""
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self._folder.glob("*.log")))
 
 
@@ -96,7 +96,7 @@ def _wait(until: Callable[[], object], seconds: float, what: Callable[[], str]) 
         time.sleep(0.5)
 
 
-def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as_if_nothing_had_been(
+def test_batch_script_is_requeued_after_a_signal_and_a_fault_and_ends_with_the_undisturbed_weights(
     tmp_path: Path, write_config: Callable[..., Path]
 ) -> None:
     reason = namespaces.lacking("slurmctld", "slurmd", "munged", "sbatch")
@@ -109,13 +109,13 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
     command = [str(REPOSITORY / "launch" / "one_node.sh"), str(path), f"run={undisturbed}"]
     environ = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "PROCESSES": "2"}
     subprocess.run(command, env=environ, check=True, capture_output=True, timeout=600)
-    # Slow steps, so that signals come in mid-run; learning has no part in it.
+    # Slow steps, so that signals arrive during the run.
     run = tmp_path / "run"
-    slowly = tmp_path / "slowly"
-    slowly.mkdir()
-    (slowly / "sitecustomize.py").write_text(
-        "import time, mmrl.distributed.comm as d\nreal = d.anywhere\n"
-        "def anywhere(flag):\n    time.sleep(1.0)\n    return real(flag)\nd.anywhere = anywhere\n"
+    slow_steps = tmp_path / "slow_steps"
+    slow_steps.mkdir()
+    (slow_steps / "sitecustomize.py").write_text(
+        "import time, mmrl.distributed.comm as d\nreal = d.any_rank\n"
+        "def any_rank(flag):\n    time.sleep(1.0)\n    return real(flag)\nd.any_rank = any_rank\n"
     )
     folder = tmp_path / "slurm"
     folder.mkdir()
@@ -128,7 +128,7 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
             "--export=ALL",
             str(REPOSITORY / "launch" / "slurm.sbatch"),
         ]
-        said = slurm.run("env", f"PYTHONPATH={slowly}:{REPOSITORY}", *batch, str(path), f"run={run}")
+        said = slurm.run("env", f"PYTHONPATH={slow_steps}:{REPOSITORY}", *batch, str(path), f"run={run}")
         job = re.search(r"Submitted batch job (\d+)", said)
         assert job, said + slurm.logs()
 
@@ -136,14 +136,14 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
             file = run / "metrics.jsonl"
             return len(file.read_text().splitlines()) if file.exists() else 0
 
-        def queued_again(times: int) -> bool:
+        def was_requeued(times: int) -> bool:
             shown = slurm.run("scontrol", "show", "job", job[1])
             slurm.run("scontrol", "update", f"JobId={job[1]}", "StartTime=now")
             return f"Restarts={times}" in shown and "JobState=RUNNING" in shown
 
         _wait(lambda: steps() >= 2, 300, slurm.logs)
-        slurm.run("scancel", "--batch", "--signal=USR1", job[1])  # as --signal=B:USR1@300 will, before the time is over
-        _wait(lambda: queued_again(1), 200, slurm.logs)
+        slurm.run("scancel", "--batch", "--signal=USR1", job[1])  # as --signal=B:USR1@300 does before the time limit
+        _wait(lambda: was_requeued(1), 200, slurm.logs)
         assert "Stopped by SIGTERM at step" in (folder / f"mmrl-{job[1]}.log").read_text()
         before = steps()
         assert json.loads((run / "checkpoints/last/training/state.json").read_text())["step"] >= before > 0
@@ -151,8 +151,8 @@ def test_the_batch_script_is_queued_again_by_a_signal_and_by_a_fault_and_ends_as
         pids = subprocess.run(["ip", "netns", "pids", hosts.name(1)], capture_output=True, text=True).stdout.split()
         rank = next(pid for pid in pids if b"mmrl.cli" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
         os.kill(int(rank), 9)
-        _wait(lambda: queued_again(2), 200, slurm.logs)
-        assert "rank 1 on host node1 is gone" in (folder / f"mmrl-{job[1]}.log").read_text()
+        _wait(lambda: was_requeued(2), 200, slurm.logs)
+        assert "rank 1 on host node1 disconnected" in (folder / f"mmrl-{job[1]}.log").read_text()
         _wait(lambda: "COMPLETED" in slurm.run("scontrol", "show", "job", job[1]), 400, slurm.logs)
         print(slurm.run("sh", "-c", f"cat mmrl-{job[1]}.log")[-3000:])
     weights, expected = (load_file(one / "checkpoints/last/model.safetensors") for one in (run, undisturbed))

@@ -1,7 +1,7 @@
-"""The quickstart model over three hosts: by torchrun, where a link is cut and a host dies, and by DeepSpeed's launcher.
+"""Trains the quickstart model on three hosts with torchrun and DeepSpeed's launcher, while a link or a host fails.
 
-What the launch scripts start must go on from the last checkpoint and end with the weights of a run that nothing
-happened to. The hosts are network namespaces of this machine (see namespaces.py).
+The launch scripts must resume from the last checkpoint and end with the weights of an undisturbed run. The hosts are
+network namespaces of this machine (see namespaces.py).
 """
 
 import json
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
 STEPS, EVERY = 24, 4
 LOST_AFTER_S = 20
-# What the issue asks for: from the fault to the survivors' sentence.
+# Maximum time from the fault to the message of the other ranks.
 REPORTED_WITHIN_S = 60
 ARGUMENTS = [
     str(REPOSITORY / "configs" / "quickstart.yaml"),
@@ -63,7 +63,7 @@ def three_hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of three processes that nothing happened to."""
+    """The final weights of an undisturbed run of three processes."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     command = [str(LAUNCH / "one_node.sh"), *ARGUMENTS, f"run={run}"]
     environ = {**os.environ, **ENVIRON, "PROCESSES": "3"}
@@ -76,8 +76,8 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / "last" / "model.safetensors")
 
 
-def _assert_as(run: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Equal to the last bit: the same sums in the same order, wherever the processes are."""
+def _assert_undisturbed(run: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Bit-identical weights: the same sums in the same order, whatever host a process is on."""
     torch.testing.assert_close(_weights(run), expected, rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
@@ -109,7 +109,7 @@ def _logs(hosts: Hosts) -> str:
     return "\n".join(f"--- node{host}\n{hosts.log(f'node{host}.log')[-6000:]}" for host in range(hosts.count))
 
 
-def test_a_cut_link_is_named_and_training_goes_on(
+def test_a_cut_link_is_reported_and_training_resumes(
     three_hosts: Hosts, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     run, hosts = tmp_path / "run", three_hosts
@@ -117,45 +117,53 @@ def test_a_cut_link_is_named_and_training_goes_on(
     _wait(lambda: _steps_done(run) >= EVERY + 2, 600, lambda: _logs(hosts))
     since = _lengths(hosts)
     hosts.cut(2)
-    took = _wait(lambda: _said(hosts, since, 0) and _said(hosts, since, 1), REPORTED_WITHIN_S, lambda: _logs(hosts))
-    # The cut one is rank 0 if it was there first; it has heard of nobody, and the others of it.
-    assert re.match(r"rank \d on host node2 has not", _said(hosts, since, 1)), _logs(hosts)
-    assert re.match(r"rank \d on host node2 has not", _said(hosts, since, 0)), _logs(hosts)
-    _wait(lambda: _said(hosts, since, 2), REPORTED_WITHIN_S, lambda: _logs(hosts))
-    print(f"reported after {took:.0f} s: {_said(hosts, since, 1)}")
-    hosts.mend(2)
+    took = _wait(
+        lambda: _loss(hosts, since, 0) and _loss(hosts, since, 1),
+        REPORTED_WITHIN_S,
+        lambda: _logs(hosts),
+    )
+    # node2 may have any rank. If it is rank 0, it is the others that get no answer.
+    assert re.match(r"rank \d on host node2 has (not answered|sent no heartbeat)", _loss(hosts, since, 1)), _logs(hosts)
+    assert re.match(r"rank \d on host node2 has (not answered|sent no heartbeat)", _loss(hosts, since, 0)), _logs(hosts)
+    _wait(lambda: _loss(hosts, since, 2), REPORTED_WITHIN_S, lambda: _logs(hosts))
+    print(f"reported after {took:.0f} s: {_loss(hosts, since, 1)}")
+    hosts.restore(2)
     codes = [agent.wait(900) for agent in agents]
     assert codes == [0, 0, 0], _logs(hosts)
-    _assert_as(run, undisturbed)
+    _assert_undisturbed(run, undisturbed)
 
 
-def test_a_host_that_dies_is_named_and_replaced(
+def test_a_host_that_dies_is_reported_and_replaced(
     three_hosts: Hosts, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     run, hosts = tmp_path / "run", three_hosts
     agents = [_torchrun(hosts, host, run) for host in range(3)]
     _wait(lambda: _steps_done(run) >= EVERY + 2, 600, lambda: _logs(hosts))
     since = _lengths(hosts)
-    hosts.cut(1)  # a host without power does not close its connections either
+    hosts.cut(1)  # a host that loses power does not close its connections either
     hosts.kill(1)
-    took = _wait(lambda: _said(hosts, since, 0) and _said(hosts, since, 2), REPORTED_WITHIN_S, lambda: _logs(hosts))
-    assert all(re.match(r"rank \d on host node1 ", _said(hosts, since, host)) for host in (0, 2)), _logs(hosts)
-    print(f"reported after {took:.0f} s: {_said(hosts, since, 2)}")
+    took = _wait(
+        lambda: _loss(hosts, since, 0) and _loss(hosts, since, 2),
+        REPORTED_WITHIN_S,
+        lambda: _logs(hosts),
+    )
+    assert all(re.match(r"rank \d on host node1 ", _loss(hosts, since, host)) for host in (0, 2)), _logs(hosts)
+    print(f"reported after {took:.0f} s: {_loss(hosts, since, 2)}")
     agents[1].wait(30)
-    hosts.mend(1)
+    hosts.restore(1)
     agents[1] = _torchrun(hosts, 1, run)
     codes = [agent.wait(900) for agent in agents]
     assert codes == [0, 0, 0], _logs(hosts)
-    _assert_as(run, undisturbed)
+    _assert_undisturbed(run, undisturbed)
 
 
-def _said(hosts: Hosts, since: list[int], host: int) -> str:
-    """What a host said of a loss, in its log from this place on."""
+def _loss(hosts: Hosts, since: list[int], host: int) -> str:
+    """The sentence about a lost rank in a host's log, after position `since`."""
     found = re.search(r"mmrl: (rank \d on host .*)", hosts.log(f"node{host}.log")[since[host] :])
     return found[1] if found else ""
 
 
-def test_deepspeeds_launcher_starts_again_where_a_host_was_killed(
+def test_deepspeeds_launcher_restarts_after_a_host_was_killed(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     _skip_without("sshd", "ssh-keygen", "pdsh")
@@ -178,4 +186,4 @@ def test_deepspeeds_launcher_starts_again_where_a_host_was_killed(
         )
         print(f"reported after {time.monotonic() - began:.0f} s")
         assert launcher.wait(900) == 0, hosts.log("launcher.log")[-6000:]
-        _assert_as(run, undisturbed)
+        _assert_undisturbed(run, undisturbed)

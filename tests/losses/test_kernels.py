@@ -1,5 +1,4 @@
-"""The Triton kernels against the same loss by PyTorch's passes: in Triton's interpreter on a CPU, and compiled, without
-a GPU to run on, for those that they are written for."""
+"""The Triton kernels against the same loss in PyTorch operations, in Triton's interpreter; and their compilation."""
 
 import os
 import subprocess
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="PyTorch brings Triton along on Linux alone")
+pytest.importorskip("triton", reason="Triton comes with PyTorch only on Linux")
 
 from mmrl.errors import InputError
 from mmrl.losses import sweep
@@ -23,40 +22,43 @@ GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2]).repeat(10)[:80]
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_are_those_of_the_passes(
+def test_value_and_gradients_equal_those_of_pytorch_operations(
     tile: tuple[int, int], grouped: bool, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "tile_shape", lambda *_: tile)
     generator = torch.Generator().manual_seed(0)
     image_BD = torch.randn(80, 24, generator=generator)
-    # Half of the pairs point away from each other, which at the scale of 100 no shared shift spans.
+    # Half of the matching pairs are anti-aligned; at scale 100 their logits need per-row shifts.
     text_BD = torch.where(torch.arange(80)[:, None] % 2 == 0, image_BD, -image_BD)
     text_BD = text_BD + 0.5 * torch.randn(80, 24, generator=generator)
-    given = [x.to(DEVICE, dtype).requires_grad_() for x in (image_BD, text_BD)]
-    given.append(torch.tensor([scale], device=DEVICE, requires_grad=True))
+    image_BD, text_BD = (x.to(DEVICE, dtype).requires_grad_() for x in (image_BD, text_BD))
+    scale_1 = torch.tensor([scale], device=DEVICE, requires_grad=True)
     groups = GROUPS.to(DEVICE) if grouped else None
     results = []
     for kernels in ("triton", "torch"):
         options = InfoNCEOptions(kernels=kernels)
-        loss = nested_info_nce(given[0], given[1], given[2], [3, 16, 24], [1, 2, 1], groups, options)
-        results.append((loss.total, loss.by_dim, torch.autograd.grad(loss.total, given)))
-    bound: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
-    torch.testing.assert_close(results[0], results[1], **bound)
+        loss = nested_info_nce(image_BD, text_BD, scale_1, [3, 16, 24], [1, 2, 1], groups, options)
+        grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale_1])
+        results.append((loss.total, loss.by_dim, grads))
+    tolerance: dict[str, Any] = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    )
+    torch.testing.assert_close(results[0], results[1], **tolerance)
 
 
-def test_aligned_pairs_are_as_exact_as_by_the_passes() -> None:
-    """At a small loss its gradient is a difference of near-equals: the same logits must come again backward."""
+def test_gradients_of_aligned_pairs_are_as_exact_as_by_pytorch_operations() -> None:
+    """With a small loss, gradients are differences of near-equal numbers: backward must recompute bit-equal logits."""
     generator = torch.Generator().manual_seed(0)
     image_BD = torch.randn(128, 24, generator=generator)
     text_BD = image_BD + 0.3 * torch.randn(128, 24, generator=generator)
-    given = [x.to(DEVICE).requires_grad_() for x in (image_BD, text_BD)]
-    true = [x.detach().double().requires_grad_() for x in given]
-    truth = torch.autograd.grad(nested_info_nce(true[0], true[1], 100.0, [8, 24]).total, true)
+    pair = image_BD.to(DEVICE).requires_grad_(), text_BD.to(DEVICE).requires_grad_()
+    double = pair[0].detach().double().requires_grad_(), pair[1].detach().double().requires_grad_()
+    true_grads = torch.autograd.grad(nested_info_nce(*double, 100.0, [8, 24]).total, double)
     errors = {}
     for kernels in ("triton", "torch"):
-        loss = nested_info_nce(given[0], given[1], 100.0, [8, 24], options=InfoNCEOptions(kernels=kernels))
-        grads = torch.autograd.grad(loss.total, given)
-        errors[kernels] = max((grad - true).abs().max().item() for grad, true in zip(grads, truth, strict=True))
+        loss = nested_info_nce(*pair, 100.0, [8, 24], options=InfoNCEOptions(kernels=kernels))
+        grads = torch.autograd.grad(loss.total, pair)
+        errors[kernels] = max((grad - true).abs().max().item() for grad, true in zip(grads, true_grads, strict=True))
     assert errors["triton"] <= 4 * errors["torch"]
 
 
@@ -68,15 +70,15 @@ def test_aligned_pairs_are_as_exact_as_by_the_passes() -> None:
         (InfoNCEOptions(kernels="triton"), torch.float64),
     ],
 )
-def test_what_they_do_not_serve_is_refused_by_name(options: InfoNCEOptions, dtype: torch.dtype) -> None:
+def test_unsupported_options_raise(options: InfoNCEOptions, dtype: torch.dtype) -> None:
     x_BD = torch.eye(4, dtype=dtype, device=DEVICE)
-    with pytest.raises(InputError, match="triton serves the plain loss in float32"):
+    with pytest.raises(InputError, match="triton supports only the plain loss in float32"):
         nested_info_nce(x_BD, x_BD, 10.0, [2, 4], options=options)
 
 
-def test_without_a_gpu_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_without_a_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(InputError, match="triton wants an NVIDIA GPU"):
+    with pytest.raises(InputError, match="triton needs an NVIDIA GPU"):
         nested_info_nce(torch.eye(4), torch.eye(4), 10.0, [4], options=InfoNCEOptions(kernels="triton"))
 
 
@@ -87,16 +89,16 @@ from triton.compiler import ASTSource
 from mmrl.losses import kernels
 
 floats = {name: "*fp32" for name in (
-    "product row_factor column_factor row_shift column_shift row_sum column_sum products out slope "
-    "row_lse column_lse row_pull column_pull").split()}
+    "product row_factor column_factor row_shift column_shift row_sum column_sum products out grad_scale "
+    "row_lse column_lse row_norm_grad column_norm_grad").split()}
 integers = {name: "i32" for name in (
-    "I J own product_stride out_stride row_factor_stride column_factor_stride row_lse_stride column_lse_stride "
-    "row_pull_stride column_pull_stride").split()}
+    "I J diagonal product_stride out_stride row_factor_stride column_factor_stride row_lse_stride column_lse_stride "
+    "row_norm_grad_stride column_norm_grad_stride").split()}
 types = floats | integers | {"shift": "fp32", "row_group": "*i64", "column_group": "*i64"}
 for capability in (80, 90):
     for shared in (True, False):
         for masked in (True, False):
-            for kernel in (kernels._sums_kernel, kernels._weights_kernel):
+            for kernel in (kernels._exp_sums_kernel, kernels._product_grads_kernel):
                 constants = {"SHARED": shared, "MASKED": masked, "BLOCK": kernels._BLOCK, "K": 5}
                 names = kernel.arg_names
                 signature = {name: types.get(name, "constexpr") for name in names}
@@ -109,7 +111,7 @@ print("compiled")
 """
 
 
-def test_they_compile_for_the_gpus_that_they_are_written_for() -> None:
+def test_kernels_compile_for_a100_and_h100() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]

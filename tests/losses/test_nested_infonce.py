@@ -1,4 +1,4 @@
-"""The trainer's loss against losses/reference.py, in one process; tests/test_distributed.py has several."""
+"""nested_info_nce against losses/reference.py, in one process; tests/distributed/test_comm.py has several processes."""
 
 import itertools
 import weakref
@@ -14,7 +14,7 @@ from mmrl.errors import InputError
 from mmrl.losses import reference, sweep
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 
-pytestmark = pytest.mark.usefixtures("narrow_products")
+pytestmark = pytest.mark.usefixtures("bf16_grad_products")
 
 GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2])
 TEXT_GROUPS = torch.tensor([3, 3, -1, 7, 5, -1, 7, 1, 1])
@@ -34,7 +34,7 @@ def embeddings(dtype: torch.dtype, rows: int = 9, width: int = 16) -> tuple[torc
     return pair[0].requires_grad_(), pair[1].requires_grad_()
 
 
-def of_reference(
+def reference_loss(
     image_BD: torch.Tensor,
     text_BD: torch.Tensor,
     scale: torch.Tensor,
@@ -42,7 +42,7 @@ def of_reference(
     *arguments: Any,
     **named: Any,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor], tuple[torch.Tensor, ...]]:
-    """Value, values by dim and gradients of the plain formula, computed in `dtype` from the same numbers."""
+    """Value, value of each dim and gradients of the plain formula, computed in `dtype`."""
     given = [x.detach().to(dtype).requires_grad_() for x in (image_BD, text_BD, scale)]
     total, by_dim = reference.nested_info_nce(given[0], given[1], given[2], *arguments, **named)
     return total.detach(), {d: x.detach() for d, x in by_dim.items()}, torch.autograd.grad(total, given)
@@ -50,7 +50,7 @@ def of_reference(
 
 @pytest.fixture(params=[None, (4, 2), (3, 5)], ids=["one tile", "4x2 tiles", "3x5 tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with tiles so small that these nine rows fill many, the last ones in part."""
+    """Tiles so small that nine rows need several, the last ones partly filled."""
     if request.param is not None:
         monkeypatch.setattr(sweep, "tile_shape", lambda *_: request.param)
 
@@ -60,7 +60,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("groups", [None, GROUPS, (GROUPS, TEXT_GROUPS)], ids=["-", "groups", "pair"])
 @pytest.mark.parametrize("scale", [torch.tensor(14.0), torch.tensor([100.0]), torch.tensor([1.0, 20.0, 50.0])])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0]])
-def test_value_and_gradients_are_the_plain_formulas(
+def test_value_and_gradients_equal_the_plain_formula(
     dtype: torch.dtype, groups: reference.Groups | None, scale: torch.Tensor, weights: list[float] | None
 ) -> None:
     dims = [3, 8, 16]
@@ -68,8 +68,8 @@ def test_value_and_gradients_are_the_plain_formulas(
     scale = scale.to(dtype).requires_grad_()
     loss = nested_info_nce(image_BD, text_BD, scale, dims, weights, groups)
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale])
-    # The truth is computed in float64 from the same, already rounded, numbers.
-    total, by_dim, true_grads = of_reference(image_BD, text_BD, scale, torch.float64, dims, weights, groups)
+    # The expected values are computed in float64 from the same, already rounded, embeddings.
+    total, by_dim, true_grads = reference_loss(image_BD, text_BD, scale, torch.float64, dims, weights, groups)
     torch.testing.assert_close(loss.total.double(), total, **CLOSE[dtype])
     for dim in dims:
         torch.testing.assert_close(loss.by_dim[dim].double(), by_dim[dim], **CLOSE[dtype])
@@ -81,7 +81,7 @@ def test_value_and_gradients_are_the_plain_formulas(
 @pytest.mark.parametrize("groups", [None, GROUPS, (GROUPS, TEXT_GROUPS)], ids=["-", "groups", "pair"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("scale", [10.0, 100.0])
-def test_the_options_are_the_plain_formulas(
+def test_options_equal_the_plain_formula(
     options: InfoNCEOptions, groups: reference.Groups | None, scale: float
 ) -> None:
     dims, weights = [3, 8, 16], [0.5, 1.0, 2.0]
@@ -89,7 +89,7 @@ def test_the_options_are_the_plain_formulas(
     scale_1 = torch.tensor([scale], dtype=torch.float64, requires_grad=True)
     loss = nested_info_nce(image_BD, text_BD, scale_1, dims, weights, groups, options)
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale_1])
-    total, by_dim, true_grads = of_reference(
+    total, by_dim, true_grads = reference_loss(
         image_BD, text_BD, scale_1, torch.float64, dims, weights, groups, **options.model_dump(exclude={"kernels"})
     )
     torch.testing.assert_close(loss.total, total, **CLOSE[torch.float64])
@@ -104,7 +104,7 @@ def test_any_size_and_any_dims(rows: int, dims: list[int]) -> None:
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
     loss = nested_info_nce(image_BD, text_BD, scale, dims)
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale])
-    total, _, true_grads = of_reference(image_BD, text_BD, scale, torch.float64, dims)
+    total, _, true_grads = reference_loss(image_BD, text_BD, scale, torch.float64, dims)
     torch.testing.assert_close(loss.total, total, **CLOSE[torch.float64])
     torch.testing.assert_close(grads, true_grads, **CLOSE[torch.float64])
 
@@ -112,30 +112,32 @@ def test_any_size_and_any_dims(rows: int, dims: list[int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("rows", [9, 200])
-def test_errs_no_more_than_the_plain_formula_in_the_same_precision(dtype: torch.dtype, scale: float, rows: int) -> None:
+def test_error_is_at_most_that_of_the_plain_formula_in_the_same_dtype(
+    dtype: torch.dtype, scale: float, rows: int
+) -> None:
     dims = [4, 16, 32]
     image_BD, text_BD = embeddings(dtype, rows, 32)
     scale_1 = torch.tensor([scale], requires_grad=True)
     loss = nested_info_nce(image_BD, text_BD, scale_1, dims)
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale_1])
-    true_total, _, true_grads = of_reference(image_BD, text_BD, scale_1, torch.float64, dims)
-    plain_total, _, plain_grads = of_reference(image_BD, text_BD, scale_1, dtype, dims)
+    true_total, _, true_grads = reference_loss(image_BD, text_BD, scale_1, torch.float64, dims)
+    plain_total, _, plain_grads = reference_loss(image_BD, text_BD, scale_1, dtype, dims)
 
-    def error(value: torch.Tensor, truth: torch.Tensor) -> float:
-        return (value.double() - truth).abs().max().item()
+    def error(value: torch.Tensor, expected: torch.Tensor) -> float:
+        return (value.double() - expected).abs().max().item()
 
     assert loss.total.dtype == torch.float32
     assert [grad.dtype for grad in grads] == [dtype, dtype, torch.float32]
-    # Beside the plain path's own error, one rounding of the result to its type, and float32's of the sums.
+    # Allowed on top of the plain formula's error: rounding the result to its dtype, and float32 rounding of the sums.
     assert error(loss.total, true_total) <= error(plain_total, true_total) + 1e-6 * true_total
     for grad, plain, truth in zip(grads, plain_grads, true_grads, strict=True):
         rounding = torch.finfo(grad.dtype).eps * truth.abs().max() + 1e-6
         assert error(grad, truth) <= error(plain, truth) + rounding
 
 
-@pytest.mark.usefixtures("wide_products")
-def test_bfloat16_on_a_processor_without_its_products_errs_no_more_either() -> None:
-    test_errs_no_more_than_the_plain_formula_in_the_same_precision(torch.bfloat16, 30.0, 200)
+@pytest.mark.usefixtures("fp32_grad_products")
+def test_error_bound_holds_for_bfloat16_without_native_bfloat16_products() -> None:
+    test_error_is_at_most_that_of_the_plain_formula_in_the_same_dtype(torch.bfloat16, 30.0, 200)
 
 
 def test_gradcheck() -> None:
@@ -149,14 +151,14 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_anti_aligned_pairs_at_the_largest_scale_stay_exact(dtype: torch.dtype) -> None:
-    """All logits of a row are ±100: its positive's exponential vanishes beside any shift that all rows share."""
+def test_anti_aligned_pairs_at_scale_100_are_exact(dtype: torch.dtype) -> None:
+    """Logits are ±100 and the matching pair's is -100: with a shared shift its exponential underflows."""
     image_BD, _ = embeddings(dtype, rows=6)
     text_BD = -image_BD.detach().clone().requires_grad_()
     scale = torch.tensor(100.0, requires_grad=True)
     loss = nested_info_nce(image_BD, text_BD, scale, [8, 16])
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale])
-    total, _, true_grads = of_reference(image_BD, text_BD, scale, torch.float64, [8, 16])
+    total, _, true_grads = reference_loss(image_BD, text_BD, scale, torch.float64, [8, 16])
     torch.testing.assert_close(loss.total.double(), total, rtol=1e-5, atol=0)
     for grad, truth in zip(grads, true_grads, strict=True):
         bound = 2 * torch.finfo(grad.dtype).eps if grad.dtype == torch.bfloat16 else 1e-5
@@ -165,24 +167,24 @@ def test_anti_aligned_pairs_at_the_largest_scale_stay_exact(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0, 100.0, 150.0])
 def test_every_range_of_logits_is_exact(scale: float) -> None:
-    """Rows whose largest logit lies anywhere from -scale to scale, where one shift for all may not do."""
+    """The rows' largest logits range from -scale to scale, so that one shared shift may not suffice."""
     generator = torch.Generator().manual_seed(1)
     direction_D = torch.nn.functional.normalize(torch.randn(16, generator=generator, dtype=torch.float64), dim=0)
-    side = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None] * direction_D
-    image_BD = (side + 1e-3 * torch.randn(12, 16, generator=generator, dtype=torch.float64)).float().requires_grad_()
+    spread = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None] * direction_D
+    image_BD = (spread + 1e-3 * torch.randn(12, 16, generator=generator, dtype=torch.float64)).float().requires_grad_()
     text_BD = (direction_D + 1e-2 * torch.randn(12, 16, generator=generator)).float().requires_grad_()
-    factor = torch.tensor(scale, requires_grad=True)
-    loss = nested_info_nce(image_BD, text_BD, factor, [4, 16])
-    grads = torch.autograd.grad(loss.total, [image_BD, text_BD, factor])
-    total, _, true_grads = of_reference(image_BD, text_BD, factor, torch.float64, [4, 16])
-    plain_total, _, plain_grads = of_reference(image_BD, text_BD, factor, torch.float32, [4, 16])
+    scale_tensor = torch.tensor(scale, requires_grad=True)
+    loss = nested_info_nce(image_BD, text_BD, scale_tensor, [4, 16])
+    grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale_tensor])
+    total, _, true_grads = reference_loss(image_BD, text_BD, scale_tensor, torch.float64, [4, 16])
+    plain_total, _, plain_grads = reference_loss(image_BD, text_BD, scale_tensor, torch.float32, [4, 16])
     assert abs(loss.total.item() - total) <= abs(plain_total - total) + 1e-6 * total
     for grad, plain, truth in zip(grads, plain_grads, true_grads, strict=True):
         plain_error = (plain - truth).abs().max()
         assert (grad - truth).abs().max() <= 2 * plain_error + 2e-6 * truth.abs().max()
 
 
-def test_a_scale_gone_wrong_makes_the_loss_nan_as_an_embedding_does() -> None:
+def test_a_nan_scale_gives_a_nan_loss() -> None:
     image_BD, text_BD = torch.randn(2, 9, 16)
     assert nested_info_nce(image_BD, text_BD, torch.tensor(torch.nan), [4, 16]).total.isnan()
 
@@ -194,11 +196,11 @@ def test_zero_vectors_stay_finite() -> None:
         text_BD[5, :3] = 0
     loss = nested_info_nce(image_BD, text_BD, 20.0, [3, 16])
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD])
-    total, _, true_grads = of_reference(image_BD, text_BD, torch.tensor(20.0), torch.float64, [3, 16])
+    total, _, true_grads = reference_loss(image_BD, text_BD, torch.tensor(20.0), torch.float64, [3, 16])
     torch.testing.assert_close(loss.total.double(), total, **CLOSE[torch.float32])
     for grad, truth in zip(grads, true_grads, strict=False):
         assert grad.isfinite().all()
-        # Of a zero vector it is 1e12 times a sum: large, as F.normalize's is, and right.
+        # A zero vector's gradient is 1e12 times a sum: as large as with F.normalize, and correct.
         torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-5)
 
 
@@ -209,44 +211,44 @@ def test_a_norm_at_its_lower_bound_is_a_constant() -> None:
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     loss = nested_info_nce(image_BD, text_BD, scale, [3, 16])
     grads = torch.autograd.grad(loss.total, [image_BD, text_BD, scale])
-    total, _, true_grads = of_reference(image_BD, text_BD, scale, torch.float64, [3, 16])
+    total, _, true_grads = reference_loss(image_BD, text_BD, scale, torch.float64, [3, 16])
     torch.testing.assert_close(loss.total, total, **CLOSE[torch.float64])
     torch.testing.assert_close(grads, true_grads, **CLOSE[torch.float64])
 
 
-def test_a_masked_pair_is_no_rows_largest_logit() -> None:
-    """Own pairs that point away from each other, beside a masked pair that is equal: its logit would be the shift."""
+def test_masked_pairs_do_not_set_the_shift() -> None:
+    """Matching pairs are anti-aligned and a masked pair is aligned: its logit must not become the row maximum."""
     image_BD, _ = embeddings(torch.float32, rows=2)
     text_BD = -image_BD.detach().flip(0) * torch.tensor([[1.0], [-1.0]])
     groups = torch.zeros(2, dtype=torch.int64)
     loss = nested_info_nce(image_BD, text_BD, 300.0, [16], groups=groups)
-    total, _, _ = of_reference(
+    total, _, _ = reference_loss(
         image_BD, text_BD.requires_grad_(), torch.tensor(300.0), torch.float64, [16], None, groups
     )
     torch.testing.assert_close(loss.total.double(), total, rtol=1e-5, atol=1e-5)
 
 
-def test_negative_groups_are_none() -> None:
+def test_negative_groups_are_no_group() -> None:
     image_BD, text_BD = embeddings(torch.float64)
     groups = torch.tensor([-3, -2, -1, 4, 4, -2, -2, 0, -3])
     loss = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=groups)
-    alike = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=groups.clamp(min=-1))
-    total, _, _ = of_reference(image_BD, text_BD, torch.tensor(20.0), torch.float64, [4, 16], None, groups)
+    clamped = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=groups.clamp(min=-1))
+    total, _, _ = reference_loss(image_BD, text_BD, torch.tensor(20.0), torch.float64, [4, 16], None, groups)
     torch.testing.assert_close(loss.total, total)
-    assert torch.equal(loss.total, alike.total)
+    assert torch.equal(loss.total, clamped.total)
 
 
-def test_the_value_does_not_drown_in_large_logits() -> None:
-    """Nearly perfect pairs at the largest scale: logits of a hundred whose differences are the loss."""
+def test_a_small_loss_of_large_logits_is_exact() -> None:
+    """Nearly aligned pairs at scale 100: the loss is a small difference of logits near 100."""
     image_BD, noise_BD = embeddings(torch.float32, rows=256, width=32)
     text_BD = (image_BD + 0.3 * noise_BD).detach().requires_grad_()
     loss = nested_info_nce(image_BD, text_BD, 100.0, [16, 32])
-    total, _, _ = of_reference(image_BD, text_BD, torch.tensor(100.0), torch.float64, [16, 32])
+    total, _, _ = reference_loss(image_BD, text_BD, torch.tensor(100.0), torch.float64, [16, 32])
     assert loss.total.item() == pytest.approx(total.item(), abs=3e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_around_it_changes_nothing(dtype: torch.dtype) -> None:
+def test_autocast_does_not_change_the_loss(dtype: torch.dtype) -> None:
     image_BD, text_BD = embeddings(torch.float32)
     with torch.autocast("cpu", dtype):
         inside = nested_info_nce(image_BD, text_BD, 20.0, [4, 16])
@@ -256,7 +258,7 @@ def test_autocast_around_it_changes_nothing(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, grads, torch.autograd.grad(outside.total, [image_BD, text_BD])))
 
 
-def test_columns_beyond_the_largest_dim_have_no_gradient() -> None:
+def test_dims_beyond_the_largest_nested_dim_have_zero_gradient() -> None:
     image_BD, text_BD = embeddings(torch.float32)
     loss = nested_info_nce(image_BD, text_BD, 20.0, [4, 10])
     for grad in torch.autograd.grad(loss.total, [image_BD, text_BD]):
@@ -264,7 +266,7 @@ def test_columns_beyond_the_largest_dim_have_no_gradient() -> None:
         assert (grad[:, 10:] == 0).all()
 
 
-def test_a_factor_before_the_loss_reaches_the_gradients() -> None:
+def test_gradients_scale_with_a_factor_on_the_loss() -> None:
     image_BD, text_BD = embeddings(torch.float64)
     once = torch.autograd.grad(nested_info_nce(image_BD, text_BD, 5.0, [4, 16]).total, [image_BD, text_BD])
     thrice = torch.autograd.grad(3 * nested_info_nce(image_BD, text_BD, 5.0, [4, 16]).total, [image_BD, text_BD])
@@ -285,8 +287,8 @@ def test_dims_in_any_order_keep_their_weights_and_scales() -> None:
     assert list(other.by_dim) == [4, 16]
 
 
-def test_what_is_saved_grows_linearly_with_the_batch() -> None:
-    """Also the tiles: past one tile, twice the batch takes the same buffers."""
+def test_saved_tensors_grow_linearly_with_the_batch() -> None:
+    """torch.autograd.graph.saved_tensors_hooks sees all that forward keeps for backward."""
 
     def saved(rows: int) -> int:
         image_BD, text_BD = embeddings(torch.float32, rows)
@@ -303,12 +305,12 @@ def test_what_is_saved_grows_linearly_with_the_batch() -> None:
     assert saved(2048) <= 2.2 * saved(1024)
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and remembers the most."""
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all live tensors; `peak` is the maximum so far."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self._uses: Counter[int] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -319,7 +321,7 @@ class Held(TorchDispatchMode):
                 self._uses[storage.data_ptr()] += 1
                 if self._uses[storage.data_ptr()] == 1:
                     self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
+                    self.peak = max(self.peak, self.now)
                 weakref.finalize(result, self._release, storage.data_ptr(), storage.nbytes())
         return results
 
@@ -330,27 +332,27 @@ class Held(TorchDispatchMode):
 
 
 def test_temporaries_grow_linearly_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1 << 20)  # the tiles stay small beside the embeddings
+    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1 << 20)  # tiles stay small compared with the embeddings
 
     def peak(rows: int) -> int:
         image_BD, text_BD = embeddings(torch.float32, rows)
-        with Held() as held:
+        with PeakMemory() as memory:
             torch.autograd.grad(nested_info_nce(image_BD, text_BD, 10.0, [4, 8, 16]).total, [image_BD, text_BD])
-        return held.most
+        return memory.peak
 
-    assert peak(1024) >= 2 * 1024 * 16 * 4  # it sees the gradients at least
+    assert peak(1024) >= 2 * 1024 * 16 * 4  # at least the gradients are counted
     assert peak(2048) <= 2.2 * peak(1024)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"dims": [32]}, "dims: 32 is out of range; this embedding has dims 1 to 16"),
         ({"dims": [0]}, "0 is out of range"),
         ({"dims": [4, 4]}, "4 is given twice"),
         ({"dims": []}, "dims: empty"),
         ({"text_BD": torch.ones(8, 16)}, r"shapes \(9, 16\) and \(8, 16\)"),
-        ({"text_BD": torch.ones(9, 16, dtype=torch.int64)}, "both must be of one float type"),
+        ({"text_BD": torch.ones(9, 16, dtype=torch.int64)}, "both must be of one float dtype"),
         ({"image_BD": torch.ones(0, 16), "text_BD": torch.ones(0, 16)}, "at least one pair"),
         ({"logit_scale": torch.ones(3)}, "logit_scale: 3 values for 1 dims"),
         ({"logit_scale": 0.0}, "logit_scale: 0.0; the multiplier must be positive and finite"),
@@ -358,19 +360,22 @@ def test_temporaries_grow_linearly_with_the_batch(monkeypatch: pytest.MonkeyPatc
         ({"weights": [0.0]}, "not all zero"),
         ({"weights": [-1.0]}, "not negative"),
         ({"weights": [1.0, 1.0]}, "2 given for 1 dims"),
-        ({"groups": torch.zeros(4, dtype=torch.int64)}, r"groups: torch.int64 of shape \(4,\); want int64 \(9,\)"),
+        (
+            {"groups": torch.zeros(4, dtype=torch.int64)},
+            r"groups: torch.int64 of shape \(4,\); expected int64 of shape \(9,\)",
+        ),
         ({"groups": torch.zeros(9)}, "groups: torch.float32"),
-        ({"groups": [1] * 9}, "groups: a list; want int64"),
-        ({"groups": (GROUPS, GROUPS, GROUPS)}, "groups: a tuple of 3; want int64"),
-        ({"groups": (None, GROUPS)}, "groups: a NoneType; want int64"),
+        ({"groups": [1] * 9}, "groups: list; expected int64"),
+        ({"groups": (GROUPS, GROUPS, GROUPS)}, "groups: a tuple of 3; expected int64"),
+        ({"groups": (None, GROUPS)}, "groups: NoneType; expected int64"),
         (
             {"text_BD": torch.full((9, 16), torch.nan), "check_finite": True},
-            "0 and 9 of 9 rows here hold NaN or infinity",
+            "0 and 9 of 9 rows on rank 0 contain NaN or infinity",
         ),
     ],
 )
-def test_unfit_arguments_are_named(arguments: dict[str, object], says: str) -> None:
+def test_invalid_arguments_raise(arguments: dict[str, object], message: str) -> None:
     image_BD, text_BD = embeddings(torch.float32)
     good = {"image_BD": image_BD, "text_BD": text_BD, "logit_scale": 1.0, "dims": [16]}
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         nested_info_nce(**{**good, **arguments})  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The nested sigmoid loss against losses/reference.py, in one process; tests/test_distributed.py has several."""
+"""nested_sigmoid against losses/reference.py, in one process; tests/distributed/test_comm.py has several processes."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mmrl.errors import InputError
 from mmrl.losses import reference, sweep
 from mmrl.losses.nested_sigmoid import nested_sigmoid
 
-pytestmark = pytest.mark.usefixtures("narrow_products")
+pytestmark = pytest.mark.usefixtures("bf16_grad_products")
 
 GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2])
 TEXT_GROUPS = torch.tensor([3, 3, -1, 7, 5, -1, 7, 1, 1])
@@ -24,8 +24,8 @@ def arguments(dtype: torch.dtype, per_dim: bool = False) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     embeddings = [torch.randn(9, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
     scale, bias = ([10.0, 20.0, 30.0], [-10.0, -5.0, -2.0]) if per_dim else ([10.0], [-10.0])
-    wide = sweep.wide_dtype(dtype)
-    return [x.requires_grad_() for x in (*embeddings, torch.tensor(scale, dtype=wide), torch.tensor(bias, dtype=wide))]
+    scale_and_bias = [torch.tensor(values, dtype=sweep.accumulation_dtype(dtype)) for values in (scale, bias)]
+    return [x.requires_grad_() for x in (*embeddings, *scale_and_bias)]
 
 
 @pytest.mark.parametrize("tile", [None, (4, 2), (3, 5)])
@@ -33,7 +33,7 @@ def arguments(dtype: torch.dtype, per_dim: bool = False) -> list[torch.Tensor]:
 @pytest.mark.parametrize("groups", [None, GROUPS, (GROUPS, TEXT_GROUPS)], ids=["-", "groups", "pair"])
 @pytest.mark.parametrize("same_group", ["mask", "positive"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_value_and_gradients_are_the_plain_formulas(
+def test_value_and_gradients_equal_the_plain_formula(
     tile: tuple[int, int] | None,
     per_dim: bool,
     groups: reference.Groups | None,
@@ -53,12 +53,12 @@ def test_value_and_gradients_are_the_plain_formulas(
     for dim, value in by_dim.items():
         torch.testing.assert_close(loss.by_dim[dim].double(), value.detach(), **close)
     for grad, true_grad in zip(grads, torch.autograd.grad(total, true), strict=True):
-        if grad.dtype == torch.bfloat16:  # the slopes are rounded on their way to the embeddings, and the result
+        if grad.dtype == torch.bfloat16:  # the logit gradients are rounded to bfloat16, and the result
             close = {"rtol": 0, "atol": 2**-7 * true_grad.abs().max().item()}
         torch.testing.assert_close(grad.double(), true_grad, **close)
 
 
-def test_one_dim_is_open_clips() -> None:
+def test_one_dim_equals_open_clip() -> None:
     image_BD, text_BD, scale, bias = arguments(torch.float32)
     ours = nested_sigmoid(image_BD, text_BD, scale, bias, [16]).total
     theirs = SigLipLoss()(F.normalize(image_BD, dim=-1), F.normalize(text_BD, dim=-1), scale, bias)
@@ -72,7 +72,7 @@ def test_gradcheck() -> None:
     assert gradcheck(total, arguments(torch.float64, per_dim=True))
 
 
-def test_large_logits_stay_finite() -> None:
+def test_large_logits_give_finite_gradients() -> None:
     image_BD, _, _, bias = arguments(torch.float32)
     loss = nested_sigmoid(image_BD, -image_BD, 1000.0, bias, [16])
     total, _ = reference.nested_sigmoid(image_BD.double(), -image_BD.double(), torch.tensor(1000.0), bias, [16])
@@ -80,7 +80,7 @@ def test_large_logits_stay_finite() -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss.total, [image_BD, bias]))
 
 
-def test_unfit_arguments_are_named() -> None:
+def test_invalid_arguments_raise() -> None:
     image_BD, text_BD, scale, _ = arguments(torch.float32)
     with pytest.raises(InputError, match="logit_bias: 2 values for 3 dims"):
         nested_sigmoid(image_BD, text_BD, scale, torch.zeros(2), DIMS)
@@ -88,7 +88,7 @@ def test_unfit_arguments_are_named() -> None:
         nested_sigmoid(image_BD, text_BD, scale, 0.0, DIMS, same_group="postive")  # pyright: ignore[reportArgumentType]
 
 
-def test_autocast_around_it_changes_nothing() -> None:
+def test_autocast_does_not_change_the_loss() -> None:
     given = arguments(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = nested_sigmoid(*given, dims=DIMS).total

@@ -1,4 +1,4 @@
-"""The real loading path, on files that the tests make: open_clip names, JSON configs, weights, Hugging Face."""
+"""Towers from open_clip names, JSON configs, weights files and Hugging Face text towers."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from mmrl.model.towers import TowersConfig, projection_axes
 from mmrl.model.two_tower import LogitScaleConfig
 
 
-def test_a_users_json_gives_towers_that_embed(tiny_model: Path) -> None:
+def test_towers_from_a_json_config(tiny_model: Path) -> None:
     built = towers.build(TowersConfig(name=str(tiny_model)))
     model = two_tower.from_towers(built, LogitScaleConfig(), 3)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -32,7 +32,7 @@ def test_a_users_json_gives_towers_that_embed(tiny_model: Path) -> None:
         ({}, LogitScaleConfig(init=20.0, bias_init=0.0), 20, 0),
     ],
 )
-def test_the_sigmoid_losses_scale_and_bias_start_where_they_should(
+def test_initial_scale_and_bias_of_the_sigmoid_loss(
     tmp_path: Path, extra: dict[str, float], config: LogitScaleConfig, scale: float, bias: float
 ) -> None:
     (tmp_path / "with-bias.json").write_text(json.dumps(TINY_MODEL | extra))
@@ -43,7 +43,7 @@ def test_the_sigmoid_losses_scale_and_bias_start_where_they_should(
     assert model.logit_bias.tolist() == [bias]
 
 
-def test_the_shipped_towers_are_built_by_stock_open_clip() -> None:
+def test_unmodified_open_clip_builds_the_shipped_towers() -> None:
     built = towers.build(TowersConfig(name="mmrl-starter"))
     stock = open_clip.create_model("mmrl-starter", force_custom_text=True)
     names = {f"visual.{name}" for name in built.image.state_dict()} | {f"text.{n}" for n in built.text.state_dict()}
@@ -89,7 +89,7 @@ def test_a_hugging_face_text_tower_with_its_tokenizer(hf_model: Path) -> None:
     assert projection_axes(built.model_cfg, "text") == {"proj.weight": 0}
 
 
-def test_projections_are_found_by_construction() -> None:
+def test_projections_are_found_in_every_architecture() -> None:
     native = towers.read_model_cfg("ViT-B-32")
     assert projection_axes(native, "image") == {"proj": 1}
     assert projection_axes(native, "text") == {"text_projection": 1}
@@ -98,19 +98,19 @@ def test_projections_are_found_by_construction() -> None:
         "attnpool.c_proj.bias": 0,
     }
     assert projection_axes(towers.read_model_cfg("mmrl-starter"), "image") == {"head.proj.weight": 0}
-    # SigLIP's image tower has no projection at all.
+    # SigLIP's image tower has no projection.
     assert projection_axes(towers.read_model_cfg("ViT-B-16-SigLIP"), "image") is None
 
 
-def test_locking_leaves_the_projection_to_learn(tiny_model: Path) -> None:
+def test_a_locked_tower_keeps_a_trainable_projection(tiny_model: Path) -> None:
     built = towers.build(TowersConfig(name=str(tiny_model), lock_image=True))
     assert [name for name, p in built.image.named_parameters() if p.requires_grad] == ["proj"]
     assert all(p.requires_grad for p in built.text.parameters())
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "hf_model", "mmrl-starter"])
-def test_recomputed_activations_give_the_same_gradients(model: str, request: pytest.FixtureRequest) -> None:
-    """open_clip's ViT and text transformer, a BERT with its dropout, timm's NFNet; and less is kept for backward."""
+def test_grad_checkpointing_gives_the_same_gradients(model: str, request: pytest.FixtureRequest) -> None:
+    """For open_clip's ViT and text transformer, a BERT with dropout and timm's NFNet; with less memory for backward."""
     name = model if model == "mmrl-starter" else str(request.getfixturevalue(model))
     gradients, kept = [], []
     for recomputes in (False, True):
@@ -139,8 +139,8 @@ def test_recomputed_activations_give_the_same_gradients(model: str, request: pyt
 
 
 @pytest.mark.parametrize("tower", ["RN50", "inception_v3"])
-def test_a_tower_that_cannot_recompute_is_refused(tower: str, tmp_path: Path) -> None:
-    """Both would take open_clip's switch without a word."""
+def test_a_tower_without_grad_checkpointing_is_refused(tower: str, tmp_path: Path) -> None:
+    """open_clip ignores the setting for both without an error."""
     name = tower
     if tower != "RN50":
         vision = {"timm_model_name": tower, "timm_model_pretrained": False, "timm_pool": "", "image_size": 96}
@@ -152,7 +152,7 @@ def test_a_tower_that_cannot_recompute_is_refused(tower: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "pretrained", "says"),
+    ("name", "pretrained", "message"),
     [
         ("ViT-B-33", None, "no model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
         ("nowhere.json", None, "nowhere.json does not exist"),
@@ -162,8 +162,8 @@ def test_a_tower_that_cannot_recompute_is_refused(tower: str, tmp_path: Path) ->
         ("ViT-B-32", "laion3b", "laion3b"),
     ],
 )
-def test_names_that_lead_nowhere_are_explained(name: str, pretrained: str | None, says: str, tmp_path: Path) -> None:
+def test_wrong_names_and_files_are_reported(name: str, pretrained: str | None, message: str, tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"embed_dim": 4}')
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         towers.build(TowersConfig(name=name.format(folder=tmp_path), pretrained=pretrained))

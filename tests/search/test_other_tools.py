@@ -1,4 +1,4 @@
-"""What `mmrl embed` writes, opened by the tools that a stack has: as README shows it."""
+"""The output of `mmrl embed` read by DuckDB, faiss and PostgreSQL, as mmrl/search/README.md shows."""
 
 import os
 import pwd
@@ -10,29 +10,29 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from helpers.search_places import brute_force, place, rows_of
+from helpers.indexes import brute_force, indexed, rows_of
 
-from mmrl.search.embed import EMBEDDINGS, embed_pictures
+from mmrl.search.embed import EMBEDDINGS, embed_images
 
-__all__ = ["place"]
+__all__ = ["indexed"]
 
 
 @pytest.fixture(scope="module")
-def folder(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16-d and 8-d embeddings at all precisions."""
     out = tmp_path_factory.mktemp("tools") / "e"
-    embed_pictures(
-        *(str(place / "model"), str(place / "pictures.tar"), out),
+    embed_images(
+        *(str(indexed / "model"), str(indexed / "images.tar"), out),
         dims=[16, 8], precisions=["fp32", "fp16", "int8", "binary"], npy=True, quiet=True,
     )  # fmt: skip
     return out
 
 
 def nearest(folder: Path, row: int, dim: int, k: int = 3) -> list[str]:
-    """By numpy."""
+    """The keys of the k nearest rows, by brute force."""
     rows = rows_of(folder)
     vectors = np.array([one["embedding"] for one in rows])
-    return [rows[place]["key"] for place in np.argsort(-brute_force(vectors[row], vectors, dim), kind="stable")[:k]]
+    return [rows[i]["key"] for i in np.argsort(-brute_force(vectors[row], vectors, dim), kind="stable")[:k]]
 
 
 @pytest.mark.parametrize("column", ["embedding_8_fp32", "embedding_8_fp16", "embedding_8_int8"])
@@ -41,10 +41,10 @@ def test_duckdb(folder: Path, column: str) -> None:
     as_array = f"{column}::FLOAT[8]"
     found = duckdb.sql(
         f"SELECT key FROM '{folder / EMBEDDINGS}' ORDER BY array_cosine_similarity({as_array}, "  # noqa: S608
-        f"(SELECT {as_array} FROM '{folder / EMBEDDINGS}' WHERE key = 'pictures.tar/00004')) DESC LIMIT 3"
+        f"(SELECT {as_array} FROM '{folder / EMBEDDINGS}' WHERE key = 'images.tar/00004')) DESC LIMIT 3"
     ).fetchall()
-    if column == "embedding_8_int8":  # rounded: the second and third may change places with the next
-        assert found[0] == ("pictures.tar/00004",)
+    if column == "embedding_8_int8":  # quantised: the second and third may swap with the next
+        assert found[0] == ("images.tar/00004",)
         assert {key for (key,) in found} <= set(nearest(folder, 4, 8, k=6))
     else:
         assert [key for (key,) in found] == nearest(folder, 4, 8)
@@ -59,15 +59,15 @@ def test_duckdb_reads_groups_and_bits(folder: Path) -> None:
     assert [list(one) for (one,) in bits] == [row["embedding_16_binary"] for row in rows]
 
 
-def test_clip_retrieval_s_layout(folder: Path) -> None:
-    """img_emb/img_emb_0.npy beside metadata/metadata_0.parquet, row by row."""
+def test_clip_retrieval_layout(folder: Path) -> None:
+    """Rows of img_emb/img_emb_0.npy and metadata/metadata_0.parquet correspond."""
     vectors = np.load(folder / "img_emb" / "img_emb_0.npy")
     named = pyarrow.parquet.read_table(folder / "metadata" / "metadata_0.parquet")
     assert vectors.shape == (len(named), 16)
     assert named["image_path"].to_pylist() == [row["key"] for row in rows_of(folder)]
 
 
-def test_binary_codes_are_those_of_faiss(folder: Path) -> None:
+def test_binary_codes_are_readable_by_faiss(folder: Path) -> None:
     faiss = pytest.importorskip("faiss", reason="faiss is not installed")
     codes = np.load(folder / "img_emb_16_binary" / "img_emb_16_binary_0.npy")
     index = faiss.IndexBinaryFlat(16)
@@ -86,7 +86,7 @@ Sql = Callable[[str], str]
 
 @pytest.fixture(scope="module")
 def sql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sql]:
-    """A PostgreSQL of the test's own, reached by a socket in its folder; PostgreSQL refuses to run as root."""
+    """Runs SQL on a temporary PostgreSQL server, as a user other than root, which PostgreSQL refuses."""
     if PROGRAMS is None or shutil.which("psql") is None:
         pytest.skip("no PostgreSQL server is installed (Debian: postgresql)")
     home = tmp_path_factory.mktemp("postgres")
@@ -119,17 +119,17 @@ def sql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sql]:
 
 
 def rows_as_copy(folder: Path, written: Callable[[list[float]], str]) -> str:
-    """`COPY` lines of key and vector, as README's loader makes them."""
+    """`COPY` lines of key and vector."""
     return "".join(f"{row['key']}\t{written(row['embedding'])}\n" for row in rows_of(folder)) + "\\.\n"
 
 
-def test_postgresql_takes_the_numbers_and_the_bits(folder: Path, sql: Sql) -> None:
-    """Without any extension: arrays of reals, and bit strings compared by Hamming distance."""
+def test_postgresql_reads_floats_and_bits(folder: Path, sql: Sql) -> None:
+    """Without an extension: arrays of real, and bit strings compared by Hamming distance."""
     lines = rows_as_copy(folder, lambda vector: "{" + ",".join(map(str, vector)) + "}")
     sql(f"CREATE TABLE plain (key text PRIMARY KEY, embedding real[]);\nCOPY plain FROM STDIN;\n{lines}")
     found = sql(
         "SELECT key FROM plain, LATERAL (SELECT sum(a * b) AS score FROM unnest(embedding, "
-        "(SELECT embedding FROM plain WHERE key = 'pictures.tar/00004')) AS pair(a, b)) AS compared "
+        "(SELECT embedding FROM plain WHERE key = 'images.tar/00004')) AS pair(a, b)) AS compared "
         "ORDER BY score DESC LIMIT 3"
     )
     assert found.splitlines() == nearest(folder, 4, 16)
@@ -153,7 +153,7 @@ def test_pgvector(folder: Path, sql: Sql) -> None:
         "CREATE INDEX ON items USING hnsw ((subvector(embedding, 1, 8)::vector(8)) vector_cosine_ops);"
     )
     found = sql(
-        "WITH query AS (SELECT embedding AS q FROM items WHERE key = 'pictures.tar/00004'), "
+        "WITH query AS (SELECT embedding AS q FROM items WHERE key = 'images.tar/00004'), "
         "shortlist AS (SELECT key, embedding FROM items ORDER BY subvector(embedding, 1, 8)::vector(8) <=> "
         "(SELECT subvector(q, 1, 8)::vector(8) FROM query) LIMIT 20) "
         "SELECT key FROM shortlist ORDER BY embedding <=> (SELECT q FROM query) LIMIT 3"

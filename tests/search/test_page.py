@@ -1,4 +1,4 @@
-"""The page in a real browser: typed into, a picture dropped on it, its slider moved; two widths, two themes."""
+"""The search page in Chromium: typing, dropping an image, the dim slider, groups, errors; two widths, two themes."""
 
 import base64
 import shutil
@@ -9,27 +9,27 @@ from typing import Any
 
 import pytest
 from conftest import drawing, encoded
-from helpers.search_places import place
+from helpers.indexes import indexed
 
-from mmrl.search.query import Searcher, search
+from mmrl.search.query import Searcher, search_index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-__all__ = ["place"]
+__all__ = ["indexed"]
 
 
 @pytest.fixture(scope="module")
-def address(place: Path) -> Iterator[str]:
-    """A real server."""
+def address(indexed: Path) -> Iterator[str]:
+    """The URL of a running server."""
     import uvicorn
 
     from mmrl.search.app import create_app
-    from mmrl.search.serve import _listen
+    from mmrl.search.serve import open_listener
 
-    listening = _listen("127.0.0.1", 0)
-    app = create_app(Searcher.open(place / "index"), ["127.0.0.1"])
+    listening = open_listener("127.0.0.1", 0)
+    app = create_app(Searcher.open(indexed / "index"), ["127.0.0.1"])
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -49,7 +49,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, opened; an error in its script, or anything fetched from elsewhere, fails the test."""
+    """The open page. A script error or a request to another host fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page, wrong = context.new_page(), []
     page.set_default_timeout(60_000)
@@ -74,20 +74,20 @@ def settled(page: Any) -> None:
     page.wait_for_selector(".columns:not(.busy) .card .rank:not(:empty)")
 
 
-def move_slider(page: Any, place: int) -> None:
+def move_slider(page: Any, position: int) -> None:
     page.locator("#dim").focus()
     page.keyboard.press("Home")
-    for _ in range(place):
+    for _ in range(position):
         page.keyboard.press("ArrowRight")
     settled(page)
 
 
-def test_typing_finds_and_the_slider_changes_what_is_found(page: Any, place: Path) -> None:
+def test_typing_searches_and_the_slider_changes_the_dim(page: Any, indexed: Path) -> None:
     def expected(dim: int) -> list[str]:
-        hits = search(place / "index", "a red square", dim=dim, k=24, quiet=True)["results"]
+        hits = search_index(indexed / "index", "a red square", dim=dim, k=24, quiet=True)["results"]
         return [hit["captions"][0] for hit in hits]
 
-    page.keyboard.type("a red square")  # the field has the focus
+    page.keyboard.type("a red square")  # the text field has the focus
     settled(page)
     assert shown(page) == expected(16)
     assert page.inner_text("#dim-shown") == "16 of 16"
@@ -100,7 +100,7 @@ def test_typing_finds_and_the_slider_changes_what_is_found(page: Any, place: Pat
     assert shown(page) == expected(4) != expected(16)
 
 
-def test_a_dropped_picture_is_searched_by(page: Any) -> None:
+def test_search_by_a_dropped_image(page: Any) -> None:
     data = base64.b64encode(encoded(drawing(7)[0])).decode()
     page.evaluate(
         """(data) => {
@@ -117,33 +117,33 @@ def test_a_dropped_picture_is_searched_by(page: Any) -> None:
     settled(page)
     assert shown(page)[0] == drawing(7)[1]
     assert page.inner_text(".score >> nth=0") == "1.000"
-    assert page.is_visible("#query-picture")
+    assert page.is_visible("#query-image")
     assert not page.is_visible("#drop")
-    page.click("#query-picture button")
+    page.click("#query-image button")
     page.wait_for_selector("#examples button")
     assert page.locator(".rank:not(:empty)").count() == 0
 
 
-def test_a_chosen_file_and_one_that_is_no_picture(page: Any, tmp_path: Path) -> None:
+def test_search_by_a_chosen_file_and_by_a_result(page: Any, tmp_path: Path) -> None:
     drawing(11)[0].save(tmp_path / "mine.png")
     page.set_input_files("#file", tmp_path / "mine.png")
     settled(page)
     assert shown(page)[0] == drawing(11)[1]
-    page.click(".card button >> nth=1")  # one that was found is the next query
+    page.click(".card button >> nth=1")  # searches by the second result
     settled(page)
     assert page.inner_text(".score >> nth=0") == "1.000"
 
 
-def test_both_sides_and_a_group(page: Any) -> None:
+def test_compare_with_the_full_dim_and_filter_by_group(page: Any) -> None:
     page.fill("#text", "a red square")
     page.check("#compare")
     move_slider(page, 1)
     page.wait_for_selector(".two")
     heads = page.locator(".columns h2").all_inner_texts()
-    assert heads[0].startswith("all 16 numbers")
+    assert heads[0].startswith("16 dims (full)")
     assert "64 B" in heads[0]
-    assert heads[1].startswith("the first 8")
-    assert "are the same" in heads[1]
+    assert heads[1].startswith("8 dims")
+    assert "results in common" in heads[1]
     assert page.locator("section .grid").count() == 2
     page.uncheck("#compare")
     page.select_option("#group", "green square")
@@ -152,7 +152,7 @@ def test_both_sides_and_a_group(page: Any) -> None:
     assert all(text.startswith("a green square") for text in shown(page))
 
 
-def test_a_refusal_is_shown(browser: Any, address: str, tmp_path: Path) -> None:
+def test_an_error_is_shown(browser: Any, address: str, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     page = browser.new_page()
     page.goto(address)
@@ -165,8 +165,8 @@ def test_a_refusal_is_shown(browser: Any, address: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_it_fits_and_can_be_read(browser: Any, address: str, width: int, theme: str) -> None:
-    """No sideways scrolling, controls that a thumb hits, and letters that stand out from what is behind them."""
+def test_layout_and_contrast(browser: Any, address: str, width: int, theme: str) -> None:
+    """No horizontal scrolling, touch targets of at least 40 px, text contrast of at least 4.5."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme)
     page = context.new_page()
     for path in ("/", "/docs"):
@@ -182,7 +182,7 @@ def test_it_fits_and_can_be_read(browser: Any, address: str, width: int, theme: 
     context.close()
 
 
-# WCAG's contrast of an element's letters with the nearest background that is painted.
+# WCAG contrast of an element's text with the nearest opaque background.
 CONTRAST = """(selector) => {
     const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
     const rgba = (colour) => {

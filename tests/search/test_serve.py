@@ -1,4 +1,4 @@
-"""The page's API: what it answers equals a search; what comes from outside is bounded, and refused in one sentence."""
+"""The JSON API of `mmrl serve`: responses equal `mmrl search`, invalid and oversized requests get an error."""
 
 import io
 import socket
@@ -11,31 +11,31 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import drawing, encoded
-from helpers.search_places import COUNT, place
+from helpers.indexes import COUNT, indexed
 from PIL import Image
 
 from mmrl.errors import InputError
 from mmrl.search import app as app_module
-from mmrl.search.build import delete, write_index
-from mmrl.search.query import Searcher, search
-from mmrl.search.serve import serve
+from mmrl.search.build import delete_from_index, write_index
+from mmrl.search.query import Searcher, search_index
+from mmrl.search.serve import serve_index
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 from starlette.testclient import TestClient
 
-__all__ = ["place"]
+__all__ = ["indexed"]
 
 
 @pytest.fixture(scope="module")
-def client(place: Path) -> Iterator[TestClient]:
-    searcher = Searcher.open(place / "index")
+def client(indexed: Path) -> Iterator[TestClient]:
+    searcher = Searcher.open(indexed / "index")
     app = app_module.create_app(searcher, hosts=["127.0.0.1", "localhost"])
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 
-def test_a_text_finds_what_the_command_finds(client: TestClient, place: Path) -> None:
-    expected = search(place / "index", "a red square", dim=8, k=7, quiet=True)["results"]
+def test_text_search_equals_the_command(client: TestClient, indexed: Path) -> None:
+    expected = search_index(indexed / "index", "a red square", dim=8, k=7, quiet=True)["results"]
     answer = client.post("/api/search/text", json={"text": "a red square", "dim": 8, "k": 7}).json()
     assert (answer["dim"], answer["bytes_per_vector"]) == (8, 32)
     assert [one["key"] for one in answer["results"]] == [one["key"] for one in expected]
@@ -43,23 +43,23 @@ def test_a_text_finds_what_the_command_finds(client: TestClient, place: Path) ->
         [one["score"] for one in answer["results"]], [one["score"] for one in expected], atol=1e-6
     )
     assert answer["milliseconds"]["search"] > 0
-    # The slider's next step costs no encoding.
+    # The same text at another dim is not encoded again.
     again = client.post("/api/search/text", json={"text": "a red square", "dim": 4}).json()
     assert again["milliseconds"]["encode"] == 0
     assert len(again["results"]) == 24
 
 
-def test_a_picture_finds_itself(client: TestClient) -> None:
+def test_an_uploaded_image_finds_itself(client: TestClient) -> None:
     data = encoded(drawing(7)[0])
     answer = client.post("/api/search/image", files={"picture": data}, data={"k": "3", "dim": "16"}).json()
     assert len(answer["results"]) == 3
-    assert answer["results"][0]["key"] == "pictures.tar/00007"
+    assert answer["results"][0]["key"] == "images.tar/00007"
     assert answer["results"][0]["score"] == pytest.approx(1, abs=1e-5)
     by_row = client.post("/api/search/item", json={"row": answer["results"][0]["row"], "k": 3}).json()
     assert [one["key"] for one in by_row["results"]] == [one["key"] for one in answer["results"]]
 
 
-def test_groups_are_told_and_searched(client: TestClient) -> None:
+def test_groups_are_listed_and_filter_the_search(client: TestClient) -> None:
     facts = client.get("/api/index").json()
     assert (facts["count"], facts["dim"], facts["dims"]) == (COUNT + 1, 16, [4, 8, 16])
     assert {"name": "green square", "count": 2} in facts["groups"]
@@ -70,7 +70,7 @@ def test_groups_are_told_and_searched(client: TestClient) -> None:
     assert {one["group_name"] for one in answer["results"]} == {"green square"}
     assert len(answer["results"]) == 2
     some = client.get("/api/sample", params={"k": 5, "group": "green square"}).json()
-    assert sorted(one["key"] for one in some) == ["pictures.tar/00001", "pictures.tar/00013"]
+    assert sorted(one["key"] for one in some) == ["images.tar/00001", "images.tar/00013"]
 
 
 def test_thumbnails(client: TestClient) -> None:
@@ -84,23 +84,23 @@ def test_thumbnails(client: TestClient) -> None:
         assert client.get(f"/api/thumbnails/{path}").status_code in (404, 422)
 
 
-def test_what_is_deleted_is_not_shown(place: Path, tmp_path: Path) -> None:
-    write_index(place / "embeddings", tmp_path / "i", quiet=True)
-    delete(tmp_path / "i", ["pictures.tar/00000"], quiet=True)
-    client = TestClient(app_module.create_app(Searcher.open(tmp_path / "i", str(place / "model")), ["*"]))
+def test_deleted_images_are_not_served(indexed: Path, tmp_path: Path) -> None:
+    write_index(indexed / "embeddings", tmp_path / "i", quiet=True)
+    delete_from_index(tmp_path / "i", ["images.tar/00000"], quiet=True)
+    client = TestClient(app_module.create_app(Searcher.open(tmp_path / "i", str(indexed / "model")), ["*"]))
     assert client.get("/api/thumbnails/0").status_code == 404
     assert client.post("/api/search/item", json={"row": 0}).status_code == 404
     assert client.get("/api/index").json()["count"] == COUNT
 
 
-# ------------------------------------------------------------------------------------------------ the page and docs
+# ------------------------------------------------------------------------------------------------ page and docs
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+def test_the_page_makes_no_external_requests(client: TestClient) -> None:
     for path in ("/", "/docs", "/app.js", "/style.css", "/docs.js", "/icon.svg"):
         answer = client.get(path)
         assert answer.status_code == 200
-        # The name of a namespace is no address that is fetched.
+        # The SVG namespace is an identifier, not a URL that is fetched.
         text = answer.text.replace("http://www.w3.org/2000/svg", "")
         assert "http://" not in text
         assert "https://" not in text
@@ -109,7 +109,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
         assert client.get(path).status_code == 404
 
 
-def test_every_part_of_the_api_is_described(client: TestClient) -> None:
+def test_every_operation_of_the_api_is_described(client: TestClient) -> None:
     described = client.get("/openapi.json").json()
     operations = {path: next(iter(methods.values())) for path, methods in described["paths"].items()}
     assert set(operations) == {
@@ -119,18 +119,18 @@ def test_every_part_of_the_api_is_described(client: TestClient) -> None:
     assert all(operation["description"] for operation in operations.values())
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
-    ("path", "request_", "status", "says"),
+    ("path", "request_", "status", "message"),
     [
         ("text", {"json": {"text": "x" * 100_000}}, 422, "text: String should have at most 10000 characters"),
         ("text", {"json": {"text": "   "}}, 422, "query: give a text"),
         ("text", {"json": {"text": "x", "dim": 17}}, 422, "dim: 17 is out of range"),
         ("text", {"json": {"text": "x", "dim": 0}}, 422, "dim: Input should be greater than or equal to 1"),
         ("text", {"json": {"text": "x", "k": 1000}}, 422, "k: Input should be less than or equal to 100"),
-        ("text", {"json": {"text": "x", "group": "nobody"}}, 422, "group: no picture is of the group 'nobody'"),
+        ("text", {"json": {"text": "x", "group": "nobody"}}, 422, "group: no image has the group 'nobody'"),
         ("text", {"json": {}}, 422, "text: Field required"),
         ("text", {"json": ["x"]}, 422, "body: Input should be a valid dictionary"),
         ("text", {"content": b'{"text": "\\ud800"}'}, 422, "nicode"),
@@ -140,22 +140,22 @@ def test_every_part_of_the_api_is_described(client: TestClient) -> None:
         ("image", {"files": {"picture": b""}}, 422, "no picture in a known format"),
         ("image", {"data": {"picture": "/etc/passwd"}}, 422, "picture: "),
         ("image", {"files": {"picture": encoded(drawing(0)[0])[:200]}}, 422, "damaged picture"),
-        ("image", {"files": {"picture": b"x" * (17 << 20)}}, 413, "The request is too large; a picture may have 16 MB"),
-        ("item", {"json": {"row": 99}}, 404, "row: there is no picture 99"),
+        ("image", {"files": {"picture": b"x" * (17 << 20)}}, 413, "The request is too large; an image may have 16 MB"),
+        ("item", {"json": {"row": 99}}, 404, "row: no image has row 99"),
     ],
 )
-def test_a_mistake_is_answered_with_a_sentence(
-    client: TestClient, path: str, request_: dict[str, Any], status: int, says: str
+def test_invalid_requests_get_a_one_sentence_error(
+    client: TestClient, path: str, request_: dict[str, Any], status: int, message: str
 ) -> None:
     headers = {"Content-Type": "application/json"} if "content" in request_ else {}
     answer = client.post(f"/api/search/{path}", headers=headers, **request_)
     assert answer.status_code == status
     detail = answer.json()["detail"]
-    assert says in detail
+    assert message in detail
     assert "\n" not in detail
 
 
-def test_a_bomb_is_refused(client: TestClient) -> None:
+def test_a_decompression_bomb_is_refused(client: TestClient) -> None:
     buffer = io.BytesIO()
     Image.new("L", (10_000, 10_000)).save(buffer, "PNG")
     answer = client.post("/api/search/image", files={"picture": buffer.getvalue()})
@@ -163,7 +163,7 @@ def test_a_bomb_is_refused(client: TestClient) -> None:
     assert "too large a picture: 10000x10000 pixels" in answer.json()["detail"]
 
 
-def test_a_body_of_unknown_length_is_bounded_too(client: TestClient) -> None:
+def test_a_body_without_content_length_is_limited(client: TestClient) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(400):
             yield b"x" * 65_536
@@ -172,20 +172,20 @@ def test_a_body_of_unknown_length_is_bounded_too(client: TestClient) -> None:
     assert answer.status_code == 413
 
 
-def test_another_name_for_this_machine_is_refused(client: TestClient) -> None:
+def test_an_unknown_host_header_is_refused(client: TestClient) -> None:
     assert client.get("/api/index", headers={"Host": "elsewhere.example"}).status_code == 400
 
 
-def test_slow_answers_and_too_many_are_turned_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "_SECONDS_TO_ANSWER", 0.2)
-    monkeypatch.setattr(app_module, "_AT_ONCE", 1)
-    monkeypatch.setattr(app_module, "_WAITING", 0)
-    searcher, free = Searcher.open(place / "index"), threading.Event()
-    monkeypatch.setattr(Searcher, "embed_text", lambda *_: free.wait(20) and np.ones(16, np.float32))
+def test_slow_searches_time_out_and_a_full_queue_is_refused(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "_SEARCH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(app_module, "_MAX_CONCURRENT", 1)
+    monkeypatch.setattr(app_module, "_MAX_QUEUED", 0)
+    searcher, free = Searcher.open(indexed / "index"), threading.Event()
+    monkeypatch.setattr(Searcher, "encode_text", lambda *_: free.wait(20) and np.ones(16, np.float32))
     with TestClient(app_module.create_app(searcher, ["*"])) as client:
         slow = client.post("/api/search/text", json={"text": "a"})
         assert (slow.status_code, slow.json()["detail"]) == (504, "The search took more than 0.2 seconds.")
-        # Its thread is at work still, and is counted.
+        # Its thread still runs and counts as pending.
         busy = client.post("/api/search/text", json={"text": "b"})
         assert (busy.status_code, busy.json()["detail"][:26]) == (503, "Too many searches at once;")
         free.set()
@@ -196,12 +196,12 @@ def test_slow_answers_and_too_many_are_turned_away(place: Path, monkeypatch: pyt
         assert answer.status_code in (200, 504)
 
 
-def test_a_port_that_is_taken_is_named(place: Path) -> None:
+def test_a_port_in_use_is_reported(indexed: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=rf"port: 127.0.0.1:{port} cannot be listened at .*in use"):
-            serve(place / "index", port=port)
-    with pytest.raises(InputError, match="is no index"):
-        serve(place, port=0)
+        with pytest.raises(InputError, match=rf"port: cannot listen on 127.0.0.1:{port} .*in use"):
+            serve_index(indexed / "index", port=port)
+    with pytest.raises(InputError, match="is not an index"):
+        serve_index(indexed, port=0)

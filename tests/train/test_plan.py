@@ -12,8 +12,8 @@ from helpers.worlds import run_in_world
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from mmrl import config as configs
 from mmrl.cli import app
+from mmrl.config import load_config, parse_config
 from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.hardware import peak_flops
@@ -58,7 +58,7 @@ def test_activations_are_those_of_the_real_towers(
     values["vision_cfg"] |= {"layers": 3, "width": 64}
     values["text_cfg"] |= {"layers": 3, "width": 64}
     (tmp_path / "planned.json").write_text(json.dumps(values))
-    config = configs.load(write_config(model={"name": str(tmp_path / "planned.json")}), overrides)
+    config = load_config(write_config(model={"name": str(tmp_path / "planned.json")}), overrides)
     predicted = footprint.measure(config.model, in_16_bits=False, on_gpu=False)
     built = towers.build(config.model)
     model = two_tower.from_towers(built, config.model.logit_scale, 1).train()
@@ -88,7 +88,7 @@ def test_operations_are_those_of_the_real_step(
     values = json.loads(tiny_model.read_text())
     values["vision_cfg"] |= {"layers": 4, "width": 64}
     (tmp_path / "counted.json").write_text(json.dumps(values))
-    model_config = configs.load(
+    model_config = load_config(
         write_config(model={"name": str(tmp_path / "counted.json"), "lock_image": locks_image})
     ).model
     built = towers.build(model_config)
@@ -123,7 +123,7 @@ def test_a_peak_is_known_or_not(name: str, tflops: float | None, monkeypatch: py
 
 @pytest.mark.parametrize(("batch", "width"), [(512, 256), (2048, 128)])
 def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int) -> None:
-    config = configs.load(write_config(train={"batch_size": batch, "duration": 1}, nesting={"dims": [16, 64, width]}))
+    config = load_config(write_config(train={"batch_size": batch, "duration": 1}, nesting={"dims": [16, 64, width]}))
     model = Footprint(0, 0, width, 0, 0, 0, 0)
     image_BD, text_BD = torch.randn(2, batch, width).unbind()
     rows = (image_BD.requires_grad_(), text_BD.requires_grad_())
@@ -143,7 +143,7 @@ def _live_bytes(folder: Path) -> None:
     import gc
 
     from mmrl.engine.engine import Engine, EngineConfig
-    from mmrl.model.two_tower import Encoder, MatryoshkaCLIP
+    from mmrl.model.two_tower import MatryoshkaCLIP, ProjectedTower
 
     def live() -> int:
         gc.collect()
@@ -157,7 +157,7 @@ def _live_bytes(folder: Path) -> None:
     for stage in (0, 1, 2):
         before = live()
         linear = [torch.nn.Linear(256, 256, bias=False) for _ in range(8)]
-        model = MatryoshkaCLIP(Encoder(torch.nn.Sequential(*linear)), Encoder(linear[0]), torch.ones(1))
+        model = MatryoshkaCLIP(ProjectedTower(torch.nn.Sequential(*linear)), ProjectedTower(linear[0]), torch.ones(1))
         count = sum(p.numel() for p in model.parameters())
         groups = [{"params": list(model.parameters())[1:]}, {"params": list(model.parameters())[:1]}]
         engine = Engine(model, torch.optim.AdamW(groups), EngineConfig(zero_stage=stage), 1.0, 2)
@@ -181,10 +181,10 @@ def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) ->
 
 
 def test_what_fits(write_config: WriteConfig) -> None:
-    config = configs.load(write_config(train={"batch_size": 32768, "duration": "1 epochs"}))
-    large = plan.plan(config, gpus=64, memory_gb=80, measured=MODEL)
+    config = load_config(write_config(train={"batch_size": 32768, "duration": "1 epochs"}))
+    large = plan.plan_resources(config, gpus=64, memory_gb=80, measured=MODEL)
     assert (large.best, large.stages[0].micro_batch, large.pairs_per_gpu) == (0, 512, 512)
-    small = plan.plan(config, gpus=64, memory_gb=24, measured=MODEL)
+    small = plan.plan_resources(config, gpus=64, memory_gb=24, measured=MODEL)
     micro = small.stages[0].micro_batch
     assert small.best == 0
     assert micro is not None
@@ -195,19 +195,19 @@ def test_what_fits(write_config: WriteConfig) -> None:
     assert small.stages[0].step_seconds > large.stages[0].step_seconds
     # Whole gradients do not fit beside divided weights: they are divided at each micro-batch.
     giant = dataclasses.replace(MODEL, parameters=3_000_000_000, trained=3_000_000_000)
-    narrow = plan.plan(config, gpus=64, memory_gb=24, measured=giant)
+    narrow = plan.plan_resources(config, gpus=64, memory_gb=24, measured=giant)
     assert narrow.best == 2
     assert narrow.stages[2].reduce_each_micro_batch
     assert not small.stages[2].reduce_each_micro_batch
-    advice = r"Smallest that fits: engine.zero_stage=2 train.micro_batch=\d+ engine.reduce_each_micro_batch=true"
-    assert any(re.fullmatch(advice, line) for line in plan.lines(narrow))
-    nothing = plan.plan(config, gpus=64, memory_gb=4, measured=MODEL)
+    advice = r"Lowest stage that fits: engine.zero_stage=2 train.micro_batch=\d+ engine.reduce_each_micro_batch=true"
+    assert any(re.fullmatch(advice, line) for line in plan.plan_lines(narrow))
+    nothing = plan.plan_resources(config, gpus=64, memory_gb=4, measured=MODEL)
     assert nothing.best is None
-    assert any("Nothing fits" in line for line in plan.lines(nothing))
+    assert any("Nothing fits" in line for line in plan.plan_lines(nothing))
 
 
 def test_the_network_carries_what_the_formulas_say() -> None:
-    config = configs.parse(
+    config = parse_config(
         {
             "run": "x",
             "model": {"name": "m"},
@@ -239,4 +239,4 @@ def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: Writ
     assert len(result["stages"]) == 4
     refused = runner.invoke(app, ["plan", str(write_config()), "--gpus", "5"])
     assert isinstance(refused.exception, InputError)
-    assert "12 cannot be divided over 5 GPUs; take a multiple of 5, such as 10" in str(refused.exception)
+    assert "12 cannot be divided over 5 GPUs; use a multiple of 5, e.g. 10" in str(refused.exception)

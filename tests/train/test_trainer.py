@@ -13,14 +13,14 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import sample_members, write_tar
+from conftest import sample_members, start_training, write_tar
 from rich.console import Console
 from safetensors.torch import load_file
 
-from mmrl import config as configs
+from mmrl.config import config_differences, load_config
 from mmrl.distributed import comm
 from mmrl.errors import InputError, RunStopped
-from mmrl.evaluate.command import Asked, evaluate_model
+from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle
 from mmrl.model.footprint import model_flops
@@ -31,7 +31,7 @@ WriteConfig = Callable[..., Path]
 
 
 def run(path: Path, *overrides: str) -> Path:
-    return train(configs.load(path, overrides))
+    return train(load_config(path, overrides))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -76,11 +76,13 @@ def test_a_run_leaves_what_it_promises(write_config: WriteConfig) -> None:
     assert (folder / "report" / "recall_by_dim.png").stat().st_size > 5000
     assert "| 16 |" in (folder / "report" / "report.md").read_text()
     assert (folder / "checkpoints" / "best").resolve().name.startswith("step-")
+    best = (folder / "checkpoints" / "best").resolve()
+    assert json.loads((best / "retrieval.json").read_text())["step"] == int(best.name.removeprefix("step-"))
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.is_symlink())
     assert set(kept) >= {"step-6", "step-8"}
     assert len(kept) <= 3
-    assert configs.differences(configs.load(folder / "config.yaml"), configs.load(folder / "config.yaml")) == []
-    encoder = bundle.load(bundle.find(folder))
+    assert config_differences(load_config(folder / "config.yaml"), load_config(folder / "config.yaml")) == []
+    encoder = bundle.open_model(folder)
     assert encoder.nested_dims == (4, 8, 16)
 
 
@@ -89,11 +91,11 @@ def test_flops_are_told_where_the_devices_peak_is_known(
 ) -> None:
     said = Console(record=True, width=200)
     path = write_config(evaluation={})
-    assert "model_flops_utilisation" not in metrics(train(configs.load(path, ["train.duration=1"]), said))[-1]
+    assert "model_flops_utilisation" not in metrics(train(load_config(path, ["train.duration=1"]), said))[-1]
     assert "FLOPs" not in said.export_text()
-    monkeypatch.setattr("mmrl.train.trainer.peak_flops", lambda device, precision: 1e12)
-    last = metrics(train(configs.load(path, [f"run={path.parent}/known"]), said))[-1]
-    flops = model_flops(configs.load(path).model, 12)
+    monkeypatch.setattr("mmrl.train.log.peak_flops", lambda device, precision: 1e12)
+    last = metrics(train(load_config(path, [f"run={path.parent}/known"]), said))[-1]
+    flops = model_flops(load_config(path).model, 12)
     share = flops * last["samples_per_second"] / 12 / 1e12
     assert last["model_flops_utilisation"] == pytest.approx(share)
     assert f"model FLOPs utilisation {100 * share:.1f} %" in said.export_text()
@@ -181,15 +183,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConf
         run(path)
 
 
+def test_a_finished_run_started_again_ends_at_once_on_every_rank(write_config: WriteConfig, tmp_path: Path) -> None:
+    """Every rank must return: one that waited for rank 0 would end with an error, and a scheduler requeue the job."""
+    path = write_config(evaluation={}, engine={"lost_after_seconds": 5})
+    start_training(path, 2, tmp_path / "twice.py", "train.duration=1", "train.duration=1 resume=auto")
+    assert len(metrics(tmp_path / "run")) == 1
+
+
 _WITH_A_KILLED_LOADER = """
 import os, signal, sys
 from mmrl import cli
 from mmrl.train.trainer import Trainer
 step = Trainer.step
-def killing(self, parts):
+def killing(self, micro_batches):
     if self.step_done == 2:
         os.kill(self.stream._loader._iterator._workers[0].pid, signal.SIGKILL)
-    return step(self, parts)
+    return step(self, micro_batches)
 Trainer.step = killing
 cli.main()
 """
@@ -204,7 +213,7 @@ def test_a_killed_loader_process_is_one_sentence_and_no_hang(write_config: Write
     command = [sys.executable, str(script), "train", str(path), "train.duration=500", "checkpoint.every=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "mmrl: data: a loader process was killed from outside (" in done.stderr
+    assert "mmrl: data: a DataLoader worker was killed (" in done.stderr
     assert "engine/checkpoint.py" not in done.stderr
 
 
@@ -212,8 +221,8 @@ def test_a_killed_loader_process_is_one_sentence_and_no_hang(write_config: Write
 def test_precision_auto_is_what_the_machine_is_good_at(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, has_products: bool, precision: str
 ) -> None:
-    monkeypatch.setattr("mmrl.engine.engine.multiplies_bfloat16", lambda _: has_products)
-    config = configs.load(write_config(), ["engine.precision=auto", "train.duration=1"])
+    monkeypatch.setattr("mmrl.engine.engine.has_native_bfloat16", lambda _: has_products)
+    config = load_config(write_config(), ["engine.precision=auto", "train.duration=1"])
     trainer = Trainer(config, prepare(config, comm.start()), comm.world(), Console(quiet=True))
     assert trainer.engine.precision == precision
 
@@ -227,12 +236,12 @@ def test_fine_tuning_starts_where_the_source_stood(
     torch.save(source.state_dict(), tmp_path / "source.pt")
     pretrained = str(tmp_path / "source.pt")
     path = write_config(model={"name": str(tiny_model), "pretrained": pretrained})
-    config = configs.load(path, ["evaluation.at_start=true", "train.duration=1"])
+    config = load_config(path, ["evaluation.at_start=true", "train.duration=1"])
     plan = prepare(config, comm.start())
     trainer = Trainer(config, plan, comm.world(), Console(quiet=True))
     before = trainer.score_sets()
     theirs = evaluate_model(
-        f"open_clip:tiny-test:{pretrained}", [str(shards)], Asked(dims=[16], captions=1), quiet=True
+        f"open_clip:tiny-test:{pretrained}", [str(shards)], EvalOptions(dims=[16], captions=1), quiet=True
     )
     assert before["val"]["dims"]["16"].items() <= theirs["dims"]["16"].items()  # which has the other directions as well
 
@@ -303,7 +312,8 @@ def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) 
 
 _WITH_A_FULL_DISK = """
 import resource, sys
-from mmrl import checkpoint, cli
+from mmrl import cli
+from mmrl.engine import checkpoint
 write = checkpoint.Checkpoints._write
 def limited(self, partial, snapshot):
     if snapshot.step > 3:  # from here on no file may grow beyond what a manifest needs
@@ -327,7 +337,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     )
     assert done.returncode == 1
     assert "mmrl: The checkpoint of step 6 could not be written (" in done.stderr
-    assert "step-3 is whole; run again with resume=auto." in done.stderr
+    assert "step-3 is complete; run again with resume=auto." in done.stderr
     assert "engine/checkpoint.py" not in done.stderr
     folder = tmp_path / "run"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last", "step-3"]
@@ -347,7 +357,7 @@ def test_a_damaged_checkpoint_is_named_before_training(write_config: WriteConfig
     moments = folder / "checkpoints" / "last" / "training" / "optimizer.safetensors"
     moments.write_bytes(moments.read_bytes()[:1000])
     go_back_to(folder, "step-8")
-    with pytest.raises(InputError, match=r"resume: .*step-8 is damaged or of an older version .*; remove it"):
+    with pytest.raises(InputError, match=r"resume: .*step-8 is damaged or of an older version .*; delete it"):
         run(path, "resume=auto", "train.duration=8 steps")
 
 
@@ -362,7 +372,7 @@ def test_a_run_folder_is_never_mixed(write_config: WriteConfig, tmp_path: Path) 
     assert run(path, "resume=auto", "data.workers=1", "tracking.log_every=5") == folder
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="exists and is no run folder"):
+    with pytest.raises(InputError, match="exists and is not a run folder"):
         run(path, f"run={tmp_path / 'mine'}")
 
 

@@ -1,1 +1,1 @@
-"""`mmrl check`: every problem of a data set, before a run."""
+"""`mmrl check`: finds the problems of a data set before a run."""

@@ -1,7 +1,11 @@
-"""`mmrl check`: every problem of the shards before a run starts on them, and what the run would make of them.
+"""`mmrl check`: finds the problems of a set of shards before a run, and counts its steps.
 
-Shards are read in parallel, each by one process and once. What is bad is decided by the code that training reads with;
-whether training would start at all is asked of `SampleReader` and `Stream` themselves.
+Shards are checked in parallel, each by one process. The code that training reads with (`samples.parse`, `SampleReader`,
+`Stream`) decides which samples are bad and whether training would start.
+
+    shard.py       checks one shard, in a worker process
+    findings.py    combines the results of all shards, finds duplicates
+    report.py      console output and contact sheet
 """
 
 import os
@@ -11,31 +15,31 @@ from functools import partial
 from pathlib import Path
 
 from mmrl.data.check import report
-from mmrl.data.check.findings import CheckResult, Findings, Plan, SetFacts, find_duplicates
+from mmrl.data.check.findings import CheckResult, Findings, RunEstimate, SetFacts, find_duplicates
 from mmrl.data.check.report import counted
-from mmrl.data.check.shard import CUT_SHORT, ShardFacts, Tokens, Work, check_shard
-from mmrl.data.index import Problem, account
+from mmrl.data.check.shard import CUT_SHORT, CheckOptions, ShardFacts, TokenCounter, check_shard
+from mmrl.data.index import Problem, summarise_problems
 from mmrl.data.opening import open_shards
 from mmrl.data.samples import FieldsConfig, SampleReader, Source
-from mmrl.data.shards import Spec, expand
+from mmrl.data.shards import ShardSpec, expand
 from mmrl.data.sources import DataConfig, SourceConfig, named_sources
-from mmrl.data.stores import Store, is_remote
+from mmrl.data.stores import ShardCache, is_remote
 from mmrl.data.stream import Stream
-from mmrl.data.workers import Workers, usable_cores
+from mmrl.data.workers import WorkerPool, usable_cores
 from mmrl.errors import InputError
 from mmrl.images import contact_sheet
 
 _SHEET_TILES, _SHEET_SEED = 24, 0
 
 
-def check(
-    data: Spec | DataConfig,
+def check_shards(
+    data: ShardSpec | DataConfig,
     *,
     batch_size: int | None = None,
     world_size: int = 1,
     loader_workers: int | None = None,
     decode: bool = True,
-    tokens: Tokens | None = None,
+    tokens: TokenCounter | None = None,
     least_side: int = 64,
     workers: int | None = None,
     index: bool = False,
@@ -43,193 +47,192 @@ def check(
     sheet_file: Path | None = None,
     quiet: bool = False,
 ) -> CheckResult:
-    """Reads all of a set of shards, shows and returns what is found.
+    """Reads all samples of a set of shards, prints and returns the problems found.
 
     Args:
-        data: shards, or the `data:` section of a run, whose fields, sources and limits then hold.
-        batch_size: of the planned run, over all of its processes; with it the steps of an epoch are told.
-        world_size: processes of the planned run.
-        loader_workers: loader processes for each of them; `data.workers` when left out.
-        decode: decode every picture, as training will; several times slower than reading.
-        tokens: the tokenizer, for lengths of captions in tokens.
-        least_side: pictures whose shorter side has fewer pixels are counted.
-        workers: processes that check; all usable cores when left out.
-        index: write the index of each local shard beside it; else all go into the cache folder.
-        list_file: every problem goes there, one object a line, as in bad_samples.jsonl.
-        sheet_file: random samples with their captions, as a picture.
+        data: shards, or the `data:` section of a run, with its fields, sources and limits.
+        batch_size: global batch size of a run; given, the result has its steps per epoch.
+        world_size: ranks of the run.
+        loader_workers: loader processes per rank; default: `data.workers`.
+        decode: decode every image as training does; several times slower than reading alone.
+        tokens: counts the captions' lengths in tokens.
+        least_side: images with a shorter side below this number of pixels are counted.
+        workers: processes that check; default: all usable cores.
+        index: write the index of each local shard next to it; else all indexes go into the cache folder.
+        list_file: receives every problem, one JSON object per line, in the format of bad_samples.jsonl.
+        sheet_file: receives an image of random samples with their captions.
 
     Raises:
-        InputError: no such shards, a plan that does not divide, a file that cannot be written.
+        InputError: no such shards, a batch size that the ranks do not divide, a file that cannot be written.
         RunStopped: a worker process was killed.
     """
     config = data if isinstance(data, DataConfig) else _as_config(data)
-    planned = _planned(config, batch_size, world_size, loader_workers)
+    run = _run_size(config, batch_size, world_size, loader_workers)
     sources = named_sources(config)
     locations = [expand(one.shards, config.allow_pipe, keep_missing=True) for one in sources]
-    _refuse_unwritable(locations, index, list_file, sheet_file)
-    store = Store(config.remote)
+    _check_writable(locations, index, list_file, sheet_file)
+    cache = ShardCache(config.remote)
     tasks = [(x, one.fields or config.fields) for one, some in zip(sources, locations, strict=True) for x in some]
     workers = max(1, min(usable_cores() if workers is None else workers, len(tasks)))
     findings = Findings([len(some) for some in locations], list_file)
-    look = partial(_check, work=Work(store, decode, tokens, index))
+    work = partial(_check_task, options=CheckOptions(cache, decode, tokens, index))
     with (
-        Workers(look, workers, preload=check_shard.__module__) as pool,
-        report.progress(len(tasks), quiet) as advance,
+        WorkerPool(work, workers, preload=check_shard.__module__) as pool,
+        report.check_progress(len(tasks), quiet) as advance,
     ):
         for facts in pool.map(tasks):
             findings.add(facts)
             advance(facts.size)
-    stops = _spoiled(findings, config.max_bad_fraction)
-    reader, stream, refusal = _start(config, sources, locations, findings, store, planned)
+    stops = _data_errors(findings, config.max_bad_fraction)
+    reader, stream, start_errors = _open_as_training(config, sources, findings, cache, run)
     result = CheckResult(
-        ok=not stops and not refusal,
+        ok=not stops and not start_errors,
         sets=[
             SetFacts.of(one.name or "", facts, tally, least_side, tokens)
             for one, facts, tally in zip(sources, findings.of_set, findings.tallies, strict=True)
         ],
-        duplicates=find_duplicates([facts for some in findings.of_set for facts in some], store),
+        duplicates=find_duplicates([facts for some in findings.of_set for facts in some], cache),
         problems=dict(findings.kinds.most_common()),
         examples=findings.examples,
         bad_samples=findings.bad.total(),
         bad_share=findings.bad_share,
         max_bad_fraction=config.max_bad_fraction,
-        plan=None if stream is None or planned is None else _plan(stream, planned, len(tasks)),
-        stops=[*stops, *refusal],
+        plan=None if stream is None or run is None else _estimate(stream, run, len(tasks)),
+        stops=[*stops, *start_errors],
         notes=_notes(tasks, index, decode),
     )
-    report.show(result, quiet)
+    report.print_result(result, quiet)
     if sheet_file is not None:
         report.draw_sheet(sheet_file, reader, _SHEET_TILES, _SHEET_SEED, quiet)
     return result
 
 
-def _as_config(shards: Spec) -> DataConfig:
+def _as_config(shards: ShardSpec) -> DataConfig:
     return DataConfig(train=str(shards) if isinstance(shards, str | Path) else [str(one) for one in shards])
 
 
 @dataclass(frozen=True)
-class _Planned:
+class _RunSize:
     batch_size: int
     world_size: int
     loader_workers: int
 
 
-def _planned(
+def _run_size(
     config: DataConfig, batch_size: int | None, world_size: int, loader_workers: int | None
-) -> _Planned | None:
+) -> _RunSize | None:
     if batch_size is None:
         if world_size != 1 or loader_workers is not None:
-            raise InputError("batch-size: give the global batch as well, which a plan for so many processes needs.")
+            raise InputError("batch-size: missing; world-size and loader-workers need the global batch size too.")
         return None
     if batch_size % world_size:
         raise InputError(
-            f"batch-size: {batch_size} cannot be divided over {world_size} processes; take a multiple of {world_size}."
+            f"batch-size: {batch_size} is not divisible by {world_size} processes; give a multiple of {world_size}."
         )
-    return _Planned(batch_size, world_size, config.workers if loader_workers is None else loader_workers)
+    return _RunSize(batch_size, world_size, config.workers if loader_workers is None else loader_workers)
 
 
-def _refuse_unwritable(
+def _check_writable(
     locations: Sequence[Sequence[str]], index: bool, list_file: Path | None, sheet_file: Path | None
 ) -> None:
-    """Before hours of reading, not after them."""
+    """Raises InputError for an output that cannot be written: before hours of reading, not after them."""
     if sheet_file is not None:
-        contact_sheet.check(sheet_file, "sheet")
+        contact_sheet.check_path(sheet_file, "sheet")
     if list_file is not None:
         try:
             list_file.write_text("")
         except OSError as error:
-            raise InputError(f"list: {list_file} cannot be written ({error.strerror}); name another file.") from None
+            raise InputError(f"list: {list_file} cannot be written ({error.strerror}); choose another file.") from None
     folders = {Path(x).parent for some in locations for x in some if not is_remote(x)} if index else set()
     for folder in sorted(folders):
         if folder.is_dir() and not os.access(folder, os.W_OK):
-            raise InputError(f"index: {folder} may not be written to; leave --index out to use the cache folder.")
+            raise InputError(f"index: {folder} is not writable; without --index the cache folder is used.")
 
 
-def _check(task: tuple[str, FieldsConfig], work: Work) -> ShardFacts:
-    return check_shard(*task, work)
+def _check_task(task: tuple[str, FieldsConfig], options: CheckOptions) -> ShardFacts:
+    return check_shard(*task, options)
 
 
-def _spoiled(findings: Findings, max_bad_fraction: float) -> list[str]:
-    """What of the shards and samples would stop a training, or spoil it in silence."""
-    stops = []
-    lost = [facts for some in findings.of_set for facts in some if not facts.usable]
-    if lost:
+def _data_errors(findings: Findings, max_bad_fraction: float) -> list[str]:
+    """Sentences on unusable shards, damaged shards, too many bad samples and indexes that could not be written."""
+    errors = []
+    unusable = [facts for some in findings.of_set for facts in some if not facts.usable]
+    if unusable:
         total = sum(map(len, findings.of_set))
-        stops.append(
-            f"{len(lost):,} of {counted(total, 'shard')} cannot be used, and no training starts with them: "
-            f"{_first(findings.examples, {facts.location for facts in lost})}."
+        errors.append(
+            f"{len(unusable):,} of {counted(total, 'shard')} cannot be used, and training does not start with them: "
+            f"{_first_problem(findings.examples, {facts.location for facts in unusable})}."
         )
     cut = sum(count for kind, count in findings.kinds.items() if kind in CUT_SHORT)
     if cut:
-        where = next(problem for problem in findings.examples if problem.kind in CUT_SHORT)
-        stops.append(
-            f"{counted(cut, 'shard')} cut short or damaged, so that samples are missing: {where.shard}, "
-            f"{where.reason}; copy the whole files again."
+        first = next(problem for problem in findings.examples if problem.kind in CUT_SHORT)
+        errors.append(
+            f"{counted(cut, 'shard')} truncated or damaged, samples are missing: {first.shard}, {first.reason}; copy "
+            "the whole files again."
         )
     bad = findings.bad.total()
     if findings.bad_share > max_bad_fraction:
-        stops.append(
-            f"{counted(bad, 'sample')}, {findings.bad_share:.2%}, {'is' if bad == 1 else 'are'} bad, more than "
-            f"data.max_bad_fraction {max_bad_fraction:.2%} allows: {account(findings.bad)}."
+        errors.append(
+            f"{counted(bad, 'bad sample')}, {findings.bad_share:.2%}; data.max_bad_fraction allows "
+            f"{max_bad_fraction:.2%}: {summarise_problems(findings.bad)}."
         )
     unwritten = [facts for some in findings.of_set for facts in some if facts.index_error]
     if unwritten:
-        stops.append(
-            f"{len(unwritten):,} indexes could not be written beside their shards: {unwritten[0].index_error}."
+        errors.append(
+            f"{len(unwritten):,} indexes could not be written next to their shards: {unwritten[0].index_error}."
         )
-    return stops
+    return errors
 
 
-def _first(examples: Sequence[Problem], locations: set[str]) -> str:
+def _first_problem(examples: Sequence[Problem], locations: set[str]) -> str:
     problem = next(problem for problem in examples if problem.shard in locations and not problem.key)
     return f"{problem.shard}, {problem.reason}"
 
 
-def _start(
+def _open_as_training(
     config: DataConfig,
     sources: Sequence[SourceConfig],
-    locations: Sequence[Sequence[str]],
     findings: Findings,
-    store: Store,
-    planned: _Planned | None,
+    cache: ShardCache,
+    run: _RunSize | None,
 ) -> tuple[SampleReader | None, Stream | None, list[str]]:
-    """What training does before its first batch, on the shards that can be used; its refusal is a finding."""
+    """Opens the usable shards as training does; an InputError is returned as the third value."""
     usable = [[facts.location for facts in some if facts.usable] for some in findings.of_set]
     reader = stream = None
     try:
         opened = [
-            Source(open_shards(some, store), one.fields or config.fields, one.repeat, one.name or "")
+            Source(open_shards(some, cache), one.fields or config.fields, one.repeat, one.name or "")
             for one, some in zip(sources, usable, strict=True)
             if some
         ]
         if opened:
-            reader = SampleReader(opened, store)
-            if planned is not None:
-                stream = Stream(reader, planned.batch_size // planned.world_size, world_size=planned.world_size)
+            reader = SampleReader(opened, cache)
+            if run is not None:
+                stream = Stream(reader, run.batch_size // run.world_size, world_size=run.world_size)
     except InputError as error:
         return reader, None, [str(error)]
     return reader, stream, []
 
 
-def _plan(stream: Stream, planned: _Planned, shards: int) -> Plan:
+def _estimate(stream: Stream, run: _RunSize, shards: int) -> RunEstimate:
     steps = stream.batches_per_epoch
-    return Plan(
-        batch_size=planned.batch_size,
-        world_size=planned.world_size,
-        loader_workers=planned.loader_workers,
+    return RunEstimate(
+        batch_size=run.batch_size,
+        world_size=run.world_size,
+        loader_workers=run.loader_workers,
         samples_per_epoch=stream.samples,
         steps_per_epoch=steps,
-        left_out_per_epoch=stream.samples - steps * planned.batch_size,
-        samples_per_rank=steps * planned.batch_size // planned.world_size,
+        left_out_per_epoch=stream.samples - steps * run.batch_size,
+        samples_per_rank=steps * run.batch_size // run.world_size,
         shards=shards,
-        loaders=planned.world_size * max(planned.loader_workers, 1),
+        loaders=run.world_size * max(run.loader_workers, 1),
     )
 
 
 def _notes(tasks: Sequence[tuple[str, FieldsConfig]], index: bool, decode: bool) -> list[str]:
     notes = []
     if not decode:
-        notes.append("Pictures were not decoded: unreadable ones are not among the bad samples.")
+        notes.append("Images were not decoded: unreadable ones are not among the bad samples.")
     if index and any(is_remote(location) for location, _ in tasks):
-        notes.append("Indexes of remote shards are in the cache folder: only those of local shards lie beside them.")
+        notes.append("Indexes of remote shards are in the cache folder; only local shards have theirs next to them.")
     return notes

@@ -1,4 +1,7 @@
-"""The findings of all shards put together: totals of each set, problems by kind, duplicates over everything."""
+"""Combines the results of all shards: totals of each set, problems by kind, duplicates over all sets.
+
+The fields of CheckResult and of all that it holds are the keys of `--json`.
+"""
 
 import json
 from collections import Counter
@@ -9,87 +12,87 @@ from typing import Any
 
 import numpy as np
 
-from mmrl.data.check.shard import LEFT_OUT, Picture, ShardFacts, Tally, Tokens
+from mmrl.data.check.shard import NOT_INDEXED, ImageSize, ShardFacts, Tally, TokenCounter
 from mmrl.data.index import Problem
 from mmrl.data.opening import open_shards
 from mmrl.data.samples import NO_GROUP
-from mmrl.data.stores import Store
+from mmrl.data.stores import ShardCache
 from mmrl.errors import InputError
 
-# So many problems of a kind, and pairs of duplicates, are named.
+# Problems named per kind, and pairs of duplicates.
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Some numbers, briefly."""
+    """Minimum, median and maximum of some integers."""
 
     smallest: int
     median: int
-    """The lower one of two."""
+    """The lower of the two middle ones if their count is even."""
     largest: int
 
     @classmethod
-    def of(cls, count_of: Mapping[int, int]) -> "Spread | None":
-        """The numbers are given as number -> how often; None of none."""
-        total, seen = sum(count_of.values()), 0
-        for number in sorted(count_of):
-            seen += count_of[number]
+    def of(cls, counts: Mapping[int, int]) -> "Spread | None":
+        """Of integers given as value -> number of times it occurs; None if there are none."""
+        total, seen = sum(counts.values()), 0
+        for value in sorted(counts):
+            seen += counts[value]
             if 2 * seen >= total > 0:
-                return cls(min(count_of), number, max(count_of))
+                return cls(min(counts), value, max(counts))
         return None
 
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """How long the captions are to the tokenizer."""
+    """Lengths of the captions in tokens."""
 
     lengths: Spread | None
     context_length: int
-    """So many tokens are read."""
+    """Tokens that the model reads."""
     cut: int
-    """Captions that are longer."""
+    """Captions that are longer, and are truncated."""
 
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What one set of shards holds."""
+    """Statistics of one set of shards."""
 
     name: str
-    """The source's, where a config has several."""
+    """The source's name if a config has several, else empty."""
     shards: int
     samples: int
     bytes: int
     samples_of_shard: Spread | None
     bytes_of_shard: Spread | None
     smallest_shard: str | None
-    """By samples, as the largest."""
+    """The shard with the fewest samples."""
     largest_shard: str | None
     extensions: dict[str, int]
-    """Samples that have each."""
+    """Extension -> number of samples that have it."""
     formats: dict[str, int]
-    """Of the pictures, by their first bytes."""
+    """Format of the images, by their first bytes -> number of images."""
     grouped_samples: int
     groups: int
     captions: int
     captions_of_sample: Spread | None
     characters: Spread | None
-    """Of a caption."""
+    """Per caption."""
     tokens: TokenFacts | None
     decoded: int
-    """Pictures; their sizes are in pixels."""
+    """Decoded images. The sizes below are in pixels."""
     shorter_side: Spread | None
-    smallest_picture: Picture | None
-    largest_picture: Picture | None
+    smallest_picture: ImageSize | None
+    largest_picture: ImageSize | None
     least_side: int
     small_pictures: int
-    """With a shorter side below least_side."""
+    """Images whose shorter side is below least_side."""
 
     @classmethod
     def of(
-        cls, name: str, shards: Sequence[ShardFacts], tally: Tally, least_side: int, tokens: Tokens | None
+        cls, name: str, shards: Sequence[ShardFacts], tally: Tally, least_side: int, tokens: TokenCounter | None
     ) -> "SetFacts":
-        """Sums up one set."""
+        """The statistics of a set from the results of its shards."""
         usable = [facts for facts in shards if facts.usable]
         ranked = sorted(usable, key=lambda facts: facts.samples)
         groups = np.concatenate([facts.group_N for facts in shards])
@@ -123,55 +126,55 @@ class SetFacts:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What is there more than once, over all sets together."""
+    """Repeated keys and images, over all sets together."""
 
     keys: int
-    """Samples whose key an earlier shard has as well; harmless, since a sample's name begins with its shard."""
+    """Samples whose key an earlier shard has too; harmless, since a sample's full name starts with its shard."""
     key_examples: list[list[str]]
     pictures: int
-    """Samples whose picture, byte for byte, another sample shows as well: beyond the first."""
+    """Samples whose image has the same bytes as another sample's; the first of each is not counted."""
     pictures_apart: int
-    """Those of them that share no group with it: in one batch they are each other's negatives."""
+    """Those that share no group with it: in one batch they are each other's negatives."""
     picture_examples: list[list[str]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a training would make of the set."""
+class RunEstimate:
+    """Steps and samples of a training run on the data."""
 
     batch_size: int
-    """The global one."""
+    """Global."""
     world_size: int
     loader_workers: int
     samples_per_epoch: int
     steps_per_epoch: int
     left_out_per_epoch: int
-    """The tail that fills no batch; another one each epoch."""
+    """Samples that fill no batch; different ones each epoch."""
     samples_per_rank: int
-    """In an epoch."""
+    """Per epoch."""
     shards: int
     loaders: int
-    """Ranks x workers."""
+    """Ranks × loader workers."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Everything that was found."""
+    """The result of `mmrl check`."""
 
     ok: bool
     sets: list[SetFacts]
     duplicates: Duplicates
     problems: dict[str, int]
-    """How many of each kind."""
+    """Kind -> number of problems."""
     examples: list[Problem]
     """The first few of each kind."""
     bad_samples: int
-    """Skipped by training, or left out of the index: second copies of a key, samples that a cut tar ends in."""
+    """Samples that training skips or the index leaves out: repeated keys, samples that a truncated tar ends in."""
     bad_share: float
     max_bad_fraction: float
-    plan: Plan | None
+    plan: RunEstimate | None
     stops: list[str]
-    """What would stop or spoil a training, a sentence each."""
+    """Reasons why a training run would fail or train on damaged data, one sentence each."""
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -180,7 +183,7 @@ class CheckResult:
 
 
 class Findings:
-    """What the shards' facts add up to, in flat memory but for 32 bytes a sample."""
+    """Accumulates the results of the shards. Memory: 32 bytes per sample."""
 
     def __init__(self, shards_of_set: Sequence[int], list_file: Path | None) -> None:
         self.of_set: list[list[ShardFacts]] = [[] for _ in shards_of_set]
@@ -188,14 +191,14 @@ class Findings:
         self.kinds: Counter[str] = Counter()
         self.examples: list[Problem] = []
         self.bad: Counter[str] = Counter()
-        """Samples that training does without, by kind."""
-        self._left = list(shards_of_set)
+        """Samples that training skips, by the kind of their problem."""
+        self._remaining = list(shards_of_set)
         self._list_file = list_file
 
     def add(self, facts: ShardFacts) -> None:
-        """The facts of the next shard; they come in the order of the sets and their shards."""
-        which = next(number for number, left in enumerate(self._left) if left)
-        self._left[which] -= 1
+        """Adds the next shard; shards come in the order of the sets, and of the shards of each."""
+        which = next(number for number, remaining in enumerate(self._remaining) if remaining)
+        self._remaining[which] -= 1
         self.tallies[which].add(facts.tally)
         for problem in facts.problems:
             self.kinds[problem.kind] += 1
@@ -210,47 +213,48 @@ class Findings:
 
     @property
     def bad_share(self) -> float:
-        """Of all samples, with those that the index leaves out."""
+        """Bad samples as a fraction of all, including those that the index leaves out."""
         samples = sum(facts.samples for some in self.of_set for facts in some)
-        samples += sum(self.bad[kind] for kind in LEFT_OUT)
+        samples += sum(self.bad[kind] for kind in NOT_INDEXED)
         return self.bad.total() / max(samples, 1)
 
 
-def find_duplicates(shards: Sequence[ShardFacts], store: Store) -> Duplicates:
-    """By hashes of 64 bits for keys (of 10^8, two meet by chance in one set of 4,000) and 128 bits for pictures."""
-    name = _Names(shards, store)
-    key_N, picture_N2, group_N = (
-        np.concatenate([getattr(facts, array) for facts in shards]) for array in ("key_N", "picture_N2", "group_N")
+def find_duplicates(shards: Sequence[ShardFacts], cache: ShardCache) -> Duplicates:
+    """Finds repeated keys by 64-bit hashes (1 false one in 3,700 sets of 10^8 samples), images by 128-bit ones."""
+    name = _SampleNames(shards, cache)
+    key_N, image_N2, group_N = (
+        np.concatenate([getattr(facts, array) for facts in shards]) for array in ("key_N", "image_N2", "group_N")
     )
     order = np.argsort(key_N, kind="stable")
-    first, again = _neighbours(order, key_N[order][1:] == key_N[order][:-1])
-    has = np.flatnonzero(picture_N2.any(axis=1))
-    # Ordered by group among equal pictures, so that those of one group are neighbours.
-    order = has[np.lexsort((group_N[has], picture_N2[has, 1], picture_N2[has, 0]))]
-    same = (picture_N2[order[1:]] == picture_N2[order[:-1]]).all(axis=1)
-    shown, too = _neighbours(order, same)
-    apart = (group_N[shown] != group_N[too]) | (group_N[too] == NO_GROUP)
-    # The harmful ones are named first, in the order of the shards.
-    ranked = np.lexsort((shown, ~apart))
+    first, repeat = _equal_neighbours(order, key_N[order][1:] == key_N[order][:-1])
+    has_image = np.flatnonzero(image_N2.any(axis=1))
+    # Equal images are sorted by group, so that those of one group are neighbours.
+    order = has_image[np.lexsort((group_N[has_image], image_N2[has_image, 1], image_N2[has_image, 0]))]
+    same = (image_N2[order[1:]] == image_N2[order[:-1]]).all(axis=1)
+    image, copy = _equal_neighbours(order, same)
+    apart = (group_N[image] != group_N[copy]) | (group_N[copy] == NO_GROUP)
+    # Examples without a common group come first, in the order of the shards.
+    ranked = np.lexsort((image, ~apart))
+    keys_ranked = np.argsort(first, kind="stable")
     return Duplicates(
-        keys=len(again),
-        key_examples=[[name(int(first[i])), name(int(again[i]))] for i in np.argsort(first, kind="stable")[:_EXAMPLES]],
-        pictures=len(too),
+        keys=len(repeat),
+        key_examples=[[name(int(first[i])), name(int(repeat[i]))] for i in keys_ranked[:_EXAMPLES]],
+        pictures=len(copy),
         pictures_apart=int(apart.sum()),
-        picture_examples=[[name(int(shown[i])), name(int(too[i]))] for i in ranked[:_EXAMPLES]],
+        picture_examples=[[name(int(image[i])), name(int(copy[i]))] for i in ranked[:_EXAMPLES]],
     )
 
 
-def _neighbours(order: np.ndarray, equal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that are equal to the one before them in this order: (that one, itself)."""
+def _equal_neighbours(order: np.ndarray, equal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (previous row, row) of the rows that equal the previous one in this order."""
     return order[:-1][equal], order[1:][equal]
 
 
-class _Names:
+class _SampleNames:
     """Row over all shards -> "shard/key", by the shard's index."""
 
-    def __init__(self, shards: Sequence[ShardFacts], store: Store) -> None:
-        self._shards, self._store = shards, store
+    def __init__(self, shards: Sequence[ShardFacts], cache: ShardCache) -> None:
+        self._shards, self._cache = shards, cache
         self._ends = np.cumsum([facts.samples for facts in shards])
 
     def __call__(self, row: int) -> str:
@@ -258,7 +262,7 @@ class _Names:
         facts = self._shards[which]
         within = int(row - self._ends[which] + facts.samples)
         try:
-            (shard,) = open_shards([facts.location], self._store)
+            (shard,) = open_shards([facts.location], self._cache)
             return f"{facts.location}/{shard.load().key(within)}"
-        except (InputError, OSError):  # it has gone in the meantime; that is no reason to lose what was found
+        except (InputError, OSError):  # the shard was removed in the meantime; its duplicates are still reported
             return f"{facts.location}, sample {within + 1:,}"

@@ -1,4 +1,4 @@
-"""How `mmrl check` tells what it found: a progress bar, lines of text, a contact sheet."""
+"""The console output of `mmrl check`: a progress bar, the result as text, a contact sheet."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,25 +7,24 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from mmrl.data.check.findings import CheckResult, Duplicates, Plan, SetFacts, Spread
+from mmrl.data.check.findings import CheckResult, Duplicates, RunEstimate, SetFacts, Spread
 from mmrl.data.samples import BadSample, SampleReader
 from mmrl.images import contact_sheet
 from mmrl.images.contact_sheet import Tile
+from mmrl.output.progress import progress_bar
 
 _SHEET_COLUMNS = 6
 
 
 @contextmanager
-def progress(shards: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over the shards in a terminal, and at the end how fast they were read. What it yields is to be called
-    after each shard with its bytes."""
+def check_progress(shards: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar over the shards, and the read speed at the end. Yields a function to call with the bytes of
+    each finished shard."""
     console, began, read = Console(quiet=quiet), time.monotonic(), 0
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True,
-                  disable=not console.is_terminal) as bar:  # fmt: skip
-        task = bar.add_task("", total=shards, speed="")
+    with progress_bar(console, TextColumn("{task.fields[speed]}")) as bar:
+        task = bar.add_task("checking", total=shards, speed="")
 
         def advance(size: int) -> None:
             nonlocal read
@@ -34,21 +33,21 @@ def progress(shards: int, quiet: bool) -> Iterator[Callable[[int], None]]:
 
         yield advance
     seconds = time.monotonic() - began
-    _say(console, f"Read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {read / 1e6 / seconds:,.0f} MB/s")
+    _print(console, f"Read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {read / 1e6 / seconds:,.0f} MB/s")
 
 
-def show(result: CheckResult, quiet: bool) -> None:
+def print_result(result: CheckResult, quiet: bool) -> None:
     """Prints the result."""
-    _say(Console(quiet=quiet), *lines(result))
+    _print(Console(quiet=quiet), *result_lines(result))
 
 
-def lines(result: CheckResult) -> list[str]:
-    """The result as lines of text; each number of it is in the JSON too."""
+def result_lines(result: CheckResult) -> list[str]:
+    """The result as lines of text; every number in them is in the JSON too."""
     return [
         *(line for one in result.sets for line in _set_lines(one)),
         *_duplicate_lines(result.duplicates),
         *_problem_lines(result),
-        *([] if result.plan is None else _plan_lines(result.plan)),
+        *([] if result.plan is None else _estimate_lines(result.plan)),
         *(f"note        {note}" for note in result.notes),
         *_verdict(result),
     ]
@@ -56,82 +55,85 @@ def lines(result: CheckResult) -> list[str]:
 
 def _set_lines(facts: SetFacts) -> list[str]:
     head = f"{counted(facts.shards, 'shard')}, {counted(facts.samples, 'sample')}, {facts.bytes / 1e6:,.1f} MB"
-    found = [f"{facts.name}: {head}" if facts.name else head]
+    lines = [f"{facts.name}: {head}" if facts.name else head]
     if facts.samples_of_shard is not None and facts.bytes_of_shard is not None:
         size = facts.bytes_of_shard
-        found.append(
+        lines.append(
             f"  shards    {_spread(facts.samples_of_shard, 'samples')}; {size.smallest / 1e6:,.1f} to "
             f"{size.largest / 1e6:,.1f} MB; smallest {facts.smallest_shard}, largest {facts.largest_shard}"
         )
-    found.append(f"  members   {_counts(facts.extensions)}")
-    pictures = [_counts(facts.formats)]
+    lines.append(f"  members   {_counts(facts.extensions)}")
+    images = [_counts(facts.formats)]
     if facts.shorter_side is not None and facts.smallest_picture is not None and facts.largest_picture is not None:
         small, large = facts.smallest_picture, facts.largest_picture
-        pictures += [
+        images += [
             f"shorter side {_spread(facts.shorter_side, 'pixels')}, {facts.small_pictures:,} below {facts.least_side}",
             f"smallest {small.width}x{small.height} ({small.key}), largest {large.width}x{large.height} ({large.key})",
         ]
-    found.append(f"  pictures  {'; '.join(pictures)}")
+    lines.append(f"  images    {'; '.join(images)}")
     if facts.captions_of_sample is not None and facts.characters is not None:
-        found.append(
-            f"  captions  {facts.captions:,}: {_spread(facts.captions_of_sample, 'a sample')}; "
+        lines.append(
+            f"  captions  {facts.captions:,}: {_spread(facts.captions_of_sample, 'per sample')}; "
             f"{_spread(facts.characters, 'characters')}"
         )
     if facts.tokens is not None and facts.tokens.lengths is not None:
-        found.append(
-            f"  tokens    {_spread(facts.tokens.lengths, 'a caption')}; {facts.tokens.cut:,} captions are cut to the "
-            f"{facts.tokens.context_length} that the model reads"
+        lines.append(
+            f"  tokens    {_spread(facts.tokens.lengths, 'per caption')}; {facts.tokens.cut:,} captions are truncated "
+            f"to the model's context length of {facts.tokens.context_length}"
         )
-    found.append(f"  groups    {facts.groups:,}, of {facts.grouped_samples:,} samples")
-    return found
+    lines.append(f"  groups    {facts.groups:,}; {counted(facts.grouped_samples, 'sample')} with a group")
+    return lines
 
 
 def _duplicate_lines(found: Duplicates) -> list[str]:
-    said = []
+    lines = []
     if found.pictures:
-        said.append(
-            f"duplicates  pictures that an earlier sample shows as well: {found.pictures:,}, without a common group, "
-            f"so that both are each other's negatives: {found.pictures_apart:,}"
+        lines.append(
+            f"duplicates  {counted(found.pictures, 'sample')} with the same image as an earlier one; "
+            f"{found.pictures_apart:,} without a common group, and so each other's negatives"
         )
-        said += [f"            {one} = {other}" for one, other in found.picture_examples]
+        lines += [f"            {one} = {other}" for one, other in found.picture_examples]
     if found.keys:
-        said.append(f"duplicates  keys that come again in another shard: {found.keys:,}; its name tells them apart")
-        said += [f"            {one} = {other}" for one, other in found.key_examples]
-    return said
+        lines.append(
+            f"duplicates  {counted(found.keys, 'sample')} with a key that an earlier shard has too; harmless, sample "
+            "names start with the shard"
+        )
+        lines += [f"            {one} = {other}" for one, other in found.key_examples]
+    return lines
 
 
 def _problem_lines(result: CheckResult) -> list[str]:
-    said = []
+    lines = []
     for kind, count in result.problems.items():
-        said.append(f"problem     {count:,} {kind}")
-        said += [f"            {one.shard} {one.key}: {one.reason}" for one in result.examples if one.kind == kind]
-    return said
+        lines.append(f"problem     {count:,} {kind}")
+        lines += [f"            {one.shard} {one.key}: {one.reason}" for one in result.examples if one.kind == kind]
+    return lines
 
 
-def _plan_lines(plan: Plan) -> list[str]:
-    said = [
-        f"plan        {plan.steps_per_epoch:,} steps an epoch of {plan.batch_size:,} samples (another "
-        f"{plan.left_out_per_epoch:,} left out each epoch), {plan.samples_per_rank:,} samples for each of "
-        f"{plan.world_size:,} ranks"
+def _estimate_lines(run: RunEstimate) -> list[str]:
+    lines = [
+        f"run         {run.steps_per_epoch:,} steps per epoch with a batch size of {run.batch_size:,}, "
+        f"{run.left_out_per_epoch:,} samples dropped per epoch; {run.samples_per_rank:,} samples for each of "
+        f"{counted(run.world_size, 'rank')}"
     ]
-    if plan.shards < plan.loaders:
-        said.append(
-            f"            {plan.shards:,} shards are fewer than {plan.loaders:,} ranks x workers; no matter, since "
-            "samples are divided, not shards"
+    if run.shards < run.loaders:
+        lines.append(
+            f"            {counted(run.shards, 'shard')} for {run.loaders:,} loaders (ranks × workers); no problem, "
+            "since samples are distributed, not shards"
         )
-    return said
+    return lines
 
 
 def _verdict(result: CheckResult) -> list[str]:
     count = counted(result.bad_samples, "bad sample")
-    share = f"{count}, {result.bad_share:.2%}; {result.max_bad_fraction:.2%} are allowed"
+    share = f"{count}, {result.bad_share:.2%} (limit {result.max_bad_fraction:.2%})"
     if result.ok:
-        return [f"Fit to train on: {share}."]
-    return [f"Not fit to train on ({share}):", *(f"  - {sentence}" for sentence in result.stops)]
+        return [f"OK to train on: {share}."]
+    return [f"Not OK to train on: {share}.", *(f"  - {sentence}" for sentence in result.stops)]
 
 
 def draw_sheet(path: Path, reader: SampleReader | None, tiles: int, seed: int, quiet: bool) -> None:
-    """Random samples with their captions; those that cannot be used are passed over.
+    """Writes a contact sheet of random samples with their captions; bad samples are skipped.
 
     Raises:
         InputError: the file cannot be written.
@@ -146,20 +148,20 @@ def draw_sheet(path: Path, reader: SampleReader | None, tiles: int, seed: int, q
             if len(drawn) == tiles:
                 break
     if reader is None or not drawn:
-        _say(console, f"No sheet was drawn in {path}: there is no sample to show.")
+        _print(console, f"No contact sheet written to {path}: there is no usable sample.")
         return
     name = _printable(reader.sources[0].root.rstrip("/").rpartition("/")[2])
     note = f"{len(drawn)} of {len(reader):,} samples at random"
     contact_sheet.write(path, name, note, drawn, columns=_SHEET_COLUMNS)
-    _say(console, f"Drawn: {path}")
+    _print(console, f"Contact sheet: {path}")
 
 
 def _tile(reader: SampleReader, number: int) -> Tile | None:
     try:
-        sample, picture_CHW = reader.read_picture(number)
+        sample, image_CHW = reader.read_image(number)
     except BadSample:
         return None
-    height, width = picture_CHW.shape[1:]
+    height, width = image_CHW.shape[1:]
     return Tile(
         sample.image, _printable(sample.name.rpartition("/")[2]), f"{width}x{height}", "  |  ".join(sample.captions)
     )
@@ -180,11 +182,11 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
 
 
-def _say(console: Console, *texts: str) -> None:
-    for text in texts:
-        console.print(_printable(text), highlight=False, markup=False, soft_wrap=True)
+def _print(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(_printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _printable(text: str) -> str:
-    """Names come from the data: they must not steer the terminal, and need not be UTF-8."""
+    """Escapes control characters and bytes that are not UTF-8: names from the data must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

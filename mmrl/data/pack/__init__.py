@@ -1,1 +1,1 @@
-"""`mmrl pack`: a folder or a table of image-text pairs -> shards."""
+"""`mmrl pack`: packs a folder or a table of image-text pairs into shards."""

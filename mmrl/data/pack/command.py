@@ -1,17 +1,18 @@
-"""`mmrl pack`: a user's pictures and captions -> WebDataset shards that stream.py reads.
+"""`mmrl pack`: packs images and captions into WebDataset shards for training.
 
     OUT/
-        shard-000000.tar …    samples KEY.jpg|jpeg|png|webp + KEY.txt (+ KEY.json), in the order of the source
-        shard-000000.tar.index …  where each sample lies in it, see index.py
-        bad_samples.jsonl     what was left out, one object a sample; only where something was
+        shard-000000.tar …        samples KEY.jpg|jpeg|png|webp + KEY.txt (+ KEY.json), in the order of the source
+        shard-000000.tar.index …  the offsets of its samples, see data/index.py
+        bad_samples.jsonl         the pairs that were skipped, one JSON object per line; absent if there are none
 
-The shards appear together at the end, so a folder that has any has all. Their bytes are a function of the source
-alone (and of what lies at its addresses), not of the machine, the hour, the number of workers or how often the work
-was stopped; of Pillow's version too, where pictures are encoded again.
+The shards are moved into OUT together at the end: either all of them are there or none. Their bytes depend only on the
+source (and on what its URLs return), not on the machine, the time, the number of workers or on interruptions; where
+images are re-encoded, also on Pillow's version.
 
-    pairs.py        the source → pairs, not yet opened
-    prepare.py      a pair → the files of its sample, in workers.py's processes; fetch.py for addresses
-    writer.py       samples → shards; where a stopped run goes on
+    pairs.py        source → pairs: a table's rows, or the images of data/folder.py
+    tables.py       reads CSV, TSV, JSON Lines and Parquet
+    prepare.py      pair → the members of its sample, in worker processes; downloads by data/fetch.py
+    writer.py       samples → shards; resumes an interrupted pack
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmrl.data.folder import CAPTION_KEYS, ImageFolder
 from mmrl.data.index import Problem
 from mmrl.data.pack import prepare, writer
 from mmrl.data.pack.pairs import FolderPairs, Pair, TablePairs
 from mmrl.data.pack.tables import KINDS, Table
-from mmrl.data.workers import Workers
+from mmrl.data.workers import WorkerPool
 from mmrl.errors import InputError, RunStopped
+from mmrl.output.progress import progress_bar
 
 
-def pack(
+def pack_shards(
     source: Path,
     out: Path,
     *,
@@ -44,30 +46,32 @@ def pack(
     workers: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Packs image-text pairs into shards; returns what `--json` prints. Goes on where a stopped run left OUT.
+    """Packs image-text pairs into shards; returns what `--json` prints. Resumes an interrupted pack in OUT.
 
     Args:
-        source: a folder of pictures with KEY.txt and/or KEY.json beside them, or a table with a column of paths,
-            which are relative to the table's folder, or of http(s) addresses.
-        image_column: the table's column of paths; the first of IMAGE_COLUMNS that it has when left out. Addresses are
-            fetched only where it is named.
-        caption_columns: columns of captions (or of lists of them), the first caption foremost; all of CAPTION_COLUMNS
-            that it has when left out. For a folder: keys of KEY.json, `captions` and `caption` when left out.
-        group_column: names the item shown; for a folder a key of KEY.json, `group` when left out.
-        max_side: pixels; larger pictures are made smaller and stored as JPEG. All others keep their bytes.
-        dedup: of pairs whose pictures are the same byte for byte, only the first is kept.
-        workers: processes that read, fetch and check the pictures. More than 1 want the usual guard of scripts,
+        source: a folder of images with NAME.txt and/or NAME.json (see data/folder.py), or a table with a column of
+            image paths, relative to the table's folder, or of http(s) URLs.
+        image_column: the table's column of paths; default: the first of IMAGE_COLUMNS that it has. URLs are fetched
+            only if the column is named.
+        caption_columns: columns of captions or of lists of captions, in the order in which a sample gets them;
+            default: those of CAPTION_COLUMNS that the table has. For a folder: keys of NAME.json; default:
+            CAPTION_KEYS.
+        group_column: samples with the same value are not each other's negatives. For a folder: a key of NAME.json;
+            default: `group`.
+        max_side: pixels; larger images are shrunk to it and stored as JPEG. All others keep their bytes.
+        dedup: of pairs whose images have identical bytes, keep the first one only.
+        workers: processes that read, fetch and check the images. A script that uses more than 1 needs the guard
             `if __name__ == "__main__":`.
 
     Raises:
-        InputError: no such source or column, an unreadable table, OUT holds something else or was begun with other
-            arguments, no usable pair at all.
+        InputError: no such source or column, an unreadable table, OUT is not empty or was started with other
+            arguments, no usable pair.
         RunStopped: OUT cannot be written any more, or a worker was killed.
     """
     for name, number in (("samples-per-shard", samples_per_shard), ("max-side", max_side), ("workers", workers)):
         if number is not None and number < 1:
             raise InputError(f"{name}: {number} is too small; give at least 1.")
-    pairs = _pairs_of(source, image_column, caption_columns, group_column)
+    pairs = _open_pairs(source, image_column, caption_columns, group_column)
     arguments = {
         "source": str(source.resolve()),
         "image-column": image_column,
@@ -79,20 +83,22 @@ def pack(
         **pairs.fingerprint(),
     }
     console = Console(quiet=quiet)
-    with writer.opened(out, arguments, samples_per_shard, dedup=dedup) as packer:
+    with writer.open_writer(out, arguments, samples_per_shard, dedup=dedup) as packer:
         try:
-            _fill(packer, pairs, max_side, workers, console)
+            _pack_all(packer, pairs, max_side, workers, console)
             shards = packer.finish(source)
         except OSError as error:
             raise RunStopped(
-                f"{out} cannot be filled any further ({error.strerror or error}); mend that and start again with the "
-                "same arguments: the finished shards are kept."
+                f"out: {out} cannot be written ({error.strerror or error}); fix that and run the same command again: "
+                "finished shards are kept."
             ) from error
         except KeyboardInterrupt:
-            console.print(f"Stopped. The same command goes on after the {packer.progress.shards:,} finished shards.")
+            console.print(
+                f"Interrupted after {packer.progress.shards:,} finished shards. Run the same command again to resume."
+            )
             raise
     progress = packer.progress
-    _show(console, source, packer, shards)
+    _print_summary(console, source, packer, shards)
     return {
         "shards": [str(shard) for shard in shards],
         "samples": progress.samples,
@@ -102,55 +108,55 @@ def pack(
     }
 
 
-def _pairs_of(
+def _open_pairs(
     source: Path, image_column: str | None, caption_columns: Sequence[str], group_column: str | None
 ) -> FolderPairs | TablePairs:
     if source.is_dir():
         if image_column is not None:
             raise InputError(f"image-column: {source} is a folder; only a table has columns of paths.")
-        return FolderPairs(source, caption_columns or ("captions", "caption"), group_column or "group")
+        caption_keys, group_key = caption_columns or CAPTION_KEYS, group_column or "group"
+        return FolderPairs(ImageFolder(source, caption_keys=caption_keys, group_key=group_key, require_captions=True))
     if source.is_file():
         return TablePairs(Table(source), image_column, caption_columns, group_column)
-    raise InputError(f"source: {source} does not exist; give a folder of pictures or a table ({', '.join(KINDS)}).")
+    raise InputError(f"source: {source} does not exist; give a folder of images or a table ({', '.join(KINDS)}).")
 
 
-def _fill(
+def _pack_all(
     packer: writer.PackWriter, pairs: FolderPairs | TablePairs, max_side: int | None, workers: int, console: Console
 ) -> None:
-    """All pairs that the writer has not yet had, by way of the workers, under a progress bar."""
+    """Packs all pairs that the writer does not have yet."""
     start, total = packer.progress.position, len(pairs)
     if start:
-        console.print(f"Going on after {packer.progress.samples:,} samples in {packer.progress.shards:,} shards.")
+        console.print(f"Resuming after {packer.progress.samples:,} samples in {packer.progress.shards:,} shards.")
     work = partial(prepare.prepare, max_side=max_side)
-    chunks = -(-(total - start) // prepare.AT_ONCE)
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    chunks = -(-(total - start) // prepare.CHUNK)
     with (
-        Workers(work, max(1, min(workers, chunks)), preload=prepare.__name__) as pool,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        WorkerPool(work, max(1, min(workers, chunks)), preload=prepare.__name__) as pool,
+        progress_bar(console) as bar,
     ):
-        task = progress.add_task("packing", total=total, completed=start)
+        task = bar.add_task("packing", total=total, completed=start)
         for samples in pool.map(_chunked(pairs.after(start))):
             for sample in samples:
                 packer.add(sample)
-                progress.advance(task)
+                bar.advance(task)
 
 
 def _chunked(pairs: Iterable[Pair | Problem]) -> Iterator[list[Pair | Problem]]:
-    left = iter(pairs)
-    while chunk := list(islice(left, prepare.AT_ONCE)):
+    remaining = iter(pairs)
+    while chunk := list(islice(remaining, prepare.CHUNK)):
         yield chunk
 
 
-def _show(console: Console, source: Path, packer: writer.PackWriter, shards: list[Path]) -> None:
+def _print_summary(console: Console, source: Path, packer: writer.PackWriter, shards: list[Path]) -> None:
     size = sum(shard.stat().st_size for shard in shards) / 1e6
     last = f" … {shards[-1].name}" if len(shards) > 1 else ""
     lines = [f"{source}: {packer.progress.samples:,} samples, {size:,.1f} MB in {shards[0]}{last}"]
     if packer.progress.bad:
-        lines.append(f"Left out: {packer.account_of_bad()}")
+        lines.append(f"Skipped: {packer.bad_summary()}")
     if packer.progress.repeated:
         lines.append(
-            f"Pictures that an earlier sample shows as well: {packer.progress.repeated:,}; without a common group such "
-            "samples are each other's negatives: give them one by --group-column (the column of paths will do), or "
-            "keep the first alone by --dedup."
+            f"Samples with the same image as an earlier one and no group: {packer.progress.repeated:,}. They are each "
+            "other's negatives; give them a common group with --group-column (the column of paths will do), or keep "
+            "only the first with --dedup."
         )
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

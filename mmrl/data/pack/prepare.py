@@ -1,10 +1,12 @@
-"""A pair -> the files of its sample: read or fetched, checked, made smaller. What the workers of `mmrl pack` do."""
+"""A pair -> the members of its sample: reads or fetches the image, checks it, shrinks it. Runs in worker processes.
+
+Shapes: C colour channels, H and W the image's size.
+"""
 
 import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -12,58 +14,55 @@ from typing import Any
 
 from PIL import Image
 
-from mmrl.data.fetch import Unfetched, fetch
+from mmrl.data.fetch import FetchError, fetch
+from mmrl.data.folder import NO_CAPTION, Unusable, clean_captions, decode_image, read_image_file
 from mmrl.data.index import Problem
-from mmrl.data.pack.pairs import STORED, Pair
-from mmrl.images.decode import decode_pixels, to_picture
+from mmrl.data.pack.pairs import Pair
+from mmrl.data.samples import FieldsConfig
+from mmrl.images.decode import to_pil
 
-AT_ONCE = 32
-"""Pairs to prepare in one go: enough to fetch at once, few enough to hold the pictures of."""
+CHUNK = 32
+"""Pairs that one worker prepares at a time: enough downloads at once, few enough images in memory."""
+_SHARD_EXTENSIONS = FieldsConfig().image
 _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample as it goes into a shard."""
+    """A sample, ready to be written into a shard."""
 
-    origin: str
-    key: str
+    pair: Pair
     members: dict[str, bytes]
     """Extension -> content."""
     digest: bytes
-    """Of the picture's bytes as they were found; equal for equal pictures alone."""
-    grouped: bool
-
-
-class _Unusable(ValueError):
-    """This pair cannot be packed: "KIND: detail", KIND being what the bad ones are counted by."""
+    """Hash of the image's bytes in the source."""
 
 
 def prepare(pairs: Sequence[Pair | Problem], max_side: int | None) -> list[Prepared | Problem]:
-    """The samples of these pairs, in their order, with a problem in place of each that cannot be used.
+    """The samples of these pairs, in their order; a Problem in place of each that cannot be used.
 
     Args:
-        max_side: pixels; larger pictures are made smaller and stored as JPEG. All others keep their bytes.
+        max_side: pixels; larger images are shrunk to it and stored as JPEG. All others keep their bytes.
     """
     prepared = []
-    for pair, data in zip(pairs, _contents(pairs), strict=True):
+    for pair, data in zip(pairs, _read_images(pairs), strict=True):
         if isinstance(pair, Problem):
             prepared.append(pair)
             continue
         try:
-            prepared.append(_sample(pair, data, max_side))
-        except _Unusable as error:
-            prepared.append(Problem(pair.origin, pair.key, str(error)))
+            prepared.append(_prepare_one(pair, data, max_side))
+        except Unusable as error:
+            prepared.append(pair.problem(str(error)))
     return prepared
 
 
-def _contents(pairs: Sequence[Pair | Problem]) -> Iterator[bytes | _Unusable]:
-    """Each pair's picture, or why there is none; begun all at once where some are fetched, since that is waiting."""
+def _read_images(pairs: Sequence[Pair | Problem]) -> Iterator[bytes | Unusable]:
+    """The bytes of each pair's image, or why they cannot be read. If any are downloads, all are read in parallel."""
     if not any(isinstance(pair, Pair) and isinstance(pair.image, str) for pair in pairs):
-        yield from map(_content, pairs)
+        yield from map(_read_image, pairs)
         return
-    threads = [_Fetching(pair) for pair in pairs]
+    threads = [_ReadThread(pair) for pair in pairs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -71,78 +70,76 @@ def _contents(pairs: Sequence[Pair | Problem]) -> Iterator[bytes | _Unusable]:
         yield thread.content
 
 
-class _Fetching(Thread):
-    """A daemon, unlike the threads of concurrent.futures: no slow server keeps a process that wants to end."""
+class _ReadThread(Thread):
+    """A daemon, unlike the threads of concurrent.futures: a slow server cannot keep the process from exiting."""
 
-    content: bytes | _Unusable
+    content: bytes | Unusable
 
     def __init__(self, pair: Pair | Problem) -> None:
         super().__init__(daemon=True)
         self._pair = pair
 
     def run(self) -> None:
-        self.content = _content(self._pair)
+        self.content = _read_image(self._pair)
 
 
-def _content(pair: Pair | Problem) -> bytes | _Unusable:
+def _read_image(pair: Pair | Problem) -> bytes | Unusable:
     if isinstance(pair, Problem):
         return b""
-    if isinstance(pair.image, str):
-        try:
-            return fetch(pair.image)
-        except Unfetched as error:
-            return _Unusable(f"missing image: {pair.image} cannot be fetched ({error})")
-    # A regular file only: a table may name a device that never ends.
-    with suppress(OSError, ValueError):
-        if pair.image.is_file():
-            return pair.image.read_bytes()
-    return _Unusable(f"missing image: {pair.image} is no file that can be read")
+    try:
+        return fetch(pair.image) if isinstance(pair.image, str) else read_image_file(pair.image)
+    except FetchError as error:
+        return Unusable(f"missing image: {pair.image} cannot be fetched ({error})")
+    except Unusable as error:
+        return error
 
 
-def _sample(pair: Pair, data: bytes | _Unusable, max_side: int | None) -> Prepared:
+def _prepare_one(pair: Pair, data: bytes | Unusable, max_side: int | None) -> Prepared:
     """The pair's sample.
 
     Raises:
-        _Unusable: the picture is missing or unreadable, no caption is left once the blanks are off.
+        Unusable: it has no caption, or its image is missing or unreadable.
     """
-    if isinstance(data, _Unusable):
+    texts = _text_members(pair)
+    if isinstance(data, Unusable):
         raise data
-    captions = list(dict.fromkeys(text for caption in pair.captions if (text := caption.strip())))
-    if not captions:
-        raise _Unusable("no caption: none given, or only empty ones")
-    facts: dict[str, Any] = {"captions": captions} if len(captions) > 1 else {}
-    if pair.group is not None:
-        facts["group"] = pair.group
-    extension, picture = _stored(pair.image, data, max_side)
-    members = {extension: picture}
-    try:
-        members["txt"] = captions[0].encode()
-        if facts:
-            members["json"] = json.dumps(facts, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise _Unusable(f"unreadable text: {error}") from None
+    extension, image = _stored_image(pair.image, data, max_side)
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return Prepared(pair.origin, pair.key, members, digest, pair.group is not None)
+    return Prepared(pair, {extension: image, **texts}, digest)
 
 
-def _stored(image: Path | str, data: bytes, max_side: int | None) -> tuple[str, bytes]:
-    """A picture's extension and bytes in the shard: its own, unless it is too large or of a kind that shards lack."""
+def _text_members(pair: Pair) -> dict[str, bytes]:
+    """The .txt member, and a .json one if there are several captions or a group."""
     try:
-        pixels_CHW = decode_pixels(data)
-    except ValueError as error:
-        raise _Unusable(f"unreadable image: {image}: {error}") from None
+        captions = clean_captions(pair.captions)
+        if not captions:
+            raise Unusable(NO_CAPTION)
+        metadata: dict[str, Any] = {"captions": captions} if len(captions) > 1 else {}
+        if pair.group is not None:
+            metadata["group"] = pair.group
+        members = {"txt": captions[0].encode()}
+        if metadata:
+            members["json"] = json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"unreadable text: {error}") from None
+    return members
+
+
+def _stored_image(image: Path | str, data: bytes, max_side: int | None) -> tuple[str, bytes]:
+    """An image's extension and bytes in the shard: unchanged unless it is too large or its format is not for shards."""
+    pixels_CHW = decode_image(data, image)
     if max_side is not None and max(pixels_CHW.shape[1:]) > max_side:
-        picture = to_picture(pixels_CHW)
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        return "jpg", _encoded(picture, "JPEG", quality=_JPEG_QUALITY)
-    # Servers send what they like, whatever the address ends in.
+        shrunk = to_pil(pixels_CHW)
+        shrunk.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        return "jpg", _encode(shrunk, "JPEG", quality=_JPEG_QUALITY)
+    # A URL's extension need not be that of the image it returns.
     extension = "" if isinstance(image, str) else image.suffix[1:].lower()
-    if extension not in STORED:
+    if extension not in _SHARD_EXTENSIONS:
         extension = _EXTENSION_OF_FORMAT.get(Image.open(io.BytesIO(data)).format or "", "")
-    return (extension, data) if extension else ("png", _encoded(to_picture(pixels_CHW), "PNG"))
+    return (extension, data) if extension else ("png", _encode(to_pil(pixels_CHW), "PNG"))
 
 
-def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""A user's table -> its rows as plain values, one at a time: CSV, TSV, JSON Lines, Parquet.
+"""Reads the rows of a CSV, TSV, JSON Lines or Parquet table, one at a time, as plain values.
 
-The only door to pyarrow. A table is only read: no cell is run, evaluated or opened here.
+No cell is evaluated, and no file that a cell names is opened here.
 """
 
 import csv
@@ -22,29 +22,29 @@ class Row:
     """One row of a table."""
 
     number: int
-    """From 1, without the header."""
+    """From 1; the header is not counted."""
     values: dict[str, Any]
-    """Column -> str, or what JSON or Parquet hold there; None where the cell is missing."""
+    """Column -> str, or the JSON or Parquet value; None if the cell is missing."""
     broken: str = ""
-    """Why the row cannot be used, where it cannot: it is no JSON object, it has more cells than there are columns."""
+    """Why the row cannot be used: it is not a JSON object, or has more cells than there are columns. Else empty."""
 
 
 class Table:
-    """A table that was read through once, so that a broken file is known before long work starts."""
+    """A table, read through once when it is opened: a broken file is an error before any image is packed."""
 
     def __init__(self, path: Path) -> None:
         """Finds the columns and counts the rows.
 
         Raises:
-            InputError: no such file, not one of KINDS, not readable as what its name says, no header, no rows.
+            InputError: the file does not exist, has none of the extensions KINDS, is malformed, or has no rows.
         """
         if path.suffix.lower() not in KINDS:
-            raise InputError(f"source: {path} is no table that can be read; give {', '.join(KINDS)} or a folder.")
+            raise InputError(f"source: {path} is not a supported table; give {', '.join(KINDS)} or a folder.")
         self.path = path
         self.columns: list[str] = []
         self.count = 0
         if path.suffix.lower() == ".parquet":
-            with _opened_parquet(path) as file:
+            with _open_parquet(path) as file:
                 self.columns, self.count = file.schema_arrow.names, file.metadata.num_rows
         else:
             seen: dict[str, None] = {}
@@ -56,10 +56,10 @@ class Table:
             raise InputError(f"source: {path} has no rows.")
 
     def rows(self, columns: list[str] | None = None) -> Iterator[Row]:
-        """All rows in order; of a Parquet file these columns alone.
+        """All rows in order; from a Parquet file only these columns are read.
 
         Raises:
-            InputError: the file is not readable as what its name says.
+            InputError: the file cannot be read, or is malformed.
         """
         kind = self.path.suffix.lower()
         try:
@@ -76,7 +76,7 @@ class Table:
 
     def _separated_rows(self, separator: str) -> Iterator[Row]:
         with self.path.open(newline="", encoding="utf-8-sig") as file:
-            # Strict, since the lenient reader takes a caption that opens with a stray quote for many lines of text.
+            # Strict: the lenient reader would merge lines after a caption that starts with a stray quote.
             reader = csv.reader(file, delimiter=separator, strict=True)
             try:
                 header = next(reader, [])
@@ -88,8 +88,8 @@ class Table:
                         yield Row(number, {**dict.fromkeys(header), **values})
             except csv.Error as error:
                 raise InputError(
-                    f"source: {self.path} line {reader.line_num}: {error}; put texts that hold a quote or the "
-                    'separator in quotes, and write each quote in them as "".'
+                    f"source: {self.path} line {reader.line_num}: {error}; enclose texts with a quote or the "
+                    'separator in quotes, and double each quote in them ("").'
                 ) from None
 
     def _json_rows(self) -> Iterator[Row]:
@@ -100,18 +100,18 @@ class Table:
                 except (ValueError, RecursionError) as error:
                     yield Row(number, {}, f"not JSON ({error})")
                     continue
-                yield Row(number, values) if isinstance(values, dict) else Row(number, {}, "no JSON object")
+                yield Row(number, values) if isinstance(values, dict) else Row(number, {}, "not a JSON object")
 
     def _parquet_rows(self, columns: list[str] | None) -> Iterator[Row]:
         number = 0
-        with _opened_parquet(self.path) as file:
+        with _open_parquet(self.path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(number, values)
 
 
-def _opened_parquet(path: Path) -> Any:
+def _open_parquet(path: Path) -> Any:
     pyarrow, parquet = arrow(f"reading {path}")
     try:
         return parquet.ParquetFile(path)
@@ -120,10 +120,13 @@ def _opened_parquet(path: Path) -> Any:
 
 
 def arrow(purpose: str) -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet.
+    """Imports pyarrow and pyarrow.parquet.
+
+    Args:
+        purpose: starts the error message, e.g. "reading a.parquet".
 
     Raises:
-        InputError: they are not installed; it says what for (`purpose`, such as "reading a.parquet") and the remedy.
+        InputError: pyarrow is not installed.
     """
     try:
         import pyarrow

@@ -1,13 +1,13 @@
-"""The folder that `mmrl pack` fills: stopped at any moment, it goes on where it stood, to the same bytes.
+"""Writes samples into shards. A pack that is interrupted at any moment resumes and ends with the same bytes.
 
-    OUT/.partial/           while OUT is not whole; nothing in it is named as a shard is, so nobody trains on it
+    OUT/.partial/           while the pack is unfinished; no file in it is named like a shard, so none is trained on
         shard-000000.tar.partial, shard-000000.tar.index …
-        bad_samples.jsonl   what was left out so far
-        names.txt           digest of the picture and key of each sample so far, one a line
-        progress.json       the arguments, and how far the finished shards reach
+        bad_samples.jsonl   the pairs skipped so far
+        names.txt           image digest and key of each sample so far, one per line
+        progress.json       the arguments, and the state after the last finished shard
 
-A finished shard is on the disk before progress.json tells of it. Whatever reaches beyond that (half a shard, the last
-lines of the lists) is cut off by the run that goes on.
+A shard is flushed to disk before progress.json counts it. On resume, whatever was written after that (half a shard,
+the last lines of the lists) is truncated.
 """
 
 import fcntl
@@ -29,43 +29,43 @@ _PARTIAL, _NAMES, _PROGRESS = ".partial", "names.txt", "progress.json"
 
 
 @dataclass
-class Progress:
-    """How far a pack has come, as progress.json holds it after each shard."""
+class PackProgress:
+    """The state of a pack after a shard. The field names are the keys of progress.json."""
 
     arguments: dict[str, Any]
-    """All that the shards' bytes depend on, the source's fingerprint included."""
+    """Everything that the shards' bytes depend on, including the fingerprint of the source."""
     position: int = 0
-    """So many pairs of the source have been dealt with."""
+    """Number of the source's pairs that are packed or skipped."""
     samples: int = 0
     shards: int = 0
     repeated: int = 0
-    """Samples without a group that show a picture which an earlier one shows."""
+    """Samples without a group whose image an earlier sample has."""
     bad: Counter[str] = field(default_factory=Counter)
     first_bad: str = ""
     length_of_names: int = 0
     length_of_bad_samples: int = 0
     is_whole: bool = False
-    """All shards are finished; what is left to do is to move them up into OUT."""
+    """All shards are finished and only have to be moved into OUT."""
 
 
 @contextmanager
-def opened(out: Path, arguments: dict[str, Any], samples_per_shard: int, *, dedup: bool) -> Iterator["PackWriter"]:
-    """A writer for OUT that begins, or goes on where one with the same arguments stopped.
+def open_writer(out: Path, arguments: dict[str, Any], samples_per_shard: int, *, dedup: bool) -> Iterator["PackWriter"]:
+    """Yields a writer for OUT: a new one, or one that resumes a pack with the same arguments.
 
     Raises:
-        InputError: OUT cannot be written to, holds something else, is being filled by another process, or was begun
-            with other arguments.
+        InputError: OUT cannot be written, is not empty, is being written by another process, or was started with other
+            arguments.
     """
-    others = _prepare(out)
+    others = _prepare_folders(out)
     partial = out / _PARTIAL
     folder = os.open(partial, os.O_RDONLY)
     try:
         _lock(folder, out)
-        progress = _progress_in(partial, arguments)
+        progress = _load_progress(partial, arguments)
         writer = None
         try:
             if others and not progress.is_whole:
-                raise InputError(_holds(out, others))
+                raise InputError(_not_empty(out, others))
             writer = PackWriter(out, folder, progress, samples_per_shard, dedup)
             yield writer
         finally:
@@ -81,54 +81,54 @@ def _lock(folder: int, out: Path) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"out: another mmrl pack is filling {out}; wait for it or name another folder.") from None
+        raise InputError(f"out: another mmrl pack is writing to {out}; wait for it or choose another folder.") from None
     except OSError:  # a file system without locks
         pass
 
 
-def _holds(out: Path, others: list[str]) -> str:
-    return f"out: {out} already holds {others[0]}; name a new or empty folder."
+def _not_empty(out: Path, others: list[str]) -> str:
+    return f"out: {out} already holds {others[0]}; choose a new or empty folder."
 
 
-def _prepare(out: Path) -> list[str]:
-    """Makes the folders; returns what stands in OUT besides what an attempt without result or half a one left."""
+def _prepare_folders(out: Path) -> list[str]:
+    """Creates OUT and OUT/.partial; returns the names of files in OUT that no failed or unfinished pack left there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"out: {out} cannot be made a folder ({error.strerror}); name a new one.") from None
+        raise InputError(f"out: the folder {out} cannot be created ({error.strerror}); choose another.") from None
     if not os.access(out, os.W_OK):
-        raise InputError(f"out: {out} may not be written to; name another folder.")
+        raise InputError(f"out: {out} is not writable; choose another folder.")
     others = sorted(path.name for path in out.iterdir() if path.name not in (_PARTIAL, BAD_SAMPLES))
     if others and not (out / _PARTIAL).is_dir():
-        raise InputError(_holds(out, others))
+        raise InputError(_not_empty(out, others))
     (out / _PARTIAL).mkdir(exist_ok=True)
     return others
 
 
-def _progress_in(partial: Path, arguments: dict[str, Any]) -> Progress:
-    """What progress.json tells; where there is none, nothing is finished and the folder is emptied."""
-    remedy = f"or delete {partial} to begin anew."
+def _load_progress(partial: Path, arguments: dict[str, Any]) -> PackProgress:
+    """Reads progress.json. If there is none, no shard is finished: the folder is emptied and the pack starts over."""
+    remedy = f"or delete {partial} to start over."
     try:
         saved = json.loads((partial / _PROGRESS).read_text())
-        progress = Progress(**{**saved, "bad": Counter(saved["bad"])})
+        progress = PackProgress(**{**saved, "bad": Counter(saved["bad"])})
     except FileNotFoundError:
         for path in partial.iterdir():
             path.unlink()
-        return Progress(arguments)
+        return PackProgress(arguments)
     except (ValueError, TypeError, KeyError):
-        raise InputError(f"out: {partial / _PROGRESS} is not what mmrl pack wrote; restore it, {remedy}") from None
+        raise InputError(f"out: {partial / _PROGRESS} is damaged; restore it, {remedy}") from None
     for name, now in arguments.items():
         before = progress.arguments.get(name)
         if before != now:
             raise InputError(
-                f"out: {partial.parent} was begun with another {name} ({_shown(before)}, now {_shown(now)}); "
-                f"give the same arguments and source to go on, {remedy}"
+                f"out: {partial.parent} was started with another {name} ({_shown(before)}, now {_shown(now)}); "
+                f"give the same arguments and source to resume, {remedy}"
             )
     if not progress.is_whole:
-        wanted = [partial / _partial_name(number) for number in range(progress.shards)]
-        lost = [path for path in (*wanted, partial / _NAMES, partial / BAD_SAMPLES) if not path.is_file()]
+        shards = [partial / _partial_name(number) for number in range(progress.shards)]
+        lost = [path for path in (*shards, partial / _NAMES, partial / BAD_SAMPLES) if not path.is_file()]
         if lost:
-            raise InputError(f"out: {lost[0]}, of the shards finished before, is gone; restore it, {remedy}")
+            raise InputError(f"out: {lost[0]} of the unfinished pack is missing; restore it, {remedy}")
     return progress
 
 
@@ -143,35 +143,35 @@ def _partial_name(number: int) -> str:
 
 
 class PackWriter:
-    """Samples in, shards out. `folder` is the open folder of what is unfinished."""
+    """Writes samples into shards. `folder` is the open file descriptor of OUT/.partial."""
 
-    def __init__(self, out: Path, folder: int, progress: Progress, samples_per_shard: int, dedup: bool) -> None:
+    def __init__(self, out: Path, folder: int, progress: PackProgress, samples_per_shard: int, dedup: bool) -> None:
         self.progress = progress
         self._out, self._partial, self._folder = out, out / _PARTIAL, folder
         self._samples_per_shard, self._dedup = samples_per_shard, dedup
         self._used: dict[str, int] = {}
-        self._name_of_picture: dict[bytes, str] = {}
+        self._key_of_image: dict[bytes, str] = {}
         self._tar: Any = None
         self._files: list[IO[bytes]] = []
         if not progress.is_whole:
-            (out / BAD_SAMPLES).unlink(missing_ok=True)  # of an attempt without result
-            self._names = self._list(_NAMES, progress.length_of_names)
-            self._bad_samples = self._list(BAD_SAMPLES, progress.length_of_bad_samples)
+            (out / BAD_SAMPLES).unlink(missing_ok=True)  # from an earlier pack without a usable pair
+            self._names = self._open_list(_NAMES, progress.length_of_names)
+            self._bad_samples = self._open_list(BAD_SAMPLES, progress.length_of_bad_samples)
             with (self._partial / _NAMES).open(encoding="utf-8", newline="\n") as file:
                 for line in file:
-                    digest, name = line.rstrip("\n").split(" ")
-                    self._remember(bytes.fromhex(digest), name)
+                    digest, key = line.rstrip("\n").split(" ")
+                    self._remember(bytes.fromhex(digest), key)
 
-    def _list(self, name: str, length: int) -> IO[bytes]:
-        """A file to add lines to, of which the finished shards know these first bytes."""
+    def _open_list(self, name: str, length: int) -> IO[bytes]:
+        """Opens a list to append to, truncated to its length after the last finished shard."""
         file = (self._partial / name).open("ab")
         self._files.append(file)
         file.truncate(length)
         return file
 
     def close(self) -> None:
-        """Lets go of the files; what is in an unfinished shard is lost."""
-        with suppress(OSError):  # a full disk was told of before
+        """Closes the files; the samples of an unfinished shard are lost."""
+        with suppress(OSError):  # a full disk was reported before
             if self._tar is not None:
                 self._tar.close()
         for file in self._files:
@@ -179,31 +179,31 @@ class PackWriter:
                 file.close()
 
     def add(self, sample: Prepared | Problem) -> None:
-        """Writes the next sample of the source, or notes why not."""
+        """Writes the next sample of the source, or lists it as bad."""
         self.progress.position += 1
         if isinstance(sample, Problem):
-            self._note(sample)
+            self._add_bad(sample)
             return
-        first = self._name_of_picture.get(sample.digest)
+        first = self._key_of_image.get(sample.digest)
         if first is not None and self._dedup:
-            self._note(Problem(sample.origin, sample.key, f"duplicate: the picture of {first}, byte for byte"))
+            self._add_bad(sample.pair.problem(f"duplicate: the image has the same bytes as that of sample {first}"))
             return
         if self._tar is None:
             self._tar = self._new_shard()
-        name = self._unique(sample.key)
-        self._tar.write({"__key__": name, **sample.members})
-        self._names.write(f"{sample.digest.hex()} {name}\n".encode())
-        self._remember(sample.digest, name)
+        key = self._unique_key(sample.pair.key)
+        self._tar.write({"__key__": key, **sample.members})
+        self._names.write(f"{sample.digest.hex()} {key}\n".encode())
+        self._remember(sample.digest, key)
         self.progress.samples += 1
-        self.progress.repeated += first is not None and not sample.grouped
+        self.progress.repeated += first is not None and sample.pair.group is None
         if self.progress.samples % self._samples_per_shard == 0:
             self._finish_shard()
 
     def finish(self, source: Path) -> list[Path]:
-        """Moves all up into OUT, and takes away the rest.
+        """Moves the shards, their indexes and the list of bad samples into OUT; removes OUT/.partial.
 
         Raises:
-            InputError: there is no shard, since every pair was bad.
+            InputError: there is no shard, because every pair was bad.
         """
         progress = self.progress
         if self._tar is not None:
@@ -211,48 +211,48 @@ class PackWriter:
         if not progress.samples:
             self._bad_samples.flush()
             (self._partial / BAD_SAMPLES).rename(self._out / BAD_SAMPLES)
-            raise InputError(f"source: nothing in {source} can be packed: {self.account_of_bad()}")
+            raise InputError(f"source: no pair in {source} can be packed: {self.bad_summary()}")
         if not progress.is_whole:
             progress.is_whole = True
-            self._record()
+            self._save_progress()
         shards = [self._out / f"shard-{number:06d}.tar" for number in range(progress.shards)]
         moves = {shard.name + SUFFIX: shard.with_name(shard.name + SUFFIX) for shard in shards}
         moves |= {_partial_name(number): shard for number, shard in enumerate(shards)}
         if progress.bad:
             moves[BAD_SAMPLES] = self._out / BAD_SAMPLES
-        for name, place in moves.items():
-            with suppress(FileNotFoundError):  # moved by a run that was stopped in the middle of this
-                (self._partial / name).rename(place)
+        for name, target in moves.items():
+            with suppress(FileNotFoundError):  # moved before this step was interrupted
+                (self._partial / name).rename(target)
         for path in self._partial.iterdir():
-            if path.name != _PROGRESS:  # goes last, since it tells what the others are
+            if path.name != _PROGRESS:  # removed last: without it, the pack could not resume
                 path.unlink()
         shutil.rmtree(self._partial)
         return shards
 
-    def account_of_bad(self) -> str:
-        """How many were left out, why, where they are listed, and the first of them."""
+    def bad_summary(self) -> str:
+        """How many pairs were skipped, by kind, the file that lists them, and the first of them."""
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.progress.bad.most_common())
-        return f"{counts}; listed in {self._out / BAD_SAMPLES}, such as {self.progress.first_bad}."
+        return f"{counts}; listed in {self._out / BAD_SAMPLES}, e.g. {self.progress.first_bad}."
 
-    def _note(self, problem: Problem) -> None:
+    def _add_bad(self, problem: Problem) -> None:
         progress = self.progress
         progress.bad[problem.kind] += 1
-        # A name that is not UTF-8 cannot be printed as it is.
+        # A file name that is not UTF-8 cannot be printed unescaped.
         shown = f"{problem.key}: {problem.reason}".encode(errors="backslashreplace").decode()
         progress.first_bad = progress.first_bad or shown
         self._bad_samples.write(json.dumps(asdict(problem)).encode() + b"\n")
 
-    def _remember(self, digest: bytes, name: str) -> None:
-        self._used[name] = 1
-        self._name_of_picture.setdefault(digest, name)
+    def _remember(self, digest: bytes, key: str) -> None:
+        self._used[key] = 1
+        self._key_of_image.setdefault(digest, key)
 
-    def _unique(self, key: str) -> str:
-        """The key itself the first time, then with -2, -3, … where that is free."""
-        name = key
-        while name in self._used:
+    def _unique_key(self, key: str) -> str:
+        """The key itself if no sample has it, else the key with the first free suffix of -2, -3, …"""
+        unique = key
+        while unique in self._used:
             self._used[key] += 1
-            name = f"{key}-{self._used[key]}"
-        return name
+            unique = f"{key}-{self._used[key]}"
+        return unique
 
     def _new_shard(self) -> Any:
         # webdataset takes seconds to import.
@@ -260,34 +260,34 @@ class PackWriter:
 
         self._file = (self._partial / _partial_name(self.progress.shards)).open("wb")
         self._files.append(self._file)
-        # PAX has long names; for short ones of ASCII it writes the same bytes as the plainest format.
+        # PAX allows long names; for short ASCII names it writes the same bytes as the ustar format.
         return TarWriter(self._file, user="", group="", mtime=0, encoder=False, format="PAX_FORMAT")
 
     def _finish_shard(self) -> None:
         self._tar.close()
         self._tar = None
-        _to_disk(self._file)
+        _flush_to_disk(self._file)
         self._file.close()
         self._files.remove(self._file)
         shard = self._partial / _partial_name(self.progress.shards)
         save_index(index_shard(shard), shard.with_name(shard.stem + SUFFIX))
         self.progress.shards += 1
-        self._record()
+        self._save_progress()
 
-    def _record(self) -> None:
-        """Makes progress.json tell of all that is written, in one step."""
+    def _save_progress(self) -> None:
+        """Replaces progress.json atomically, after all that it counts is on the disk."""
         progress = self.progress
         for file in (self._names, self._bad_samples):
-            _to_disk(file)
+            _flush_to_disk(file)
         os.fsync(self._folder)
         progress.length_of_names, progress.length_of_bad_samples = self._names.tell(), self._bad_samples.tell()
-        beside = self._partial / f"{_PROGRESS}.new"
-        with beside.open("wb") as file:
+        new = self._partial / f"{_PROGRESS}.new"
+        with new.open("wb") as file:
             file.write(json.dumps(vars(progress)).encode())
-            _to_disk(file)
-        beside.replace(self._partial / _PROGRESS)
+            _flush_to_disk(file)
+        new.replace(self._partial / _PROGRESS)
 
 
-def _to_disk(file: IO[bytes]) -> None:
+def _flush_to_disk(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())

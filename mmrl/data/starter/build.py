@@ -1,11 +1,10 @@
-"""Builds the starter shards anew from the npm packages that their drawings and words come from.
+"""Rebuild the starter shards from the npm packages that hold the drawings and the words.
 
     python -m mmrl.data.starter.build OUT
 
-The way of the data: packages, pinned, fetched by npm and only ever read → the concepts and their words → the
-drawings of each artist → 64 px WebP → splits → plain tars that can be seeked. It needs npm and resvg-py and
-takes a minute on one core. Keys, words and splits always come out the same, and so do all bytes while resvg,
-Pillow and libwebp stay at their versions.
+Steps: download the pinned packages with npm (no code of theirs is run), read the concepts and their names, render each
+artist's drawings, encode them as 64 px WebP, split, write tars. Needs npm and resvg-py; takes a minute on one core.
+Keys, words and splits are always the same, and all bytes are as long as the versions of resvg, Pillow and libwebp are.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from mmrl.errors import InputError
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package at one version, recognised by the hash of its archive."""
+    """An npm package at one version, with the hash of its archive."""
 
     name: str
     version: str
@@ -39,12 +38,12 @@ class Package:
 
     @property
     def archive_name(self) -> str:
-        """What `npm pack` calls the file."""
+        """The file name that `npm pack` uses."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
 WORDS = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
-# The artists by the names that their keys bear.
+# Artist, as in the keys -> package.
 ARTISTS = {
     "noto": Package("@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "noto_v1": Package(
@@ -69,22 +68,22 @@ ARTISTS = {
 }
 
 TEST_ARTIST = "twemoji"
-# The one package of pictures; the others hold vector icons in Iconify's json.
-PAINTED = "fluent_3d"
-# One drawing each, shaded and flat: a picture of the one is a near-copy of the other's.
-DRAWN_ALIKE = {"fluent_3d", "fluent_flat"}
-# Flags are nearly the same picture by every artist; components are skin tones and hair, not concepts.
-LEFT_OUT_CATEGORIES = {"flags", "component"}
+# The only package of raster images; the others hold vector icons in Iconify's JSON format.
+RASTER_ARTIST = "fluent_3d"
+# The same drawings, shaded and flat, so that images of one are near-duplicates of the other's.
+NEAR_DUPLICATE_ARTISTS = {"fluent_3d", "fluent_flat"}
+# Flags look nearly the same by every artist; components are skin tones and hair, not concepts.
+EXCLUDED_CATEGORIES = {"flags", "component"}
 VAL_CONCEPTS_PERCENT = 4
-VAL_PICTURES_PERCENT = 7
+VAL_IMAGES_PERCENT = 7
 RENDER_SIZE = 128
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 WEBP_QUALITY = 85
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: `code_point` such as "1f9d1-200d-1f33e", its Unicode CLDR name, keywords and category."""
+    """One emoji: its code point, e.g. "1f9d1-200d-1f33e", and its Unicode CLDR name, keywords and category."""
 
     code_point: str
     name: str
@@ -93,13 +92,13 @@ class Concept:
 
     @property
     def captions(self) -> list[str]:
-        """The name, and the name with its keywords where it has any."""
+        """The name, and the name with the keywords if there are any."""
         return [self.name, f"{self.name}: {', '.join(self.tags)}"] if self.tags else [self.name]
 
 
 @dataclass(frozen=True)
 class IconSet:
-    """An Iconify package: the icons by name, and the name of each code point where the package tells it."""
+    """An Iconify package: its JSON, with the icons by name, and code point -> icon name if the package has that."""
 
     icons: dict[str, Any]
     name_of: dict[str, str]
@@ -109,22 +108,24 @@ class IconSet:
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The package's archive in `folder`, fetched by npm from its configured registry unless it is there."""
+    """Downloads a package's archive to `folder` with npm, unless it is there already, and checks its hash."""
     archive = folder / package.archive_name
     if not archive.exists():
         npm = shutil.which("npm")
         if npm is None:
-            raise InputError("npm was not found; install Node.js, or name a folder of fetched --packages.")
+            raise InputError(
+                "npm was not found; install Node.js, or pass a folder of downloaded packages as --packages."
+            )
         spec = f"{package.name}@{package.version}"
         command = [npm, "pack", spec, "--pack-destination", str(folder), "--ignore-scripts", "--silent"]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 (pinned names)
     if hashlib.sha256(archive.read_bytes()).hexdigest() != package.sha256:
-        raise InputError(f"{archive} is not the {package.name} {package.version} known here; delete it.")
+        raise InputError(f"{archive} does not have the SHA-256 of {package.name} {package.version}; delete it.")
     return archive
 
 
 def members(archive: Path, *patterns: str) -> dict[str, bytes]:
-    """The files of an npm archive whose path matches one of the patterns; nothing is unpacked to disk."""
+    """The files of an npm archive whose path matches a pattern, in memory: path -> content."""
     found = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -136,20 +137,19 @@ def members(archive: Path, *patterns: str) -> dict[str, bytes]:
 
 
 def code_point(hexcode: str) -> str:
-    """Lower case, and without the variation selector FE0F, which sources write or leave out as they like."""
+    """Normalises a code point: lower case, without the variation selector FE0F, which only some sources write."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
 def read_concepts(archive: Path) -> dict[str, Concept]:
-    """The concepts by code point, without skin tones and without the categories left out."""
+    """Code point -> concept, without the excluded categories."""
     files = members(archive, "en/data.json", "meta/groups.json")
     category_of = json.loads(files["meta/groups.json"])["groups"]
     concepts = {}
     for entry in json.loads(files["en/data.json"]):
         category = category_of[str(entry["group"])] if "group" in entry else "component"
-        if category not in LEFT_OUT_CATEGORIES:
+        if category not in EXCLUDED_CATEGORIES:
             name, point = entry["label"], code_point(entry["hexcode"])
-            # A keyword that only repeats the name says nothing more.
             tags = tuple(tag for tag in entry.get("tags", ()) if tag != name)
             concepts[point] = Concept(point, name, tags, category)
     return concepts
@@ -159,7 +159,7 @@ def read_concepts(archive: Path) -> dict[str, Concept]:
 
 
 def read_icon_set(archive: Path) -> IconSet:
-    """Names without an icon of their own (aliases) are left out of `name_of`."""
+    """Reads an Iconify package. `name_of` has no aliases, i.e. names without their own icon."""
     files = members(archive, "icons.json", "chars.json")
     icons = json.loads(files["icons.json"])
     names = json.loads(files["chars.json"])
@@ -168,7 +168,7 @@ def read_icon_set(archive: Path) -> IconSet:
 
 
 def names_by_code_point(icon_sets: Iterable[IconSet]) -> dict[str, set[str]]:
-    """Every name that any of the sets has for a code point."""
+    """Code point -> all names for it in any of the sets."""
     names = defaultdict(set)
     for icon_set in icon_sets:
         for point, name in icon_set.name_of.items():
@@ -176,16 +176,16 @@ def names_by_code_point(icon_sets: Iterable[IconSet]) -> dict[str, set[str]]:
     return dict(names)
 
 
-def find_icons(icon_set: IconSet, names_elsewhere: dict[str, set[str]]) -> dict[str, str]:
-    """Code point → icon name: as the set says, or, where it says nothing, by the names in the other sets.
+def find_icons(icon_set: IconSet, other_names: dict[str, set[str]]) -> dict[str, str]:
+    """Code point -> icon name, from the set itself or else by the names in the other sets.
 
-    The older sets name their icons but tell no code points. Their aliases are passed over on purpose: some
-    lend a later name to another thing (`cricket`, the insect, leads to the drawing of the game).
+    The older sets have icon names but no code points. Their aliases are not used, since some are wrong: `cricket`, the
+    insect, is an alias of the drawing of the game.
     """
     if icon_set.name_of:
         return icon_set.name_of
     found = {}
-    for point, names in names_elsewhere.items():
+    for point, names in other_names.items():
         own = sorted(name for name in names if name in icon_set.icons["icons"])
         if own:
             found[point] = own[0]
@@ -193,7 +193,7 @@ def find_icons(icon_set: IconSet, names_elsewhere: dict[str, set[str]]) -> dict[
 
 
 def svg_of(icon_set: IconSet, name: str) -> str:
-    """The icon, centred in a square SVG document; measures that it doesn't state itself are the set's."""
+    """An icon as a square SVG document, centred. Sizes default to those of the set."""
     icon = icon_set.icons["icons"][name]
     left, top, width, height = (
         icon.get(key, icon_set.icons.get(key, default))
@@ -207,41 +207,41 @@ def svg_of(icon_set: IconSet, name: str) -> str:
 
 
 def rasterise(svg: str) -> Image.Image:
-    """The drawing at twice the size of the pictures, on nothing."""
-    import resvg_py  # here, since only the build needs it, not those who read its other functions
+    """Renders an SVG at twice the final size, on a transparent background."""
+    import resvg_py  # only the build needs it, not importers of other functions
 
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))))
 
 
 def encode(drawing: Image.Image) -> bytes:
-    """The drawing, centred in a square of the pictures' size, on white, as WebP."""
+    """Encodes a drawing as a square WebP of IMAGE_SIZE, centred on white."""
     side = max(drawing.size)
     square = Image.new("RGBA", (side, side))
     square.paste(drawing.convert("RGBA"), ((side - drawing.width) // 2, (side - drawing.height) // 2))
-    small = square.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-    picture = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+    small = square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    image = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
+    image.save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
     return buffer.getvalue()
 
 
 def drawings(archives: dict[str, Path], wanted: Collection[str]) -> Iterator[tuple[str, str, Image.Image]]:
-    """(artist, code point, drawing) for every wanted code point that an artist drew."""
-    icon_sets = {artist: read_icon_set(path) for artist, path in archives.items() if artist != PAINTED}
+    """Yields (artist, code point, drawing) for each artist and each of the `wanted` code points."""
+    icon_sets = {artist: read_icon_set(path) for artist, path in archives.items() if artist != RASTER_ARTIST}
     names = names_by_code_point(icon_sets.values())
     for artist, icon_set in icon_sets.items():
         for point, name in find_icons(icon_set, names).items():
             if point in wanted:
                 yield artist, point, rasterise(svg_of(icon_set, name))
-    for point, content in pictures(archives[PAINTED]).items():
+    for point, content in read_raster_images(archives[RASTER_ARTIST]).items():
         if point in wanted:
-            yield PAINTED, point, Image.open(io.BytesIO(content))
+            yield RASTER_ARTIST, point, Image.open(io.BytesIO(content))
 
 
-def pictures(archive: Path) -> dict[str, bytes]:
-    """Code point → WebP file, from a package of pictures that are named by code point."""
+def read_raster_images(archive: Path) -> dict[str, bytes]:
+    """Code point -> WebP file, from a package whose images are named by code point."""
     files = members(archive, "assets/*.webp")
-    # A few come twice, with and without FE0F in their names: the first by name is taken.
+    # Some occur twice, with and without FE0F in the name; the first by name is used.
     return {code_point(Path(path).stem): files[path] for path in sorted(files, reverse=True)}
 
 
@@ -249,15 +249,15 @@ def pictures(archive: Path) -> dict[str, bytes]:
 
 
 def held_out_concepts() -> set[str]:
-    """The code points of `test-concepts`; a list, not a rule: they were drawn once and stay for ever."""
+    """The code points of `test-concepts`: a stored list that never changes."""
     lines = (starter.folder() / "held_out_concepts.txt").read_text(encoding="utf-8").splitlines()
     return {line.split()[0] for line in lines if line and not line.startswith("#")}
 
 
 def split_keys(keys: Iterable[str], held_out: Collection[str]) -> dict[str, list[str]]:
-    """The keys of each split, in the order they are written.
+    """Split -> keys in the order in which they are written.
 
-    Depends on nothing but the keys and the held-out concepts, and a concept's place on no other concept.
+    Deterministic. The split of a concept depends on no other concept.
     """
     splits: dict[str, list[str]] = {name: [] for name in starter.SPLITS}
     rest: dict[str, list[str]] = defaultdict(list)
@@ -272,27 +272,29 @@ def split_keys(keys: Iterable[str], held_out: Collection[str]) -> dict[str, list
         else:
             rest[concept].append(key)
     for keys_of_concept in rest.values():
-        held_back = validation_picture(keys_of_concept)
+        held_out_key = validation_image(keys_of_concept)
         for key in keys_of_concept:
-            splits["val-pictures" if key == held_back else "train"].append(key)
+            splits["val-pictures" if key == held_out_key else "train"].append(key)
     splits["val-pictures"].sort()
     splits["train"].sort(key=lambda key: _digest(f"mmrl-starter-order:{key}"))
     return splits
 
 
-def validation_picture(keys: Collection[str]) -> str | None:
-    """Which of one concept's pictures is held back for `val-pictures`: one at most, and two others stay.
+def validation_image(keys: Collection[str]) -> str | None:
+    """The key of the one image of a concept that goes to `val-pictures`; None if fewer than two would remain.
 
-    Never one of the artists that are drawn alike, since the other's near-copy would stay in training.
+    Never one by NEAR_DUPLICATE_ARTISTS, whose near-duplicate would stay in training.
     """
     candidates = [
-        key for key in keys if artist_and_concept(key)[0] not in DRAWN_ALIKE and _percentile(key) < VAL_PICTURES_PERCENT
+        key
+        for key in keys
+        if artist_and_concept(key)[0] not in NEAR_DUPLICATE_ARTISTS and _percentile(key) < VAL_IMAGES_PERCENT
     ]
     return min(candidates, key=_val_digest) if candidates and len(keys) >= 3 else None
 
 
 def artist_and_concept(key: str) -> tuple[str, str]:
-    """The two halves of a key: "noto_v1_1f9c2" is ("noto_v1", "1f9c2")."""
+    """Splits a key: "noto_v1_1f9c2" -> ("noto_v1", "1f9c2")."""
     artist, _, concept = key.rpartition("_")
     return artist, concept
 
@@ -312,8 +314,8 @@ def _percentile(name: str) -> int:
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def sample_files(artist: str, concept: Concept, picture: bytes) -> dict[str, bytes]:
-    """The files of one sample by their extension."""
+def sample_files(artist: str, concept: Concept, image: bytes) -> dict[str, bytes]:
+    """Extension -> content of one sample's files."""
     facts = {
         "captions": concept.captions,
         "tags": concept.tags,
@@ -322,11 +324,11 @@ def sample_files(artist: str, concept: Concept, picture: bytes) -> dict[str, byt
         "artist": artist,
     }
     text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
-    return {"webp": picture, "txt": concept.name.encode(), "json": text.encode()}
+    return {"webp": image, "txt": concept.name.encode(), "json": text.encode()}
 
 
 def write_shard(path: Path, keys: Iterable[str], samples: dict[str, dict[str, bytes]]) -> None:
-    """A plain tar in which nothing but the samples and their order shows: no owner, no time."""
+    """Writes a reproducible tar: without owner and modification time."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key in keys:
             for extension, content in samples[key].items():
@@ -346,17 +348,17 @@ def build(out: Path, packages: Path) -> dict[str, int]:
     out.mkdir(parents=True, exist_ok=True)
     for split, keys in splits.items():
         names = starter.SPLITS[split]
-        for part, name in enumerate(names):
-            start, stop = (len(keys) * i // len(names) for i in (part, part + 1))
+        for shard, name in enumerate(names):
+            start, stop = (len(keys) * i // len(names) for i in (shard, shard + 1))
             write_shard(out / name, keys[start:stop], samples)
     return {split: len(keys) for split, keys in splits.items()}
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser("python -m mmrl.data.starter.build", description="Build the starter set.")
+    """The command-line entry point."""
+    parser = argparse.ArgumentParser("python -m mmrl.data.starter.build", description="Rebuild the starter set.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
-    parser.add_argument("--packages", type=Path, help="folder to keep the fetched packages in, and to reuse")
+    parser.add_argument("--packages", type=Path, help="folder that keeps the downloaded packages for reuse")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as temporary:

@@ -1,1 +1,1 @@
-"""What an evaluation derives from embeddings: baselines, compression, advice, confidence intervals."""
+"""Analysis of embeddings beyond the scores: confidence intervals, baselines, compression, blocks of dims, advice."""

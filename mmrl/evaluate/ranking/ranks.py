@@ -1,10 +1,10 @@
-"""The place of every query's right answers, exact and tie-aware, at every dim.
+"""Exact, tie-aware ranks of every query's positives at every dim.
 
-A positive's place is its number among the query's positives, the best first, plus the number of non-positives that
-score as high or higher: a tie counts against it.
+The rank of a query's n-th best positive is n plus the number of non-positives that score at least as high: a tie counts
+against the query.
 
-Shapes: Q queries, G gallery rows, D the embedding's width, d one dim, K dims; q queries of one chunk, P the greatest
-number of positives that one of them has.
+Shapes: Q queries, G gallery rows, N rows of one side sorted by group, D the embedding's width, d one dim, K dims; q and
+m some of the queries, n those of one strip, P the greatest number of positives of one of them, c candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,54 +17,55 @@ from torch import Tensor
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError
-from mmrl.evaluate.ranking.tiles import Direction, Side, count_few, exact_products
-from mmrl.nesting import check_dims, cut
+from mmrl.evaluate.ranking.tiles import Direction, SortedEmbeddings, count_at_least, exact_products
+from mmrl.nesting import check_dims, truncate
 
 Scores = dict[str, float]
 KS = (1, 5, 10)
-"""The K of each recall@K that is always told."""
+"""The K of recall@K that are always reported."""
 NO_POSITIVE = "retrieval: no query has a positive; check image_of_text_M or the groups."
-# Similarities in memory at once where rows are taken whole: 32 MB of float32.
+# Similarities in memory at once where whole rows of scores are computed: 32 MB of float32.
 _CHUNK_ELEMENTS = 1 << 23
 OnRows = Callable[[int], None]
+"""Progress callback, called with a number of queries."""
 
 
 @dataclass(frozen=True)
 class PerQuery:
-    """How the queries of one direction fare at one dim."""
+    """Metrics of each query of one direction at one dim. All but `query_Q` are float64."""
 
     query_Q: Tensor
     """int64: the rows of the queries that have a positive, ascending."""
     rank_Q: Tensor
-    """float64, as all below: the place of the best positive, from 1."""
+    """The rank of the best positive, from 1."""
     average_precision_Q: Tensor
     r_precision_Q: Tensor
-    """Average precision within the first R places, R the query's number of positives: its mean is mAP@R."""
+    """Average precision within the first R ranks, R the query's number of positives. Its mean is mAP@R."""
     ndcg_Q: Tensor
     """nDCG@10."""
 
     def scores(self, ks: Sequence[int] = KS) -> Scores:
-        """The means over the queries, as retrieval.json has them."""
+        """The means over the queries, with the names of retrieval.json."""
         scores = {f"R@{k}": float((self.rank_Q <= k).double().mean()) for k in ks}
         return scores | {
             "mAP": float(self.average_precision_Q.mean()),
             "mAP@R": float(self.r_precision_Q.mean()),
             "nDCG@10": float(self.ndcg_Q.mean()),
             "MRR": float((1 / self.rank_Q).mean()),
-            # Not quantile, which takes 16 million numbers at most.
+            # torch.quantile takes at most 16 million values.
             "median_rank": float(np.median(self.rank_Q.numpy())),
             "mean_rank": float(self.rank_Q.mean()),
         }
 
 
 def metric_names(ks: Sequence[int] = KS) -> tuple[str, ...]:
-    """The names of what `PerQuery.scores` gives."""
+    """The keys of `PerQuery.scores`."""
     one = torch.ones(1, dtype=torch.float64)
     return tuple(PerQuery(one.long(), one, one, one, one).scores(ks))
 
 
 def is_better_lower(metric: str) -> bool:
-    """Whether less of a metric is better: ranks count from the best."""
+    """True for median_rank and mean_rank."""
     return metric.endswith("_rank")
 
 
@@ -79,13 +80,14 @@ def rank_queries(
     on_rows: OnRows | None = None,
     over_ranks: bool = False,
 ) -> dict[int, PerQuery]:
-    """Ranks the renormalised prefixes of every query against all of the gallery, at each of `dims`.
+    """Ranks the whole gallery for every query, by cosine of the prefixes at each of `dims`.
 
     Args:
-        query_group_Q, gallery_group_G: int64; equal numbers are positives of each other.
-        same_rows: query i is gallery row i, and is left out of its own gallery.
-        on_rows: told numbers of queries that add up to Q, for a progress bar.
-        over_ranks: all processes call this, with the same arguments, and divide the work; each has the whole answer.
+        query_group_Q, gallery_group_G: int64; rows of equal group are positives of each other.
+        same_rows: query i is gallery row i; it is left out of its own gallery.
+        on_rows: called with numbers of queries that add up to Q.
+        over_ranks: divide the work over all processes. All of them must call this with the same arguments; each gets
+            the whole result.
 
     Raises:
         InputError: no query has a positive; dims out of range.
@@ -93,13 +95,12 @@ def rank_queries(
     check_dims(dims, query_QD.shape[1])
     ascending = sorted(dims)
     device = comm.world().device
-    query = Side(query_QD, query_group_Q, ascending, device)
-    gallery = query if same_rows else Side(gallery_GD, gallery_group_G, ascending, device, columns=True)
-    like = query.rows(0)
-    direction = Direction(query, gallery, same_rows, like)
-    told = _Telling(on_rows)
-    _sweep(query, gallery, direction, direction if same_rows else None, told, over_ranks)
-    return _finish(direction, dims, over_ranks, told)
+    queries = SortedEmbeddings(query_QD, query_group_Q, ascending, device)
+    gallery = queries if same_rows else SortedEmbeddings(gallery_GD, gallery_group_G, ascending, device, columns=True)
+    direction = Direction(queries, gallery, same_rows, queries.rows(0))
+    progress = _Progress(on_rows)
+    _count(queries, gallery, direction, direction if same_rows else None, progress, over_ranks)
+    return _per_query(direction, dims, over_ranks, progress)
 
 
 def rank_both(
@@ -112,113 +113,115 @@ def rank_both(
     on_rows: OnRows | None = None,
     over_ranks: bool = False,
 ) -> tuple[dict[int, PerQuery], dict[int, PerQuery]]:
-    """`rank_queries` of the images among the texts and of the texts among the images, each similarity computed once.
+    """`rank_queries` for image→text and for text→image; each similarity is computed once.
 
-    `on_rows` is told numbers of queries that add up to N + M. Raises as `rank_queries`.
+    `on_rows` is called with numbers of queries that add up to N + M. Raises as `rank_queries`.
     """
     check_dims(dims, image_ND.shape[1])
     ascending = sorted(dims)
     device = comm.world().device
-    image = Side(image_ND, image_group_N, ascending, device)
-    text = Side(text_MD, text_group_M, ascending, device, columns=True)
+    image = SortedEmbeddings(image_ND, image_group_N, ascending, device)
+    text = SortedEmbeddings(text_MD, text_group_M, ascending, device, columns=True)
     like = image.rows(0)
     by_image, by_text = Direction(image, text, False, like), Direction(text, image, False, like)
-    told = _Telling(on_rows)
-    _sweep(image, text, by_image, by_text, told, over_ranks)
-    return _finish(by_image, dims, over_ranks, told), _finish(by_text, dims, over_ranks, told)
+    progress = _Progress(on_rows)
+    _count(image, text, by_image, by_text, progress, over_ranks)
+    return _per_query(by_image, dims, over_ranks, progress), _per_query(by_text, dims, over_ranks, progress)
 
 
-class _Telling:
-    """Progress that adds up to a total, whatever it is told in."""
+class _Progress:
+    """Turns fractional amounts into whole numbers with the same total, for `on_rows`."""
 
     def __init__(self, on_rows: OnRows | None) -> None:
         self._on_rows = on_rows
-        self._exact, self._told = 0.0, 0
+        self._total, self._reported = 0.0, 0
 
-    def add(self, share: float) -> None:
-        """So many more rows; the remainder of a fraction is kept for later."""
-        self._exact += share
-        reached = round(self._exact)
-        if self._on_rows and reached > self._told:
-            self._on_rows(reached - self._told)
-            self._told = reached
+    def add(self, rows: float) -> None:
+        """Reports the whole rows reached so far."""
+        self._total += rows
+        reached = round(self._total)
+        if self._on_rows and reached > self._reported:
+            self._on_rows(reached - self._reported)
+            self._reported = reached
 
 
-def _sweep(
-    rows: Side, columns: Side, by_row: Direction, by_column: Direction | None, told: _Telling, over_ranks: bool
+def _count(
+    rows: SortedEmbeddings,
+    columns: SortedEmbeddings,
+    by_row: Direction,
+    by_column: Direction | None,
+    progress: _Progress,
+    over_ranks: bool,
 ) -> None:
+    """Fills the counts of the queries that have at most MANY positives."""
     directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
     few = sum(len(one.queries) - int(one.many_N.sum()) for one in directions)
-    if not any(one.asks_few for one in directions):
-        told.add(few)
+    if not any(one.has_few for one in directions):
+        progress.add(few)
         return
     world = comm.world() if over_ranks else World()
-    count_few(
+    count_at_least(
         rows,
         columns,
         by_row,
         by_column,
         rank=world.rank,
         world_size=world.size,
-        total=comm.all_reduce_sum if over_ranks else _same,
-        on_share=lambda share: told.add(share * few),
+        all_reduce=comm.all_reduce_sum if over_ranks else lambda values: values,
+        on_fraction=lambda fraction: progress.add(fraction * few),
     )
 
 
-def _same(values: Tensor) -> Tensor:
-    return values
-
-
-def _finish(direction: Direction, dims: Sequence[int], over_ranks: bool, told: _Telling) -> dict[int, PerQuery]:
-    """What was counted, as measures of the queries, in the order of their rows."""
+def _per_query(direction: Direction, dims: Sequence[int], over_ranks: bool, progress: _Progress) -> dict[int, PerQuery]:
+    """The metrics of the queries that have a positive, in the order of their rows."""
     ascending, queries = sorted(dims), direction.queries
-    # Of each dim: rank, average precision, precision at R, nDCG of each sorted query.
-    measure_K4N = torch.zeros(len(dims), 4, len(queries), dtype=torch.float64)
+    # Rank, average precision, R-precision and nDCG of each sorted query, at each dim.
+    metric_K4N = torch.zeros(len(dims), 4, len(queries), dtype=torch.float64)
     positives_N = direction.count_N - int(direction.same_rows)
-    for number, strip in enumerate(direction.strips):
-        span = queries.span(number)
+    for index, strip in enumerate(direction.strips):
+        span = queries.span(index)
         n = span.stop - span.start
-        asks_n = (strip.count_n[:n] > int(direction.same_rows)).cpu()
-        if asks_n.any():
-            bound_KqP, counts_KqP = (
-                x[:, :, :n].cpu()[:, :, asks_n].transpose(1, 2).contiguous()
-                for x in (strip.bound_KPn, strip.at_least_KPn)
+        has_positive_n = (strip.count_n[:n] > int(direction.same_rows)).cpu()
+        if has_positive_n.any():
+            threshold_KqP, at_least_KqP = (
+                x[:, :, :n].cpu()[:, :, has_positive_n].transpose(1, 2).contiguous()
+                for x in (strip.threshold_KPn, strip.at_least_KPn)
             )
-            # In two steps, since the mask makes a copy.
-            measure_K4n = measure_K4N[:, :, span]
-            measure_K4n[:, :, asks_n] = _measures(bound_KqP, counts_KqP, positives_N[span][asks_n])
+            # In two steps: indexing by a mask copies.
+            metric_K4n = metric_K4N[:, :, span]
+            metric_K4n[:, :, has_positive_n] = _metrics(threshold_KqP, at_least_KqP, positives_N[span][has_positive_n])
     many_m = direction.many_N.nonzero()[:, 0]
     if len(many_m):
-        found_K4m = _by_sorting(direction, many_m, over_ranks, told)
-        measure_K4N[:, :, many_m] = found_K4m
-    asks_N = positives_N > 0
-    if not asks_N.any():
+        metric_K4N[:, :, many_m] = _metrics_by_sorting(direction, many_m, over_ranks, progress)
+    has_positive_N = positives_N > 0
+    if not has_positive_N.any():
         raise InputError(NO_POSITIVE)
-    query_Q, place_Q = queries.order_N[asks_N].sort()
-    return {dim: PerQuery(query_Q, *measure_K4N[ascending.index(dim)][:, asks_N][:, place_Q]) for dim in dims}
+    query_Q, order_Q = queries.order_N[has_positive_N].sort()
+    return {dim: PerQuery(query_Q, *metric_K4N[ascending.index(dim)][:, has_positive_N][:, order_Q]) for dim in dims}
 
 
-def _measures(bound_KqP: Tensor, at_least_KqP: Tensor, count_q: Tensor) -> Tensor:
-    """(K, 4, q): rank of the best positive, average precision, that within the first R places, nDCG@10.
+def _metrics(threshold_KqP: Tensor, at_least_KqP: Tensor, count_q: Tensor) -> Tensor:
+    """(K, 4, q): rank of the best positive, average precision, average precision within the first R ranks, nDCG@10.
 
     Args:
-        bound_KqP: the positives' scores, ascending, +inf beyond the last.
-        at_least_KqP: how many of the gallery, positives among them, score as high or higher.
+        threshold_KqP: the positives' scores, ascending, +inf after the last.
+        at_least_KqP: how many gallery rows, positives included, score at least as high.
+        count_q: number of positives.
     """
     count_q1 = count_q[:, None]
-    positives_at_least_KqP = count_q1 - torch.searchsorted(bound_KqP, bound_KqP)
-    nth_qP = count_q1 - torch.arange(bound_KqP.shape[2])
+    positives_at_least_KqP = count_q1 - torch.searchsorted(threshold_KqP, threshold_KqP)
+    nth_qP = count_q1 - torch.arange(threshold_KqP.shape[2])
     exists_qP = nth_qP > 0
-    place_KqP = torch.where(exists_qP, nth_qP + at_least_KqP - positives_at_least_KqP, 1).double()
-    precision_KqP = nth_qP / place_KqP * exists_qP
-    gain_KqP = (place_KqP <= 10) * exists_qP / torch.log2(place_KqP + 1)
+    rank_KqP = torch.where(exists_qP, nth_qP + at_least_KqP - positives_at_least_KqP, 1).double()
+    precision_KqP = nth_qP / rank_KqP * exists_qP
+    gain_KqP = (rank_KqP <= 10) * exists_qP / torch.log2(rank_KqP + 1)
     ideal_10 = (1 / torch.log2(torch.arange(2, 12).double())).cumsum(0)
-    best = (count_q1 - 1).expand(len(place_KqP), -1, -1)
+    best = (count_q1 - 1).expand(len(rank_KqP), -1, -1)
     return torch.stack(
         [
-            place_KqP.gather(2, best)[:, :, 0],
+            rank_KqP.gather(2, best)[:, :, 0],
             _sum_in_order(precision_KqP) / count_q,
-            _sum_in_order(precision_KqP * (place_KqP <= count_q1)) / count_q,
+            _sum_in_order(precision_KqP * (rank_KqP <= count_q1)) / count_q,
             _sum_in_order(gain_KqP) / ideal_10[count_q.clamp_max(10) - 1],
         ],
         dim=1,
@@ -226,85 +229,94 @@ def _measures(bound_KqP: Tensor, at_least_KqP: Tensor, count_q: Tensor) -> Tenso
 
 
 def _sum_in_order(values_KqP: Tensor) -> Tensor:
-    """Sums from the best positive to the last, one after the other, so that they do not depend on the padding."""
+    """Sums one by one from the best positive to the last, so that the padding does not change the rounding."""
     return values_KqP.flip(2).cumsum(2)[:, :, -1]
 
 
-def _by_sorting(direction: Direction, many_m: Tensor, over_ranks: bool, told: _Telling) -> Tensor:
-    """The measures of queries with many positives, (K, 4, m): a few whole rows of scores at a time, sorted."""
+def _metrics_by_sorting(direction: Direction, many_m: Tensor, over_ranks: bool, progress: _Progress) -> Tensor:
+    """The metrics of queries with more than MANY positives, (K, 4, m): whole rows of scores are sorted, in chunks."""
     queries, gallery = direction.queries, direction.gallery
     world = comm.world() if over_ranks else World()
-    result_K4m = torch.zeros(len(queries.cuts), 4, len(many_m), dtype=torch.float64)
+    metric_K4m = torch.zeros(len(queries.block_slices), 4, len(many_m), dtype=torch.float64)
     chunk = max(1, _CHUNK_ELEMENTS // (len(gallery.strips) * gallery.length))
     with exact_products(queries.rows(0).device):
-        for number, start in enumerate(range(0, len(many_m), chunk)):
+        for index, start in enumerate(range(0, len(many_m), chunk)):
             span = slice(start, min(start + chunk, len(many_m)))
-            if number % world.size == world.rank:
-                result_K4m[:, :, span] = _measure_whole_rows(direction, many_m[span])
-            told.add(span.stop - span.start)
+            if index % world.size == world.rank:
+                metric_K4m[:, :, span] = _metrics_of_whole_rows(direction, many_m[span])
+            progress.add(span.stop - span.start)
     if not over_ranks:
-        return result_K4m
-    return comm.all_reduce_sum(result_K4m.to(world.device)).cpu()
+        return metric_K4m
+    return comm.all_reduce_sum(metric_K4m.to(world.device)).cpu()
 
 
-def _measure_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
-    """(K, 4, q) of the measures of some sorted queries."""
+def _metrics_of_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
+    """(K, 4, q) for some sorted queries."""
     queries, gallery = direction.queries, direction.gallery
-    # Padded as tiles are, so that a score is the same whatever rows it is computed with.
+    # Padded like tiles, so that a score does not depend on the rows it is computed with.
     x_qD = torch.nn.functional.pad(queries.take(query_q), (0, 0, 0, -len(query_q) % 64))
     first_q, count_q = direction.first_N[query_q], direction.count_N[query_q]
-    measures = []
+    metrics = []
     product_qG = x_qD.new_zeros(len(query_q), len(gallery))
     scores_qG = torch.empty_like(product_qG)
-    for k in range(len(queries.cuts)):
+    for k in range(len(queries.block_slices)):
         score_qG = scores_qG
         for strip in gallery.strips:
             span = gallery.span(strip)
             n = span.stop - span.start
-            y_nd = gallery.rows(strip)[:, gallery.cuts[k]]
-            product_qG[:, span] += (x_qD[:, queries.cuts[k]] @ y_nd.T)[: len(query_q), :n]
+            y_nd = gallery.rows(strip)[:, gallery.block_slices[k]]
+            product_qG[:, span] += (x_qD[:, queries.block_slices[k]] @ y_nd.T)[: len(query_q), :n]
             torch.mul(product_qG[:, span], gallery.norms[strip].inverse_Kn[k, :n], out=score_qG[:, span])
         if direction.same_rows:
             score_qG[torch.arange(len(query_q)), query_q] = -torch.inf
         score_qG = score_qG.cpu()
-        # The positives are neighbours; one's own score, -inf with `same_rows`, comes first and is cut off.
+        # Positives are consecutive columns. With `same_rows` the query's own score, -inf, sorts first and is cut off.
         most = int(count_q.max())
         column_qP = (first_q[:, None] + torch.arange(most)).clamp_max(len(gallery) - 1)
-        bound_qP = score_qG.gather(1, column_qP).masked_fill(torch.arange(most) >= count_q[:, None], torch.inf)
-        bound_qP = bound_qP.sort(1).values[:, int(direction.same_rows) :].contiguous()
-        score_qG.numpy().sort(axis=1)  # ten times torch's speed
-        at_least_qP = len(gallery) - torch.searchsorted(score_qG, bound_qP)
-        measures.append(_measures(bound_qP[None], at_least_qP[None], count_q - int(direction.same_rows)))
-    return torch.cat(measures)
+        threshold_qP = score_qG.gather(1, column_qP).masked_fill(torch.arange(most) >= count_q[:, None], torch.inf)
+        threshold_qP = threshold_qP.sort(1).values[:, int(direction.same_rows) :].contiguous()
+        score_qG.numpy().sort(axis=1)  # ten times as fast as torch's sort
+        at_least_qP = len(gallery) - torch.searchsorted(score_qG, threshold_qP)
+        metrics.append(_metrics(threshold_qP[None], at_least_qP[None], count_q - int(direction.same_rows)))
+    return torch.cat(metrics)
 
 
 def nearest(
     query_QD: Tensor, gallery_GD: Tensor, dim: int, k: int, *, same_rows: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The k gallery rows that score highest for each query at one dim, the best first, and their cosines: (Q, k) each.
+    """The k gallery rows with the highest cosine for each query at one dim, best first, and the cosines: (Q, k) each.
 
-    Of equal scores the lower row comes first. With `same_rows` query i is gallery row i, and is left out of its own.
+    Equal scores are ordered by row. With `same_rows`, query i is gallery row i and is left out of its own gallery.
     """
     check_dims([dim], query_QD.shape[1])
     k = min(k, len(gallery_GD) - same_rows)
     device = comm.world().device
     chunk = max(1, _CHUNK_ELEMENTS // len(gallery_GD))
-    gallery_Gd = cut(gallery_GD.to(device), dim)
-    found = [torch.zeros(0, k, dtype=torch.int64)]
-    scores = [gallery_Gd.new_zeros(0, k).cpu()]
+    gallery_Gd = truncate(gallery_GD.to(device), dim)
+    rows_of_chunks = [torch.zeros(0, k, dtype=torch.int64)]
+    scores_of_chunks = [gallery_Gd.new_zeros(0, k).cpu()]
     with exact_products(device):
         for start in range(0, len(query_QD), chunk):
-            rows = torch.arange(start, min(start + chunk, len(query_QD)))
-            score_qG = cut(query_QD[rows].to(device), dim) @ gallery_Gd.T
+            query_q = torch.arange(start, min(start + chunk, len(query_QD)))
+            score_qG = truncate(query_QD[query_q].to(device), dim) @ gallery_Gd.T
             if same_rows:
-                score_qG[torch.arange(len(rows)), rows] = -torch.inf
-            # All that reach the k-th score, ties among them, and of these the first k by score, then by row.
-            least_q1 = score_qG.topk(k, dim=1).values[:, -1:]
-            query_c, row_c = (x.cpu().numpy() for x in (score_qG >= least_q1).nonzero(as_tuple=True))
-            value_c = score_qG.cpu().numpy()[query_c, row_c]
-            order_c = np.lexsort((row_c, -value_c, query_c))
-            first_q = np.searchsorted(query_c, np.arange(len(rows)))
-            chosen = torch.from_numpy(order_c[first_q[:, None] + np.arange(k)])
-            found.append(torch.from_numpy(row_c)[chosen])
-            scores.append(torch.from_numpy(value_c)[chosen])
-    return torch.cat(found), torch.cat(scores)
+                score_qG[torch.arange(len(query_q)), query_q] = -torch.inf
+            rows_qk, scores_qk = top_k(score_qG.cpu().numpy(), k)
+            rows_of_chunks.append(torch.from_numpy(rows_qk))
+            scores_of_chunks.append(torch.from_numpy(scores_qk))
+    return torch.cat(rows_of_chunks), torch.cat(scores_of_chunks)
+
+
+def top_k(score_qG: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of the k highest scores of each row, best first, ties by column, and the scores: (q, k) each."""
+    k = min(k, score_qG.shape[1])
+    if not k:
+        return np.zeros((len(score_qG), 0), np.int64), score_qG[:, :0]
+    # Candidates: all that reach the k-th score, so that ties at the end are decided by column as well.
+    kth_q1 = np.partition(score_qG, -k, axis=1)[:, -k, None]
+    query_c, column_c = np.divmod(np.flatnonzero(score_qG >= kth_q1), score_qG.shape[1])
+    score_c = score_qG[query_c, column_c]
+    order_c = np.lexsort((column_c, -score_c, query_c))
+    first_q = np.searchsorted(query_c, np.arange(len(score_qG)))
+    chosen_qk = order_c[first_q[:, None] + np.arange(k)]
+    return column_c[chosen_qk], score_c[chosen_qk]

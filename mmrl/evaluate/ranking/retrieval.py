@@ -1,6 +1,6 @@
-"""Cross-modal retrieval at every dim: exact, deterministic, from two matrices of embeddings.
+"""Cross-modal retrieval metrics at every dim, exact and deterministic, from two matrices of embeddings.
 
-Shapes: N images, M texts, D the embedding's width; Q queries and G gallery rows of one direction.
+Shapes: N images, M texts, D the embedding's width; Q queries and G gallery rows of one direction; u distinct values.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from mmrl.errors import InputError
+from mmrl.evaluate.directions import CROSS_MODAL
 from mmrl.evaluate.ranking.ranks import KS, OnRows, PerQuery, Scores, rank_both
 from mmrl.nesting import check_dims
 
 Array = torch.Tensor | np.ndarray
 
-# Beyond this a float32 square is not finite.
-_LARGEST = 1e18
+# The square of a larger value overflows float32.
+_MAX_VALUE = 1e18
 
 
 def retrieval(
@@ -32,29 +33,30 @@ def retrieval(
     on_rows: OnRows | None = None,
     over_ranks: bool = False,
 ) -> dict[int, dict[str, Scores]]:
-    """Image->text and text->image scores of the renormalised prefix at each of `dims`.
+    """Image→text and text→image scores of the renormalised prefix at each of `dims`.
 
-    Who is whose positive: text m of image image_of_text_M[m]; or, with the two group arrays, all of equal group; or,
-    with neither, row i of row i.
+    Positives: text m and image image_of_text_M[m]; or, with the two group arrays, all rows of equal group (-1 is no
+    group); or, with neither, row i and row i.
 
-    A positive's rank is 1 + the number of non-positives that score as high or higher. R@K: the share of queries that
-    have a positive at rank <= K (each text is a query of its own; an image hits with any of its texts). mAP, mAP@R
-    (within the first R places, R the query's number of positives) and nDCG@10 count every positive, each at its place
-    among all; MRR, median_rank and mean_rank are of the best one. Queries without a positive are left out.
+    The rank of a positive is 1 + the number of non-positives that score at least as high. R@K is the share of queries
+    with a positive at rank <= K (each text is a query; an image hits with any of its texts). mAP, mAP@R (within the
+    first R ranks, R the query's number of positives) and nDCG@10 use the ranks of all positives; MRR, median_rank and
+    mean_rank that of the best one. Queries without a positive are left out.
 
     Args:
-        folds: the images are cut into so many equal runs of neighbours, each searched among its own texts alone, and
-            the scores are the mean over them: COCO's "1K" is 5,000 images with folds=5.
-        on_rows: told numbers of rows that add up to N + M, for a progress bar.
-        over_ranks: all processes call this, with the same arguments, and divide the work; each has the whole answer.
+        folds: the images are divided into this many equal runs of consecutive rows. Each is searched among its own
+            texts only, and the scores are averaged: COCO's "1K" is 5,000 images with folds=5.
+        on_rows: called with numbers of rows that add up to N + M, for a progress bar.
+        over_ranks: divide the work over all processes. All of them must call this with the same arguments; each gets
+            the whole result.
 
     Returns: {dim: {"image_to_text": {"R@1": …, "mAP": …, "nDCG@10": …, "median_rank": …}, "text_to_image": {…}}};
     shares in 0..1, ranks from 1.
 
     Raises:
-        InputError: shapes that do not match, numbers that are not finite, dims out of range, nothing to retrieve.
+        InputError: shapes that do not match, values that are not finite, dims out of range, nothing to retrieve.
     """
-    image_ND, text_MD = checked("image_ND", image_ND), checked("text_MD", text_MD)
+    image_ND, text_MD = check_embeddings("image_ND", image_ND), check_embeddings("text_MD", text_MD)
     if image_ND.shape[1] != text_MD.shape[1]:
         raise InputError(f"image_ND, text_MD: widths {image_ND.shape[1]} and {text_MD.shape[1]} differ.")
     dtype = torch.promote_types(image_ND.dtype, text_MD.dtype)
@@ -62,8 +64,8 @@ def retrieval(
     dims = list(dims) if dims is not None else [image_ND.shape[1]]
     check_dims(dims, image_ND.shape[1])
     check_ks(ks)
-    image_group, text_group = positives(len(image_ND), len(text_MD), image_of_text_M, image_group_N, text_group_M)
-    parts = []
+    image_group, text_group = positive_groups(len(image_ND), len(text_MD), image_of_text_M, image_group_N, text_group_M)
+    scores_of_folds = []
     for image_n, text_m in fold_rows(image_group, text_group, folds):
         both = rank_both(
             image_ND[image_n],
@@ -74,34 +76,34 @@ def retrieval(
             on_rows=on_rows,
             over_ranks=over_ranks,
         )
-        parts.append(of_directions({"image_to_text": both[0], "text_to_image": both[1]}, ks))
-    return mean_of(parts)
+        scores_of_folds.append(scores_by_dim(dict(zip(CROSS_MODAL, both, strict=True)), ks))
+    return mean_over_folds(scores_of_folds)
 
 
-def of_directions(per_query: dict[str, dict[int, PerQuery]], ks: Sequence[int]) -> dict[int, dict[str, Scores]]:
+def scores_by_dim(per_query: dict[str, dict[int, PerQuery]], ks: Sequence[int]) -> dict[int, dict[str, Scores]]:
     """{direction: {dim: …}} -> {dim: {direction: scores}}, from the widest dim."""
     dims = sorted({dim for by_dim in per_query.values() for dim in by_dim}, reverse=True)
-    return {dim: {way: by_dim[dim].scores(ks) for way, by_dim in per_query.items()} for dim in dims}
+    return {dim: {direction: by_dim[dim].scores(ks) for direction, by_dim in per_query.items()} for dim in dims}
 
 
-def mean_of(parts: Sequence[dict[int, dict[str, Scores]]]) -> dict[int, dict[str, Scores]]:
-    """The mean of each score over folds."""
+def mean_over_folds(folds: Sequence[dict[int, dict[str, Scores]]]) -> dict[int, dict[str, Scores]]:
+    """The mean of each score over the folds."""
     return {
         dim: {
-            way: {name: float(np.mean([part[dim][way][name] for part in parts])) for name in scores}
-            for way, scores in ways.items()
+            direction: {name: float(np.mean([fold[dim][direction][name] for fold in folds])) for name in scores}
+            for direction, scores in directions.items()
         }
-        for dim, ways in parts[0].items()
+        for dim, directions in folds[0].items()
     }
 
 
 def fold_rows(
     image_group_N: torch.Tensor, text_group_M: torch.Tensor, folds: int
 ) -> list[tuple[slice | torch.Tensor, slice | torch.Tensor]]:
-    """The images and the texts of each fold: the texts that have a positive among its images.
+    """The rows of the images of each fold, and of the texts that have a positive among them.
 
     Raises:
-        InputError: the images cannot be divided so.
+        InputError: the number of images is not divisible by `folds`.
     """
     if folds == 1:
         return [(slice(None), slice(None))]
@@ -113,19 +115,19 @@ def fold_rows(
 
 
 def check_ks(ks: Sequence[int]) -> None:
-    """Raises InputError unless the K of each recall@K is a whole number from 1."""
+    """Raises InputError unless the K of recall@K are distinct whole numbers >= 1."""
     if not ks or any(k != int(k) or k < 1 for k in ks) or len(set(ks)) != len(ks):
         raise InputError(f"ks: {list(ks)}; give distinct whole numbers from 1, such as 1,5,10.")
 
 
-def positives(
+def positive_groups(
     num_images: int,
     num_texts: int,
     image_of_text_M: Array | None = None,
     image_group_N: Array | None = None,
     text_group_M: Array | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The three ways of naming positives as one: int64 (N,) and (M,), equal where a pair is positive.
+    """Groups of images and texts, int64 (N,) and (M,), equal where a pair is positive; the arguments are `retrieval`'s.
 
     Raises:
         InputError: lengths that do not match, an image that does not exist, only one of the two groups.
@@ -144,46 +146,45 @@ def positives(
         raise InputError(
             f"groups: {len(image_group_N)} and {len(text_group_M)} for {num_images} images and {num_texts} texts."
         )
-    return _apart(image_group_N.long(), -2), _apart(text_group_M.long(), -2 - num_images)
+    return fill_missing_groups(image_group_N.long()), fill_missing_groups(text_group_M.long(), num_images)
 
 
-def _apart(group_N: torch.Tensor, first: int) -> torch.Tensor:
-    """Gives each row of group -1, which is none, a number of its own: first, first - 1, …"""
-    none = group_N == -1
-    return torch.where(none, first - torch.arange(len(group_N)), group_N)
+def fill_missing_groups(group_N: torch.Tensor, used: int = 0) -> torch.Tensor:
+    """Replaces each -1 (no group) by a group that no other row has: row n gets -2 - used - n."""
+    return torch.where(group_N == -1, -2 - used - torch.arange(len(group_N)), group_N)
 
 
-def checked(name: str, matrix: Array) -> torch.Tensor:
-    """A matrix of embeddings as a tensor.
+def check_embeddings(name: str, matrix: Array) -> torch.Tensor:
+    """A matrix of embeddings as a floating-point tensor.
 
     Raises:
-        InputError: no rows, or numbers that are not finite, or too large for their squares to be.
+        InputError: no rows, or values that are not finite or whose squares would not be.
     """
     matrix = torch.as_tensor(matrix)
     if not matrix.is_floating_point():
         matrix = matrix.float()
     if matrix.ndim != 2 or not matrix.numel():
-        raise InputError(f"{name}: shape {tuple(matrix.shape)}; want (rows, D) with at least one row.")
-    # Of the least and the greatest a NaN is one, and no copy is made.
+        raise InputError(f"{name}: shape {tuple(matrix.shape)}; expected (rows, D) with at least one row.")
+    # aminmax propagates NaN, and copies nothing.
     least, most = matrix.aminmax()
     if not (torch.isfinite(least) and torch.isfinite(most)):
-        raise InputError(f"{name}: holds numbers that are not finite; the model or its input is broken.")
-    if max(-least, most) > _LARGEST:
-        raise InputError(f"{name}: holds numbers beyond {_LARGEST:g}, whose squares overflow; scale the embeddings.")
+        raise InputError(f"{name}: contains values that are not finite; check the model and its input.")
+    if max(-least, most) > _MAX_VALUE:
+        raise InputError(f"{name}: contains values beyond {_MAX_VALUE:g}, whose squares overflow; scale them down.")
     return matrix
 
 
 def chance(
     query_group_Q: torch.Tensor, gallery_group_G: torch.Tensor, ks: Sequence[int], same_rows: bool = False
 ) -> Scores:
-    """Expected R@K of a random order: 1 - C(G - P, K) / C(G, K) for a query with P positives among G. With `same_rows`
-    a query is left out of its own gallery."""
-    values, place = gallery_group_G.unique(return_inverse=True)
-    count = torch.cat([place.bincount(minlength=len(values)), torch.zeros(1, dtype=torch.int64)])
-    found_Q = torch.searchsorted(values, query_group_Q).clamp_max(len(values) - 1)
-    positives = count[torch.where(values[found_Q] == query_group_Q, found_Q, len(values))] - int(same_rows)
-    # Few counts of positives differ, so that K as large as the gallery costs little.
-    count_u, queries_u = positives[positives > 0].unique(return_counts=True)
+    """Expected R@K of a random ranking: 1 - C(G - P, K) / C(G, K) for a query with P positives among G, averaged over
+    the queries that have any. With `same_rows`, a query is left out of its own gallery."""
+    groups, index_G = gallery_group_G.unique(return_inverse=True)
+    count = torch.cat([index_G.bincount(minlength=len(groups)), torch.zeros(1, dtype=torch.int64)])
+    index_Q = torch.searchsorted(groups, query_group_Q).clamp_max(len(groups) - 1)
+    positives_Q = count[torch.where(groups[index_Q] == query_group_Q, index_Q, len(groups))] - int(same_rows)
+    # Computed once per distinct number of positives: cheap even if K is as large as the gallery.
+    count_u, queries_u = positives_Q[positives_Q > 0].unique(return_counts=True)
     total = len(gallery_group_G) - int(same_rows)
     scores = {}
     for k in ks:
@@ -194,5 +195,5 @@ def chance(
 
 
 def as_json(scores: dict[int, dict[str, Scores]]) -> dict[str, Any]:
-    """The same with string keys, as retrieval.json has it."""
+    """The scores with string keys, as in retrieval.json."""
     return {str(dim): directions for dim, directions in scores.items()}

@@ -1,4 +1,5 @@
-"""`mmrl compare`: runs side by side, from what their evaluations left: retrieval.json and single queries' ranks."""
+"""`mmrl compare`: tables of several evaluated runs, with paired differences, from retrieval.json and
+ranks.safetensors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,20 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl.errors import InputError
-from mmrl.evaluate.analysis.bootstrap import Bootstrap
-from mmrl.evaluate.analysis.task import DIRECTIONS
+from mmrl.evaluate.analysis.bootstrap import RESAMPLES, Bootstrap
+from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 from mmrl.evaluate.ranking.ranks import is_better_lower
-from mmrl.evaluate.report import plots, stored_ranks
-from mmrl.evaluate.report.html import figure, frame, points, score, table
-from mmrl.evaluate.report.plots import Curve
+from mmrl.evaluate.report.html import format_points, format_score, html_figure, html_page, html_table
+from mmrl.evaluate.report.plots import Curve, recall_by_dim
+from mmrl.evaluate.report.stored_ranks import StoredRanks, read_ranks
+from mmrl.evaluate.report.tables import markdown_table
+from mmrl.output.files import write_atomic
 
 _COLOURS = ("model", "pca", "other", "best_dims", "other_pca", "random_dims")
-METRICS = ("R@1", "R@10")
+DEFAULT_METRICS = ("R@1", "R@10")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run's evaluation."""
+class EvaluatedRun:
+    """The evaluation of one run."""
 
     name: str
     folder: Path
@@ -34,30 +37,30 @@ class Run:
 
     @property
     def sets(self) -> Mapping[str, Any]:
-        """{set: its part of retrieval.json}"""
+        """{set: its entry in retrieval.json}"""
         return self.result["sets"]
 
     def retrieves(self, set_name: str) -> bool:
-        """Whether a set was scored in both directions between pictures and texts."""
-        return set(DIRECTIONS) <= set(next(iter(self.sets[set_name]["dims"].values())))
+        """Whether a set was scored in both cross-modal directions."""
+        return set(CROSS_MODAL) <= set(next(iter(self.sets[set_name]["dims"].values())))
 
     @cached_property
-    def ranks(self) -> dict[str, tuple[str, dict[str, stored_ranks.StoredRanks]]]:
-        """What is kept of single queries; empty where nothing is."""
-        return stored_ranks.read(self.folder / "report")
+    def ranks(self) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
+        """{set: (digest, {direction: ranks})}; empty if none are stored."""
+        return read_ranks(self.folder / "report")
 
 
-def compare(
-    runs: Sequence[Path], metrics: Sequence[str] = METRICS, out: Path | None = None, quiet: bool = False
+def compare_runs(
+    runs: Sequence[Path], metrics: Sequence[str] = DEFAULT_METRICS, out: Path | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Shows the runs' scores on the sets that all of them have, and each run's lead over the first, query by query.
+    """Prints the scores of the runs on their common sets, and each run's paired difference to the first run.
 
-    Returns: {"runs": [name, …], "sets": {set: {direction: {dim: {metric: {run: cell}}}}}}, a cell with "value", "low",
-        "high", "lead" and "p". A run that does not have the dim is left out, and all but "value" where queries cannot
-        be paired.
+    Returns: {"runs": [name, …], "sets": {set: {direction: {dim: {metric: {run: cell}}}}}}. A cell has "value" and, if
+        queries can be paired, "low", "high", "lead" (the difference to the first run) and "p". Runs without the dim are
+        left out.
 
     Raises:
-        InputError: fewer than two runs, a folder without scores, no set or no dim in common, an unknown metric.
+        InputError: fewer than two runs, a folder without scores, no set in common, an unknown metric.
     """
     opened = _open(runs)
     first = opened[0]
@@ -66,13 +69,16 @@ def compare(
         have = "; ".join(f"{run.name}: {', '.join(run.sets)}" for run in opened)
         raise InputError(f"compare: the runs have no set in common ({have}); evaluate them on the same sets.")
     _check_metrics(first, common[0], metrics)
-    result = {"runs": [run.name for run in opened], "sets": {name: _of_set(opened, name, metrics) for name in common}}
+    result = {
+        "runs": [run.name for run in opened],
+        "sets": {name: _compare_set(opened, name, metrics) for name in common},
+    }
     console = Console(quiet=quiet)
     for set_name in common:
-        for direction in DIRECTIONS:
+        for direction in CROSS_MODAL:
             by_dim = result["sets"][set_name][direction]
             for metric in metrics:
-                console.print(_screen(by_dim, opened, f"{set_name}, {DIRECTIONS[direction]}", metric))
+                console.print(_terminal_table(by_dim, opened, f"{set_name}, {ARROWS[direction]}", metric))
     unpaired = [name for name in common if not _all_paired(opened, name)]
     for name in unpaired:
         console.print(f"{name}: {_why_unpaired(opened, name)}", highlight=False, soft_wrap=True)
@@ -82,14 +88,14 @@ def compare(
     return result
 
 
-def _open(folders: Sequence[Path]) -> list[Run]:
+def _open(folders: Sequence[Path]) -> list[EvaluatedRun]:
     if len(folders) < 2:
-        raise InputError("compare: give at least two runs, or folders that mmrl eval --out wrote.")
+        raise InputError("compare: give at least two run folders, or folders written by mmrl eval --out.")
     resolved = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, resolved, strict=True):
         if resolved.count(path) > 1:
             raise InputError(f"compare: {folder} is given twice.")
-    # The last part of a path, or as many more as tell the runs apart.
+    # Names: the last component of each path, or as many as make them distinct.
     depth = next(n for n in range(1, 100) if len({path.parts[-n:] for path in resolved}) == len(resolved))
     runs = []
     for folder, path in zip(folders, resolved, strict=True):
@@ -103,24 +109,24 @@ def _open(folders: Sequence[Path]) -> list[Run]:
         except ValueError as error:
             raise InputError(f"compare: {file} is not JSON ({error}); evaluate the run again.") from None
         if "sets" not in result:
-            raise InputError(f"compare: {file} names no sets; evaluate the run again with this mmrl.")
-        runs.append(Run("/".join(path.parts[-depth:]), path, result))
+            raise InputError(f'compare: {file} has no "sets" (old format); evaluate the run again.')
+        runs.append(EvaluatedRun("/".join(path.parts[-depth:]), path, result))
     return runs
 
 
-def _check_metrics(run: Run, set_name: str, metrics: Sequence[str]) -> None:
+def _check_metrics(run: EvaluatedRun, set_name: str, metrics: Sequence[str]) -> None:
     known = next(iter(run.sets[set_name]["dims"].values()))["text_to_image"]
     for metric in metrics:
         if metric not in known:
             raise InputError(f"metric: {metric!r} is not among the scores of {run.folder}: {', '.join(known)}.")
 
 
-def _of_set(runs: Sequence[Run], set_name: str, metrics: Sequence[str]) -> dict[str, Any]:
+def _compare_set(runs: Sequence[EvaluatedRun], set_name: str, metrics: Sequence[str]) -> dict[str, Any]:
     """{direction: {dim: {metric: {run: {…}}}}}, the widest dim first."""
     dims = sorted({int(dim) for run in runs for dim in run.sets[set_name]["dims"]}, reverse=True)
     found: dict[str, Any] = {}
-    for direction in DIRECTIONS:
-        pairs = _pairs(runs, set_name, direction)
+    for direction in CROSS_MODAL:
+        pairs = _paired_ranks(runs, set_name, direction)
         found[direction] = {}
         for dim in dims:
             found[direction][str(dim)] = {
@@ -130,7 +136,7 @@ def _of_set(runs: Sequence[Run], set_name: str, metrics: Sequence[str]) -> dict[
 
 
 def _cells(
-    runs: Sequence[Run], set_name: str, direction: str, dim: int, metric: str, pairs: "_Pairs | None"
+    runs: Sequence[EvaluatedRun], set_name: str, direction: str, dim: int, metric: str, pairs: "_PairedRanks | None"
 ) -> dict[str, Any]:
     cells = {}
     for run in runs:
@@ -139,73 +145,74 @@ def _cells(
             continue
         cells[run.name] = {"value": scores[direction][metric]}
         if pairs and run is not runs[0]:
-            cells[run.name] |= pairs.lead(run.name, dim, metric)
+            cells[run.name] |= pairs.difference(run.name, dim, metric)
         if pairs:
             cells[run.name] |= pairs.interval(run.name, dim, metric)
     return cells
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """The same queries of several runs."""
+class _PairedRanks:
+    """The ranks of the same queries in several runs."""
 
     first: str
-    ranks: Mapping[str, stored_ranks.StoredRanks]
+    ranks: Mapping[str, StoredRanks]
     bootstrap: Bootstrap
 
-    def lead(self, name: str, dim: int, metric: str) -> dict[str, Any]:
-        """By how much a run is ahead of the first, with its interval and p; empty where that cannot be said."""
-        own, other = self.ranks[name].rank_of.get(dim), self.ranks[self.first].rank_of.get(dim)
-        if own is None or other is None or not metric.startswith("R@"):
+    def difference(self, name: str, dim: int, metric: str) -> dict[str, Any]:
+        """A run's paired difference to the first run, with interval and p-value; empty if the metric is not recall or a
+        run lacks the dim."""
+        rank_Q, first_rank_Q = self.ranks[name].rank_of.get(dim), self.ranks[self.first].rank_of.get(dim)
+        if rank_Q is None or first_rank_Q is None or not metric.startswith("R@"):
             return {}
         k = int(metric[2:])
-        own_Q, other_Q = (own <= k).double(), (other <= k).double()
-        lead = self.bootstrap.difference(own_Q, other_Q)
-        return {"lead": lead.as_json(), "p": self.bootstrap.paired_p(own_Q, other_Q)}
+        hit_Q, first_hit_Q = (rank_Q <= k).double(), (first_rank_Q <= k).double()
+        difference = self.bootstrap.difference(hit_Q, first_hit_Q)
+        return {"lead": difference.as_json(), "p": self.bootstrap.paired_p(hit_Q, first_hit_Q)}
 
     def interval(self, name: str, dim: int, metric: str) -> dict[str, Any]:
-        """A run's own interval; empty where that cannot be said."""
-        own = self.ranks[name].rank_of.get(dim)
-        if own is None or not metric.startswith("R@"):
+        """The interval of a run's score; empty if the metric is not recall or the run lacks the dim."""
+        rank_Q = self.ranks[name].rank_of.get(dim)
+        if rank_Q is None or not metric.startswith("R@"):
             return {}
-        interval = self.bootstrap.intervals((own <= int(metric[2:])).double()[:, None])[0]
+        interval = self.bootstrap.intervals((rank_Q <= int(metric[2:])).double()[:, None])[0]
         return {"low": interval.low, "high": interval.high}
 
 
-def _all_paired(runs: Sequence[Run], set_name: str) -> bool:
+def _all_paired(runs: Sequence[EvaluatedRun], set_name: str) -> bool:
     return all(set_name in run.ranks for run in runs) and len({run.ranks[set_name][0] for run in runs}) == 1
 
 
-def _why_unpaired(runs: Sequence[Run], set_name: str) -> str:
+def _why_unpaired(runs: Sequence[EvaluatedRun], set_name: str) -> str:
     without = [run.name for run in runs if set_name not in run.ranks]
     if without:
-        return f"no intervals, since {', '.join(without)} kept no ranks of single queries; mmrl eval --out keeps them."
-    return "no intervals, since the runs were not evaluated on the same samples and captions."
+        return f"no intervals: {', '.join(without)} has no stored ranks; mmrl eval --out stores them."
+    return "no intervals: the runs were not evaluated on the same samples and captions."
 
 
-def _pairs(runs: Sequence[Run], set_name: str, direction: str) -> _Pairs | None:
+def _paired_ranks(runs: Sequence[EvaluatedRun], set_name: str, direction: str) -> _PairedRanks | None:
     if not _all_paired(runs, set_name):
         return None
     ranks = {run.name: run.ranks[set_name][1][direction] for run in runs}
     first = ranks[runs[0].name]
     if any(not torch.equal(one.query_Q, first.query_Q) for one in ranks.values()):
         return None
-    return _Pairs(runs[0].name, ranks, Bootstrap(first.item_Q))
+    return _PairedRanks(runs[0].name, ranks, Bootstrap(first.item_Q))
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """One run at one dim, as it is shown."""
+    """One run's formatted score at one dim."""
 
     value: str = ""
-    lead: tuple[str, str, str] | None = None
-    """Over the first run, in points: value, low, high."""
+    difference: tuple[str, str, str] | None = None
+    """To the first run, in points: value, low, high."""
     tone: str = ""
-    """better or worse where that is more than chance."""
+    """"better" or "worse" if p < 0.05."""
 
 
-def _rows(by_dim: Mapping[str, Any], runs: Sequence[Run], metric: str) -> list[tuple[str, list[_Cell]]]:
-    """What the screen, the page and Markdown show alike: a dim and the runs' cells."""
+def _rows(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> list[tuple[str, list[_Cell]]]:
+    """(dim, one cell per run), for the terminal, the page and Markdown."""
     rows = []
     for dim, scores in by_dim.items():
         cells = []
@@ -214,16 +221,17 @@ def _rows(by_dim: Mapping[str, Any], runs: Sequence[Run], metric: str) -> list[t
             if cell is None:
                 cells.append(_Cell())
             elif "lead" not in cell:
-                cells.append(_Cell(score(cell["value"], metric)))
+                cells.append(_Cell(format_score(cell["value"], metric)))
             else:
-                value, low, high = (cell["lead"][part] for part in ("value", "low", "high"))
+                value, low, high = (cell["lead"][key] for key in ("value", "low", "high"))
                 tone = "" if cell["p"] >= 0.05 else "better" if value > 0 else "worse"
-                cells.append(_Cell(score(cell["value"], metric), (points(value), points(low), points(high)), tone))
+                difference = (format_points(value), format_points(low), format_points(high))
+                cells.append(_Cell(format_score(cell["value"], metric), difference, tone))
         rows.append((dim, cells))
     return rows
 
 
-def _screen(by_dim: Mapping[str, Any], runs: Sequence[Run], title: str, metric: str) -> Table:
+def _terminal_table(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], title: str, metric: str) -> Table:
     shown = Table(title=f"{title} {metric}{', %' if _is_share(metric) else ''}")
     shown.add_column("dim", justify="right")
     for run in runs:
@@ -231,72 +239,73 @@ def _screen(by_dim: Mapping[str, Any], runs: Sequence[Run], title: str, metric: 
     rows = _rows(by_dim, runs, metric)
     for dim, cells in rows:
         shown.add_row(dim, *(_as_text(cell) + ("*" if cell.tone else "") for cell in cells))
-    if any(cell.lead for _, cells in rows for cell in cells):
-        shown.caption = "in brackets the lead over the first in points, with its 95 % interval; * where p < 0.05"
+    if any(cell.difference for _, cells in rows for cell in cells):
+        shown.caption = "in brackets: difference to the first run in points, with its 95 % interval; * where p < 0.05"
     return shown
 
 
-def _markdown(by_dim: Mapping[str, Any], runs: Sequence[Run], metric: str) -> str:
-    lines = [["dim", *(run.name for run in runs)], ["---:"] * (1 + len(runs))]
-    lines += [[dim, *map(_as_text, cells)] for dim, cells in _rows(by_dim, runs, metric)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _markdown(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> str:
+    header = [["dim", *(run.name for run in runs)], ["---:"] * (1 + len(runs))]
+    return markdown_table(header + [[dim, *map(_as_text, cells)] for dim, cells in _rows(by_dim, runs, metric)])
 
 
 def _as_text(cell: _Cell) -> str:
-    return cell.value + (" ({}; {} to {})".format(*cell.lead) if cell.lead else "")
+    return cell.value + (" ({}; {} to {})".format(*cell.difference) if cell.difference else "")
 
 
-def _write(out: Path, runs: Sequence[Run], result: Mapping[str, Any], metrics: Sequence[str]) -> Path:
-    """OUT/index.html, compare.md and compare.json; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
+def _write(out: Path, runs: Sequence[EvaluatedRun], result: Mapping[str, Any], metrics: Sequence[str]) -> Path:
+    """Writes OUT/index.html, compare.md and compare.json; returns the page's path."""
+    write_atomic(out / "compare.json", json.dumps(result, indent=2) + "\n")
     title = " · ".join(run.name for run in runs)
     sections, text = [], [f"# {title}"]
     for set_name in result["sets"]:
         cards = []
         text.append(f"## {set_name}")
-        for direction, name in DIRECTIONS.items():
+        for direction in CROSS_MODAL:
             by_dim = result["sets"][set_name][direction]
             for metric in metrics:
                 cards.append(_card(by_dim, runs, f"{set_name}-{direction}", direction, metric))
-                text.append(f"{name}, {metric}\n\n{_markdown(by_dim, runs, metric)}")
+                text.append(f"{ARROWS[direction]}, {metric}\n\n{_markdown(by_dim, runs, metric)}")
         why = "" if _all_paired(runs, set_name) else f'<p class="note">{escape(_why_unpaired(runs, set_name))}</p>'
         sections.append(
             f'<section class="set"><h2>{escape(set_name)}</h2>{why}<div class="grid">{"".join(cards)}</div></section>'
         )
     listed = "".join(f"<dt>{escape(run.name)}</dt><dd>{escape(str(run.folder))}</dd>" for run in runs)
     method = (
-        f'<h2>The runs</h2><div class="card"><dl>{listed}</dl><p class="note">Small numbers: the lead over '
-        f"{escape(runs[0].name)} in points and its 95 % interval, over the same queries, by 2,000 resamples of items. "
-        "Coloured where a paired sign-flip test gives p &lt; 0.05, not corrected for the number of comparisons. They "
-        "tell of other queries like these, not of another training with another seed.</p></div>"
+        f'<h2>Runs</h2><div class="card"><dl>{listed}</dl><p class="note">Small print: the difference to '
+        f"{escape(runs[0].name)} in points with its 95 % interval, paired by query, from {RESAMPLES:,} resamples of "
+        "items. Coloured where a paired sign-flip test gives p &lt; 0.05, not corrected for the number of comparisons. "
+        "The intervals cover the choice of queries, not the variation between training runs with different "
+        "seeds.</p></div>"
     )
-    (out / "compare.md").write_text("\n\n".join(text) + "\n")
+    write_atomic(out / "compare.md", "\n\n".join(text) + "\n")
     page = out / "index.html"
-    page.write_text(frame(title, "", "".join(sections) + method), encoding="utf-8")
+    write_atomic(page, html_page(title, "", "".join(sections) + method))
     return page
 
 
-def _card(by_dim: Mapping[str, Any], runs: Sequence[Run], name: str, direction: str, metric: str) -> str:
-    picture = ""
+def _card(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], name: str, direction: str, metric: str) -> str:
+    plot = ""
     if _is_share(metric):
         curves = []
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             cells = {dim: scores[metric][run.name] for dim, scores in by_dim.items() if run.name in scores[metric]}
             values = {dim: {"low": cell["value"], "high": cell["value"], **cell} for dim, cell in cells.items()}
-            curves.append(Curve(run.name, _COLOURS[place % len(_COLOURS)], values, dashed=place >= len(_COLOURS)))
-        svg = plots.recall_by_dim(curves, None, metric, name=f"compare-{name}-{metric}", legend=True)
-        picture = figure(svg, f"{metric} of each run by dim; the table below has the numbers")
+            curves.append(Curve(run.name, _COLOURS[index % len(_COLOURS)], values, dashed=index >= len(_COLOURS)))
+        svg = recall_by_dim(curves, None, metric, name=f"compare-{name}-{metric}", legend=True)
+        plot = html_figure(svg, f"{metric} of each run by dim; the values are in the table below")
     rows = []
     for dim, cells in _rows(by_dim, runs, metric):
-        row = [cell.value if cell.lead is None else _with_lead(cell.value, cell.lead, cell.tone) for cell in cells]
-        rows.append([dim, *row])
+        rows.append([dim, *map(_as_html, cells)])
     header = ["dim", *(escape(run.name) for run in runs)]
-    return f'<div class="card picture"><h4>{DIRECTIONS[direction]}, {metric}</h4>{picture}{table(header, rows)}</div>'
+    return f'<div class="card plot"><h4>{ARROWS[direction]}, {metric}</h4>{plot}{html_table(header, rows)}</div>'
 
 
-def _with_lead(value: str, lead: tuple[str, str, str], tone: str) -> str:
-    return f'{value}<small><span class="{tone}">{lead[0]}</span>; {lead[1]} to {lead[2]}</small>'
+def _as_html(cell: _Cell) -> str:
+    if cell.difference is None:
+        return cell.value
+    value, low, high = cell.difference
+    return f'{cell.value}<small><span class="{cell.tone}">{value}</span>; {low} to {high}</small>'
 
 
 def _is_share(metric: str) -> bool:

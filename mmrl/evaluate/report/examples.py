@@ -1,6 +1,6 @@
-"""Queries to look at: what the full vector finds beside what a short one finds, hits and misses.
+"""Example queries for the page: the first results at the full dim and at a short one, hits and misses.
 
-Shapes: Q queries that have an answer.
+Shapes: Q queries that have a positive.
 """
 
 import base64
@@ -13,104 +13,105 @@ from PIL import Image
 from torch import Tensor
 
 from mmrl.data.samples import BadSample
-from mmrl.data.sequential import PictureReader
+from mmrl.data.sequential import ImageReader
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.ranking.ranks import nearest
 from mmrl.evaluate.sets import Embedded
-from mmrl.images.decode import to_picture
+from mmrl.images.decode import to_pil
 
 SHOWN = 5
-_SIDE, _QUALITY = 112, 78
-# How many of each kind; drawn at random, always the same.
-_KINDS = {"found by both": 2, "lost by the short one": 3, "found by the short one alone": 1, "missed by both": 2}
+_THUMBNAIL_SIDE, _QUALITY = 112, 78
+# Number of examples of each kind.
+_KINDS = {"found at both dims": 2, "lost at the short dim": 3, "gained at the short dim": 1, "missed at both dims": 2}
 
 
 @dataclass(frozen=True)
-class Found:
-    """One picture in an answer."""
+class RankedImage:
+    """One image of a result list."""
 
     row: int
     score: float
-    is_right: bool
+    is_positive: bool
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The first pictures at one dim, and the place of the best right one."""
+class ResultList:
+    """The first images at one dim, and the rank of the best positive."""
 
     dim: int
     rank: int
-    found: list[Found]
+    images: list[RankedImage]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One query and its answers, the full vector's first."""
+    """One query with its results at the full dim and at the short dim."""
 
     kind: str
     query: str
-    answers: tuple[Answer, Answer]
+    results: tuple[ResultList, ResultList]
 
 
-def choose(
+def choose_examples(
     task: Task, captions: list[str], rank_of: Mapping[int, Tensor], query_Q: Tensor, short: int
 ) -> list[Example]:
-    """Some queries of each kind, by text among pictures.
+    """Random text→image queries of each kind, always the same.
 
     Args:
-        rank_of: {dim: rank_Q}; the greatest dim is the full vector's.
+        rank_of: {dim: rank_Q}; the largest dim is the full one.
         query_Q: the row of each of these queries in `task`.
+        short: the short dim.
     """
     full = max(rank_of)
-    wide_Q, narrow_Q = rank_of[full] <= SHOWN, rank_of[short] <= SHOWN
-    kinds = {
-        "found by both": (rank_of[full] == 1) & (rank_of[short] == 1),
-        "lost by the short one": wide_Q & ~narrow_Q,
-        "found by the short one alone": ~wide_Q & narrow_Q,
-        "missed by both": ~wide_Q & ~narrow_Q,
-    }
+    full_hit_Q, short_hit_Q = rank_of[full] <= SHOWN, rank_of[short] <= SHOWN
+    masks = (
+        (rank_of[full] == 1) & (rank_of[short] == 1),
+        full_hit_Q & ~short_hit_Q,
+        ~full_hit_Q & short_hit_Q,
+        ~full_hit_Q & ~short_hit_Q,
+    )
     order = torch.randperm(len(query_Q), generator=torch.Generator().manual_seed(0))
-    examples, asked = [], set()
-    for kind, most in _KINDS.items():
-        for place in order[kinds[kind][order]].tolist():
-            row = int(query_Q[place])
-            if captions[row] in asked:  # several samples may have one name
+    examples, seen = [], set()
+    for (kind, most), mask_Q in zip(_KINDS.items(), masks, strict=True):
+        for index in order[mask_Q[order]].tolist():
+            row = int(query_Q[index])
+            if captions[row] in seen:  # several samples may have one caption
                 continue
-            asked.add(captions[row])
-            answers = tuple(_answer(task, row, dim, int(rank_of[dim][place])) for dim in (full, short))
-            examples.append(Example(kind, captions[row], (answers[0], answers[1])))
+            seen.add(captions[row])
+            at_full, at_short = (_results(task, row, dim, int(rank_of[dim][index])) for dim in (full, short))
+            examples.append(Example(kind, captions[row], (at_full, at_short)))
             most -= 1
             if not most:
                 break
     return examples
 
 
-def _answer(task: Task, row: int, dim: int, rank: int) -> Answer:
+def _results(task: Task, row: int, dim: int, rank: int) -> ResultList:
     rows, scores = nearest(task.query_QD[row : row + 1], task.gallery_GD, dim, SHOWN)
-    wanted = task.query_group_Q[row]
-    found = [
-        Found(place, score, bool(task.gallery_group_G[place] == wanted))
-        for place, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+    group = task.query_group_Q[row]
+    images = [
+        RankedImage(image, score, bool(task.gallery_group_G[image] == group))
+        for image, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
     ]
-    return Answer(dim, rank, found)
+    return ResultList(dim, rank, images)
 
 
-def thumbnails(reader: PictureReader, embedded: Embedded, rows: Iterable[int]) -> dict[int, str]:
-    """{row: a small WebP as a data: address}. A picture that cannot be read any more is left out."""
+def thumbnails(reader: ImageReader, embedded: Embedded, rows: Iterable[int]) -> dict[int, str]:
+    """{row: a small WebP as a data: URL}. Images that can no longer be read are left out."""
     result = {}
     for row in sorted(set(rows)):
         try:
-            sample, picture_CHW = reader.read_picture(embedded.numbers[row])
+            sample, image_CHW = reader.read_image(embedded.sample_indices[row])
         except BadSample:
             continue
         if sample.name == embedded.keys[row]:
-            result[row] = _as_address(to_picture(picture_CHW))
+            result[row] = _data_url(to_pil(image_CHW))
     return result
 
 
-def _as_address(picture: Image.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((_SIDE, _SIDE))
+def _data_url(image: Image.Image) -> str:
+    image = image.copy()
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=_QUALITY)
+    image.save(buffer, "WEBP", quality=_QUALITY)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

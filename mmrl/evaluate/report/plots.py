@@ -1,7 +1,7 @@
-"""The pictures of the report: matplotlib figures, as SVG in the colours of the reader's theme and as PNG for Markdown.
+"""The report's plots: matplotlib figures, as themed SVG for the page and as PNG for Markdown.
 
-A figure is drawn in the light theme's colours. For the page, each of these becomes a CSS variable that the page defines
-for both themes, and text stays text in the page's own font.
+Figures are drawn in the colours of the light theme. In the SVG, each colour is replaced by a CSS variable that the page
+defines for both themes, and text stays text in the page's font.
 """
 
 import io
@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-# Name: light, dark.
+from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
+
+# {name: (light theme, dark theme)}
 COLOURS = {
     "ink": ("#1c2330", "#e4e8ef"),
     "faint": ("#667080", "#99a3b3"),
@@ -30,19 +33,19 @@ PRECISION_COLOURS = {
     "fp32": "model",
     "fp16": "other",
     "int8": "pca",
+    "sq8": "pca",
     "binary": "random_dims",
-    "pq2": "best_dims",
-    "pq4": "best_dims",
-    "pq8": "best_dims",
+    "pq": "best_dims",
 }
-_MARKERS = {"fp32": "o", "fp16": "s", "int8": "D", "binary": "^", "pq2": "P", "pq4": "X", "pq8": "p"}
-_WIDTH, _HEIGHT = 5.0, 3.5  # inches, so 360 pt: as wide as a phone, with text to match
+_MARKERS = {"fp32": "o", "fp16": "s", "int8": "D", "sq8": "d", "binary": "^", "pq": "P"}
+_WIDTH, _HEIGHT = 5.0, 3.5  # inches; 360 pt is the width of a phone
 _TEXT = 11
+_RECALL_COLOURS = ("#1b6ca8", "#2a9d6f", "#c8553d", "#7b4fa6", "#94741b")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Recall by dim of one way to d numbers."""
+    """Recall by dim of one model or baseline."""
 
     name: str
     colour: str
@@ -54,7 +57,7 @@ class Curve:
 
 @contextmanager
 def _figure(height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
-    """A figure with one pair of axes, in the light theme's colours on nothing."""
+    """A figure with one pair of axes, in the light theme's colours."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -89,43 +92,39 @@ def _figure(height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
 def recall_by_dim(
     curves: Sequence[Curve], chance: float | None, metric: str, name: str = "recall", legend: bool = False
 ) -> str:
-    """Recall against dim on a logarithmic axis, each with its interval as a band; chance as a dotted line: SVG.
+    """SVG of recall by dim on a logarithmic axis, with intervals as bands and chance as a dotted line.
 
-    `name` sets its ids apart from those of other pictures of the page.
+    `name` makes its element ids unique on the page.
     """
     with _figure() as (figure, axes):
         dims = sorted({int(dim) for curve in curves for dim in curve.scores})
-        for place, curve in reversed(list(enumerate(curves))):
-            own = sorted(int(dim) for dim in curve.scores)
-            values, lows, highs = (
-                [100 * curve.scores[str(dim)][part] for dim in own] for part in ("value", "low", "high")
-            )
+        for index, curve in reversed(list(enumerate(curves))):
+            x = sorted(int(dim) for dim in curve.scores)
+            values, lows, highs = ([100 * curve.scores[str(dim)][key] for dim in x] for key in ("value", "low", "high"))
             colour = COLOURS[curve.colour][0]
             dash = "--" if curve.dashed else "-"
-            width, size = (2.2, 5) if place == 0 else (1.4, 3.5)
-            axes.fill_between(own, lows, highs, color=colour, alpha=0.16 if place == 0 else 0.08, linewidth=0)
-            axes.plot(own, values, dash, color=colour, linewidth=width, marker="o", markersize=size, label=curve.name)
+            width, size = (2.2, 5) if index == 0 else (1.4, 3.5)
+            axes.fill_between(x, lows, highs, color=colour, alpha=0.16 if index == 0 else 0.08, linewidth=0)
+            axes.plot(x, values, dash, color=colour, linewidth=width, marker="o", markersize=size, label=curve.name)
         if chance is not None:
             axes.axhline(100 * chance, color=COLOURS["faint"][0], linestyle=":", linewidth=1.2, label="chance")
         axes.set_xscale("log", base=2)
         axes.set_xticks(dims, [str(dim) for dim in dims])
         axes.minorticks_off()
         axes.set_ylim(0, None)
-        axes.set_xlabel("dim: numbers kept")
+        axes.set_xlabel("dim: length of the prefix")
         axes.set_ylabel(f"{metric}, %")
         if legend:
             handles, labels = axes.get_legend_handles_labels()
             axes.legend(handles[::-1], labels[::-1], fontsize=_TEXT - 1, loc="lower right")
-        return _finished(figure, name)
+        return _as_svg(figure, name)
 
 
 def bytes_against_recall(
     compression: Mapping[str, Any], budget_line: float | None, name: str = "bytes", path: Path | None = None
 ) -> str:
-    """Every option as a mark, the front of one-stage search as a line, that of two stages dashed, hollow marks: SVG.
-
-    With a `path`, the same is written there as PNG.
-    """
+    """SVG of recall against bytes: every one-stage option as a mark, the front of one-stage search as a line, that of
+    two-stage search dashed with hollow marks. With a `path`, also written there as PNG."""
     options, metric = compression["options"], compression["metric"]
     with _figure(4.0) as (figure, axes):
         for precision, marker in _MARKERS.items():
@@ -155,7 +154,7 @@ def bytes_against_recall(
                 )
         if budget_line is not None:
             axes.axhline(
-                100 * budget_line, color=COLOURS["good"][0], linestyle=":", linewidth=1.3, label="the budget's limit"
+                100 * budget_line, color=COLOURS["good"][0], linestyle=":", linewidth=1.3, label="limit of the budget"
             )
         axes.set_xscale("log", base=2)
         sizes = sorted({o["bytes"] for o in options})
@@ -163,22 +162,60 @@ def bytes_against_recall(
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.set_ylim(0, None)
-        axes.set_xlabel("bytes of a vector that every search reads")
+        axes.set_xlabel("bytes per vector read by every search")
         axes.set_ylabel(f"{metric}, %")
         axes.legend(fontsize=_TEXT - 1.5, loc="lower right", ncols=2, handletextpad=0.4, columnspacing=1)
-        return _finished(figure, name, path)
+        return _as_svg(figure, name, path)
 
 
-def _finished(figure: Any, name: str, path: Path | None = None) -> str:
+def save_recall_png(path: Path, scores_of_set: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes a PNG with one panel per set: recall by dim on a logarithmic axis, both directions, chance dotted."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(scores_of_set), 4), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    for panel, (name, result) in enumerate(scores_of_set.items(), 1):
+        axes = figure.add_subplot(1, len(scores_of_set), panel)
+        dims = [int(dim) for dim in result["dims"]]
+        for k, colour in zip(result["chance"]["text_to_image"], cycle(_RECALL_COLOURS), strict=False):
+            for direction, dash in zip(CROSS_MODAL, ("-", "--"), strict=True):
+                values = [100 * result["dims"][str(dim)][direction][k] for dim in dims]
+                axes.plot(dims, values, dash, color=colour, marker="o", markersize=4)
+            axes.axhline(100 * result["chance"]["text_to_image"][k], color=colour, linestyle=":", linewidth=1)
+            axes.annotate(
+                k,
+                (dims[0], 100 * result["dims"][str(dims[0])]["text_to_image"][k]),
+                color=colour,
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(dims, [str(dim) for dim in dims])
+        axes.minorticks_off()
+        axes.set_xlim(min(dims) * 0.85, max(dims) * 1.6)
+        axes.set_ylim(0, None)
+        axes.set_xlabel("dim: length of the prefix")
+        axes.set_ylabel("recall, %")
+        axes.set_title(f"{name} ({result['num_images']:,} images)", fontsize=10)
+        axes.grid(alpha=0.25)
+        for style, label in (("k-", ARROWS["image_to_text"]), ("k--", ARROWS["text_to_image"]), ("k:", "chance")):
+            axes.plot([], [], style, label=label)
+        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
+    figure.savefig(path)
+
+
+def _as_svg(figure: Any, name: str, path: Path | None = None) -> str:
     if path is not None:
         figure.savefig(path, dpi=130, facecolor="white")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return themed(buffer.getvalue(), name)
+    return _themed(buffer.getvalue(), name)
 
 
-def themed(svg: str, name: str) -> str:
-    """A matplotlib SVG -> one that stands in a page: colours by variable, the page's font, names of its own."""
+def _themed(svg: str, name: str) -> str:
+    """A matplotlib SVG made embeddable: colours as CSS variables, the page's font, unique ids."""
     svg = svg[svg.index("<svg") :]
     for variable, (light, _) in COLOURS.items():
         svg = svg.replace(light, f"var(--{variable})")
@@ -188,5 +225,5 @@ def themed(svg: str, name: str) -> str:
     prefix = re.sub(r"\W+", "-", name)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}-", svg)
-    # Without a width and a height of its own the picture takes those of its place.
+    # Without width and height, the SVG is scaled to the width of its container.
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1))

@@ -1,10 +1,9 @@
-"""Every query's place at every dim, kept beside a report so that runs can be compared query by query.
+"""ranks.safetensors: the ranks of every query, stored with a report so that `mmrl compare` can pair queries.
 
-ranks.safetensors
-    SET/DIRECTION/query        int64 (Q,)  rows of the queries that have an answer
-    SET/DIRECTION/item         int64 (Q,)  equal numbers are queries of one item
-    SET/DIRECTION/DIM          int32 (Q,)  place of the best right answer, from 1
-    metadata: {SET: a digest of its samples and captions}; sets of one digest can be paired
+SET/DIRECTION/query        int64 (Q,)  rows of the queries that have a positive
+SET/DIRECTION/item         int64 (Q,)  equal values are queries of one item
+SET/DIRECTION/DIM          int32 (Q,)  rank of the best positive, from 1
+metadata: {SET: a digest of its samples and captions}; runs with the same digest can be paired
 """
 
 import hashlib
@@ -21,13 +20,14 @@ from torch import Tensor
 from mmrl.errors import InputError
 from mmrl.evaluate.analysis.run import Analysis
 from mmrl.evaluate.sets import Embedded
+from mmrl.output.files import atomic_path
 
-FILE = "ranks.safetensors"
+RANKS_FILE = "ranks.safetensors"
 
 
 @dataclass(frozen=True)
 class StoredRanks:
-    """Of one set and direction."""
+    """The ranks of one set and direction."""
 
     query_Q: Tensor
     item_Q: Tensor
@@ -35,12 +35,12 @@ class StoredRanks:
 
 
 def digest(embedded: Embedded) -> str:
-    """Tells a set of samples and captions from another."""
-    names = json.dumps([embedded.keys, embedded.captions, embedded.image_of_text_M.tolist()])
-    return hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+    """A hash of the set's keys, captions and their assignment."""
+    content = json.dumps([embedded.keys, embedded.captions, embedded.image_of_text_M.tolist()])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def write(folder: Path, sets: Mapping[str, tuple[Embedded, Analysis]]) -> None:
+def write_ranks(folder: Path, sets: Mapping[str, tuple[Embedded, Analysis]]) -> None:
     """Writes FOLDER/ranks.safetensors."""
     tensors, digests = {}, {}
     for name, (embedded, analysis) in sets.items():
@@ -51,23 +51,24 @@ def write(folder: Path, sets: Mapping[str, tuple[Embedded, Analysis]]) -> None:
             tensors[f"{name}/{direction}/item"] = analysis.tasks[direction].query_group_Q[query_Q]
             for dim, one in ranked.items():
                 tensors[f"{name}/{direction}/{dim}"] = one.rank_Q.int()
-    save_file(tensors, folder / FILE, digests)
+    with atomic_path(folder / RANKS_FILE) as partial:
+        save_file(tensors, partial, digests)
 
 
-def read(folder: Path) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
-    """{set: (digest, {direction: ranks})}; empty where there is no such file.
+def read_ranks(folder: Path) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
+    """{set: (digest, {direction: ranks})}; empty if the file does not exist.
 
     Raises:
         InputError: the file is damaged.
     """
-    path = folder / FILE
+    path = folder / RANKS_FILE
     if not path.is_file():
         return {}
     result = {}
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            for set_name, known in (file.metadata() or {}).items():
+            for set_name, set_digest in (file.metadata() or {}).items():
                 directions = {}
                 for name in names:
                     inner = name.removeprefix(f"{set_name}/")
@@ -82,7 +83,7 @@ def read(folder: Path) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
                     directions[direction] = StoredRanks(
                         file.get_tensor(f"{start}query"), file.get_tensor(f"{start}item"), rank_of
                     )
-                result[set_name] = (known, directions)
+                result[set_name] = (set_digest, directions)
     except (SafetensorError, OSError) as error:
         raise InputError(f"compare: {path} cannot be read ({error}); run mmrl eval --out again.") from None
     return result

@@ -1,4 +1,4 @@
-"""What `mmrl eval` does beyond the plain scores: it analyses each set, says the advice, and writes the report."""
+"""The analysis part of `mmrl eval`: analyses each set, prints the advice and writes the report."""
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
@@ -8,40 +8,41 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mmrl.data.sequential import PictureReader
+from mmrl.data.sequential import ImageReader
 from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.evaluate import sets
-from mmrl.evaluate.analysis.advice import Budget, other_words, parse_budget, parse_count, words
+from mmrl.evaluate.analysis.advice import Budget, parse_budget, parse_count, summarise, summarise_other_direction
 from mmrl.evaluate.analysis.baselines import NAMES
-from mmrl.evaluate.analysis.run import CHAPTERS, Analysis, analyse
-from mmrl.evaluate.report import stored_ranks
-from mmrl.evaluate.report import write as report
-from mmrl.evaluate.report.sections import SetPart
+from mmrl.evaluate.analysis.run import STEPS, Analysis, analyse
+from mmrl.evaluate.report.sections import SetReport
+from mmrl.evaluate.report.stored_ranks import write_ranks
+from mmrl.evaluate.report.write import build_set_report, write_items, write_page
 from mmrl.evaluate.sets import Embedded
-from mmrl.inference.evaluated import Evaluated, open_encoder
-from mmrl.model.manifest import find, read_manifest
+from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
+from mmrl.model.manifest import read_manifest
+from mmrl.model.source import OpenClipModel, parse_model
 from mmrl.version import __version__
 
 _VECTORS = "1M"
 
 
 class Study:
-    """Of one model, on several sets."""
+    """The analysis of one model on several sets."""
 
     def __init__(
         self,
         model: str,
-        encoder: Evaluated,
+        encoder: EvaluatedEncoder,
         dims: Sequence[int],
         budget: str | None = None,
         vectors: str | None = None,
         compare: Sequence[str] = (),
     ) -> None:
-        """Reads the options and opens the other models, before long work starts.
+        """Parses the options and opens the baseline models, before anything is embedded.
 
         Raises:
-            InputError: a budget or a number that is not understood, another model that is not there.
+            InputError: a budget or a count that does not parse, a baseline model that does not exist or is given twice.
         """
         self.model, self.encoder, self.dims = model, encoder, dims
         self.budget = parse_budget(budget) if budget else Budget()
@@ -55,22 +56,22 @@ class Study:
                 raise InputError(f"compare: {other} is given twice.")
             self.others[name] = open_encoder(other)
             self.others[name].model.to(comm.world().device)
-        self.steps = CHAPTERS + len(self.others)
-        """What `take` tells `on_step` in all."""
-        self.parts: list[SetPart] = []
-        self.embedded: dict[str, tuple[Embedded, Analysis]] = {}
+        self.steps = STEPS + len(self.others)
+        """The total that `analyse_set` passes to `on_step`."""
+        self.reports: list[SetReport] = []
+        self.analysed: dict[str, tuple[Embedded, Analysis]] = {}
 
-    def take(
+    def analyse_set(
         self,
         name: str,
-        reader: PictureReader,
+        reader: ImageReader,
         embedded: Embedded,
         result: dict[str, Any],
         captions: int | None,
         on_step: Callable[[int], None],
     ) -> None:
-        """Analyses a set; its part of retrieval.json gets "analysis". All processes embed by the other models, the main
-        one analyses."""
+        """Analyses a set and adds "analysis" to its entry in retrieval.json. All processes embed by the baseline
+        models; rank 0 analyses."""
         others = {}
         for label, other in self.others.items():
             others[label] = sets.embed(reader, other.model, other.image_spec, other.tokenise, captions=captions)
@@ -79,35 +80,37 @@ class Study:
             return
         analysis = analyse(embedded, self.dims, self.budget, self.vectors, others, on_step)
         result["analysis"] = analysis.json
-        self.embedded[name] = embedded, analysis
-        self.parts.append(report.part_of(name, result, analysis, embedded, reader))
+        self.analysed[name] = embedded, analysis
+        self.reports.append(build_set_report(name, result, analysis, embedded, reader))
 
-    def say(self, console: Console) -> None:
-        """The advice, set by set."""
-        for part in self.parts:
-            lines = words(part.analysis["advice"]).lines
-            console.print(f"{part.name}, {self.budget.words} may be lost: {lines[0]}", style="bold", highlight=False)
-            for line in (*lines[1:], other_words(part.analysis)):
+    def print_advice(self, console: Console) -> None:
+        """Prints the advice for each set."""
+        for report in self.reports:
+            lines = summarise(report.analysis["advice"]).lines
+            console.print(
+                f"{report.name}, budget: lose at most {self.budget.label}: {lines[0]}", style="bold", highlight=False
+            )
+            for line in (*lines[1:], summarise_other_direction(report.analysis)):
                 console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
-    def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
-        """Writes the report of all `results`, by set; returns the page's path, or None where nothing was analysed."""
-        if not self.parts:
+    def write_report(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
+        """Writes the report of all sets in `results`; returns the page's path, or None if no set was analysed."""
+        if not self.reports:
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (embedded, analysis) in self.embedded.items():
-            report.write_items(folder / f"{name}.items.jsonl", embedded, analysis, self.budget.k)
-        stored_ranks.write(folder, self.embedded)
+        for name, (embedded, analysis) in self.analysed.items():
+            write_items(folder / f"{name}.items.jsonl", embedded, analysis, self.budget.k)
+        write_ranks(folder, self.analysed)
         labelled = {name: one for name, one in results.items() if "classification" in one["chance"]}
-        return report.write_page(folder, f"{self.model} at every dim", self.parts, labelled, self._about())
+        return write_page(folder, f"{self.model} at every dim", self.reports, labelled, self._about())
 
     def _about(self) -> dict[str, str]:
         nested = ", ".join(map(str, self.encoder.nested_dims))
         spec = self.encoder.image_spec
         about = {
             "Model": self.model,
-            "Vectors": f"{self.encoder.dim} numbers; trained at {nested}",
-            "Pictures": f"{spec.width} × {spec.height} pixels",
+            "Embedding": f"{self.encoder.dim} dims; trained at {nested}",
+            "Images": f"{spec.width} × {spec.height} pixels",
             "Weights": _weights(self.model),
             "ONNX graphs": self.encoder.graphs,
             "Compared with": ", ".join(self.others),
@@ -118,10 +121,11 @@ class Study:
 
 
 def _weights(model: str) -> str:
-    """The hash of what a checkpoint or an export holds."""
-    if model.startswith("open_clip:"):
+    """The checkpoint's or export's folder name and the hash of its weights."""
+    source = parse_model(model)
+    if isinstance(source, OpenClipModel):
         return ""
-    folder = find(model)
+    folder = source.folder
     return f"{folder.resolve().name}, sha256 {read_manifest(folder)['weights_sha256'][:16]}…"
 
 

@@ -1,69 +1,84 @@
-"""What an evaluation found, as tables for the terminal: retrieval in every direction, classes, degraded pictures."""
+"""Tables of an evaluation's scores, for the terminal and for Markdown: retrieval, classification, degraded images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-ARROWS = {
-    "image_to_text": "image→text",
-    "text_to_image": "text→image",
-    "image_to_image": "image→image",
-    "text_to_text": "text→text",
-}
+from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 
 
-def all_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
-    """All that one set's part of retrieval.json holds."""
+def result_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
+    """The terminal tables of one set's entry in retrieval.json."""
     if "classification" in result["chance"]:
-        return [_classes(name, result)]
+        return [_classification_table(name, result)]
     counts = f"{result['num_images']:,} images, {result['num_texts']:,} texts"
     if "folds" in result:
         counts += f", mean of {result['folds']} folds"
-    shown = list(result["chance"])
-    pairs = [shown[start : start + 2] for start in range(0, len(shown), 2)]
-    tables = [_retrieval(f"{name}: {counts}; recall in %", result, pair) for pair in pairs]
-    return [*tables, *([_degraded(name, result["degraded"])] if "degraded" in result else [])]
+    directions = list(result["chance"])
+    # Two directions per table: more columns do not fit into a terminal.
+    pairs = [directions[start : start + 2] for start in range(0, len(directions), 2)]
+    tables = [_recall_table(f"{name}: {counts}; recall in %", result, pair) for pair in pairs]
+    return [*tables, *([_degraded_table(name, result["degraded"])] if "degraded" in result else [])]
 
 
-def _retrieval(title: str, result: Mapping[str, Any], ways: Sequence[str]) -> Table:
-    """Two directions side by side: more columns would not fit into a terminal."""
-    ks = list(result["chance"][ways[0]])
+def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
+    """A Markdown section with the recall table of both cross-modal directions, for report.md and model cards."""
+    header, *body = _recall_rows(result, CROSS_MODAL)
+    counts = f"{result['num_images']:,} images, {result['num_texts']:,} texts; recall in %."
+    return f"### {name}\n\n{counts}\n\n{markdown_table([header, ['---:'] * len(header), *body])}\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as Markdown; the second row is the alignment."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _recall_rows(result: Mapping[str, Any], directions: Sequence[str]) -> list[list[str]]:
+    """Header, one row per dim from the widest, and chance; recall in %."""
+    ks = list(result["chance"][directions[0]])
+
+    def cells(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+        return [f"{100 * scores[direction][k]:.1f}" for direction in directions for k in ks]
+
+    header = ["dim", *(f"{ARROWS[direction]} {k}" for direction in directions for k in ks)]
+    body = [[dim, *cells(scores)] for dim, scores in result["dims"].items()]
+    return [header, *body, ["chance", *cells(result["chance"])]]
+
+
+def _recall_table(title: str, result: Mapping[str, Any], directions: Sequence[str]) -> Table:
+    header, *body, by_chance = _recall_rows(result, directions)
+    # Headings of three lines, so that six columns fit into a terminal.
+    header = [column.replace("→", "→\n").replace(" ", "\n") for column in header]
+    return _table(title, header, body, by_chance)
+
+
+def _classification_table(name: str, result: Mapping[str, Any]) -> Table:
+    metrics = list(result["chance"]["classification"])
     rows = [
-        [dim, *(f"{100 * scores[way][k]:.1f}" for way in ways for k in ks)] for dim, scores in result["dims"].items()
-    ]
-    by_chance = ["chance", *(f"{100 * result['chance'][way][k]:.1f}" for way in ways for k in ks)]
-    # Three lines of heading, so that six columns fit.
-    heads = [f"{ARROWS[way].replace('→', f'→{chr(10)}')}\n{k}" for way in ways for k in ks]
-    return _table(title, ["dim", *heads], rows, by_chance)
-
-
-def _classes(name: str, result: Mapping[str, Any]) -> Table:
-    measures = list(result["chance"]["classification"])
-    rows = [
-        [dim, *(f"{100 * scores['classification'][one]:.1f}" for one in measures)]
+        [dim, *(f"{100 * scores['classification'][metric]:.1f}" for metric in metrics)]
         for dim, scores in result["dims"].items()
     ]
-    by_chance = ["chance", *(f"{100 * result['chance']['classification'][one]:.1f}" for one in measures)]
+    by_chance = ["chance", *(f"{100 * result['chance']['classification'][metric]:.1f}" for metric in metrics)]
     title = f"{name}: {result['num_images']:,} images, {result['num_classes']:,} classes; accuracy in %"
-    return _table(title, ["dim", *(one.replace("_", " ") for one in measures)], rows, by_chance)
+    return _table(title, ["dim", *(metric.replace("_", " ") for metric in metrics)], rows, by_chance)
 
 
-def _degraded(name: str, degraded: Mapping[str, Any]) -> Table:
-    """R@1 by kind and severity: one row each, one column a dim."""
+def _degraded_table(name: str, degraded: Mapping[str, Any]) -> Table:
+    """The lowest K's recall, one row per kind and severity, one column per dim."""
     kinds = {kind: one for kind, one in degraded.items() if kind != "num_queries"}
     dims = list(next(iter(next(iter(kinds.values()))["severities"].values())))
     rows = []
     for kind, one in kinds.items():
-        for amount, scores in one["severities"].items():
+        for severity, scores in one["severities"].items():
             first = next(iter(scores[dims[0]]))
-            rows.append([f"{kind} {amount}", *(f"{100 * scores[dim][first]:.1f}" for dim in dims)])
-    title = f"{name}: {degraded['num_queries']:,} degraded pictures, each looking for its original; R@1 in %"
-    return _table(title, ["damage", *(f"{dim}d" for dim in dims)], rows)
+            rows.append([f"{kind} {severity}", *(f"{100 * scores[dim][first]:.1f}" for dim in dims)])
+    title = f"{name}: {degraded['num_queries']:,} degraded images as queries for their originals; R@1 in %"
+    return _table(title, ["degradation", *(f"{dim}d" for dim in dims)], rows)
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[str] | None = None) -> Table:
-    shown = Table(title=title, min_width=min(len(title), 78))  # else a narrow one breaks it
+    shown = Table(title=title, min_width=min(len(title), 78))  # otherwise the title of a narrow table is wrapped
     for head in heads:
         shown.add_column(head, justify="right")
     for row in rows:

@@ -1,1 +1,1 @@
-"""What `mmrl export --format` writes, one file a format; `base` has the registry."""
+"""The formats of `mmrl export --format`, one file per format; `base` has the registry."""

@@ -1,4 +1,4 @@
-"""What a format is to the export, and the registry of them."""
+"""The interface of an export format, and the registry of formats."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,44 +22,44 @@ VARIANTS = ("fp16", "int8")
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The encoder of one dim that a format is made of."""
+class Truncated:
+    """The encoder of one dim, from which a format is written."""
 
     bundle: Bundle
     folder: Path
-    """Where it lies as a bundle of ours: weights, tokenizer, manifest."""
+    """The same encoder as files, in the bundle format."""
     manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One layout of a folder that some tool loads."""
+    """A folder layout that another tool loads."""
 
     name: str
     check: Callable[[Bundle], None]
-    """Raises InputError, before any work, where the architecture or its preprocessing has no place in this format."""
-    write: Callable[[Cut, Path, Sequence[str]], dict[str, Any] | None]
-    """Writes the folder, with the variants named; returns the manifest's `graphs` where there are any."""
+    """Raises InputError, before any work, if the format cannot hold this architecture or its preprocessing."""
+    write: Callable[[Truncated, Path, Sequence[str]], dict[str, Any] | None]
+    """Writes the folder with the given variants; returns the manifest's `graphs`, or None if it has no ONNX graphs."""
     reopen: Callable[[Path, str | None], Reopened]
     """Opens a written folder (one variant of it) with the tool that it is for."""
-    allowed: float
-    """The greatest difference of a number on equal inputs: what the order of float32's sums explains."""
+    tolerance: float
+    """Maximum absolute difference of an embedding on equal inputs: the rounding of float32 sums in another order."""
     usage: str
     """Python (or JavaScript) that loads FOLDER, for the model card."""
     library: str
     """The model card's library_name."""
     needs: tuple[str, ...] = ()
-    """Libraries beyond mmrl's own."""
+    """Optional packages that it needs."""
     variants: bool = False
     """Whether --quantize is possible."""
 
 
-def named(name: str) -> Format:
-    """The format `name`.
+def get_format(name: str) -> Format:
+    """The format called `name`.
 
     Raises:
-        InputError: there is none.
+        InputError: an unknown name.
     """
     if name not in _MODULE_OF:
-        raise InputError(f"format: there is no {name!r}.{did_you_mean(name, _MODULE_OF)}")
+        raise InputError(f"format: {name!r} is unknown.{did_you_mean(name, _MODULE_OF)}")
     return import_module(f"mmrl.export.formats.{_MODULE_OF[name]}").FORMAT

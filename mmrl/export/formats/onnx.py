@@ -1,5 +1,5 @@
-"""`onnx`: image.onnx and text.onnx, pixels and token ids in, unit vectors out, the weights of each in NAME.onnx.data
-beside it, with a tokenizer.json and a small encoder.py that needs neither torch nor mmrl."""
+"""`onnx`: graphs image.onnx and text.onnx from pixels and token ids to unit vectors, each with its weights in
+NAME.onnx.data, a tokenizer.json, and an encoder.py that needs neither torch nor mmrl."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,74 +10,82 @@ import torch
 
 from mmrl.export import onnx_graphs, tokenizer_json
 from mmrl.export.contract import Reopened
-from mmrl.export.formats.base import Cut, Format
+from mmrl.export.formats.base import Format, Truncated
 from mmrl.model.bundle import Bundle
 
 _STANDALONE = Path(__file__).parents[2] / "inference" / "standalone.py"
 
 
-def _check(whole: Bundle) -> None:
-    tokenizer_json.check(whole, "onnx")
+def _check(full: Bundle) -> None:
+    tokenizer_json.check(full, "onnx")
 
 
-def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
+def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     shutil.copyfile(_STANDALONE, folder / "encoder.py")
     files = {
-        side: {"fp32": f"{side}.onnx", **{one: f"{side}.{one}.onnx" for one in variants}} for side in ("image", "text")
+        modality: {"fp32": f"{modality}.onnx", **{variant: f"{modality}.{variant}.onnx" for variant in variants}}
+        for modality in ("image", "text")
     }
-    return write_graphs(cut, folder, files, raw=True, inputs=("pixels", "input_ids"), beside=True)
+    return write_graphs(truncated, folder, files, raw=True, inputs=("pixels", "input_ids"), external=True)
 
 
 def write_graphs(
-    cut: Cut, folder: Path, files: dict[str, dict[str, str]], *, raw: bool, inputs: tuple[str, str], beside: bool
+    truncated: Truncated,
+    folder: Path,
+    files: dict[str, dict[str, str]],
+    *,
+    raw: bool,
+    inputs: tuple[str, str],
+    external: bool,
 ) -> dict[str, Any]:
     """Writes both towers' graphs and the tokenizer; returns the manifest's `graphs`.
 
     Args:
-        files: the file of each variant ("fp32" and others) of each side.
-        raw: whether the image graph takes uint8 pixels, and normalises them itself.
-        inputs: the names of the two graphs' inputs.
-        beside: whether each graph's weights are a file of their own.
+        files: {modality: {variant: file}}.
+        raw: the image graph takes uint8 pixels and normalises them itself.
+        inputs: names of the image graph's and the text graph's input.
+        external: write each graph's weights to a separate file.
     """
-    model, bundle = cut.bundle.model, cut.bundle
-    names = {side: (inputs[number], f"{side}_embeds") for number, side in enumerate(("image", "text"))}
-    whole = {side: folder / files[side]["fp32"] for side in files}
+    model, bundle = truncated.bundle.model, truncated.bundle
+    names = {modality: (name, f"{modality}_embeds") for modality, name in zip(("image", "text"), inputs, strict=True)}
+    fp32 = {modality: folder / files[modality]["fp32"] for modality in files}
     onnx_graphs.write_image(
-        model.image, bundle.image_spec, whole["image"], raw=raw, names=names["image"], beside=beside
+        model.image, bundle.image_spec, fp32["image"], raw=raw, names=names["image"], external=external
     )
     length = bundle.tokenise.context_length
-    any_length = onnx_graphs.write_text(model.text, length, whole["text"], names=names["text"], beside=beside)
-    for side, of_variant in files.items():
+    any_length = onnx_graphs.write_text(model.text, length, fp32["text"], names=names["text"], external=external)
+    for modality, of_variant in files.items():
         for variant, name in of_variant.items():
             if variant == "fp16":
-                onnx_graphs.store_halved(whole[side], folder / name, beside=beside)
+                onnx_graphs.store_fp16(fp32[modality], folder / name, external=external)
             elif variant == "int8":
-                onnx_graphs.store_int8(whole[side], folder / name, beside=beside, embeddings=side == "text")
-    tokenizer = tokenizer_json.write(bundle, cut.folder, folder)
+                of_text = modality == "text"
+                onnx_graphs.store_int8(fp32[modality], folder / name, external=external, embeddings=of_text)
+    tokenizer = tokenizer_json.write(bundle, truncated.folder, folder)
     return {**files, "default": "fp32", **tokenizer, "any_length": any_length}
 
 
 def reopen(folder: Path, variant: str | None) -> Reopened:
-    """A folder of graphs, by onnxruntime."""
+    """Opens a folder of graphs with onnxruntime."""
     import onnxruntime
 
     from mmrl.inference.standalone import Encoder
 
-    one = Encoder(folder, variant=variant)
-    pad = one.graphs["pad_id"]
+    encoder = Encoder(folder, variant=variant)
+    pad = encoder.graphs["pad_id"]
 
     def tokens(tokens_BL: torch.Tensor) -> Any:
-        if one.graphs["any_length"]:
-            # To the longest text's end; a pad's id within a text is a word ("!" is 0).
+        if encoder.graphs["any_length"]:
+            # Drops the padding after the longest text. The padding id can also be a word inside a text ("!" is 0).
             tokens_BL = tokens_BL[:, : int((tokens_BL != pad).nonzero()[:, 1].max()) + 1]
-        return one.encode_tokens(tokens_BL.numpy())
+        return encoder.encode_tokens(tokens_BL.numpy())
 
     return Reopened(
         f"onnxruntime {onnxruntime.__version__}",
-        pixels=lambda pixels_BCHW: one.encode_pixels(pixels_BCHW.numpy()),
+        pixels=lambda pixels_BCHW: encoder.encode_pixels(pixels_BCHW.numpy()),
         tokens=tokens,
-        images=one.encode_images,
-        texts=one.encode_texts,
+        images=encoder.encode_images,
+        texts=encoder.encode_texts,
     )
 
 
@@ -86,15 +94,15 @@ FORMAT = Format(
     check=_check,
     write=_write,
     reopen=reopen,
-    allowed=1e-5,
+    tolerance=1e-5,
     usage="""```python
-from encoder import Encoder  # the file of this folder: numpy, Pillow, tokenizers and onnxruntime, no torch
+from encoder import Encoder  # the file in this folder; needs numpy, Pillow, tokenizers and onnxruntime, not torch
 
-encoder = Encoder("FOLDER")  # mmrl.load("FOLDER") has the same calls
-vectors = encoder.encode_texts(["a red shoe"])  # encode_images(["shoe.jpg"]) likewise
+encoder = Encoder("FOLDER")  # mmrl.load("FOLDER") has the same methods
+vectors = encoder.encode_texts(["a red shoe"])  # images: encoder.encode_images(["shoe.jpg"])
 ```
 
-The weights of each graph are in a file beside it, `image.onnx.data` and so on: copy both.
+Each graph needs its weights file in the same folder: copy `image.onnx` together with `image.onnx.data`.
 """,
     library="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),

@@ -1,4 +1,4 @@
-"""`open_clip`: a folder for stock open_clip's `local-dir:`, its projections cut to the dim."""
+"""`open_clip`: a folder for `local-dir:` names of an unmodified open_clip."""
 
 import json
 import shutil
@@ -13,34 +13,35 @@ from safetensors.torch import save_file
 
 from mmrl.errors import InputError
 from mmrl.export.contract import Reopened
-from mmrl.export.formats.base import Cut, Format
+from mmrl.export.formats.base import Format, Truncated
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts, towers
 from mmrl.model.bundle import Bundle
+from mmrl.model.guards import quiet
 from mmrl.model.manifest import read_manifest
 
 
-def _check(whole: Bundle) -> None:
-    for side in ("image", "text"):
-        if towers.projection_axes(whole.model_cfg, side) is None:
+def _check(full: Bundle) -> None:
+    for modality in ("image", "text"):
+        if towers.projection_axes(full.model_cfg, modality) is None:
             raise InputError(
-                f"format: open_clip has no place for the projection that mmrl added to this {side} tower, which has "
-                "none of its own that can be cut; allowed: bundle, onnx."
+                f"format: open_clip cannot hold the projection that mmrl added to this {modality} tower, which has "
+                "none that can be truncated; allowed: bundle, onnx."
             )
-    name = whole.named_cfg["text_cfg"].get("hf_model_name")
+    name = full.named_cfg["text_cfg"].get("hf_model_name")
     if name is not None and Path(name).exists():
         raise InputError(
-            "format: open_clip would look for this text tower's config in a folder of this machine "
-            f"({name}); name it as the hub does in the model config, or use bundle or onnx."
+            f"format: open_clip would read this text tower's config from the local folder {name}; set "
+            "text_cfg.hf_model_name to the model's name on the hub in the model config, or use bundle or onnx."
         )
 
 
-def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> None:
+def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
     layout = layouts.LAYOUTS["open_clip"]
-    state = layout.to_theirs(cut.bundle.state())
+    state = layout.export_state(truncated.bundle.state())
     save_file(state, folder / layout.weights)
-    spec = cut.bundle.image_spec
-    model_cfg: dict[str, Any] = {**cut.manifest["model_cfg"], "embed_dim": cut.bundle.dim}
+    spec = truncated.bundle.image_spec
+    model_cfg: dict[str, Any] = {**truncated.manifest["model_cfg"], "embed_dim": truncated.bundle.dim}
     if "logit_bias" in state:
         model_cfg["init_logit_bias"] = float(state["logit_bias"])
     preprocess_cfg = {
@@ -53,22 +54,22 @@ def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> None:
     text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n")
     for name in ("tokenizer", "text_model"):
-        if (cut.folder / name).is_dir():
-            shutil.copytree(cut.folder / name, folder / name)
-    if cut.manifest["tokenizer"]["kind"] == "huggingface":  # open_clip looks for it beside its config
-        shutil.copytree(cut.folder / "tokenizer", folder, dirs_exist_ok=True)
+        if (truncated.folder / name).is_dir():
+            shutil.copytree(truncated.folder / name, folder / name)
+    if truncated.manifest["tokenizer"]["kind"] == "huggingface":  # open_clip expects the tokenizer next to its config
+        shutil.copytree(truncated.folder / "tokenizer", folder, dirs_exist_ok=True)
 
 
 def _reopen(folder: Path, variant: str | None) -> Reopened:
     import open_clip
 
     model: Any
-    with towers.quiet():
+    with quiet():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     spec = ImageSpec.from_json(read_manifest(folder)["image"])
-    fit: Any = preprocess
+    transform: Any = preprocess
 
     @torch.inference_mode()
     def pixels(pixels_BCHW: torch.Tensor) -> np.ndarray:
@@ -79,8 +80,8 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
         return model.encode_text(tokens_BL).numpy()
 
     @torch.inference_mode()
-    def images(pictures: list[Image.Image]) -> np.ndarray:
-        return model.encode_image(torch.stack([fit(picture) for picture in pictures])).numpy()
+    def images(images: list[Image.Image]) -> np.ndarray:
+        return model.encode_image(torch.stack([transform(image) for image in images])).numpy()
 
     return Reopened(
         f"open_clip {open_clip.__version__}", pixels, tokens, images, lambda texts: tokens(tokenizer(texts))
@@ -92,7 +93,7 @@ FORMAT = Format(
     check=_check,
     write=_write,
     reopen=_reopen,
-    allowed=1e-6,
+    tolerance=1e-6,
     usage="""```python
 import open_clip
 
@@ -101,7 +102,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 vectors = model.eval().encode_text(tokenizer(["a red shoe"]), normalize=True)
 ```
 
-`preprocess` does not turn pictures upright by their EXIF orientation: `PIL.ImageOps.exif_transpose` does.
+`preprocess` ignores the EXIF orientation of images; apply `PIL.ImageOps.exif_transpose` first.
 """,
     library="open_clip",
 )

@@ -1,4 +1,4 @@
-"""`sentence_transformers`: the folder of `transformers`, with what SentenceTransformer reads beside it."""
+"""`sentence_transformers`: the folder of `transformers` and the config file of SentenceTransformer."""
 
 import json
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from PIL import Image
 
 from mmrl.export.contract import Reopened
 from mmrl.export.formats import transformers
-from mmrl.export.formats.base import Cut, Format
+from mmrl.export.formats.base import Format, Truncated
 
 
-def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> None:
-    transformers.write(cut, folder, variants)
+def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
+    transformers.write(truncated, folder, variants)
     settings = {
         "model_type": "SentenceTransformer",
         "prompts": {},
@@ -35,8 +35,8 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     def encode(inputs: list[Any]) -> np.ndarray:
         return model.encode(inputs, normalize_embeddings=True, show_progress_bar=False)
 
-    def images(pictures: list[Image.Image]) -> np.ndarray:
-        return encode(pictures)
+    def images(images: list[Image.Image]) -> np.ndarray:
+        return encode(images)
 
     def pixels(pixels_BCHW: torch.Tensor) -> np.ndarray:
         return inner.pixels(pixels_BCHW)
@@ -46,15 +46,15 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name="sentence_transformers",
-    check=lambda whole: transformers.check_architecture(whole, "sentence_transformers"),
+    check=lambda full: transformers.check_architecture(full, "sentence_transformers"),
     write=_write,
     reopen=_reopen,
-    allowed=1e-5,
+    tolerance=1e-5,
     usage="""```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("FOLDER")  # truncate_dim=64 gives the first 64 numbers
-vectors = model.encode(["a red shoe"], normalize_embeddings=True)  # Pillow pictures likewise
+model = SentenceTransformer("FOLDER")  # truncate_dim=64 for 64-d embeddings
+vectors = model.encode(["a red shoe"], normalize_embeddings=True)  # Pillow images work, too
 ```
 """,
     library="sentence-transformers",

@@ -1,5 +1,5 @@
-"""`transformers`: a CLIPModel with its CLIPProcessor, for towers that CLIPModel can be: open_clip's own plain ViT and
-text transformer."""
+"""`transformers`: a CLIPModel with its CLIPProcessor, for architectures that CLIPModel supports: open_clip's plain ViT
+and text transformer."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from mmrl.errors import InputError
 from mmrl.export import tokenizer_json
 from mmrl.export.contract import Reopened
-from mmrl.export.formats.base import Cut, Format
+from mmrl.export.formats.base import Format, Truncated
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import read_manifest
 
-# What a tower's config may say: any value (...), or only those that CLIPModel has.
+# The keys of a tower's config that CLIPModel supports, with their allowed values (...: any).
 _VISION: dict[str, Any] = {
     **dict.fromkeys(("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"), ...),
     "timm_model_pretrained": ...,
@@ -30,7 +30,7 @@ _VISION: dict[str, Any] = {
     "pool_type": ("tok",),
     "pos_embed_type": ("learnable",),
     "no_ln_pre": (False,),
-    "final_ln_after_pool": ...,  # the same numbers where one token is read
+    "final_ln_after_pool": ...,  # no effect where the embedding is read from one token
     "output_tokens": (False,),
 }
 _TEXT: dict[str, Any] = {
@@ -44,35 +44,35 @@ _TEXT: dict[str, Any] = {
     "proj_bias": (False,),
     "output_tokens": (False,),
 }
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's codes
 
 
-def check_architecture(whole: Bundle, format: str) -> None:
-    """Raises InputError, naming the setting, where CLIPModel cannot be these towers."""
+def check_architecture(full: Bundle, format: str) -> None:
+    """Raises InputError, naming the key, if CLIPModel does not support these towers."""
     for section, allowed in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
-        for name, value in whole.named_cfg[section].items():
+        for name, value in full.named_cfg[section].items():
             values = allowed.get(name, (None,))
-            of_resnet = name == "layers" and not isinstance(value, int)
-            if of_resnet or (values is not ... and value not in values):
+            is_resnet = name == "layers" and not isinstance(value, int)
+            if is_resnet or (values is not ... and value not in values):
                 raise InputError(
-                    f"format: {format} knows CLIP's plain ViT and text transformer alone, and this model has "
+                    f"format: {format} supports CLIP's plain ViT and text transformer only, and this model has "
                     f"{section}.{name}: {value!r}; allowed: bundle, open_clip, onnx, transformers.js."
                 )
-    tokenizer_json.check(whole, format)
-    check_preprocessing(whole.image_spec, format)
+    tokenizer_json.check(full, format)
+    check_preprocessing(full.image_spec, format)
 
 
 def check_preprocessing(spec: ImageSpec, format: str) -> None:
-    """Raises InputError where CLIPImageProcessor cannot fit pictures this way."""
+    """Raises InputError if CLIPImageProcessor does not support this way of resizing."""
     if spec.resize_mode == "longest" or spec.height != spec.width:
         raise InputError(
-            f"format: {format} fits pictures to squares, by 'shortest' or 'squash', and this model takes "
-            f"{spec.height}x{spec.width} by {spec.resize_mode!r}; allowed: bundle, open_clip, onnx."
+            f"format: {format} supports square images and the resize modes 'shortest' and 'squash', and this model has "
+            f"{spec.height}x{spec.width} and {spec.resize_mode!r}; allowed: bundle, open_clip, onnx."
         )
 
 
 def write_preprocessing(spec: ImageSpec, folder: Path) -> dict[str, Any]:
-    """FOLDER/preprocessor_config.json; returns what it holds."""
+    """Writes FOLDER/preprocessor_config.json; returns its content."""
     side = {"height": spec.height, "width": spec.width}
     config = {
         "image_processor_type": "CLIPImageProcessor",
@@ -92,20 +92,21 @@ def write_preprocessing(spec: ImageSpec, folder: Path) -> dict[str, Any]:
     return config
 
 
-def model_config(cut: Cut) -> dict[str, Any]:
-    """CLIPModel's config.json."""
-    vision, text, dim = cut.manifest["model_cfg"]["vision_cfg"], cut.manifest["model_cfg"]["text_cfg"], cut.bundle.dim
-    act = "quick_gelu" if cut.manifest["model_cfg"].get("quick_gelu") else "gelu"
+def model_config(truncated: Truncated) -> dict[str, Any]:
+    """The content of CLIPModel's config.json."""
+    model_cfg, dim = truncated.manifest["model_cfg"], truncated.bundle.dim
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    act = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
     width, text_width = vision.get("width", 768), text.get("width", 512)
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
         "dtype": "float32",
         "projection_dim": dim,
-        "logit_scale_init_value": float(cut.bundle.model.log_logit_scale.detach()[-1]),
+        "logit_scale_init_value": float(truncated.bundle.model.log_logit_scale.detach()[-1]),
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": cut.bundle.image_spec.height,
+            "image_size": truncated.bundle.image_spec.height,
             "patch_size": vision.get("patch_size", 16),
             "hidden_size": width,
             "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
@@ -124,24 +125,24 @@ def model_config(cut: Cut) -> dict[str, Any]:
             "num_attention_heads": text.get("heads", 8),
             "projection_dim": dim,
             "hidden_act": act,
-            "bos_token_id": cut.bundle.tokenise.tokenizer.sot_token_id,
-            "eos_token_id": cut.bundle.tokenise.tokenizer.eot_token_id,
-            "pad_token_id": cut.bundle.tokenise.tokenizer.eot_token_id,
+            "bos_token_id": truncated.bundle.tokenise.tokenizer.sot_token_id,
+            "eos_token_id": truncated.bundle.tokenise.tokenizer.eot_token_id,
+            "pad_token_id": truncated.bundle.tokenise.tokenizer.eot_token_id,
         },
     }
 
 
-def write(cut: Cut, folder: Path, variants: Sequence[str]) -> None:
-    """Writes what `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained` read."""
+def write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
+    """Writes the files of `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`."""
     layout = layouts.LAYOUTS["transformers"]
-    save_file(layout.to_theirs(cut.bundle.state()), folder / layout.weights, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model_config(cut), indent=2) + "\n")
-    tokenizer_json.write(cut.bundle, cut.folder, folder)
-    tokenizer_json.write_config(cut.bundle.tokenise.context_length, folder)
-    pictures = write_preprocessing(cut.bundle.image_spec, folder)
-    processor = {"processor_class": "CLIPProcessor", "image_processor": pictures}
+    save_file(layout.export_state(truncated.bundle.state()), folder / layout.weights, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model_config(truncated), indent=2) + "\n")
+    tokenizer_json.write(truncated.bundle, truncated.folder, folder)
+    tokenizer_json.write_config(truncated.bundle.tokenise.context_length, folder)
+    image_processor = write_preprocessing(truncated.bundle.image_spec, folder)
+    processor = {"processor_class": "CLIPProcessor", "image_processor": image_processor}
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    shutil.copytree(cut.folder / "tokenizer", folder / "tokenizer")  # by which mmrl opens the folder
+    shutil.copytree(truncated.folder / "tokenizer", folder / "tokenizer")  # for mmrl.load
 
 
 def _reopen(folder: Path, variant: str | None) -> Reopened:
@@ -160,8 +161,8 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
         return model.get_text_features(input_ids=tokens_BL).pooler_output.numpy()
 
     @torch.inference_mode()
-    def images(pictures: list[Image.Image]) -> np.ndarray:
-        return model.get_image_features(**processor(images=pictures, return_tensors="pt")).pooler_output.numpy()
+    def images(images: list[Image.Image]) -> np.ndarray:
+        return model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output.numpy()
 
     @torch.inference_mode()
     def texts(texts: list[str]) -> np.ndarray:
@@ -173,16 +174,16 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name="transformers",
-    check=lambda whole: check_architecture(whole, "transformers"),
+    check=lambda full: check_architecture(full, "transformers"),
     write=write,
     reopen=_reopen,
-    allowed=1e-5,
+    tolerance=1e-5,
     usage="""```python
 from transformers import CLIPModel, CLIPProcessor
 
 model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
 inputs = processor(text=["a red shoe"], return_tensors="pt", padding=True, truncation=True)
-vectors = model.get_text_features(**inputs).pooler_output  # not yet of length 1
+vectors = model.get_text_features(**inputs).pooler_output  # not normalised
 ```
 """,
     library="transformers",

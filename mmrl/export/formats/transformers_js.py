@@ -1,5 +1,5 @@
-"""`transformers.js`: ONNX graphs, tokenizer and preprocessing where JavaScript's CLIP classes look for them. The graphs
-may be any towers; what must fit is CLIP's tokenizer and its way of fitting pictures."""
+"""`transformers.js`: ONNX graphs, tokenizer and preprocessing in the layout of transformers.js's CLIP classes. Any
+towers are possible, with CLIP's tokenizer and CLIP's way of resizing."""
 
 import json
 from collections.abc import Sequence
@@ -9,32 +9,34 @@ from typing import Any
 from mmrl.errors import InputError
 from mmrl.export import onnx_graphs, tokenizer_json
 from mmrl.export.formats import onnx
-from mmrl.export.formats.base import Cut, Format
+from mmrl.export.formats.base import Format, Truncated
 from mmrl.export.formats.transformers import check_preprocessing, write_preprocessing
 from mmrl.model.bundle import Bundle
 
-# transformers.js's names of the variants, which it asks for by dtype: 'fp32', 'fp16', 'q8'.
+# File name suffixes of transformers.js for the dtypes 'fp32', 'fp16' and 'q8'.
 _SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 
 
-def _check(whole: Bundle) -> None:
-    tokenizer_json.check(whole, "transformers.js")
-    onnx_graphs.check_size(whole, "transformers.js")
-    check_preprocessing(whole.image_spec, "transformers.js")
-    if not tokenizer_json.is_bpe(whole):
+def _check(full: Bundle) -> None:
+    tokenizer_json.check(full, "transformers.js")
+    onnx_graphs.check_size(full, "transformers.js")
+    check_preprocessing(full.image_spec, "transformers.js")
+    if not tokenizer_json.is_bpe(full):
         raise InputError(
-            "format: transformers.js's CLIP classes want CLIP's own tokenizer, and this text tower has another; "
-            "allowed: bundle, onnx."
+            "format: transformers.js's CLIP classes need CLIP's tokenizer, and this text tower has another; allowed: "
+            "bundle, onnx."
         )
 
 
-def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
+def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     files = {
-        side: {one: f"onnx/{model}_model{_SUFFIX[one]}.onnx" for one in ("fp32", *variants)}
-        for side, model in (("image", "vision"), ("text", "text"))
+        modality: {variant: f"onnx/{model}_model{_SUFFIX[variant]}.onnx" for variant in ("fp32", *variants)}
+        for modality, model in (("image", "vision"), ("text", "text"))
     }
-    graphs = onnx.write_graphs(cut, folder, files, raw=False, inputs=("pixel_values", "input_ids"), beside=False)
-    length, dim = cut.bundle.tokenise.context_length, cut.bundle.dim
+    graphs = onnx.write_graphs(
+        truncated, folder, files, raw=False, inputs=("pixel_values", "input_ids"), external=False
+    )
+    length, dim = truncated.bundle.tokenise.context_length, truncated.bundle.dim
     config = {
         "model_type": "clip",
         "projection_dim": dim,
@@ -43,7 +45,7 @@ def _write(cut: Cut, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer_json.write_config(length, folder)
-    write_preprocessing(cut.bundle.image_spec, folder)
+    write_preprocessing(truncated.bundle.image_spec, folder)
     return graphs
 
 
@@ -52,7 +54,7 @@ FORMAT = Format(
     check=_check,
     write=_write,
     reopen=onnx.reopen,
-    allowed=1e-5,
+    tolerance=1e-5,
     usage="""```js
 import { AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env }
   from '@huggingface/transformers';
@@ -62,7 +64,7 @@ env.localModelPath = 'PARENT OF FOLDER/';
 const tokenizer = await AutoTokenizer.from_pretrained('FOLDER');
 const model = await CLIPTextModelWithProjection.from_pretrained('FOLDER', { dtype: 'fp32' });
 const inputs = tokenizer(['a red shoe'], { padding: 'max_length', truncation: true });
-const { text_embeds } = await model(inputs);  // of length 1; CLIPVisionModelWithProjection likewise
+const { text_embeds } = await model(inputs);  // unit vectors; CLIPVisionModelWithProjection works the same way
 ```
 """,
     library="transformers.js",

@@ -1,104 +1,103 @@
 "use strict";
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const page = {
-  text: at("text"), file: at("file"), dim: at("dim"), group: at("group"), compare: at("compare"),
-  columns: at("columns"), message: at("message"),
+  text: byId("text"), file: byId("file"), dim: byId("dim"), group: byId("group"), compare: byId("compare"),
+  columns: byId("columns"), message: byId("message"),
 };
-const SHOWN = 24;
-const WAIT_WHILE_TYPING = 200; // milliseconds
+const RESULTS = 24;
+const TYPING_DELAY_MS = 200;
+const UNREACHABLE = "The server cannot be reached. Is mmrl serve still running?";
 
-let facts = null; // what /api/index tells
-let picture = null; // the query where it is no text: {file, shown} or {row, shown}
-let newest = null; // AbortController of the search under way
+let info = null; // the answer of /api/index
+let queryImage = null; // {file, url} or {row, url}; null for a text query
+let controller = null; // AbortController of the latest request
 
-// What is asked ---------------------------------------------------------------------------------------------
+// Requests --------------------------------------------------------------------------------------------------
 
-const dimNow = () => facts.dims[page.dim.value];
+const selectedDim = () => info.dims[page.dim.value];
 
-async function ask(dim, signal) {
-  const common = { dim, k: SHOWN, ...(page.group.value && { group: page.group.value }) };
-  let request;
-  if (picture?.file) {
+async function fetchResults(dim, signal) {
+  const options = { dim, k: RESULTS, ...(page.group.value && { group: page.group.value }) };
+  let path, init;
+  if (queryImage?.file) {
     const form = new FormData();
-    form.append("picture", picture.file);
-    for (const [name, value] of Object.entries(common)) form.append(name, value);
-    request = ["api/search/image", { method: "POST", body: form }];
+    form.append("picture", queryImage.file);
+    for (const [name, value] of Object.entries(options)) form.append(name, value);
+    [path, init] = ["image", { body: form }];
   } else {
-    const [path, query] = picture ? ["item", { row: picture.row }] : ["text", { text: page.text.value.trim() }];
-    request = [`api/search/${path}`, {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...query, ...common }),
-    }];
+    const query = queryImage ? { row: queryImage.row } : { text: page.text.value.trim() };
+    path = queryImage ? "item" : "text";
+    init = { headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...query, ...options }) };
   }
-  const answer = await fetch(request[0], { ...request[1], signal });
-  const said = await answer.json().catch(() => ({ detail: `The server answered ${answer.status}.` }));
-  if (!answer.ok) throw new Error(said.detail ?? `The server answered ${answer.status}.`);
-  return said;
+  const response = await fetch(`api/search/${path}`, { method: "POST", ...init, signal });
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(body.detail ?? `The server returned status ${response.status}.`);
+  return body;
 }
 
 async function search() {
-  newest?.abort();
-  showControls();
-  if (!picture && !page.text.value.trim()) return showStart();
-  at("examples").hidden = true;
-  const mine = (newest = new AbortController());
+  controller?.abort();
+  showDim();
+  if (!queryImage && !page.text.value.trim()) return showStart();
+  byId("examples").hidden = true;
+  const current = (controller = new AbortController());
   page.columns.classList.add("busy");
   try {
-    const answer = await ask(dimNow(), mine.signal);
-    const whole = page.compare.checked && dimNow() < facts.dim ? await ask(facts.dim, mine.signal) : null;
-    show(answer, whole);
-    say("");
+    const truncated = await fetchResults(selectedDim(), current.signal);
+    const compare = page.compare.checked && selectedDim() < info.dim;
+    const full = compare ? await fetchResults(info.dim, current.signal) : null;
+    showResults(truncated, full);
+    showMessage("");
+    if (!truncated.results.length) showMessage("No image was found.");
   } catch (error) {
     if (error.name === "AbortError") return;
     page.columns.replaceChildren();
-    say(error instanceof TypeError ? "The server cannot be reached; is mmrl serve still running?" : error.message, true);
+    showMessage(error instanceof TypeError ? UNREACHABLE : error.message, true);
   }
-  if (mine === newest) page.columns.classList.remove("busy");
+  if (current === controller) page.columns.classList.remove("busy");
 }
 
-// What is shown ---------------------------------------------------------------------------------------------
+// Rendering -------------------------------------------------------------------------------------------------
 
-function show(answer, whole) {
-  at("search-time").textContent = `${answer.milliseconds.search.toFixed(1)} ms`;
-  at("encode-time").textContent = `${answer.milliseconds.encode.toFixed(0)} ms`;
-  page.columns.classList.toggle("two", whole !== null);
-  if (whole === null) {
-    page.columns.replaceChildren(grid(answer.results));
-    if (!answer.results.length) say("No picture was found.");
-    return;
-  }
-  const rows = (one) => new Set(one.results.map((result) => result.row));
-  const [inWhole, inPrefix] = [rows(whole), rows(answer)];
-  const same = answer.results.filter((result) => inWhole.has(result.row)).length;
+function showResults(truncated, full) {
+  byId("search-time").textContent = `${truncated.milliseconds.search.toFixed(1)} ms`;
+  byId("encode-time").textContent = `${truncated.milliseconds.encode.toFixed(0)} ms`;
+  page.columns.classList.toggle("two", full !== null);
+  if (full === null) return page.columns.replaceChildren(grid(truncated.results));
+  const rows = (response) => new Set(response.results.map((result) => result.row));
+  const [fullRows, truncatedRows] = [rows(full), rows(truncated)];
+  const shared = truncated.results.filter((result) => fullRows.has(result.row)).length;
   page.columns.replaceChildren(
-    column(whole, `all ${whole.dim} numbers`, "", inPrefix),
-    column(answer, `the first ${answer.dim}`, `${same} of ${answer.results.length} are the same`, inWhole),
+    column(full, `${full.dim} dims (full)`, "", truncatedRows),
+    column(truncated, `${truncated.dim} dims`, `${shared} of ${truncated.results.length} results in common`, fullRows),
   );
 }
 
-function column(answer, title, note, other) {
+function column(response, title, note, otherRows) {
   const section = document.createElement("section");
-  const head = document.createElement("h2");
+  const heading = document.createElement("h2");
   const small = document.createElement("small");
-  small.textContent = [bytes(answer.bytes_per_vector), `${answer.milliseconds.search.toFixed(1)} ms`, note].filter(Boolean).join(" · ");
-  head.append(title, small);
-  section.append(head, grid(answer.results, other));
+  const time = `${response.milliseconds.search.toFixed(1)} ms`;
+  small.textContent = [bytes(response.bytes_per_vector), time, note].filter(Boolean).join(" · ");
+  heading.append(title, small);
+  section.append(heading, grid(response.results, otherRows));
   return section;
 }
 
-function grid(results, other) {
+function grid(results, otherRows) {
   const box = document.createElement("div");
   box.className = "grid";
-  box.append(...results.map((result) => card(result, other)));
+  box.append(...results.map((result) => card(result, otherRows)));
   return box;
 }
 
-function card(result, other) {
-  const figure = at("card").content.cloneNode(true).firstElementChild;
+function card(result, otherRows) {
+  const figure = byId("card").content.cloneNode(true).firstElementChild;
   const find = (selector) => figure.querySelector(selector);
   const caption = result.captions[0] ?? result.key;
   figure.dataset.row = result.row;
-  figure.classList.toggle("alone", other !== undefined && !other.has(result.row));
+  figure.classList.toggle("unshared", otherRows !== undefined && !otherRows.has(result.row));
   find("img").src = result.thumbnail.slice(1);
   find("img").alt = caption;
   find(".line").hidden = result.rank === undefined;
@@ -109,87 +108,91 @@ function card(result, other) {
   }
   find(".caption").textContent = caption;
   find(".caption").title = [...result.captions, result.key, result.group_name].filter(Boolean).join("\n");
-  find("button").addEventListener("click", () => setPicture({ row: result.row, shown: find("img").src }));
+  find("button").addEventListener("click", () => setQueryImage({ row: result.row, url: find("img").src }));
   return figure;
 }
 
 const bytes = (count) => `${count.toLocaleString("en")} B`;
 
-function say(text, bad = false) {
+function showMessage(text, isError = false) {
   page.message.textContent = text;
-  page.message.classList.toggle("bad", bad);
+  page.message.classList.toggle("bad", isError);
   page.message.hidden = !text;
 }
 
-function showControls() {
-  at("dim-shown").textContent = `${dimNow()} of ${facts.dim}`;
-  page.dim.setAttribute("aria-valuetext", `${dimNow()} of ${facts.dim}`);
-  at("bytes").textContent = bytes(4 * dimNow());
+function showDim() {
+  const text = `${selectedDim()} of ${info.dim}`;
+  byId("dim-shown").textContent = text;
+  page.dim.setAttribute("aria-valuetext", text);
+  byId("bytes").textContent = bytes(4 * selectedDim());
 }
 
 async function showStart() {
   page.columns.classList.remove("busy", "two");
   page.columns.replaceChildren();
-  for (const id of ["search-time", "encode-time"]) at(id).textContent = "–";
-  at("examples").hidden = !facts.examples.length;
-  say("");
-  const mine = (newest = new AbortController());
+  for (const id of ["search-time", "encode-time"]) byId(id).textContent = "–";
+  byId("examples").hidden = !info.examples.length;
+  showMessage("");
+  const current = (controller = new AbortController());
   const group = page.group.value ? `&group=${encodeURIComponent(page.group.value)}` : "";
-  const some = await fetch(`api/sample?k=${SHOWN}${group}`, { signal: mine.signal }).then((answer) => answer.json(), () => []);
-  if (mine !== newest || !some.length) return;
-  const hint = Object.assign(document.createElement("p"), { className: "hint", textContent: "Some of the pictures. Choose one to find its like, or drop one of your own here." });
+  const url = `api/sample?k=${RESULTS}${group}`;
+  const sample = await fetch(url, { signal: current.signal }).then((response) => response.json(), () => []);
+  if (current !== controller || !sample.length) return;
+  const textContent = "A sample of the index. Click an image to find similar ones, or drop your own image here.";
+  const hint = Object.assign(document.createElement("p"), { className: "hint", textContent });
   const section = document.createElement("section");
-  section.append(hint, grid(some));
+  section.append(hint, grid(sample));
   page.columns.replaceChildren(section);
 }
 
-// What is touched -------------------------------------------------------------------------------------------
+// Events ----------------------------------------------------------------------------------------------------
 
-function setPicture(next) {
-  if (picture?.file) URL.revokeObjectURL(picture.shown);
-  picture = next;
-  at("query-picture").hidden = !next;
+function setQueryImage(next) {
+  if (queryImage?.file) URL.revokeObjectURL(queryImage.url);
+  queryImage = next;
+  byId("query-image").hidden = !next;
   if (next) {
     page.text.value = "";
-    at("query-picture").querySelector("img").src = next.shown;
+    byId("query-image").querySelector("img").src = next.url;
     scrollTo({ top: 0, behavior: "smooth" });
   }
-  page.text.placeholder = next ? "or describe one" : "Describe a picture";
+  page.text.placeholder = next ? "or describe an image" : "Describe an image";
   search();
 }
 
-function take(file) {
+function useFile(file) {
   if (!file) return;
-  if (file.size > facts.most_upload) {
-    return say(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB; at most ${facts.most_upload / 2 ** 20} are taken.`, true);
+  if (file.size > info.most_upload) {
+    const [size, limit] = [(file.size / 2 ** 20).toFixed(1), info.most_upload / 2 ** 20];
+    return showMessage(`${file.name} has ${size} MB; the limit is ${limit} MB.`, true);
   }
-  setPicture({ file, shown: URL.createObjectURL(file) });
+  setQueryImage({ file, url: URL.createObjectURL(file) });
 }
 
-let typing;
+let typingTimer;
 page.text.addEventListener("input", () => {
-  if (picture) {
+  if (queryImage) {
     const typed = page.text.value;
-    setPicture(null);
+    setQueryImage(null);
     page.text.value = typed;
   }
-  clearTimeout(typing);
-  typing = setTimeout(search, WAIT_WHILE_TYPING);
+  clearTimeout(typingTimer);
+  typingTimer = setTimeout(search, TYPING_DELAY_MS);
 });
-at("search").addEventListener("submit", (event) => {
+byId("search").addEventListener("submit", (event) => {
   event.preventDefault();
-  clearTimeout(typing);
+  clearTimeout(typingTimer);
   search();
 });
-at("choose").addEventListener("click", () => page.file.click());
+byId("choose").addEventListener("click", () => page.file.click());
 page.file.addEventListener("change", () => {
-  take(page.file.files[0]);
+  useFile(page.file.files[0]);
   page.file.value = "";
 });
-at("query-picture").querySelector("button").addEventListener("click", () => setPicture(null));
+byId("query-image").querySelector("button").addEventListener("click", () => setQueryImage(null));
 for (const control of [page.dim, page.group, page.compare]) control.addEventListener("input", search);
 
-const drop = at("drop");
+const drop = byId("drop");
 addEventListener("dragenter", (event) => {
   if (event.dataTransfer?.types.includes("Files")) drop.hidden = false;
 });
@@ -200,37 +203,40 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   drop.hidden = true;
-  take(event.dataTransfer?.files[0]);
+  useFile(event.dataTransfer?.files[0]);
 });
-addEventListener("paste", (event) => take([...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"))));
+addEventListener("paste", (event) => {
+  useFile([...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/")));
+});
 
-// The start -------------------------------------------------------------------------------------------------
+// Startup ---------------------------------------------------------------------------------------------------
 
 async function start() {
   try {
-    facts = await (await fetch("api/index")).json();
+    info = await (await fetch("api/index")).json();
   } catch {
-    return say("The server cannot be reached; is mmrl serve still running?", true);
+    return showMessage(UNREACHABLE, true);
   }
-  const codes = facts.codes ? ` · ${facts.codes} codes` : "";
-  at("about").textContent = `${facts.count.toLocaleString("en")} pictures · ${facts.dim}-d${codes}`;
-  at("widest").textContent = facts.dim;
-  page.dim.max = facts.dims.length - 1;
-  page.dim.value = facts.dims.length - 1;
-  at("ticks").replaceChildren(...facts.dims.map((dim) => Object.assign(document.createElement("span"), { textContent: dim })));
-  const named = (group) => Object.assign(document.createElement("option"), { value: group.name, textContent: `${group.name} (${group.count.toLocaleString("en")})` });
-  page.group.append(...facts.groups.map(named));
-  // Where each picture is a group of its own, nobody wants to choose one.
-  at("group-control").hidden = facts.groups.length < 2 || facts.groups[0].count < 2;
-  at("examples").replaceChildren(...facts.examples.map((text) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  const codes = info.codes ? ` · ${info.codes} codes` : "";
+  byId("about").textContent = `${info.count.toLocaleString("en")} images · ${info.dim}-d${codes}`;
+  byId("full-dim").textContent = info.dim;
+  page.dim.max = info.dims.length - 1;
+  page.dim.value = info.dims.length - 1;
+  const element = (tag, properties) => Object.assign(document.createElement(tag), properties);
+  byId("ticks").replaceChildren(...info.dims.map((dim) => element("span", { textContent: dim })));
+  const label = (group) => `${group.name} (${group.count.toLocaleString("en")})`;
+  page.group.append(...info.groups.map((group) => element("option", { value: group.name, textContent: label(group) })));
+  // If every group has a single image, there is nothing to choose.
+  byId("group-control").hidden = info.groups.length < 2 || info.groups[0].count < 2;
+  byId("examples").replaceChildren(...info.examples.map((text) => {
+    const button = element("button", { type: "button", textContent: text });
     button.addEventListener("click", () => {
       page.text.value = text;
       search();
     });
     return button;
   }));
-  showControls();
+  showDim();
   search();
 }
 

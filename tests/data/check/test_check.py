@@ -14,15 +14,14 @@ from helpers.server import Server
 from PIL import Image
 
 from mmrl import cli
-from mmrl.data.check import command as checking
 from mmrl.data.check import report, shard
-from mmrl.data.check.command import check
+from mmrl.data.check.command import check_shards
 from mmrl.data.check.findings import Spread
-from mmrl.data.check.shard import Tokens
+from mmrl.data.check.shard import TokenCounter
 from mmrl.data.index import SUFFIX, load_index
 from mmrl.data.samples import FieldsConfig
 from mmrl.data.sources import DataConfig, open_reader
-from mmrl.data.stores import StoreConfig
+from mmrl.data.stores import RemoteConfig
 from mmrl.data.stream import Stream
 from mmrl.errors import InputError, RunStopped
 from mmrl.model import towers
@@ -32,7 +31,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `mmrl check …` in this process: exit code, output, error."""
+    """Runs `mmrl check …` in this process; returns exit code, stdout, stderr."""
 
     def command(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mmrl", "check", *map(str, arguments), "--workers", "1"])
@@ -48,7 +47,7 @@ def problems(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def words(texts: list[str]) -> list[int]:
+def count_words(texts: list[str]) -> list[int]:
     return [len(text.split()) for text in texts]
 
 
@@ -59,16 +58,17 @@ def test_a_clean_set(shards: Path, run: Command) -> None:
     assert "11 to 20 samples, median 17" in out
     assert "json 48, png 48, txt 48" in out
     assert "PNG 48; shorter side 32 pixels, 48 below 64; smallest 32x32 (00000), largest 32x32 (00000)" in out
-    assert "96: 2 a sample; 21 to 31 characters, median 24" in out
-    assert "groups    12, of 48 samples" in out
-    assert "4 steps an epoch of 12 samples (another 0 left out each epoch), 12 samples for each of 4 ranks" in out
-    assert "3 shards are fewer than 8 ranks x workers; no matter" in out
-    assert "Fit to train on: 0 bad samples, 0.00%; 1.00% are allowed." in out
+    assert "96: 2 per sample; 21 to 31 characters, median 24" in out
+    assert "groups    12; 48 samples with a group" in out
+    assert "4 steps per epoch with a batch size of 12, 0 samples dropped per epoch; " in out
+    assert "12 samples for each of 4 ranks" in out
+    assert "3 shards for 8 loaders (ranks × workers); no problem" in out
+    assert "OK to train on: 0 bad samples, 0.00% (limit 1.00%)." in out
 
 
-def test_what_is_bad_is_what_training_skips(tmp_path: Path) -> None:
+def test_bad_samples_are_those_that_training_skips(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "some-bad.tar", bad_members())
-    result = check(path, workers=1, list_file=tmp_path / "bad.jsonl", quiet=True)
+    result = check_shards(path, workers=1, list_file=tmp_path / "bad.jsonl", quiet=True)
     config = DataConfig(train=str(path), max_bad_fraction=1.0)
     batches = Stream(open_reader(path), 12, image=SPEC, config=config).forever()
     skipped = {problem.key: problem.reason for _ in range(15) for problem in next(batches).bad}
@@ -79,25 +79,25 @@ def test_what_is_bad_is_what_training_skips(tmp_path: Path) -> None:
         ("no picture in a known format", "damaged picture", "no image", "only empty captions", "text not UTF-8",
          "metadata not JSON"), 1
     )  # fmt: skip
-    # Without decoding, the two bad pictures are not known of, and that is said.
-    quick = check(path, workers=1, decode=False, quiet=True)
+    # Without decoding, the two unreadable images are not found, and a note says so.
+    quick = check_shards(path, workers=1, decode=False, quiet=True)
     assert quick.bad_samples == len(skipped) - 2
     assert "not decoded" in quick.notes[0]
 
 
-def test_the_share_of_bad_samples_decides(tmp_path: Path, run: Command) -> None:
+def test_max_bad_fraction_decides(tmp_path: Path, run: Command) -> None:
     write_tar(tmp_path / "a.tar", bad_members())
     code, out, _ = run(tmp_path)
     assert code == 1
-    assert "Not fit to train on (6 bad samples, 13.04%; 1.00% are allowed)" in out
-    assert "6 samples, 13.04%, are bad, more than data.max_bad_fraction 1.00% allows: 1 " in out
-    allowed = check(DataConfig(train=str(tmp_path), max_bad_fraction=0.2), workers=1, quiet=True)
+    assert "Not OK to train on: 6 bad samples, 13.04% (limit 1.00%)." in out
+    assert "6 bad samples, 13.04%; data.max_bad_fraction allows 1.00%: 1 " in out
+    allowed = check_shards(DataConfig(train=str(tmp_path), max_bad_fraction=0.2), workers=1, quiet=True)
     assert allowed.ok
     assert allowed.bad_samples == 6
 
 
 def damaged_set(folder: Path, shards: Path) -> None:
-    """Six shards: a good one, one cut short, no tar, an empty one, one with a key twice, a broken link."""
+    """Six shards: a good one, a truncated one, a gzip file, an empty one, one with a repeated key, a broken link."""
     folder.mkdir()
     shutil.copy(shards / "part-0.tar", folder / "0-good.tar")
     (folder / "1-cut.tar").write_bytes((shards / "part-1.tar").read_bytes()[:20_000])
@@ -107,7 +107,7 @@ def damaged_set(folder: Path, shards: Path) -> None:
     (folder / "5-gone.tar").symlink_to(folder / "nowhere.tar")
 
 
-def test_bad_shards_are_listed_and_do_not_end_the_check(shards: Path, tmp_path: Path, run: Command) -> None:
+def test_bad_shards_are_listed_and_the_check_goes_on(shards: Path, tmp_path: Path, run: Command) -> None:
     damaged_set(tmp_path / "set", shards)
     code, out, _ = run(tmp_path / "set", "--list", tmp_path / "bad.jsonl", "--json")
     assert code == 1
@@ -116,21 +116,21 @@ def test_bad_shards_are_listed_and_do_not_end_the_check(shards: Path, tmp_path: 
     assert found[("2-zip.tar", "")].startswith("not a plain tar file: ")
     assert "decompress it first" in found[("2-zip.tar", "")]
     assert found[("3-empty.tar", "")] == "no sample in this shard"
-    assert found[("4-twice.tar", "00050")] == "duplicate key: it stands in this shard before; the first is used"
+    assert found[("4-twice.tar", "00050")] == "duplicate key: it occurs earlier in this shard; the first sample is used"
     assert found[("5-gone.tar", "")].startswith("shard out of reach: ")
     assert found[("1-cut.tar", "")].startswith("truncated tar")
     (unfinished,) = [reason for (shard, key), reason in found.items() if shard == "1-cut.tar" and key]
     assert unfinished.startswith("cut sample")
     assert len(found) == 6
     assert result["problems"] == {reason.partition(":")[0]: 1 for reason in found.values()}
-    lost, cut, bad = result["stops"]
-    assert lost.startswith("3 of 6 shards cannot be used")
+    unusable, cut, bad = result["stops"]
+    assert unusable.startswith("3 of 6 shards cannot be used")
     assert "1-cut.tar, truncated tar" in cut
-    assert bad.startswith("2 samples, 7.41%, are bad")
+    assert bad.startswith("2 bad samples, 7.41%; ")
     assert result["sets"][0]["samples_of_shard"]["largest"] == 20
 
 
-def test_a_pattern_may_name_what_is_gone_but_not_nothing_else(shards: Path, tmp_path: Path, run: Command) -> None:
+def test_a_missing_shard_is_a_finding_a_missing_set_an_error(shards: Path, tmp_path: Path, run: Command) -> None:
     code, out, _ = run(shards / "part-{0..3}.tar")
     assert code == 1
     assert "1 of 4 shards cannot be used" in out
@@ -142,20 +142,20 @@ def test_a_pattern_may_name_what_is_gone_but_not_nothing_else(shards: Path, tmp_
         assert "not exist" in err
 
 
-def test_duplicates_are_named(tmp_path: Path) -> None:
+def test_duplicates(tmp_path: Path) -> None:
     one, other = sample_members(1), sample_members(2)
     again = [(name.replace("00001", "copy"), data) for name, data in one]
-    without = [("lonely.png", one[0][1]), ("lonely.txt", b"the same picture, of no group")]
+    without = [("lonely.png", one[0][1]), ("lonely.txt", b"the same image without a group")]
     a = write_tar(tmp_path / "a.tar", [*one, *other, *again])
     b = write_tar(tmp_path / "b.tar", [*other[1:], ("00002.png", encoded(drawing(7)[0])), *without])
-    found = check(tmp_path, workers=1, quiet=True).duplicates
+    found = check_shards(tmp_path, workers=1, quiet=True).duplicates
     assert (found.keys, found.key_examples) == (1, [[f"{a}/00002", f"{b}/00002"]])
     assert (found.pictures, found.pictures_apart) == (2, 1)
     assert found.picture_examples[0] == [f"{b}/lonely", f"{a}/00001"]
     assert sorted(found.picture_examples[1]) == [f"{a}/00001", f"{a}/copy"]
 
 
-def test_json_equals_what_is_printed(tmp_path: Path, shards: Path, run: Command, tiny_model: Path) -> None:
+def test_json_has_the_printed_numbers(tmp_path: Path, shards: Path, run: Command, tiny_model: Path) -> None:
     write_tar(tmp_path / "set" / "a.tar", bad_members())
     options = (tmp_path / "set", "--batch-size", 10, "--tokenizer", tiny_model)
     code, out, _ = run(*options)
@@ -167,9 +167,9 @@ def test_json_equals_what_is_printed(tmp_path: Path, shards: Path, run: Command,
     assert ", ".join(f"{kind} {count}" for kind, count in one["extensions"].items()) in out
     characters, tokens, plan = one["characters"], one["tokens"], facts["plan"]
     assert f"{characters['smallest']} to {characters['largest']} characters, median {characters['median']}" in out
-    assert f"{tokens['cut']} captions are cut to the {tokens['context_length']} that the model reads" in out
+    assert f"{tokens['cut']} captions are truncated to the model's context length of {tokens['context_length']}" in out
     assert tokens["context_length"] == 12
-    assert f"{plan['steps_per_epoch']} steps an epoch of {plan['batch_size']} samples" in out
+    assert f"{plan['steps_per_epoch']} steps per epoch with a batch size of {plan['batch_size']}," in out
     for kind, count in facts["problems"].items():
         assert f"problem     {count} {kind}\n" in out
     for example in facts["examples"]:
@@ -179,24 +179,26 @@ def test_json_equals_what_is_printed(tmp_path: Path, shards: Path, run: Command,
     assert facts["bad_samples"] == 6
 
 
-def test_tokens_are_counted_before_they_are_cut(tiny_model: Path, hf_model: Path) -> None:
+def test_tokens_are_counted_before_truncation(tiny_model: Path, hf_model: Path) -> None:
     long = "a red square " * 10
     for model, lengths in ((tiny_model, [5, 32]), (hf_model, [5, 32])):
-        tokenise = towers.tokenise_of(str(model))
+        tokenise = towers.build_tokenizer(str(model))
         assert tokenise.lengths(["a red square", long]) == lengths
         assert tokenise(["a red square"]).count_nonzero() == 5
         assert tokenise.context_length == 12
     with pytest.raises(InputError, match="Did you mean 'ViT-B-32'"):
-        towers.tokenise_of("ViT-B-33")
+        towers.build_tokenizer("ViT-B-33")
 
 
-def test_sizes_of_pictures(tmp_path: Path) -> None:
+def test_image_sizes(tmp_path: Path) -> None:
     members = [
         (f"{n}.{kind}", data)
         for n, size in enumerate([(40, 300), (100, 90), (500, 400)])
         for kind, data in (("png", encoded(Image.new("RGB", size))), ("txt", b"one two three"))
     ]
-    result = check(write_tar(tmp_path / "a.tar", members), workers=1, tokens=Tokens(words, 2), quiet=True)
+    result = check_shards(
+        write_tar(tmp_path / "a.tar", members), workers=1, tokens=TokenCounter(count_words, 2), quiet=True
+    )
     (facts,) = result.sets
     assert facts.shorter_side == Spread(40, 90, 400)
     assert (facts.decoded, facts.small_pictures) == (3, 1)
@@ -208,26 +210,26 @@ def test_sizes_of_pictures(tmp_path: Path) -> None:
     assert (facts.tokens.lengths, facts.tokens.cut) == (Spread(3, 3, 3), 3)
 
 
-def test_any_number_of_workers_finds_the_same(tmp_path: Path, shards: Path) -> None:
+def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path: Path, shards: Path) -> None:
     damaged_set(tmp_path / "set", shards)
     write_tar(tmp_path / "set" / "6-bad.tar", bad_members())
-    alone, together = (
-        check(tmp_path / "set", batch_size=8, tokens=Tokens(words, 4), workers=workers, quiet=True,
+    one, three = (
+        check_shards(tmp_path / "set", batch_size=8, tokens=TokenCounter(count_words, 4), workers=workers, quiet=True,
               list_file=tmp_path / f"{workers}.jsonl")
         for workers in (1, 3)
     )  # fmt: skip
-    assert alone == together
+    assert one == three
     assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "3.jsonl").read_text()
 
 
-def _die(texts: list[str]) -> list[int]:
+def _kill_this_process(texts: list[str]) -> list[int]:
     os.kill(os.getpid(), signal.SIGKILL)
     return [len(texts)]
 
 
-def test_a_killed_worker_is_one_sentence(shards: Path) -> None:
-    with pytest.raises(RunStopped, match=r"ended early, killed by the system, .* fewer --workers"):
-        check(shards, tokens=Tokens(_die, 4), workers=2, quiet=True)
+def test_a_killed_worker_is_reported_in_one_sentence(shards: Path) -> None:
+    with pytest.raises(RunStopped, match=r"died .killed by the system, .* fewer --workers"):
+        check_shards(shards, tokens=TokenCounter(_kill_this_process, 4), workers=2, quiet=True)
 
 
 def test_too_few_samples_and_wrong_fields_are_findings(shards: Path, tmp_path: Path, run: Command) -> None:
@@ -235,64 +237,66 @@ def test_too_few_samples_and_wrong_fields_are_findings(shards: Path, tmp_path: P
     assert code == 1
     assert "the shards hold 48 samples, fewer than one global batch of 64" in out
     fields = DataConfig(train=str(shards), fields=FieldsConfig(captions="words", text="caption"))
-    result = check(fields, workers=1, quiet=True, sheet_file=tmp_path / "none.png")
+    result = check_shards(fields, workers=1, quiet=True, sheet_file=tmp_path / "none.png")
     assert not result.ok
-    assert result.stops[0].startswith("48 samples, 100.00%, are bad")
+    assert result.stops[0].startswith("48 bad samples, 100.00%; ")
     assert "fields.text: no sample in 3 shards" in result.stops[1]
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_index_is_left_for_training(shards: Path, tmp_path: Path, run: Command) -> None:
+def test_indexes_are_written(shards: Path, tmp_path: Path, run: Command) -> None:
     copied = tmp_path / "set"
     shutil.copytree(shards, copied)
     assert run(copied, "--no-decode", "--index")[0] == 0
-    beside = sorted(copied.glob(f"*{SUFFIX}"))
-    assert [len(load_index(path)) for path in beside] == [20, 17, 11]
+    written = sorted(copied.glob(f"*{SUFFIX}"))
+    assert [len(load_index(path)) for path in written] == [20, 17, 11]
     cache = tmp_path / "cache"
-    check(DataConfig(train=str(shards), remote=StoreConfig(folder=str(cache))), workers=1, decode=False, quiet=True)
+    check_shards(
+        DataConfig(train=str(shards), remote=RemoteConfig(folder=str(cache))), workers=1, decode=False, quiet=True
+    )
     assert len(list((cache / "index").glob(f"*{SUFFIX}"))) == 3
 
 
-def test_an_index_that_cannot_be_written_is_told(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_index_is_an_error(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(shard, "keep_index", refuse)
-    result = check(shards, workers=1, decode=False, index=True, quiet=True)
-    assert result.stops == ["3 indexes could not be written beside their shards: no room."]
-    # In the cache folder it would only have saved time.
-    assert check(shards, workers=1, decode=False, quiet=True).ok
+    monkeypatch.setattr(shard, "store_index", refuse)
+    result = check_shards(shards, workers=1, decode=False, index=True, quiet=True)
+    assert result.stops == ["3 indexes could not be written next to their shards: no room."]
+    # Not an error in the cache folder, where an index only saves time.
+    assert check_shards(shards, workers=1, decode=False, quiet=True).ok
 
 
 def test_the_contact_sheet(shards: Path, tmp_path: Path, run: Command) -> None:
     code, out, _ = run(shards, "--sheet", tmp_path / "sheet.png")
     assert code == 0
-    assert f"Drawn: {tmp_path}/sheet.png" in out
+    assert f"Contact sheet: {tmp_path}/sheet.png" in out
     with Image.open(tmp_path / "sheet.png") as image:
         image.load()
         assert image.format == "PNG"
         assert image.width == 2 * 24 + 6 * 184 + 5 * 14
     first = (tmp_path / "sheet.png").read_bytes()
     run(shards, "--sheet", tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").read_bytes() == first  # the same samples again
-    # Samples that cannot be used are passed over.
+    assert (tmp_path / "sheet.png").read_bytes() == first  # the same samples in each run
+    # Bad samples are skipped.
     members = [m for n in range(3) for m in sample_members(n)] + [("bad.png", b"x"), ("bad.txt", b"caption")]
     write_tar(tmp_path / "few.tar", members)
     assert run(tmp_path / "few.tar", "--sheet", tmp_path / "few.webp")[0] == 1
     with Image.open(tmp_path / "few.webp") as image:
         assert image.format == "WEBP"
-    # A key need not be UTF-8.
+    # A key that is not UTF-8.
     odd = [(name.replace("00000", "\udcff"), data) for name, data in sample_members(0)]
     assert run(write_tar(tmp_path / "odd.tar", odd), "--sheet", tmp_path / "odd.png")[0] == 0
 
 
-def test_the_config_of_a_run_says_what_to_check(
+def test_checking_the_data_of_a_config(
     write_config: Callable[..., Path], shards: Path, tmp_path: Path, run: Command
 ) -> None:
     code, out, _ = run("--config", write_config())
     assert code == 0
-    assert "4 steps an epoch of 12 samples" in out
-    assert "that the model reads" in out
+    assert "4 steps per epoch with a batch size of 12," in out
+    assert "context length" in out
     assert "0 below 32" in out
     sources = [{"shards": str(shards), "name": "base"}, {"shards": str(shards / "part-0.tar"), "repeat": 2.0}]
     code, out, _ = run("--config", write_config(data={"sources": sources}), "--json")
@@ -301,48 +305,50 @@ def test_the_config_of_a_run_says_what_to_check(
     assert facts["plan"]["samples_per_epoch"] == 88
     code, out, _ = run(shards / "part-1.tar", "--config", write_config(), "--batch-size", 5)
     assert "1 shard, 17 samples" in out
-    assert "3 steps an epoch of 5 samples (another 2 left out each epoch)" in out
+    assert "3 steps per epoch with a batch size of 5, 2 samples dropped per epoch" in out
 
 
 def test_remote_shards(shards: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in shards.glob("*.tar"):
         memory.pipe(f"/checked/{path.name}", path.read_bytes())
-    remote = StoreConfig(folder=str(tmp_path / "memory"), retries=0)
-    result = check(DataConfig(train="memory://checked", remote=remote), workers=1, index=True, quiet=True)
-    local = check(shards, workers=1, quiet=True)
+    remote = RemoteConfig(folder=str(tmp_path / "memory"), retries=0)
+    result = check_shards(DataConfig(train="memory://checked", remote=remote), workers=1, index=True, quiet=True)
+    local = check_shards(shards, workers=1, quiet=True)
     assert result.ok
     assert result.sets[0].samples == local.sets[0].samples == 48
     assert result.sets[0].characters == local.sets[0].characters
-    assert "only those of local shards lie beside them" in result.notes[0]
+    assert "only local shards have theirs next to them" in result.notes[0]
 
     server = Server(shards)
     try:
-        store = StoreConfig(folder=str(tmp_path / "http"), retries=0)
+        store = RemoteConfig(folder=str(tmp_path / "http"), retries=0)
         spec = server.url + "/part-{0..3}.tar"
-        result = check(DataConfig(train=spec, remote=store), workers=1, list_file=tmp_path / "bad.jsonl", quiet=True)
+        result = check_shards(
+            DataConfig(train=spec, remote=store), workers=1, list_file=tmp_path / "bad.jsonl", quiet=True
+        )
         (gone,) = problems(tmp_path / "bad.jsonl")
         assert gone["shard"] == f"{server.url}/part-3.tar"
         assert gone["reason"].startswith("shard out of reach: ")
         assert result.sets[0].samples == 48
         assert len(result.stops) == 1
-        # Room for one shard alone: they push each other out, and nothing is missed.
+        # A cache of one shard: shards evict each other, and none is missed.
         room = (shards / "part-0.tar").stat().st_size * 1.2 / 1e9
-        small = StoreConfig(folder=str(tmp_path / "small"), gigabytes=room)
+        small = RemoteConfig(folder=str(tmp_path / "small"), gigabytes=room)
         spec = server.url + "/part-{0..2}.tar"
-        assert check(DataConfig(train=spec, remote=small), workers=3, quiet=True).ok
+        assert check_shards(DataConfig(train=spec, remote=small), workers=3, quiet=True).ok
     finally:
         server.close()
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ((), "shards: none are given"),
-        (("SHARDS", "--batch-size", "10", "--world-size", "3"), "batch-size: 10 cannot be divided over 3 processes"),
-        (("SHARDS", "--world-size", "3"), "batch-size: give the global batch as well"),
-        (("SHARDS", "--sheet", "sheet.txt"), "sheet: sheet.txt has no ending of a picture"),
-        (("SHARDS", "--sheet", "sheet.psd"), "sheet: sheet.psd has no ending of a picture"),
+        ((), "shards: missing; give a tar"),
+        (("SHARDS", "--batch-size", "10", "--world-size", "3"), "batch-size: 10 is not divisible by 3 processes"),
+        (("SHARDS", "--world-size", "3"), "batch-size: missing; "),
+        (("SHARDS", "--sheet", "sheet.txt"), "sheet: sheet.txt has no extension of an image format"),
+        (("SHARDS", "--sheet", "sheet.psd"), "sheet: sheet.psd has no extension of an image format"),
         (("SHARDS", "--list", "/nowhere/bad.jsonl"), "list: /nowhere/bad.jsonl cannot be written"),
         (("SHARDS", "--tokenizer", "ViT-B-33"), "Did you mean 'ViT-B-32'?"),
         (("SHARDS", "--config", "none.yaml"), "config: the file none.yaml does not exist"),
@@ -350,14 +356,14 @@ def test_remote_shards(shards: Path, tmp_path: Path) -> None:
         (("SHARDS", "SHARDS"), "is named twice"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(options: tuple[str, ...], says: str, shards: Path, run: Command) -> None:
+def test_mistakes_are_one_sentence(options: tuple[str, ...], message: str, shards: Path, run: Command) -> None:
     code, _, err = run(*(str(shards) if option == "SHARDS" else option for option in options))
     assert code == 2
-    assert says in err
+    assert message in err
     assert err.count("\n") == 1
 
 
-def test_names_from_the_data_do_not_steer_the_terminal(tmp_path: Path, run: Command) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path, run: Command) -> None:
     members = [*sample_members(0), ("a\x1b[2J.txt", b"no image"), ("\udcff.txt", b"none either")]
     code, out, _ = run(write_tar(tmp_path / "a.tar", members))
     assert code == 1
@@ -366,7 +372,7 @@ def test_names_from_the_data_do_not_steer_the_terminal(tmp_path: Path, run: Comm
     assert r"\udcff: no image" in out
 
 
-def test_a_member_that_training_does_not_use_is_read_too(
+def test_members_that_training_does_not_use_are_read_too(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = [*sample_members(0), ("00000.npy", bytes(3_000_000)), *sample_members(1)]
@@ -380,7 +386,7 @@ def test_a_member_that_training_does_not_use_is_read_too(
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", failing)
-    result = check(path, workers=1, quiet=True)
+    result = check_shards(path, workers=1, quiet=True)
     assert result.ok
     assert result.problems == {"unreadable member that training does not use": 1}
     assert result.examples[0].key == "00000"
@@ -393,9 +399,9 @@ def test_spreads() -> None:
     assert Spread.of({1: 1, 2: 1}) == Spread(1, 1, 2)
 
 
-def test_lines_of_nothing(tmp_path: Path) -> None:
+def test_a_set_without_a_usable_shard(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("no tar")
-    result = check(tmp_path, workers=1, quiet=True, sheet_file=tmp_path / "sheet.png")
+    result = check_shards(tmp_path, workers=1, quiet=True, sheet_file=tmp_path / "sheet.png")
     assert not result.ok
-    assert "  members   none" in report.lines(result)
-    assert checking.check(tmp_path, workers=1, batch_size=2, quiet=True).plan is None
+    assert "  members   none" in report.result_lines(result)
+    assert check_shards(tmp_path, workers=1, batch_size=2, quiet=True).plan is None

@@ -1,4 +1,4 @@
-"""A user's pictures into shards: what goes in comes out of the stream, and what cannot is told."""
+"""`mmrl pack`: what is packed comes out of the stream unchanged; what cannot be packed is listed."""
 
 import io
 import json
@@ -12,15 +12,15 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import drawing, encoded
-from helpers.pack_sources import Rows, bad_lines, members, picture_folder, put, write_csv
+from helpers.pack_sources import Rows, bad_lines, image_folder, members, put, write_csv
 from PIL import Image
 
 import mmrl
-from mmrl.data.pack.command import pack
+from mmrl.data.pack.command import pack_shards
 from mmrl.data.pack.pairs import safe_key
 from mmrl.data.pack.writer import BAD_SAMPLES
-from mmrl.data.samples import NO_GROUP, group_number
-from mmrl.data.sequential import read_whole
+from mmrl.data.samples import NO_GROUP, group_id
+from mmrl.data.sequential import read_sequential
 from mmrl.data.sources import open_reader
 from mmrl.images.image_spec import ImageSpec
 
@@ -31,12 +31,12 @@ def tokens(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[len(text), sum(map(ord, text))] for text in texts])
 
 
-# ------------------------------------------------------------------------------------------------ what comes out
+# ------------------------------------------------------------------------------------------------ packed samples
 
 
-def test_a_folder_comes_back_from_the_stream(tmp_path: Path) -> None:
-    pictures = picture_folder(tmp_path / "in")
-    result = pack(tmp_path / "in", tmp_path / "out", samples_per_shard=4, quiet=True)
+def test_a_packed_folder_streams_unchanged(tmp_path: Path) -> None:
+    images = image_folder(tmp_path / "in")
+    result = pack_shards(tmp_path / "in", tmp_path / "out", samples_per_shard=4, quiet=True)
     assert result["samples"] == 6
     assert [Path(shard).name for shard in result["shards"]] == ["shard-000000.tar", "shard-000001.tar"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -44,36 +44,36 @@ def test_a_folder_comes_back_from_the_stream(tmp_path: Path) -> None:
     ]  # fmt: skip
     (batch,) = mmrl.stream(tmp_path / "out", batch_size=6)
     image_of = {key.rpartition("/")[2]: data for key, data in zip(batch.keys, batch.image, strict=True)}
-    assert image_of == pictures
+    assert image_of == images
     assert sorted(image_of) == ["a", "d", "e", "f", "sub_b", "sub_deep_er_c_v2"]
 
-    (whole,) = read_whole(open_reader(tmp_path / "out"), SPEC, tokens)
-    said: dict[str, list[str]] = {}
+    (whole,) = read_sequential(open_reader(tmp_path / "out"), SPEC, tokens)
+    captions: dict[str, list[str]] = {}
     for caption, row in zip(whole.captions, whole.row_of_text_M.tolist(), strict=True):
-        said.setdefault(whole.keys[row].rpartition("/")[2], []).append(caption)
+        captions.setdefault(whole.keys[row].rpartition("/")[2], []).append(caption)
     texts = [drawing(number)[1] for number in range(6)]
-    assert said == {
+    assert captions == {
         "a": [texts[0]],
         "sub_b": [texts[1]],
         "sub_deep_er_c_v2": [texts[2], f"{texts[2]}, é"],
         "d": [texts[3]],
         "e": [texts[4], f"{texts[4]}, é"],
-        "f": ["as img2dataset has it"],
+        "f": ["in the format of img2dataset"],
     }
     group_of = dict(zip((key.rpartition("/")[2] for key in whole.keys), whole.group_B.tolist(), strict=True))
     assert group_of == {
         "a": NO_GROUP,
         "sub_b": NO_GROUP,
-        "sub_deep_er_c_v2": group_number(drawing(2)[2]),
-        "d": group_number("7"),
-        "e": group_number(drawing(4)[2]),
+        "sub_deep_er_c_v2": group_id(drawing(2)[2]),
+        "d": group_id("7"),
+        "e": group_id(drawing(4)[2]),
         "f": NO_GROUP,
     }
 
 
-def test_json_is_there_only_where_it_says_more_than_the_text(tmp_path: Path) -> None:
-    picture_folder(tmp_path / "in")
-    pack(tmp_path / "in", tmp_path / "out", quiet=True)
+def test_json_is_written_only_for_several_captions_or_a_group(tmp_path: Path) -> None:
+    image_folder(tmp_path / "in")
+    pack_shards(tmp_path / "in", tmp_path / "out", quiet=True)
     found = members(tmp_path / "out")
     assert {name for name in found if name.endswith(".json")} == {"d.json", "e.json", "sub_deep_er_c_v2.json"}
     assert json.loads(found["d.json"]) == {"group": "7"}
@@ -97,7 +97,7 @@ WRITERS: dict[str, Callable[[Path, Rows], None]] = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_table_comes_back_whole(tmp_path: Path, kind: str) -> None:
+def test_a_packed_table_streams_unchanged(tmp_path: Path, kind: str) -> None:
     rows = []
     for number in range(5):
         image, caption, group = drawing(number)
@@ -106,44 +106,44 @@ def test_a_table_comes_back_whole(tmp_path: Path, kind: str) -> None:
         row = {"file_name": name, "caption": f'{caption}, "quoted",\tin two\nlines', "title": f"no {number}"}
         rows.append({**row, "product": group if number else None, "price": 3})
     WRITERS[kind](tmp_path / f"table.{kind}", rows)
-    result = pack(
+    result = pack_shards(
         tmp_path / f"table.{kind}", tmp_path / "out", image_column="file_name", group_column="product", quiet=True
     )
     assert result["samples"] == 5
     assert result["bad"] == {}
     assert result["columns"] == {"image": "file_name", "captions": ["caption", "title"], "group": "product"}
-    (whole,) = read_whole(open_reader(tmp_path / "out"), SPEC, tokens)
+    (whole,) = read_sequential(open_reader(tmp_path / "out"), SPEC, tokens)
     assert [key.rpartition("/")[2] for key in whole.keys] == [f"photos_{number}" for number in range(5)]
     assert whole.captions == [text for row in rows for text in (row["caption"], row["title"])]
-    assert whole.group_B.tolist() == [NO_GROUP, *(group_number(drawing(number)[2]) for number in range(1, 5))]
+    assert whole.group_B.tolist() == [NO_GROUP, *(group_id(drawing(number)[2]) for number in range(1, 5))]
     found = members(tmp_path / "out")
     for number in range(5):
         assert found[f"photos_{number}.png"] == (tmp_path / "photos" / f"{number}.png").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_cell_may_hold_a_list_of_captions(tmp_path: Path, kind: str) -> None:
+def test_a_cell_can_hold_a_list_of_captions(tmp_path: Path, kind: str) -> None:
     put(tmp_path / "a.png", encoded(drawing(0)[0]))
     WRITERS[kind](tmp_path / f"t.{kind}", [{"path": "a.png", "captions": ["one", "", " one ", "two"]}])
-    pack(tmp_path / f"t.{kind}", tmp_path / "out", quiet=True)
+    pack_shards(tmp_path / f"t.{kind}", tmp_path / "out", quiet=True)
     assert json.loads(members(tmp_path / "out")["a.json"]) == {"captions": ["one", "two"]}
 
 
-def test_captions_come_in_the_order_in_which_their_columns_are_named(tmp_path: Path) -> None:
+def test_captions_are_in_the_order_of_the_named_columns(tmp_path: Path) -> None:
     put(tmp_path / "a.png", encoded(drawing(0)[0]))
-    write_csv(tmp_path / "t.csv", [{"image": "a.png", "x": "from x", "y": "from y", "caption": "unasked"}])
-    pack(tmp_path / "t.csv", tmp_path / "out", caption_columns=["y", "x"], quiet=True)
+    write_csv(tmp_path / "t.csv", [{"image": "a.png", "x": "from x", "y": "from y", "caption": "not named"}])
+    pack_shards(tmp_path / "t.csv", tmp_path / "out", caption_columns=["y", "x"], quiet=True)
     assert json.loads(members(tmp_path / "out")["a.json"])["captions"] == ["from y", "from x"]
 
 
-def test_keys_are_made_safe_and_unique(tmp_path: Path) -> None:
+def test_keys_are_sanitised_and_unique(tmp_path: Path) -> None:
     names = ["x/a.png", "x_a.png", "x.a.png", "x_a-2.png", "../outside.png"]
     folder = tmp_path / "in"
     for number, name in enumerate(names):
         put(folder / name, encoded(drawing(number)[0]))
     rows = [{"image": name, "text": name} for name in [*names, "x/a.png", str(tmp_path / "outside.png")]]
     write_csv(folder / "t.csv", rows)
-    result = pack(folder / "t.csv", tmp_path / "out", quiet=True)
+    result = pack_shards(folder / "t.csv", tmp_path / "out", quiet=True)
     assert result["samples"] == 7
     texts = {name: text.decode() for name, text in members(tmp_path / "out").items() if name.endswith(".txt")}
     assert list(texts) == [
@@ -152,90 +152,90 @@ def test_keys_are_made_safe_and_unique(tmp_path: Path) -> None:
     assert [*texts.values()] == [row["text"] for row in rows]
 
 
-def test_a_key_may_be_long_and_of_any_letters(tmp_path: Path) -> None:
+def test_a_key_can_be_long_and_not_ascii(tmp_path: Path) -> None:
     for name in ("a" * 30, "товар"):
         put(tmp_path / "in" / "/".join([name] * 6) / "x.png", encoded(drawing(0)[0]))
         put(tmp_path / "in" / "/".join([name] * 6) / "x.txt", name)
-    pack(tmp_path / "in", tmp_path / "out", quiet=True)
+    pack_shards(tmp_path / "in", tmp_path / "out", quiet=True)
     (batch,) = mmrl.stream(tmp_path / "out", batch_size=2)
     assert {key.rpartition("/")[2] for key in batch.keys} == {("a" * 30 + "_") * 6 + "x", "товар_" * 6 + "x"}
 
 
-def test_a_key_does_not_depend_on_how_a_file_system_spells_letters() -> None:
+def test_keys_are_unicode_normalised() -> None:
     assert safe_key("cafe\u0301/日本 1") == safe_key("caf\u00e9/日本 1") == "café_日本_1"
     assert safe_key("\udcff") == "_"
 
 
-def test_links_are_followed_and_a_circle_of_them_ends(tmp_path: Path) -> None:
+def test_links_are_followed_but_not_in_a_loop(tmp_path: Path) -> None:
     elsewhere = put(tmp_path / "elsewhere" / "a.png", encoded(drawing(0)[0]))
     put(tmp_path / "in" / "a.txt", "linked")
     (tmp_path / "in" / "a.png").symlink_to(elsewhere)
     (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
-    assert pack(tmp_path / "in", tmp_path / "out", quiet=True)["samples"] == 1
+    assert pack_shards(tmp_path / "in", tmp_path / "out", quiet=True)["samples"] == 1
     assert members(tmp_path / "out") == {"a.png": elsewhere.read_bytes(), "a.txt": b"linked"}
 
 
-def test_pictures_of_other_kinds_are_stored_again_without_loss(tmp_path: Path) -> None:
+def test_other_image_formats_are_converted_losslessly(tmp_path: Path) -> None:
     image = drawing(0)[0]
     for extension, kind in (("bmp", "BMP"), ("tif", "TIFF")):
         put(tmp_path / "in" / f"{extension}.{extension}", encoded(image, kind))
         put(tmp_path / "in" / f"{extension}.txt", "x")
     put(tmp_path / "in" / "no_ending", encoded(image, "WEBP"))
     write_csv(tmp_path / "in" / "t.csv", [{"image": "no_ending", "text": "x"}])
-    pack(tmp_path / "in", tmp_path / "out", quiet=True)
+    pack_shards(tmp_path / "in", tmp_path / "out", quiet=True)
     found = members(tmp_path / "out")
     assert set(found) == {"bmp.png", "bmp.txt", "tif.png", "tif.txt"}
     for name in ("bmp.png", "tif.png"):
         assert Image.open(io.BytesIO(found[name])).tobytes() == image.tobytes()
-    pack(tmp_path / "in" / "t.csv", tmp_path / "out2", quiet=True)
+    pack_shards(tmp_path / "in" / "t.csv", tmp_path / "out2", quiet=True)
     assert set(members(tmp_path / "out2")) == {"no_ending.webp", "no_ending.txt"}
 
 
-def test_max_side_makes_only_larger_pictures_smaller(tmp_path: Path) -> None:
+def test_max_side_shrinks_only_larger_images(tmp_path: Path) -> None:
     small, large = drawing(0)[0], Image.new("RGB", (200, 100), (10, 200, 30))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # a camera held upright: the picture is to be turned by 90 degrees
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # EXIF orientation: rotate by 90 degrees
     buffer = io.BytesIO()
-    large.save(buffer, "JPEG", exif=turned)
-    for name, data in (("small", encoded(small)), ("large", encoded(large)), ("turned", buffer.getvalue())):
+    large.save(buffer, "JPEG", exif=rotated)
+    for name, data in (("small", encoded(small)), ("large", encoded(large)), ("rotated", buffer.getvalue())):
         put(tmp_path / "in" / f"{name}.png", data)
         put(tmp_path / "in" / f"{name}.txt", name)
-    pack(tmp_path / "in", tmp_path / "out", max_side=50, quiet=True)
+    pack_shards(tmp_path / "in", tmp_path / "out", max_side=50, quiet=True)
     found = members(tmp_path / "out")
     assert found["small.png"] == encoded(small)
-    for name, size in (("large.jpg", (50, 25)), ("turned.jpg", (25, 50))):
+    for name, size in (("large.jpg", (50, 25)), ("rotated.jpg", (25, 50))):
         image = Image.open(io.BytesIO(found[name]))
         assert (image.format, image.size) == ("JPEG", size)
         assert not image.getexif()
 
 
-def test_of_equal_pictures_dedup_keeps_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dedup_keeps_the_first_of_equal_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = encoded(drawing(0)[0]), encoded(drawing(1)[0])
     for name, data in (("a", one), ("b", other), ("c", one), ("sub/d", one)):
         put(tmp_path / "in" / f"{name}.png", data)
-        if name != "a":  # without a caption it is not packed, so it takes nobody's place
+        if name != "a":  # it has no caption and is not packed, so b.png is the first of these
             put(tmp_path / "in" / f"{name}.txt", name)
-    pack(tmp_path / "in", tmp_path / "all")
-    assert "Pictures that an earlier sample shows as well: 1;" in capsys.readouterr().out
-    result = pack(tmp_path / "in", tmp_path / "out", dedup=True)
+    pack_shards(tmp_path / "in", tmp_path / "all")
+    assert "Samples with the same image as an earlier one and no group: 1." in capsys.readouterr().out
+    result = pack_shards(tmp_path / "in", tmp_path / "out", dedup=True)
     assert result["bad"] == {"no caption": 1, "duplicate": 1}
-    assert {line["key"]: line["reason"] for line in bad_lines(tmp_path / "out")}["sub_d"] == (
-        "duplicate: the picture of c, byte for byte"
+    assert {line["key"]: line["reason"] for line in bad_lines(tmp_path / "out")}["sub/d.png"] == (
+        "duplicate: the image has the same bytes as that of sample c"
     )
     assert [*members(tmp_path / "out")] == ["b.png", "b.txt", "c.png", "c.txt"]
-    assert "as well" not in capsys.readouterr().out
-    pack(tmp_path / "in", tmp_path / "small", dedup=True, max_side=20, quiet=True)
+    assert "same image" not in capsys.readouterr().out
+    pack_shards(tmp_path / "in", tmp_path / "small", dedup=True, max_side=20, quiet=True)
     assert [*members(tmp_path / "small")] == ["b.jpg", "b.txt", "c.jpg", "c.txt"]
 
 
-def test_two_runs_on_two_clocks_give_equal_bytes(tmp_path: Path) -> None:
-    picture_folder(tmp_path / "in")
-    pack(tmp_path / "in", tmp_path / "one", max_side=20, samples_per_shard=4, quiet=True)
+def test_shards_do_not_depend_on_time_or_umask(tmp_path: Path) -> None:
+    image_folder(tmp_path / "in")
+    pack_shards(tmp_path / "in", tmp_path / "one", max_side=20, samples_per_shard=4, quiet=True)
     for path in (tmp_path / "in").rglob("*"):
         os.utime(path, (1e9, 1e9))
     old = os.umask(0o077)
     try:
-        pack(tmp_path / "in", tmp_path / "two", max_side=20, samples_per_shard=4, quiet=True)
+        pack_shards(tmp_path / "in", tmp_path / "two", max_side=20, samples_per_shard=4, quiet=True)
     finally:
         os.umask(old)
     for shard in ("shard-000000.tar", "shard-000001.tar"):
@@ -244,7 +244,7 @@ def test_two_runs_on_two_clocks_give_equal_bytes(tmp_path: Path) -> None:
             assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
 
 
-# ------------------------------------------------------------------------------------------------ what is left out
+# ------------------------------------------------------------------------------------------------ bad samples
 
 
 def test_bad_pairs_of_a_folder_are_listed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,11 +252,11 @@ def test_bad_pairs_of_a_folder_are_listed_and_counted(tmp_path: Path, capsys: py
     good = encoded(drawing(0)[0])
     put(folder / "good.png", good)
     put(folder / "good.txt", "good")
-    put(folder / "broken.png", b"no picture")
+    put(folder / "broken.png", b"not an image")
     put(folder / "broken.txt", "x")
     put(folder / "cut.png", good[:-200])
     put(folder / "cut.txt", "x")
-    put(folder / "silent.png", good)
+    put(folder / "uncaptioned.png", good)
     put(folder / "blank.png", good)
     put(folder / "blank.txt", " \n ")
     put(folder / "latin.png", good)
@@ -264,18 +264,20 @@ def test_bad_pairs_of_a_folder_are_listed_and_counted(tmp_path: Path, capsys: py
     put(folder / "list.png", good)
     put(folder / "list.json", "[1]")
     put(folder / "alone.txt", "x")
-    result = pack(folder, tmp_path / "out")
+    result = pack_shards(folder, tmp_path / "out")
     assert result["samples"] == 1
     assert result["bad"] == {"unreadable image": 2, "no caption": 2, "unreadable text": 2, "missing image": 1}
     lines = bad_lines(tmp_path / "out")
-    assert {line["key"] for line in lines} == {"broken", "cut", "silent", "blank", "latin", "list", "alone"}
-    assert all(set(line) == {"shard", "key", "reason"} and line["shard"] == "" for line in lines)
-    assert not any("_io" in line["reason"] for line in lines)  # an address in memory, never the same again
-    assert {line["key"]: line["reason"] for line in lines}["latin"] == "unreadable text: latin.txt is not UTF-8"
+    assert {line["key"] for line in lines} == {
+        "broken.png", "cut.png", "uncaptioned.png", "blank.png", "latin.png", "list.png", "alone",
+    }  # fmt: skip
+    assert all(set(line) == {"shard", "key", "reason"} and line["shard"] == str(folder) for line in lines)
+    assert not any("_io" in line["reason"] for line in lines)  # a memory address, different in each run
+    assert {line["key"]: line["reason"] for line in lines}["latin.png"] == "unreadable text: latin.txt is not UTF-8"
     shown = capsys.readouterr().out
     assert "1 samples" in shown
     assert "2 unreadable image, " in shown
-    assert f"listed in {tmp_path / 'out' / BAD_SAMPLES}, such as blank: no caption" in shown
+    assert f"listed in {tmp_path / 'out' / BAD_SAMPLES}, e.g. blank.png: no caption" in shown
 
 
 def test_bad_rows_of_a_table_are_listed_with_the_table(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_bad_rows_of_a_table_are_listed_with_the_table(tmp_path: Path) -> None:
         f"{'n' * 300}.png,x",
     ]
     table = put(tmp_path / "t.csv", "\n".join(lines))
-    result = pack(table, tmp_path / "out", quiet=True)
+    result = pack_shards(table, tmp_path / "out", quiet=True)
     assert result["samples"] == 1
     assert result["bad"] == {"missing image": 6, "no caption": 2, "broken row": 1}
     listed = bad_lines(tmp_path / "out")
@@ -303,26 +305,26 @@ def test_bad_rows_of_a_table_are_listed_with_the_table(tmp_path: Path) -> None:
     reasons = {line["key"]: line["reason"] for line in listed}
     assert reasons["row 3"] == "missing image: image is empty"
     assert reasons["row 6"] == "broken row: 3 cells for 2 columns"
-    assert "is an address; name its column by --image-column to fetch it" in reasons["row 7"]
-    assert "is neither a path nor an http(s) address" in reasons["row 8"]
+    assert "is a URL; name its column with --image-column to fetch it" in reasons["row 7"]
+    assert "is neither a path nor an http(s) URL" in reasons["row 8"]
 
 
-def test_lines_that_are_no_json_object_are_bad_rows(tmp_path: Path) -> None:
+def test_lines_that_are_not_json_objects_are_bad_rows(tmp_path: Path) -> None:
     put(tmp_path / "a.png", encoded(drawing(0)[0]))
     row = json.dumps({"image": "a.png", "text": "x"})
     surrogate = '{"image": "a.png", "text": "\\ud800"}'
     number = '{"image": 5, "text": "x"}'
     put(tmp_path / "t.jsonl", "\n".join(["[1]", row, "{", surrogate, number, "[" * 100_000]))
-    result = pack(tmp_path / "t.jsonl", tmp_path / "out", quiet=True)
+    result = pack_shards(tmp_path / "t.jsonl", tmp_path / "out", quiet=True)
     assert result["bad"] == {"broken row": 3, "unreadable text": 1, "missing image": 1}
 
 
-def test_a_picture_that_many_rows_share_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_of_several_rows_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path / "a.png", encoded(drawing(0)[0]))
     write_csv(tmp_path / "t.csv", [{"image": "a.png", "text": text} for text in ("one", "two", "three")])
-    pack(tmp_path / "t.csv", tmp_path / "out")
-    assert "Pictures that an earlier sample shows as well: 2;" in capsys.readouterr().out
-    pack(tmp_path / "t.csv", tmp_path / "grouped", group_column="image")
-    assert "as well" not in capsys.readouterr().out
+    pack_shards(tmp_path / "t.csv", tmp_path / "out")
+    assert "Samples with the same image as an earlier one and no group: 2." in capsys.readouterr().out
+    pack_shards(tmp_path / "t.csv", tmp_path / "grouped", group_column="image")
+    assert "same image" not in capsys.readouterr().out
     (batch,) = mmrl.stream(tmp_path / "grouped", batch_size=3)
-    assert batch.group.tolist() == [group_number("a.png")] * 3
+    assert batch.group.tolist() == [group_id("a.png")] * 3

@@ -1,4 +1,4 @@
-"""What `mmrl pack` says to a user's mistakes, before long work starts."""
+"""Error messages of `mmrl pack`, raised before any image is read."""
 
 import builtins
 import json
@@ -11,7 +11,7 @@ import pytest
 from conftest import drawing, encoded
 from helpers.pack_sources import members, put
 
-from mmrl.data.pack.command import pack
+from mmrl.data.pack.command import pack_shards
 from mmrl.data.pack.writer import BAD_SAMPLES
 from mmrl.errors import InputError
 
@@ -33,58 +33,58 @@ def table(tmp_path: Path) -> Path:
         ({"workers": 0}, r"workers: 0 .* at least 1"),
     ],
 )
-def test_a_wrong_option_is_named(table: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_wrong_options(table: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pack(table, tmp_path / "out", **options)
+        pack_shards(table, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.xlsx", "", r"no table that can be read; give \.csv, \.tsv, \.jsonl, \.parquet or a folder"),
+        ("t.xlsx", "", r"not a supported table; give \.csv, \.tsv, \.jsonl, \.parquet or a folder"),
         ("t.csv", "", r"has no rows"),
         ("t.csv", "image,caption\n", r"has no rows"),
-        ("t.csv", "picture,caption\na,b\n", r"has none of image, .*; its columns are picture, caption\. Name one"),
-        ("t.csv", "image,words\na,b\n", r"caption-column: .* has none of caption, "),
-        ("t.csv", 'image,caption\na.png,"x\nb.png,y\n', r"line 3: .*put texts .* in quotes"),
+        ("t.csv", "picture,caption\na,b\n", r"has none of the columns image, .*; name one of picture, caption\."),
+        ("t.csv", "image,words\na,b\n", r"caption-column: .* has none of the columns caption, "),
+        ("t.csv", 'image,caption\na.png,"x\nb.png,y\n', r"line 3: .*enclose texts .* in quotes"),
         ("t.csv", "image,caption\na.png,é\n".encode("latin-1"), r"not UTF-8 text; save it as UTF-8"),
         ("t.parquet", "image,caption", r"not a readable Parquet file"),
-        ("t.jsonl", '{"image": "gone.png", "text": "x"}', r"nothing in .* can be packed: 1 missing image; listed in"),
-        ("in/readme.md", "", r"holds no picture \(\.jpg, "),
+        ("t.jsonl", '{"image": "gone.png", "text": "x"}', r"no pair in .* can be packed: 1 missing image; listed in"),
+        ("in/readme.md", "", r"holds no images \(\.jpg, "),
     ],
 )
-def test_a_source_that_will_not_do(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+def test_unusable_sources(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     put(tmp_path / name, content)
     with pytest.raises(InputError, match=message):
-        pack(tmp_path / Path(name).parts[0], tmp_path / "out", quiet=True)
+        pack_shards(tmp_path / Path(name).parts[0], tmp_path / "out", quiet=True)
 
 
-def test_a_source_that_is_not_there_and_a_column_of_a_folder(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist; give a folder of pictures or a table"):
-        pack(tmp_path / "gone", tmp_path / "out")
+def test_a_missing_source_and_a_column_of_a_folder(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; give a folder of images or a table"):
+        pack_shards(tmp_path / "gone", tmp_path / "out")
     with pytest.raises(InputError, match="is a folder; only a table has columns"):
-        pack(tmp_path, tmp_path / "out", image_column="image")
+        pack_shards(tmp_path, tmp_path / "out", image_column="image")
 
 
 def test_out_must_be_new_or_empty(table: Path, tmp_path: Path) -> None:
     put(tmp_path / "out" / "thesis.tex", "mine")
-    with pytest.raises(InputError, match=r"out already holds thesis\.tex; name a new or empty folder"):
-        pack(table, tmp_path / "out")
-    with pytest.raises(InputError, match="cannot be made a folder"):
-        pack(table, table)
-    pack(table, tmp_path / "first", quiet=True)
+    with pytest.raises(InputError, match=r"out already holds thesis\.tex; choose a new or empty folder"):
+        pack_shards(table, tmp_path / "out")
+    with pytest.raises(InputError, match="cannot be created"):
+        pack_shards(table, table)
+    pack_shards(table, tmp_path / "first", quiet=True)
     with pytest.raises(InputError, match=r"already holds shard-000000\.tar"):
-        pack(table, tmp_path / "first")
+        pack_shards(table, tmp_path / "first")
 
 
-def test_a_failed_attempt_leaves_only_its_list_and_can_be_repeated(table: Path, tmp_path: Path) -> None:
+def test_a_pack_without_a_usable_pair_leaves_only_its_list_and_can_be_repeated(table: Path, tmp_path: Path) -> None:
     bad = put(tmp_path / "bad.csv", "image,caption\ngone.png,x\n")
     put(tmp_path / "out" / ".partial" / "shard-000000.tar.partial", "killed here")
-    with pytest.raises(InputError, match="nothing in"):
-        pack(bad, tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match="no pair in"):
+        pack_shards(bad, tmp_path / "out", quiet=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [BAD_SAMPLES]
-    pack(table, tmp_path / "out", quiet=True)
+    pack_shards(table, tmp_path / "out", quiet=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["shard-000000.tar", "shard-000000.tar.index"]
 
 
@@ -99,10 +99,10 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"needs pyarrow.*pip install 'mmrl-clip\[search\]'"):
-        pack(tmp_path / "t.parquet", tmp_path / "out")
+        pack_shards(tmp_path / "t.parquet", tmp_path / "out")
 
 
-def test_the_command(table: Path, tmp_path: Path) -> None:
+def test_the_command_line(table: Path, tmp_path: Path) -> None:
     code = "from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
     mmrl_pack = [sys.executable, "-c", code, "pack"]
     good = subprocess.run(

@@ -1,4 +1,4 @@
-"""`mmrl pack` by many workers, and stopped at any place: the bytes are those of one worker who was left alone."""
+"""`mmrl pack` with several workers, and interrupted at any point: the same bytes as one uninterrupted worker."""
 
 import fcntl
 import os
@@ -18,9 +18,9 @@ from helpers.pack_sources import end_by, files, put, write_csv
 from webdataset.writer import TarWriter
 
 from mmrl.data.pack import prepare, writer
-from mmrl.data.pack.command import pack
+from mmrl.data.pack.command import pack_shards
 from mmrl.data.shards import expand
-from mmrl.data.workers import Workers
+from mmrl.data.workers import WorkerPool
 from mmrl.errors import InputError, RunStopped
 
 OPTIONS: dict[str, Any] = {"samples_per_shard": 2, "max_side": 30, "dedup": True, "quiet": True}
@@ -28,20 +28,20 @@ OPTIONS: dict[str, Any] = {"samples_per_shard": 2, "max_side": 30, "dedup": True
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pairs of which seven can be packed, with equal keys, equal pictures and bad ones in between."""
-    names = ["a/b", "a_b", "a_b-2", "broken", "c", "d", "again", "silent", "e", "f"]
+    """Ten pairs of which seven can be packed, with equal keys, equal images and bad ones in between."""
+    names = ["a/b", "a_b", "a_b-2", "broken", "c", "d", "again", "uncaptioned", "e", "f"]
     for number, name in enumerate(names):
         data = encoded(drawing(0 if name == "again" else number)[0])
         put(tmp_path / "in" / f"{name}.png", data[:-100] if name == "broken" else data)
-        if name != "silent":
+        if name != "uncaptioned":
             put(tmp_path / "in" / f"{name}.txt", f"{name}, number {number}")
     return tmp_path / "in"
 
 
 @pytest.fixture
 def whole(folder: Path, tmp_path: Path) -> dict[str, bytes]:
-    """What one worker makes of it without a stop."""
-    pack(folder, tmp_path / "whole", **OPTIONS)
+    """The files of one uninterrupted worker."""
+    pack_shards(folder, tmp_path / "whole", **OPTIONS)
     found = files(tmp_path / "whole")
     shards = [f"shard-00000{number}.tar{ending}" for number in range(4) for ending in ("", ".index")]
     assert sorted(found) == ["bad_samples.jsonl", *shards]
@@ -53,17 +53,17 @@ def whole(folder: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_gives_equal_bytes(
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
     folder: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(prepare, "AT_ONCE", 1)
-    pack(folder, tmp_path / "out", workers=workers, **OPTIONS)
+    monkeypatch.setattr(prepare, "CHUNK", 1)
+    pack_shards(folder, tmp_path / "out", workers=workers, **OPTIONS)
     assert files(tmp_path / "out") == whole
 
 
-def test_workers_take_only_as_many_items_as_they_need() -> None:
+def test_workers_take_only_a_few_items_ahead() -> None:
     items = iter(range(1000))
-    with Workers[int, int](abs, 2, preload="builtins") as workers:
+    with WorkerPool[int, int](abs, 2, preload="builtins") as workers:
         results = workers.map(items)
         assert [next(results) for _ in range(10)] == list(range(10))
         assert next(items) <= 10 + 3 * 2
@@ -71,21 +71,21 @@ def test_workers_take_only_as_many_items_as_they_need() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("kill", "killed by the system, as happens when memory runs out"), ("exit", "exit code 3")]
+    ("how", "message"), [("kill", "killed by the system, most likely because memory ran out"), ("exit", "exit code 3")]
 )
-def test_a_worker_that_ends_early_is_told_in_one_sentence(how: str, message: str) -> None:
-    with Workers[str, str](end_by, 2, preload="helpers.pack_sources") as workers:
+def test_a_worker_that_dies_is_reported_in_one_sentence(how: str, message: str) -> None:
+    with WorkerPool[str, str](end_by, 2, preload="helpers.pack_sources") as workers:
         results = workers.map(["go on", "go on", how, *["go on"] * 20])
-        with pytest.raises(RunStopped, match=f"ended early, .*{message}; start again .* fewer --workers"):
+        with pytest.raises(RunStopped, match=f"died .{message}.; run the same command again with fewer --workers"):
             list(results)
 
 
-# ------------------------------------------------------------------------------------------------ stops
+# ------------------------------------------------------------------------------------------------ interruptions
 
 
-def ends_at(call: int, home: Any, name: str) -> None:
-    """From here on, the process is gone at this call of home.name, as by SIGKILL: nothing is flushed or tidied."""
-    real, calls = getattr(home, name), 0
+def die_at(call: int, owner: Any, name: str) -> None:
+    """Makes the process exit at this call of owner.name, as by SIGKILL: nothing is flushed or cleaned up."""
+    real, calls = getattr(owner, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -94,10 +94,10 @@ def ends_at(call: int, home: Any, name: str) -> None:
             os._exit(9)
         return real(*args, **kwargs)
 
-    setattr(home, name, counted)
+    setattr(owner, name, counted)
 
 
-def in_a_child(work: Callable[[], object]) -> int:
+def run_in_child(work: Callable[[], object]) -> int:
     """The exit code of a forked process that does the work."""
     child = os.fork()
     if child == 0:
@@ -109,47 +109,47 @@ def in_a_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-PLACES = {"between samples": (writer.PackWriter, "add"), "within a shard": (TarWriter, "write"),
+POINTS = {"between samples": (writer.PackWriter, "add"), "within a shard": (TarWriter, "write"),
           "before it is on disk": (os, "fsync"), "before progress.json": (Path, "replace"),
-          "while shards move": (Path, "rename"), "while it tidies": (Path, "unlink")}  # fmt: skip
+          "while shards move": (Path, "rename"), "during the cleanup": (Path, "unlink")}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("place", PLACES)
-def test_killed_anywhere_it_goes_on_to_equal_bytes(
-    folder: Path, whole: dict[str, bytes], tmp_path: Path, place: str
+@pytest.mark.parametrize("point", POINTS)
+def test_a_pack_killed_at_any_point_resumes_to_equal_bytes(
+    folder: Path, whole: dict[str, bytes], tmp_path: Path, point: str
 ) -> None:
     out = tmp_path / "out"
     for call in range(1, 100):
 
         def killed(call: int = call) -> None:
-            ends_at(call, *PLACES[place])
-            pack(folder, out, **OPTIONS)
+            die_at(call, *POINTS[point])
+            pack_shards(folder, out, **OPTIONS)
 
-        code = in_a_child(killed)
+        code = run_in_child(killed)
         assert code in (0, 9)
         if code == 9:
-            if place not in ("while shards move", "while it tidies"):
+            if point not in ("while shards move", "during the cleanup"):
                 with pytest.raises(InputError, match=r"holds no \.tar file"):
                     expand(out)
             if (out / ".partial").exists():
-                pack(folder, out, **OPTIONS)
+                pack_shards(folder, out, **OPTIONS)
         assert files(out) == whole
         shutil.rmtree(out)
         if code == 0:
             break
     else:
-        pytest.fail("it never came to an end")
+        pytest.fail("still killed at the 99th call")
     assert call > 2
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_killed_again_and_again_it_comes_to_an_end(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_pack_killed_repeatedly_finishes(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     def killed() -> None:
-        ends_at(5, writer.PackWriter, "add")
-        pack(folder, tmp_path / "out", **OPTIONS)
+        die_at(5, writer.PackWriter, "add")
+        pack_shards(folder, tmp_path / "out", **OPTIONS)
 
-    codes = [in_a_child(killed) for _ in range(3)]
+    codes = [run_in_child(killed) for _ in range(3)]
     assert codes == [9, 9, 0]
     assert files(tmp_path / "out") == whole
 
@@ -167,107 +167,107 @@ def test_an_exception_keeps_the_finished_shards_and_nothing_else(
 
         monkeypatch.setattr(writer.PackWriter, "add", add)
         with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RunStopped) as raised:
-            pack(folder, tmp_path / "out", **OPTIONS)
+            pack_shards(folder, tmp_path / "out", **OPTIONS)
         monkeypatch.undo()
         if isinstance(error, OSError):
-            assert "out cannot be filled any further (No space left on device); mend that" in str(raised.value)
+            assert "out cannot be written (No space left on device); fix that" in str(raised.value)
 
     stop_at(2, KeyboardInterrupt())
     assert files(tmp_path / "out") == {}
     stop_at(6, OSError(28, "No space left on device"))
     assert (tmp_path / "out" / ".partial" / "progress.json").is_file()
-    pack(folder, tmp_path / "out", **OPTIONS)
+    pack_shards(folder, tmp_path / "out", **OPTIONS)
     assert files(tmp_path / "out") == whole
 
 
 @pytest.fixture
 def half(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """OUT of a pack that was interrupted after the second shard."""
+    """OUT of a pack interrupted after the second shard."""
     with monkeypatch.context() as patch:
-        real = writer.PackWriter._record
+        real = writer.PackWriter._save_progress
 
         def record(self: writer.PackWriter) -> None:
             real(self)
             if self.progress.shards == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr(writer.PackWriter, "_record", record)
+        patch.setattr(writer.PackWriter, "_save_progress", record)
         with pytest.raises(KeyboardInterrupt):
-            pack(folder, tmp_path / "half", **OPTIONS)
+            pack_shards(folder, tmp_path / "half", **OPTIONS)
     return tmp_path / "half"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples_per_shard": 3}, r"begun with another samples-per-shard \(2, now 3\); give the same arguments"),
-        ({"max_side": None}, r"another max-side \(30, now none\).* or delete .*half/\.partial to begin anew"),
+        ({"samples_per_shard": 3}, r"started with another samples-per-shard \(2, now 3\); give the same arguments"),
+        ({"max_side": None}, r"another max-side \(30, now none\).* or delete .*half/\.partial to start over"),
         ({"dedup": False}, r"another dedup \(True, now False\)"),
         ({"group_column": "item"}, r"another group-column \(none, now item\)"),
         ({"caption_columns": ["x", "y"]}, r"another caption-column \(none, now x, y\)"),
     ],
 )
-def test_other_arguments_do_not_go_on(half: Path, folder: Path, options: dict[str, Any], message: str) -> None:
+def test_other_arguments_do_not_resume(half: Path, folder: Path, options: dict[str, Any], message: str) -> None:
     before = files(half)
     with pytest.raises(InputError, match=message):
-        pack(folder, half, **{**OPTIONS, **options})
+        pack_shards(folder, half, **{**OPTIONS, **options})
     assert files(half) == before
 
 
-def test_another_source_does_not_go_on(half: Path, folder: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_another_source_does_not_resume(half: Path, folder: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(InputError, match=r"another source \(.*/in, now .*/copy\)"):
-        pack(tmp_path / "copy", half, **OPTIONS)
+        pack_shards(tmp_path / "copy", half, **OPTIONS)
     added = put(folder / "new.png", "")
     with pytest.raises(InputError, match=r"another count of files \(19, now 20\)"):
-        pack(folder, half, **OPTIONS)
+        pack_shards(folder, half, **OPTIONS)
     added.unlink()
-    pack(folder, half, **OPTIONS)
+    pack_shards(folder, half, **OPTIONS)
     assert files(half) == whole
 
 
-def test_a_table_that_changed_does_not_go_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_table_does_not_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"image": f"in/{name}.png", "caption": name} for name in ("c", "d", "e", "f", "a_b")]
     write_csv(tmp_path / "t.csv", rows)
     with monkeypatch.context() as patch:
         patch.setattr(writer.PackWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            pack(tmp_path / "t.csv", tmp_path / "out", **OPTIONS)
+            pack_shards(tmp_path / "t.csv", tmp_path / "out", **OPTIONS)
     status = (tmp_path / "t.csv").stat()
     os.utime(tmp_path / "t.csv", ns=(0, 0))
     with pytest.raises(InputError, match="another time of the table"):
-        pack(tmp_path / "t.csv", tmp_path / "out", **OPTIONS)
+        pack_shards(tmp_path / "t.csv", tmp_path / "out", **OPTIONS)
     os.utime(tmp_path / "t.csv", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert pack(tmp_path / "t.csv", tmp_path / "out", **OPTIONS)["samples"] == 5
-    pack(tmp_path / "t.csv", tmp_path / "again", **OPTIONS)
+    assert pack_shards(tmp_path / "t.csv", tmp_path / "out", **OPTIONS)["samples"] == 5
+    pack_shards(tmp_path / "t.csv", tmp_path / "again", **OPTIONS)
     assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
-def test_a_damaged_or_busy_folder_is_named(half: Path, folder: Path) -> None:
-    again = partial(pack, folder, half, **OPTIONS)
+def test_a_damaged_or_locked_folder_is_an_error(half: Path, folder: Path) -> None:
+    again = partial(pack_shards, folder, half, **OPTIONS)
     put(half / "shard-000000.tar", "mine")
     with pytest.raises(InputError, match=r"already holds shard-000000\.tar"):
         again()
     (half / "shard-000000.tar").unlink()
     other = os.open(half / ".partial", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another mmrl pack is filling"):
+    with pytest.raises(InputError, match="another mmrl pack is writing to"):
         again()
     os.close(other)
     (half / ".partial" / "shard-000001.tar.partial").unlink()
-    with pytest.raises(InputError, match=r"shard-000001\.tar\.partial, of the shards finished before, is gone"):
+    with pytest.raises(InputError, match=r"shard-000001\.tar\.partial of the unfinished pack is missing"):
         again()
     put(half / ".partial" / "progress.json", "{}")
-    with pytest.raises(InputError, match=r"progress\.json is not what mmrl pack wrote; restore it, or delete"):
+    with pytest.raises(InputError, match=r"progress\.json is damaged; restore it, or delete"):
         again()
 
 
-def test_ctrl_c_ends_the_command_and_all_its_workers(tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_command_and_all_its_workers(tmp_path: Path) -> None:
     put(tmp_path / "a.png", encoded(drawing(0, size=256)[0]))
     write_csv(tmp_path / "t.csv", [{"image": "a.png", "caption": f"number {number}"} for number in range(20_000)])
-    # A job of the background ignores Ctrl-C, and what it starts does.
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{heard}; from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
+    # A background job and its children ignore SIGINT.
+    handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{handler}; from mmrl.cli import main; import sys; sys.argv[0] = 'mmrl'; main()"
     arguments = [tmp_path / "t.csv", tmp_path / "out", "--samples-per-shard", "100", "--workers", "2"]
     command = [sys.executable, "-c", code, "pack", *arguments]
     with subprocess.Popen(
@@ -277,7 +277,7 @@ def test_ctrl_c_ends_the_command_and_all_its_workers(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
-        shown, errors = process.communicate(timeout=180)  # to the end of both, which workers would keep open
+        shown, errors = process.communicate(timeout=180)  # surviving workers would hold the pipes open
     assert process.returncode not in (0, None)
     assert "Traceback" not in errors
-    assert "Stopped. The same command goes on after the" in shown
+    assert "Run the same command again to resume." in shown

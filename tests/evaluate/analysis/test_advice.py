@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from mmrl.errors import InputError
-from mmrl.evaluate.analysis.advice import Budget, advise, parse_budget, parse_count, short_count, size_words, words
+from mmrl.evaluate.analysis.advice import (
+    Budget,
+    advise,
+    format_bytes,
+    format_count,
+    parse_budget,
+    parse_count,
+    summarise,
+)
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.compression import Option
 
@@ -41,7 +49,7 @@ def test_the_smallest_within_the_budget_is_named() -> None:
     assert advice["smallest"]["times_smaller"] == 8
 
 
-def test_sure_is_only_what_the_whole_interval_allows() -> None:
+def test_confirmed_means_the_whole_interval_is_within_the_budget() -> None:
     advice = advice_on(option(64, "int8", 2999), option(32, "int8", 2972))
     assert chosen(advice["smallest"]) == (32, "int8")
     assert not advice["smallest"]["within_budget_surely"]
@@ -49,46 +57,63 @@ def test_sure_is_only_what_the_whole_interval_allows() -> None:
     assert chosen(advice_on(option(64, "int8", 2972))["sure"]) is None
 
 
-def test_one_dims_luck_does_not_count() -> None:
+def test_a_dim_counts_only_if_all_larger_ones_do() -> None:
     advice = advice_on(option(32, "int8", 2900), option(16, "int8", 3000), option(64, "int8", 3000))
     assert chosen(advice["smallest"]) == (64, "int8")
 
 
-def test_points_are_not_shares() -> None:
+def test_percentage_points_are_not_relative() -> None:
     lossy = option(32, "fp32", 2965)  # 35 of 4000 queries: 0.875 points, 1.17 % of what was found
     assert chosen(advice_on(lossy)["dim"]) == (64, "fp32")
     assert chosen(advice_on(lossy, budget="recall_drop=0.9pp")["dim"]) == (32, "fp32")
 
 
-def test_two_stages_are_apart() -> None:
+def test_two_stages_are_advised_separately() -> None:
     advice = advice_on(option(32, "binary", 1000), option(32, "binary", 2990, 20), option(32, "binary", 2995, 50))
     assert advice["two_stage"]["candidates"] == 20
     assert chosen(advice["smallest"]) == (64, "fp32")
-    said = words(advice)
-    assert said.headline == "Nothing below all 64 numbers in fp32 keeps within the budget."
-    assert any("20 candidates are reranked" in line and "128 bytes each" in line for line in said.others)
+    summary = summarise(advice)
+    assert summary.headline == (
+        "Recommended: the full vector, 64-d fp32. No smaller dim or codec is within the budget."
+    )
+    line = next(line for line in summary.others if line.startswith("In two stages: 32-d binary, 4 B per vector, "))
+    assert "20 candidates are reranked by full vectors in fp32, 256 B each, on disk." in line
+    assert line.endswith(
+        "Build: mmrl embed MODEL SHARDS EMBEDDINGS --dim 64 && "
+        "mmrl index EMBEDDINGS INDEX --code binary --dim 32 --candidates 20"
+    )
 
 
-def test_the_words_say_the_numbers() -> None:
-    said = words(advice_on(option(64, "int8", 3000), option(32, "int8", 2972)))
-    assert said.headline == "Probably 32 of 64 numbers as int8 will do; these queries confirm all 64 numbers as int8."
-    assert "4,000 queries are too few to confirm it; if the estimate is right, about " in said.certainty
-    assert said.others[0].startswith("Confirmed by these queries: 64-d int8, 64 bytes, 0.0 % lost")
-    assert said.evidence.startswith("R@10, text→image, is 74.3 % instead of 75.0 %: 0.9 % lost (95 % interval ")
-    assert said.saving == "100M vectors take 3.2 GB instead of 25.6 GB: 32 bytes each instead of 256, 8 times less."
-    sure = words(advice_on(option(32, "int8", 3000)))
-    assert sure.headline == "Keep 32 of 64 numbers as int8."
-    assert sure.certainty == "The whole interval is within the budget, so 4,000 queries confirm it."
-    nothing = words(advice_on(option(32, "int8", 2972)))
-    assert nothing.headline.endswith("these queries confirm nothing below the full vector.")
-    near = words(advice_on(option(32, "int8", 2970)))
-    assert "so near the limit that 4,000 queries cannot tell on which side it lies" in near.certainty
+def test_the_summary_names_the_numbers() -> None:
+    summary = summarise(advice_on(option(64, "int8", 3000), option(32, "int8", 2972)))
+    assert summary.headline == (
+        "Recommended: 32-d int8 (32 B per vector, 8x smaller, R@10 −0.9 %). Confirmed at 95 % with 4,000 queries: "
+        "64-d int8."
+    )
+    assert "4,000 queries are too few to confirm it. If the estimate is right, about " in summary.certainty
+    assert summary.others[0] == "Build 32-d int8: mmrl embed MODEL SHARDS EMBEDDINGS --dim 32 --precision int8"
+    assert summary.others[1].startswith("Confirmed: 64-d int8, 64 B per vector, a loss of 0.0 % (95 % interval ")
+    assert summary.evidence.startswith("R@10, text→image: 74.3 % instead of 75.0 %, a loss of 0.9 % (95 % interval ")
+    assert summary.saving == "100M vectors take 3.2 GB instead of 25.6 GB."
+    confirmed = summarise(advice_on(option(32, "int8", 3000)))
+    assert confirmed.headline == (
+        "Recommended: 32-d int8 (32 B per vector, 8x smaller, R@10 ±0.0 %), confirmed at 95 % with 4,000 queries."
+    )
+    assert confirmed.certainty == "The whole interval is within the budget."
+    gain = summarise(advice_on(option(32, "int8", 3100)))
+    assert "R@10 +3.3 %" in gain.headline
+    unconfirmed = summarise(advice_on(option(32, "int8", 2972)))
+    assert unconfirmed.headline.endswith("Confirmed at 95 % with 4,000 queries: only the full vector, 64-d fp32.")
+    near = summarise(advice_on(option(32, "int8", 2970)))
+    assert "The estimate is too close to the budget for any practical number." in near.certainty
+    of_texts = advice_on(option(32, "int8", 3000), budget="recall_drop=1%,direction=image_to_text")
+    assert of_texts["smallest"]["commands"][0].endswith("--precision int8 --texts")
 
 
 def test_a_model_that_finds_nothing_gets_no_advice() -> None:
     nothing = option(64, "fp32", 0)
     advice = advise([nothing, option(32, "int8", 0)], Budget(), Bootstrap(torch.arange(QUERIES)), 1000)
-    assert words(advice).headline.startswith("The full vector answers no query within the first 10")
+    assert summarise(advice).headline == "No recommendation: the full vector finds no positive among the first 10."
 
 
 @pytest.mark.parametrize(
@@ -106,14 +131,14 @@ def test_budgets_are_read(text: str, budget: Budget) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("1%", "'1%' is not understood; write it as recall_drop=1%"),
-        ("recall_drop=1", "'1' is no share such as 1% or 0.5pp"),
-        ("recall_drop=101%", "no share"),
+        ("1%", "'1%' is not understood; write recall_drop=1%"),
+        ("recall_drop=1", "'1' is not a number up to 100 with % or pp"),
+        ("recall_drop=101%", "not a number up to 100"),
         ("recall_drop=1%,recall_drop=2%", "not understood"),
         ("metric=R@10", "recall_drop is missing"),
-        ("recall_drop=1%,metric=mAP", "only recall has a budget"),
-        ("recall_drop=1%,metric=R@0", "only recall has a budget"),
-        ("recall_drop=1%,direction=up", "allowed are text_to_image, image_to_text"),
+        ("recall_drop=1%,metric=mAP", "is not a recall; write e.g. metric=R@10"),
+        ("recall_drop=1%,metric=R@0", "is not a recall; write e.g. metric=R@10"),
+        ("recall_drop=1%,direction=up", "allowed: image_to_text, text_to_image"),
     ],
 )
 def test_other_budgets_are_refused(text: str, says: str) -> None:
@@ -124,7 +149,7 @@ def test_other_budgets_are_refused(text: str, says: str) -> None:
 def test_numbers_are_read_and_written() -> None:
     assert [parse_count(text) for text in ("100M", "2.5b", "80K", "1_000", "7")] == [10**8, 25 * 10**8, 80_000, 1000, 7]
     for text in ("", "0", "-3", "1e6", "many", "5X"):
-        with pytest.raises(InputError, match="is no number of vectors"):
+        with pytest.raises(InputError, match="is not a number of vectors"):
             parse_count(text)
-    assert [short_count(n) for n in (10**8, 25 * 10**8, 80_000, 999)] == ["100M", "2.5B", "80K", "999"]
-    assert [size_words(n) for n in (12, 204_800_000_000, 999_999)] == ["12 bytes", "205 GB", "1 MB"]
+    assert [format_count(n) for n in (10**8, 25 * 10**8, 80_000, 999)] == ["100M", "2.5B", "80K", "999"]
+    assert [format_bytes(n) for n in (12, 204_800_000_000, 999_999)] == ["12 bytes", "205 GB", "1 MB"]

@@ -13,11 +13,11 @@ from mmrl.evaluate.analysis.baselines import baseline_ranks
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.ranking.ranks import rank_queries
-from mmrl.nesting import cut
+from mmrl.nesting import truncate
 
 
 def make_task(items: int = 150, useful: int = 6, dim: int = 16, seed: int = 0) -> Task:
-    """Two queries an item; the dims of `useful` places tell items apart, the others are noise of the same size."""
+    """Two queries per item; the first `useful` dims are shared by an item's rows, the rest is noise."""
     rng = torch.Generator().manual_seed(seed)
     group_G = torch.arange(items)
     gallery_GD, query_QD = torch.randn(items, dim, generator=rng), torch.randn(2 * items, dim, generator=rng)
@@ -38,32 +38,32 @@ def test_halves_are_of_items_and_about_equal() -> None:
 
 def test_pca_is_scikit_learns_fitted_on_the_other_half() -> None:
     task = make_task()
-    got = baselines.principal_ranks(task, [3, 8])
-    x, y = cut(task.query_QD, 16).double(), cut(task.gallery_GD, 16).double()
+    got = baselines.pca_ranks(task, [3, 8])
+    x, y = truncate(task.query_QD, 16).double(), truncate(task.gallery_GD, 16).double()
     for half in (True, False):
         fit_x, fit_y = x[task.half_Q != half], y[task.half_G != half]
         mean_x, mean_y = fit_x.mean(0), fit_y.mean(0)
         # Both sides weigh alike, though there are twice as many queries.
         both = torch.cat([(fit_x - mean_x) / len(fit_x) ** 0.5, (fit_y - mean_y) / len(fit_y) ** 0.5])
         axes = np.asarray(PCA(n_components=8).fit(torch.cat([both, -both]).numpy()).components_).T
-        asking = torch.eq(task.half_Q, half).nonzero()[:, 0]
+        scored = torch.eq(task.half_Q, half).nonzero()[:, 0]
         expected = rank_queries(
-            torch.from_numpy((x[asking] - mean_x).numpy() @ axes),
+            torch.from_numpy((x[scored] - mean_x).numpy() @ axes),
             torch.from_numpy((y - mean_y).numpy() @ axes),
-            task.query_group_Q[asking],
+            task.query_group_Q[scored],
             task.gallery_group_G,
             [3, 8],
         )
         for dim in (3, 8):
-            assert torch.equal(got[dim][0][asking], expected[dim].rank_Q)
+            assert torch.equal(got[dim][0][scored], expected[dim].rank_Q)
 
 
-def test_best_dims_find_the_useful_ones_and_random_ones_do_not() -> None:
+def test_best_dims_beat_random_dims_where_few_dims_are_useful() -> None:
     shuffled = torch.randperm(16, generator=torch.Generator().manual_seed(9))
     task = make_task()
     task = task.with_vectors(task.query_QD[:, shuffled], task.gallery_GD[:, shuffled])
     everything = torch.ones(300, dtype=torch.bool), torch.ones(150, dtype=torch.bool)
-    best = blocks.signal(task, *everything).argsort(descending=True)[:6]
+    best = blocks.dim_signal(task, *everything).argsort(descending=True)[:6]
     assert set(best.tolist()) == set((shuffled < 6).nonzero()[:, 0].tolist())
     ranks = baseline_ranks(task, [6, 16])
     assert hit_rate(ranks["best_dims"][6]) > hit_rate(ranks["random_dims"][6]) + 0.2
@@ -72,17 +72,17 @@ def test_best_dims_find_the_useful_ones_and_random_ones_do_not() -> None:
     assert hit_rate(ranks["random_dims"][16]) == pytest.approx(hit_rate([plain.rank_Q]), abs=0.01)
 
 
-def test_signal_is_the_formula() -> None:
+def test_dim_signal_equals_its_formula() -> None:
     task = make_task(items=40)
     everything = torch.ones(80, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
-    x, y = cut(task.query_QD, 16).double().numpy(), cut(task.gallery_GD, 16).double().numpy()
-    for d, got in enumerate(blocks.signal(task, *everything).tolist()):
+    x, y = truncate(task.query_QD, 16).double().numpy(), truncate(task.gallery_GD, 16).double().numpy()
+    for d, got in enumerate(blocks.dim_signal(task, *everything).tolist()):
         every = np.array([[a * b for b in y[:, d]] for a in x[:, d]])
         right = np.array([x[q, d] * y[int(task.query_group_Q[q]), d] for q in range(80)])
         assert got == pytest.approx((right.mean() - every.mean()) / every.std(), rel=1e-6)
 
 
-def test_a_noisy_set_gives_best_dims_no_luck() -> None:
+def test_best_dims_of_pure_noise_score_at_chance() -> None:
     """Fitted and scored on the same queries, some dims of pure noise would look good."""
     task = make_task(items=200, useful=0, dim=64)
     assert hit_rate(baseline_ranks(task, [4])["best_dims"][4]) < 5 / 200 + 0.03
@@ -95,12 +95,12 @@ def test_a_single_item_has_baselines_too() -> None:
 
 def test_effective_rank_counts_equal_directions() -> None:
     rows = torch.randn(4000, 5, generator=torch.Generator().manual_seed(1)).double()
-    assert blocks.effective_rank(rows) == pytest.approx(5, abs=0.05)
-    assert blocks.effective_rank(rows[:, :1].repeat(1, 5)) == pytest.approx(1)
-    assert blocks.effective_rank(torch.ones(10, 3)) == 1.0
+    assert blocks.covariance_effective_rank(rows) == pytest.approx(5, abs=0.05)
+    assert blocks.covariance_effective_rank(rows[:, :1].repeat(1, 5)) == pytest.approx(1)
+    assert blocks.covariance_effective_rank(torch.ones(10, 3)) == 1.0
     uneven = rows * torch.tensor([3.0, 1, 1, 1, 0])
     share = np.linalg.eigvalsh(np.cov(uneven.numpy().T))
-    assert blocks.effective_rank(uneven) == pytest.approx(
+    assert blocks.covariance_effective_rank(uneven) == pytest.approx(
         math.exp(scipy.stats.entropy(np.clip(share, 0, None))), rel=1e-6
     )
 
@@ -109,7 +109,7 @@ def test_blocks_add_up_to_the_recall_of_the_full_vector() -> None:
     task = make_task()
     ranked = rank_queries(task.query_QD, task.gallery_GD, task.query_group_Q, task.gallery_group_G, [4, 8, 16])
     rank_of = {dim: one.rank_Q for dim, one in ranked.items()}
-    found = blocks.rank_blocks(task, rank_of, Bootstrap(task.query_group_Q), k=5)
+    found = blocks.block_scores(task, rank_of, Bootstrap(task.query_group_Q), k=5)
     assert [(one["from"], one["to"]) for one in found] == [(0, 4), (4, 8), (8, 16)]
     assert sum(one["adds"]["value"] for one in found) == pytest.approx(hit_rate([rank_of[16]]))
     assert found[0]["alone"] == pytest.approx(hit_rate([rank_of[4]]))
@@ -122,19 +122,19 @@ def test_blocks_add_up_to_the_recall_of_the_full_vector() -> None:
     assert found[0]["adds_p"] < 0.01
 
 
-def test_noise_can_be_dropped() -> None:
+def test_noise_dims_can_be_dropped() -> None:
     task = make_task()
     task = task.with_vectors(
         torch.cat([task.query_QD, torch.zeros(300, 2)], 1), torch.cat([task.gallery_GD, torch.zeros(150, 2)], 1)
     )
-    found = blocks.droppable(task, 18, Bootstrap(task.query_group_Q), most_lost=0.01, k=5)
+    found = blocks.droppable_dims(task, 18, Bootstrap(task.query_group_Q), max_loss=0.01, k=5)
     assert found["dead"] == [16, 17]
     assert set(found["dims"]) >= set(range(6, 18))  # without the noise the full recall is reached by fewer than six
     assert len(found["dims"]) == found["droppable"]
     assert found["curve"][-1]["kept"] == 18
 
 
-def test_an_item_is_found_from_the_dim_after_which_it_stays_found() -> None:
+def test_found_from_is_the_dim_from_which_on_a_query_always_hits() -> None:
     rank_of = {
         2: torch.tensor([1, 20, 1, 30, 1]),
         4: torch.tensor([1, 5, 20, 30, 1]),
@@ -146,12 +146,12 @@ def test_an_item_is_found_from_the_dim_after_which_it_stays_found() -> None:
     assert dict(zip(groups.tolist(), dims.tolist(), strict=True)) == {7: 2, 8: 8, 9: 0}
 
 
-def test_drawn_queries_have_answers_and_stay_within_their_number() -> None:
+def test_sampled_queries_have_positives_and_respect_the_limits() -> None:
     task = Task("x", torch.randn(500, 4), torch.randn(100, 4), torch.arange(500), torch.arange(100) * 4)
-    assert task.rows_within(pairs=10**6, least=1, most=1000).tolist() == list(range(0, 400, 4))
-    few = task.rows_within(pairs=3000, least=1, most=1000)
+    assert task.sample_queries(pairs=10**6, least=1, most=1000).tolist() == list(range(0, 400, 4))
+    few = task.sample_queries(pairs=3000, least=1, most=1000)
     assert len(few) == 30
     assert (few % 4 == 0).all()
     assert torch.equal(few, few.sort().values)
-    assert len(task.rows_within(pairs=1, least=12, most=1000)) == 12
-    assert len(task.rows_within(pairs=10**6, least=1, most=5)) == 5
+    assert len(task.sample_queries(pairs=1, least=12, most=1000)) == 12
+    assert len(task.sample_queries(pairs=10**6, least=1, most=5)) == 5

@@ -9,7 +9,7 @@ from mmrl.evaluate.analysis import bootstrap
 from mmrl.evaluate.analysis.bootstrap import Bootstrap, Interval
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
+def test_the_interval_of_a_mean_is_about_the_normal_one() -> None:
     value_Q = (torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.3).double()
     (interval,) = Bootstrap(torch.arange(4000)).intervals(value_Q[:, None])
     share = float(value_Q.mean())
@@ -19,7 +19,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
     assert interval.high == pytest.approx(share + half, abs=half / 10)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_cover_the_true_value_at_about_their_level() -> None:
     rng = np.random.default_rng(1)
     held = 0
     for trial in range(200):
@@ -32,7 +32,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 0.89 <= held / 200 <= 0.985
 
 
-def test_items_are_drawn_whole() -> None:
+def test_items_are_resampled_whole() -> None:
     hits = torch.arange(300) % 3 == 0
     alone = Bootstrap(torch.arange(300)).intervals(hits[:, None])[0]
     fourfold = Bootstrap(torch.arange(300).repeat_interleave(4)).intervals(hits.repeat_interleave(4)[:, None])[0]
@@ -40,10 +40,10 @@ def test_items_are_drawn_whole() -> None:
     assert fourfold.high == pytest.approx(alone.high, abs=0.005)
 
 
-def test_very_many_items_are_put_together_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_very_many_items_does_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     value_Q = (torch.rand(30_000, generator=torch.Generator().manual_seed(3)) < 0.2).double()
     few = Bootstrap(torch.arange(30_000)).intervals(value_Q[:, None])[0]
-    monkeypatch.setattr(bootstrap, "_MOST_CLUSTERS", 30_000)
+    monkeypatch.setattr(bootstrap, "_MAX_CLUSTERS", 30_000)
     all_of_them = Bootstrap(torch.arange(30_000), resamples=500).intervals(value_Q[:, None])[0]
     assert few.value == all_of_them.value
     assert few.high - few.low == pytest.approx(all_of_them.high - all_of_them.low, rel=0.15)

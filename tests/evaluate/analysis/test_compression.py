@@ -1,15 +1,18 @@
-"""Codes and two-stage search against FAISS's own indexes and against brute force."""
+"""Ranks of stored codes and of two-stage search against FAISS and brute force."""
+
+from dataclasses import replace
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
+from mmrl.codecs.table import PRECISIONS, Code
 from mmrl.evaluate.analysis import compression
-from mmrl.evaluate.analysis.compression import Option, coded, front, measure
+from mmrl.evaluate.analysis.compression import Option, front, measure, shortlists
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.ranking.ranks import rank_queries
-from mmrl.nesting import cut
+from mmrl.nesting import truncate
 
 
 def make_task(queries: int = 120, gallery: int = 1100, dim: int = 32, seed: int = 0) -> Task:
@@ -41,71 +44,50 @@ def options(task: Task) -> list[Option]:
     return measure(task, [32, 8, 16], k=10)
 
 
-def of(options: list[Option], dim: int, precision: str, candidates: int = 0) -> Option:
+def option_of(options: list[Option], dim: int, precision: str, candidates: int = 0) -> Option:
     return next(o for o in options if (o.dim, o.precision, o.candidates) == (dim, precision, candidates))
 
 
 def test_fp32_is_the_plain_ranking(task: Task, options: list[Option]) -> None:
     plain = rank_queries(task.query_QD, task.gallery_GD, task.query_group_Q, task.gallery_group_G, [32, 8])
     for dim in (32, 8):
-        assert torch.equal(of(options, dim, "fp32").rank_Q, plain[dim].rank_Q)
+        assert torch.equal(option_of(options, dim, "fp32").rank_Q, plain[dim].rank_Q)
 
 
 @pytest.mark.parametrize("dim", [32, 8])
 def test_binary_is_the_hamming_distance_of_faiss(task: Task, options: list[Option], dim: int) -> None:
-    query, gallery = (np.packbits(x[:, :dim].numpy() >= 0, axis=1) for x in (task.query_QD, task.gallery_GD))
+    query, gallery = (np.packbits(x[:, :dim].numpy() > 0, axis=1) for x in (task.query_QD, task.gallery_GD))
     index = faiss.IndexBinaryFlat(dim)
     index.add(gallery)  # pyright: ignore[reportCallIssue]
     distance, found = index.search(query, len(gallery))  # pyright: ignore[reportCallIssue]
     score_QG = np.empty(distance.shape)
     np.put_along_axis(score_QG, found, -distance.astype(float), axis=1)
-    assert of(options, dim, "binary").rank_Q.tolist() == brute_rank(score_QG, task).tolist()
+    assert option_of(options, dim, "binary").rank_Q.tolist() == brute_rank(score_QG, task).tolist()
 
 
-def test_int8_decodes_to_the_middle_of_its_step(task: Task) -> None:
-    plain_Gd, (_, decoded_Gd) = cut(task.gallery_GD, 16), coded(task, 16, "int8")
-    step_d = (plain_Gd.amax(0) - plain_Gd.amin(0)) / 255
-    assert ((decoded_Gd - plain_Gd).abs() <= step_d / 2 * 1.001).all()
-    assert max(len(decoded_Gd[:, d].unique()) for d in range(16)) <= 256
-    scalar = faiss.IndexScalarQuantizer(16, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-    scalar.train(plain_Gd.numpy())  # pyright: ignore[reportCallIssue]
-    codes = scalar.sa_encode(plain_Gd.numpy())  # pyright: ignore[reportCallIssue]
-    theirs = torch.from_numpy(scalar.sa_decode(codes))  # pyright: ignore[reportCallIssue]
-    assert ((decoded_Gd - theirs).abs() <= step_d * 1.01).all()
+def test_int8_is_the_cosine_of_scaled_and_rounded_vectors(task: Task, options: list[Option]) -> None:
+    gallery_Gd = task.gallery_GD[:, :16].double().numpy()
+    code_Gd = np.round(gallery_Gd * 127 / np.abs(gallery_Gd).max(1, keepdims=True))
+    score_QG = task.query_QD[:, :16].double().numpy() @ (code_Gd / np.linalg.norm(code_Gd, axis=1, keepdims=True)).T
+    agree = option_of(options, 16, "int8").rank_Q.numpy() == brute_rank(score_QG, task)
+    assert agree.mean() > 0.99  # float32 may order two nearly equal scores differently
 
 
-def test_each_half_of_the_gallery_is_coded_by_the_other_halfs_codebook(task: Task) -> None:
-    """A codebook that had seen its rows would describe 550 of them by 256 words a part far too well."""
-    _, decoded_Gd = coded(task, 16, "pq4")
-    plain_Gd = cut(task.gallery_GD, 16)
-    seen: faiss.ProductQuantizer = faiss.ProductQuantizer(16, 4, 8)
-    seen.cp.min_points_per_centroid = 1
-    seen.train(plain_Gd.numpy()[:550])  # pyright: ignore[reportCallIssue]
-    remembered = seen.decode(seen.compute_codes(plain_Gd.numpy()[:550]))  # pyright: ignore[reportCallIssue]
-    honest = float((decoded_Gd - plain_Gd).square().sum(1).mean())
-    flattering = float(np.square(remembered - plain_Gd.numpy()[:550]).sum(1).mean())
-    assert honest > 1.5 * flattering
-    assert honest < float(plain_Gd.square().sum(1).mean()) / 3
-
-
-def test_two_stages_are_what_faiss_finds_and_the_long_vectors_order(task: Task, options: list[Option]) -> None:
-    query_Qd, gallery_Gd = coded(task, 16, "int8")
-    index = faiss.IndexFlatIP(16)
-    index.add(gallery_Gd.numpy())  # pyright: ignore[reportCallIssue]
-    long_QD, long_GD = cut(task.query_QD, 32), cut(task.gallery_GD, 32).half().float()
+@pytest.mark.parametrize("code", ["sq8", "binary", "pq"])
+def test_two_stages_rank_the_shortlist_by_full_vectors(task: Task, options: list[Option], code: Code) -> None:
+    query_QD, gallery_GD = truncate(task.query_QD, 32), truncate(task.gallery_GD, 32)
     for candidates in (10, 50):
-        _, found = index.search(query_Qd.numpy(), candidates)  # pyright: ignore[reportCallIssue]
         expected = []
-        for q, rows in enumerate(found):
-            right = [row for row in rows if task.gallery_group_G[row] == task.query_group_Q[q]]
-            score = {row: float(long_QD[q] @ long_GD[row]) for row in rows}
-            best = max((score[row] for row in right), default=None)
-            wrong = [score[row] for row in rows if row not in right]
-            expected.append(np.inf if best is None else 1 + sum(value >= best for value in wrong))
-        got = of(options, 16, "int8", candidates)
+        for q, rows in enumerate(shortlists(task, 16, code, [candidates])[candidates].tolist()):
+            positives = [row for row in rows if task.gallery_group_G[row] == task.query_group_Q[q]]
+            score = {row: float(query_QD[q] @ gallery_GD[row]) for row in rows}
+            best = max((score[row] for row in positives), default=None)
+            others = [score[row] for row in rows if row not in positives]
+            expected.append(np.inf if best is None else 1 + sum(value >= best for value in others))
+        got = option_of(options, 16, code, candidates)
         assert got.rank_Q.tolist() == expected
-        assert (got.bytes, got.rerank_bytes) == (16, 64)
-    assert of(options, 8, "binary", 20).name == "8-d binary, 20 reranked"
+        assert (got.bytes, got.rerank_bytes) == ({"sq8": 16, "binary": 2, "pq": 4}[code], 128)
+    assert option_of(options, 8, "binary", 20).name == "8-d binary, 20 reranked"
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,25 +101,27 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(mine.rank_Q, again.rank_Q)
 
 
-def test_what_a_vector_takes() -> None:
-    got = {precision: compression.bytes_of(20, precision) for precision in compression.PRECISIONS}
-    assert got == {"fp32": 80, "fp16": 40, "int8": 20, "binary": 3, "pq2": 10, "pq4": 5, "pq8": 3}
-
-
-def test_small_galleries_and_odd_dims_have_no_codebooks() -> None:
-    assert compression.precisions_at(32, 900) == ["fp32", "fp16", "int8", "binary"]
-    assert "1,024 vectors" in compression.why_no_codebooks(900)
-    assert compression.precisions_at(12, 2000) == ["fp32", "fp16", "int8", "binary", "pq2", "pq4"]
-    assert compression.precisions_at(512, 2000) == ["fp32", "fp16", "int8", "binary", "pq8"]
+def test_which_options_are_measured(task: Task, options: list[Option]) -> None:
+    assert {o.precision for o in options if not o.candidates} == {"fp32", "fp16", "int8", "binary"}
+    assert {o.precision for o in options if o.candidates} == {"sq8", "binary", "pq"}
+    assert not any(o.candidates for o in options if (o.dim, o.precision) == (32, "sq8"))
+    odd = {(o.dim, o.precision) for o in measure(task, [32, 12, 7]) if o.candidates}
+    assert odd == {(32, "binary"), (32, "pq"), (12, "sq8"), (12, "pq"), (7, "sq8")}
+    assert compression.not_measured(999) == {"pq": "needs a gallery of 1,000 vectors"}
     few = measure(make_task(queries=3, gallery=6, dim=4), [4])
-    assert {o.precision for o in few} == {"fp32", "fp16", "int8", "binary"}
     assert not any(o.candidates for o in few)  # no list is shorter than a twentieth of six
 
 
-def test_without_faiss_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_galleries_have_one_stage(task: Task) -> None:
+    """An index holds images."""
+    assert not any(o.candidates for o in measure(replace(task, name="image_to_text"), [32, 8]))
+
+
+def test_without_faiss_the_rest_is_measured(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression.importlib.util, "find_spec", lambda _: None)
-    assert "pip install 'mmrl-clip[search]'" in compression.why_no_codebooks(5000)
-    assert compression.precisions_at(32, 5000) == ["fp32", "fp16", "int8", "binary"]
+    reason = "needs faiss: pip install 'mmrl-clip[search]'"
+    assert compression.not_measured(5000) == {"sq8": reason, "binary": reason, "pq": reason}
+    assert {(o.precision, o.candidates) for o in measure(task, [32, 8])} == {(one, 0) for one in PRECISIONS}
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

@@ -1,4 +1,4 @@
-"""Ranks against brute force; ties; and that neither tiles, order, threads nor processes change a bit of them."""
+"""Ranks against brute force; ties; results are bitwise independent of tiles, row order, threads and processes."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.oracles import brute_force, places, unit
+from helpers.oracles import brute_force, positive_ranks, unit
 from helpers.worlds import run_in_world
 from torch import Tensor
 
@@ -19,8 +19,8 @@ from mmrl.evaluate.ranking.ranks import PerQuery, nearest, rank_both, rank_queri
 DIMS = [33, 5, 16]
 
 
-def given(queries: int, gallery: int, groups: int, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random vectors and groups; with `repeat` a third of the vectors are copies of others."""
+def random_data(queries: int, gallery: int, groups: int, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random vectors and groups; with `repeat`, a third of the vectors are copies."""
     rng = torch.Generator().manual_seed(queries + gallery)
     x, y = torch.randn(queries, 40, generator=rng), torch.randn(gallery, 40, generator=rng)
     if repeat:
@@ -36,15 +36,15 @@ def assert_equal(one: dict[int, PerQuery], other: dict[int, PerQuery]) -> None:
 
 
 @pytest.mark.parametrize("same_rows", [False, True])
-# One positive a query; a few; so many that whole rows are sorted; both kinds in one set.
+# One positive per query; a few; so many that whole rows are sorted; both kinds in one set.
 @pytest.mark.parametrize(("rows", "groups"), [((70, 131), 400), ((150, 97), 30), ((129, 65), 2), ((60, 200), 14)])
-def test_ranks_are_the_definition(
+def test_ranks_equal_brute_force(
     monkeypatch: pytest.MonkeyPatch, rows: tuple[int, int], groups: int, same_rows: bool
 ) -> None:
     monkeypatch.setattr(tiles, "_CPU_TILE", 64)
     monkeypatch.setattr(ranks, "_CHUNK_ELEMENTS", 4000)
     x, y, query_group, gallery_group = (
-        one.double() if one.is_floating_point() else one for one in given(*rows, groups)
+        one.double() if one.is_floating_point() else one for one in random_data(*rows, groups)
     )
     if same_rows:
         y, gallery_group = x, query_group
@@ -56,7 +56,7 @@ def test_ranks_are_the_definition(
         assert result[dim].query_Q.tolist() == np.flatnonzero(positive.any(1)).tolist()
         score = unit(x.numpy(), dim) @ unit(y.numpy(), dim).T
         keep = ~np.eye(len(x), dtype=bool) if same_rows else np.ones_like(positive)
-        expected = [places(score[q][keep[q]], positive[q][keep[q]])[0] for q in result[dim].query_Q]
+        expected = [positive_ranks(score[q][keep[q]], positive[q][keep[q]])[0] for q in result[dim].query_Q]
         assert result[dim].rank_Q.tolist() == expected
         if not same_rows:
             by_hand = brute_force(unit(x.numpy(), dim), unit(y.numpy(), dim), positive, (1, 10))
@@ -64,17 +64,17 @@ def test_ranks_are_the_definition(
 
 
 @pytest.mark.parametrize("groups", [300, 12, 2])
-def test_equal_vectors_tie_wherever_they_stand(groups: int) -> None:
-    x, y, query_group, gallery_group = given(200, 700, groups, repeat=True)
+def test_equal_vectors_tie_at_any_row(groups: int) -> None:
+    x, y, query_group, gallery_group = random_data(200, 700, groups, repeat=True)
     positive = (query_group[:, None] == gallery_group).numpy()
     result = rank_queries(x, y, query_group, gallery_group, DIMS)
     for dim in DIMS:
         expected = brute_force(unit(x.numpy(), dim), unit(y.numpy(), dim), positive, (1, 10))
-        # A query's rank may differ where two different vectors come within rounding.
+        # A rank may differ where two different vectors are equal up to rounding.
         assert result[dim].scores((1, 10)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_all_equal_vectors_have_the_worst_ranks() -> None:
+def test_if_all_vectors_are_equal_the_ranks_are_the_worst() -> None:
     constant = torch.randn(1, 40)
     image, text = constant.expand(100, 40), constant.expand(1300, 40)
     by_image, by_text = rank_both(image, text, torch.arange(100), torch.arange(1300) % 100, DIMS)
@@ -93,8 +93,8 @@ def three_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("groups", [500, 20])
-def test_tiles_and_order_change_no_bit(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
-    x, y, query_group, gallery_group = given(330, 590, groups, repeat=True)
+def test_tiles_and_row_order_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    x, y, query_group, gallery_group = random_data(330, 590, groups, repeat=True)
     whole = rank_both(x, y, query_group, gallery_group, DIMS)
     alone = rank_queries(y, y, gallery_group, gallery_group, DIMS, same_rows=True)
     assert_equal(whole[1], rank_queries(y, x, gallery_group, query_group, DIMS))
@@ -102,27 +102,27 @@ def test_tiles_and_order_change_no_bit(monkeypatch: pytest.MonkeyPatch, groups: 
     shuffled = rank_both(x[order_Q], y[order_G], query_group[order_Q], gallery_group[order_G], DIMS)
     for one, other, order in zip(whole, shuffled, (order_Q, order_G), strict=True):
         for dim in DIMS:
-            place = order[other[dim].query_Q].argsort()
-            assert torch.equal(order[other[dim].query_Q][place], one[dim].query_Q)
+            index = order[other[dim].query_Q].argsort()
+            assert torch.equal(order[other[dim].query_Q][index], one[dim].query_Q)
             for a, b in zip(astuple(one[dim])[1:], astuple(other[dim])[1:], strict=True):
-                assert torch.equal(a, b[place])
+                assert torch.equal(a, b[index])
     monkeypatch.setattr(tiles, "_CPU_TILE", 64)
     monkeypatch.setattr(ranks, "_CHUNK_ELEMENTS", 9000)
-    monkeypatch.setattr(tiles, "_AT_A_TIME", 2)
-    for few in (0, 1):  # scores never listed, always listed
-        monkeypatch.setattr(counting, "_FEW", few)
+    monkeypatch.setattr(tiles, "_TILES_PER_TASK", 2)
+    for max_listed in (0, 1):  # scores are never listed, always listed
+        monkeypatch.setattr(counting, "_MAX_LISTED", max_listed)
         for one, other in zip(whole, rank_both(x, y, query_group, gallery_group, DIMS), strict=True):
             assert_equal(one, other)
         assert_equal(alone, rank_queries(y, y, gallery_group, gallery_group, DIMS, same_rows=True))
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_torch_has_its_threads_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_number_of_threads_is_restored_after_success_and_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def threads_of_a_new_thread() -> int:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.get_num_threads).result()
 
-    few = given(330, 590, 500)
+    few = random_data(330, 590, 500)
     rank_both(*few, DIMS)
     assert threads_of_a_new_thread() == 3
 
@@ -137,7 +137,7 @@ def test_torch_has_its_threads_back_whatever_happens(monkeypatch: pytest.MonkeyP
 
 
 def _ranked(over_ranks: bool) -> list[dict[int, PerQuery]]:
-    few, many = given(200, 310, 90), given(90, 140, 3)
+    few, many = random_data(200, 310, 90), random_data(90, 140, 3)
     return [
         *rank_both(*few, DIMS, over_ranks=over_ranks),
         rank_queries(*few, DIMS, over_ranks=over_ranks),
@@ -155,30 +155,31 @@ def _ranked_in_a_world(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_processes_change_no_bit(tmp_path: Path, size: int) -> None:
+def test_several_processes_give_the_result_of_one(tmp_path: Path, size: int) -> None:
     run_in_world(size, _ranked_in_a_world, tmp_path)
 
 
-def test_a_large_group_keeps_no_scores() -> None:
-    side = tiles.Side(torch.randn(1000, 8), torch.zeros(1000, dtype=torch.int64), [4, 8], torch.device("cpu"))
+def test_a_large_group_stores_no_thresholds() -> None:
+    group = torch.zeros(1000, dtype=torch.int64)
+    side = tiles.SortedEmbeddings(torch.randn(1000, 8), group, [4, 8], torch.device("cpu"))
     direction = tiles.Direction(side, side, True, side.rows(0))
     assert bool(direction.many_N.all())
-    assert sum(strip.bound_KPn.numel() for strip in direction.strips) == 2 * 1024
+    assert sum(strip.threshold_KPn.numel() for strip in direction.strips) == 2 * 1024
 
 
 def test_progress_adds_up() -> None:
-    few, many = given(700, 610, 200), given(300, 210, 3)
+    few, many = random_data(700, 610, 200), random_data(300, 210, 3)
     for one in (few, many):
-        told: list[int] = []
-        rank_both(*one, [8], on_rows=told.append)
-        assert sum(told) == len(one[0]) + len(one[1])
-        told.clear()
-        rank_queries(one[0], one[0], one[2], one[2], [8], same_rows=True, on_rows=told.append)
-        assert sum(told) == len(one[0])
+        reported: list[int] = []
+        rank_both(*one, [8], on_rows=reported.append)
+        assert sum(reported) == len(one[0]) + len(one[1])
+        reported.clear()
+        rank_queries(one[0], one[0], one[2], one[2], [8], same_rows=True, on_rows=reported.append)
+        assert sum(reported) == len(one[0])
 
 
-def test_half_precision_is_ranked_in_single() -> None:
-    x, y, query_group, gallery_group = given(50, 60, 30)
+def test_half_precision_is_ranked_in_float32() -> None:
+    x, y, query_group, gallery_group = random_data(50, 60, 30)
     x, y = x.half(), y.half()
     expected = rank_queries(x.float(), y.float(), query_group, gallery_group, DIMS)
     assert_equal(rank_queries(x, y, query_group, gallery_group, DIMS), expected)
@@ -187,7 +188,7 @@ def test_half_precision_is_ranked_in_single() -> None:
 @pytest.mark.parametrize("same_rows", [False, True])
 def test_nearest_is_a_stable_sort(monkeypatch: pytest.MonkeyPatch, same_rows: bool) -> None:
     monkeypatch.setattr(ranks, "_CHUNK_ELEMENTS", 500)
-    x, y, _, _ = given(40, 90, 5, repeat=True)
+    x, y, _, _ = random_data(40, 90, 5, repeat=True)
     y = x if same_rows else y
     found, score = nearest(x, y, 16, 7, same_rows=same_rows)
     for q in range(len(x)):
@@ -198,8 +199,8 @@ def test_nearest_is_a_stable_sort(monkeypatch: pytest.MonkeyPatch, same_rows: bo
     assert nearest(x, y, 16, 1000, same_rows=same_rows)[0].shape == (40, len(y) - same_rows)
 
 
-def test_mistakes_are_named() -> None:
-    x, y, query_group, gallery_group = given(5, 6, 3)
+def test_errors_name_the_argument() -> None:
+    x, y, query_group, gallery_group = random_data(5, 6, 3)
     with pytest.raises(InputError, match="no query has a positive"):
         rank_queries(x, y, query_group, gallery_group + 100, DIMS)
     with pytest.raises(InputError, match="41 is out of range"):

@@ -1,4 +1,4 @@
-"""mmrl.retrieval against brute force and foreign libraries; unfit arguments."""
+"""mmrl.retrieval against brute force and the reference libraries; errors."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from mmrl.evaluate.ranking.retrieval import chance
 
 
 @pytest.mark.parametrize(("images", "texts", "groups"), [(37, 90, None), (20, 20, 6), (5, 300, 3), (1, 2, None)])
-def test_scores_are_the_definitions(images: int, texts: int, groups: int | None) -> None:
+def test_scores_equal_brute_force(images: int, texts: int, groups: int | None) -> None:
     rng = np.random.default_rng(images)
     image_ND, text_MD = rng.normal(size=(images, 24)), rng.normal(size=(texts, 24))
     how: dict[str, Any]
@@ -53,7 +53,7 @@ def test_scores_equal_the_reference_libraries(images: int, texts: int) -> None:
                 assert ours[name] == pytest.approx(value, abs=1e-6)
 
 
-def test_folds_are_the_mean_of_their_parts() -> None:
+def test_folds_are_averaged() -> None:
     image_of_text = np.arange(120) // 2
     rng = np.random.default_rng(0)
     image_ND, text_MD = rng.normal(size=(60, 8)), rng.normal(size=(120, 8))
@@ -77,7 +77,7 @@ def test_ties_count_against_the_query() -> None:
     assert scores["median_rank"] == 10
 
 
-def test_no_group_is_nobodys_group() -> None:
+def test_rows_without_a_group_have_no_positives() -> None:
     x, none = torch.eye(4), torch.full((4,), -1)
     with pytest.raises(InputError, match="no query has a positive"):
         mmrl.retrieval(x, x, image_group_N=none, text_group_M=none)
@@ -85,7 +85,7 @@ def test_no_group_is_nobodys_group() -> None:
     assert scores[4]["text_to_image"]["R@1"] == pytest.approx(2 / 3)
 
 
-def test_chance_is_what_random_orders_give() -> None:
+def test_chance_equals_the_mean_over_random_orders() -> None:
     group = torch.tensor([0] * 5 + [1] * 3 + [2])
     expected = chance(group, group, (1, 3))
     rng = torch.Generator().manual_seed(0)
@@ -100,9 +100,9 @@ def test_chance_is_what_random_orders_give() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"image_ND": np.full((3, 4), np.nan)}, "image_ND: holds numbers that are not finite"),
+        ({"image_ND": np.full((3, 4), np.nan)}, "image_ND: contains values that are not finite"),
         ({"image_ND": np.zeros((0, 4))}, "at least one row"),
-        ({"text_MD": np.full((3, 4), 1e30)}, "text_MD: holds numbers beyond 1e"),
+        ({"text_MD": np.full((3, 4), 1e30)}, "text_MD: contains values beyond 1e"),
         ({"ks": (0, 5)}, "ks: .* distinct whole numbers from 1"),
         ({"dims": [5]}, "5 is out of range"),
         ({"text_MD": np.ones((5, 4))}, "image_of_text_M: needed"),
@@ -112,7 +112,7 @@ def test_chance_is_what_random_orders_give() -> None:
         ({"image_group_N": np.arange(3), "text_group_M": np.arange(3) + 5}, "no query has a positive"),
     ],
 )
-def test_unfit_arguments_are_named(arguments: dict[str, object], says: str) -> None:
+def test_invalid_arguments_are_named(arguments: dict[str, object], says: str) -> None:
     good = {"image_ND": np.ones((3, 4)), "text_MD": np.ones((3, 4))}
     with pytest.raises(InputError, match=says):
         mmrl.retrieval(**{**good, **arguments})  # pyright: ignore[reportArgumentType]

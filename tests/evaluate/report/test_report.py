@@ -1,4 +1,4 @@
-"""The report of a synthetic set with every section, read by a real browser; what is compared query by query."""
+"""The report of a synthetic set with every section, rendered by a real browser; the comparison of runs."""
 
 import json
 import re
@@ -19,11 +19,13 @@ from mmrl.evaluate import sets
 from mmrl.evaluate.analysis.advice import Budget
 from mmrl.evaluate.analysis.run import Analysis, analyse
 from mmrl.evaluate.ranking.ranks import rank_queries
-from mmrl.evaluate.report import examples, stored_ranks
-from mmrl.evaluate.report import write as report
-from mmrl.evaluate.report.compare import compare
+from mmrl.evaluate.report.compare import compare_runs
+from mmrl.evaluate.report.compression_section import compression_section
+from mmrl.evaluate.report.examples import choose_examples, thumbnails
 from mmrl.evaluate.report.plots import COLOURS
-from mmrl.evaluate.report.sections import SetPart
+from mmrl.evaluate.report.sections import SetReport, recall_by_dim
+from mmrl.evaluate.report.stored_ranks import RANKS_FILE, write_ranks
+from mmrl.evaluate.report.write import build_set_report, write_items, write_page
 from mmrl.evaluate.sets import Embedded
 from mmrl.images.decode import to_tensor
 
@@ -35,14 +37,14 @@ in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is insta
 
 
 class Drawings:
-    """Endless drawings; every third cannot be read."""
+    """Generated images; every third cannot be read."""
 
     problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return COUNT
 
-    def read_picture(self, number: int) -> tuple[Sample, torch.Tensor]:
+    def read_image(self, number: int) -> tuple[Sample, torch.Tensor]:
         if number % 3 == 2:
             raise BadSample(Problem("x.tar", str(number), "gone"))
         return Sample(f"key{number}", b"", ["x"], -1), to_tensor(drawing(number)[0])
@@ -60,7 +62,7 @@ def make_set(seed: int, noise: float = 0.7) -> Embedded:
         image_of_text_M=torch.arange(COUNT),
         image_group_N=torch.arange(COUNT) // 2,
         bad=[],
-        numbers=list(range(COUNT)),
+        sample_indices=list(range(COUNT)),
     )
 
 
@@ -87,18 +89,18 @@ def folder(first: tuple[Embedded, dict[str, Any], Analysis], tmp_path_factory: p
         "degraded": {"num_queries": 5, "jpeg": {"severities": {"quality 5": {str(d): {"R@1": 0.5} for d in DIMS}}}},
     }
     out = tmp_path_factory.mktemp("run")
-    part = report.part_of("val", result, analysis, embedded, Drawings())
-    hidden = SetPart("<i>other</i>", {**result, "num_bad": 3, "folds": 2})
+    part = build_set_report("val", result, analysis, embedded, Drawings())
+    hidden = SetReport("<i>other</i>", {**result, "num_bad": 3, "folds": 2})
     classes = {"classification": {"accuracy": 0.5}}
     labelled = {"shop": {"dims": {"16": classes}, "chance": classes, "num_images": 7, "num_classes": 2}}
-    report.write_items(out / "val.items.jsonl", embedded, analysis, 10)
-    report.write_page(out / "report", f"runs/{HOSTILE}", [part, hidden], labelled, {"Model": HOSTILE})
-    stored_ranks.write(out / "report", {"val": (embedded, analysis)})
+    write_items(out / "val.items.jsonl", embedded, analysis, 10)
+    write_page(out / "report", f"runs/{HOSTILE}", [part, hidden], labelled, {"Model": HOSTILE})
+    write_ranks(out / "report", {"val": (embedded, analysis)})
     sets.write_retrieval_json(out, sets.as_retrieval_json({"val": result}))
     return out
 
 
-def test_the_analysis_is_json_and_changes_no_score(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+def test_the_analysis_is_json_and_does_not_change_the_scores(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
     embedded, result, analysis = first
     again = json.loads(json.dumps(result, allow_nan=False))
     assert {key: value for key, value in again.items() if key != "analysis"} == sets.score(embedded, DIMS)
@@ -123,7 +125,7 @@ def test_the_analysis_is_json_and_changes_no_score(first: tuple[Embedded, dict[s
     assert set(analysis.json["seconds"]) == {"ranks", "intervals", "baselines", "compression", "blocks"}
 
 
-def test_queries_are_drawn_where_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_are_sampled_beyond_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"pairs": 110_000, "least": 1, "most": 1000}
     for name in ("_BASELINE_LIMITS", "_COMPRESSION_LIMITS"):
         monkeypatch.setattr(f"mmrl.evaluate.analysis.run.{name}", limits)
@@ -131,41 +133,47 @@ def test_queries_are_drawn_where_there_are_too_many(monkeypatch: pytest.MonkeyPa
     assert result["analysis"]["baseline_queries"] == 100
     assert result["analysis"]["compression"]["queries"] == 100
     assert result["analysis"]["compression"]["gallery"] == result["analysis"]["compression"]["all_queries"] == COUNT
-    from mmrl.evaluate.report import sections
+    report = SetReport("val", result)
+    assert "100 queries, gallery of 1,100 (sampled from 1,100 queries)" in compression_section(
+        report.name, report.metric, report.analysis
+    )
+    assert "measured on up to 100 queries" in recall_by_dim(report)
 
-    part = SetPart("val", result)
-    assert "100 queries among 1,100 (drawn from 1,100 queries)" in sections.compression(part)
-    assert "measured on up to 100 queries" in sections.recall_by_dim(part)
 
-
-def test_another_set_cannot_be_compared(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+def test_a_baseline_of_other_samples_is_refused(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
     embedded, _, _ = first
     other = make_set(0)
     other.captions[3] = "else"
-    with pytest.raises(InputError, match="twin reads other samples"):
+    with pytest.raises(InputError, match="twin read other samples"):
         analyse(embedded, DIMS, Budget(), 1, {"twin": other})
 
 
-def test_examples_show_what_is_nearest(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+def test_examples_show_the_nearest_images(first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
     embedded, _, analysis = first
     task, ranked = analysis.tasks["text_to_image"], analysis.ranked["text_to_image"]
-    chosen = examples.choose(task, embedded.captions, {d: p.rank_Q for d, p in ranked.items()}, ranked[16].query_Q, 4)
-    assert {example.kind for example in chosen} >= {"found by both", "lost by the short one", "missed by both"}
+    chosen = choose_examples(task, embedded.captions, {d: p.rank_Q for d, p in ranked.items()}, ranked[16].query_Q, 4)
+    assert {example.kind for example in chosen} >= {
+        "found at both dims",
+        "lost at the short dim",
+        "missed at both dims",
+    }
     for example in chosen:
         row = embedded.captions.index(example.query)
-        for answer in example.answers:
-            x, y = embedded.text_MD[row, : answer.dim].numpy(), embedded.image_ND[:, : answer.dim].numpy()
+        for results in example.results:
+            x, y = embedded.text_MD[row, : results.dim].numpy(), embedded.image_ND[:, : results.dim].numpy()
             score = y @ x / np.linalg.norm(y, axis=1) / np.linalg.norm(x)
-            assert [found.row for found in answer.found] == np.argsort(-score, kind="stable")[:5].tolist()
-            assert [found.is_right for found in answer.found] == [found.row // 2 == row // 2 for found in answer.found]
-            places = [n for n, found in enumerate(answer.found, 1) if found.is_right]
-            assert (answer.rank in places) if answer.rank <= 5 else not places
-    shown = examples.thumbnails(Drawings(), embedded, [0, 1, 2, 0])
+            assert [image.row for image in results.images] == np.argsort(-score, kind="stable")[:5].tolist()
+            assert [image.is_positive for image in results.images] == [
+                image.row // 2 == row // 2 for image in results.images
+            ]
+            ranks = [n for n, image in enumerate(results.images, 1) if image.is_positive]
+            assert (results.rank in ranks) if results.rank <= 5 else not ranks
+    shown = thumbnails(Drawings(), embedded, [0, 1, 2, 0])
     assert list(shown) == [0, 1]  # the third cannot be read
     assert shown[0].startswith("data:image/webp;base64,")
 
 
-def test_the_page_holds_all_that_it_shows(folder: Path) -> None:
+def test_the_page_is_self_contained_and_has_every_section(folder: Path) -> None:
     page = (folder / "report" / "index.html").read_text()
     assert "<script" not in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page.replace("xlink:href", "href"))
@@ -173,24 +181,24 @@ def test_the_page_holds_all_that_it_shows(folder: Path) -> None:
     assert not re.findall("|".join(light for light, _ in COLOURS.values()), page.partition("</style>")[2])
     identities = re.findall(r'\bid="([^"]*)"', page)
     assert len(identities) == len(set(identities))
-    for words in ("Recall by dim", "Bytes against recall", "What each block of dims adds", "Queries to look at"):
+    for words in ("Recall by dim", "Bytes against recall", "What each block of dims adds", "Example queries"):
         assert words in page
     for words in (
         "From which dim on",
-        "Degraded pictures",
+        "Degraded images",
         "Zero-shot classification",
         "3 bad samples",
-        "How this was",
+        "Method</h2>",
     ):
         assert words in page
 
 
-def test_the_files_beside_the_page(folder: Path, first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
+def test_the_other_files_of_the_report(folder: Path, first: tuple[Embedded, dict[str, Any], Analysis]) -> None:
     embedded, _, _ = first
     text = (folder / "report" / "report.md").read_text()
     assert "| 16 |" in text
     assert "PCA of the full vector" in text
-    assert "The other way round, image→text: " in text
+    assert "Other direction, image→text: " in text
     for name in ("recall_by_dim.png", "bytes_against_recall.png"):
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
@@ -216,20 +224,20 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_in_a_browser(folder: Path, browser: Any, width: int, theme: str) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
-    asked, troubles = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: troubles.append(message.text))
+    requests, messages = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
     address = (folder / "report" / "index.html").as_uri()
     page.goto(address)
-    assert [url for url in asked if not url.startswith("data:")] == [address]
-    assert not troubles
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # it does not scroll sideways
+    assert [url for url in requests if not url.startswith("data:")] == [address]
+    assert not messages
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # no horizontal scrolling
     too_wide = """[...document.querySelectorAll('main *')].filter(one => !one.closest('.wide') &&
         one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(one => one.className)"""
     assert page.evaluate(too_wide) == []
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     assert page.locator("figure svg").count() == 12
-    # Text of the page and of the pictures stands out from what is behind it, in either theme.
+    # Text of the page and of the plots contrasts with the background, in both themes.
     light = """selector => { const rgb = getComputedStyle(document.querySelector(selector))[selector.includes('text') ?
         'fill' : selector == 'body' ? 'backgroundColor' : 'color'].match(/[0-9.]+/g).map(Number);
         return (0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]) / 255 }"""
@@ -250,7 +258,7 @@ def noisier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedded = make_set(0, noise=1.0)
     result, analysis = evaluated(embedded)
     (out / "report").mkdir()
-    stored_ranks.write(out / "report", {"val": (embedded, analysis)})
+    write_ranks(out / "report", {"val": (embedded, analysis)})
     sets.write_retrieval_json(out, sets.as_retrieval_json({"val": result}))
     return out
 
@@ -258,7 +266,7 @@ def noisier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs_are_compared_query_by_query(
     folder: Path, noisier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = compare([folder, noisier], out=tmp_path / "side-by-side")
+    result = compare_runs([folder, noisier], out=tmp_path / "side-by-side")
     names = result["runs"]
     cells = result["sets"]["val"]["text_to_image"]["16"]["R@10"]
     mine, theirs = (json.loads((run / "retrieval.json").read_text()) for run in (folder, noisier))
@@ -278,7 +286,7 @@ def test_runs_are_compared_query_by_query(
 
 @in_a_browser
 def test_the_comparison_in_a_browser(folder: Path, noisier: Path, tmp_path: Path, browser: Any) -> None:
-    compare([folder, noisier], out=tmp_path, quiet=True)
+    compare_runs([folder, noisier], out=tmp_path, quiet=True)
     page = browser.new_page(viewport={"width": 360, "height": 800})
     page.goto((tmp_path / "index.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -286,33 +294,33 @@ def test_the_comparison_in_a_browser(folder: Path, noisier: Path, tmp_path: Path
     page.close()
 
 
-def test_runs_without_ranks_are_shown_without_intervals(
+def test_runs_without_stored_ranks_are_compared_without_intervals(
     folder: Path, noisier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(noisier / "retrieval.json", tmp_path)
-    result = compare([folder, tmp_path], metrics=["mAP", "median_rank"])
+    result = compare_runs([folder, tmp_path], metrics=["mAP", "median_rank"])
     assert all(set(cell) == {"value"} for cell in result["sets"]["val"]["text_to_image"]["8"]["mAP"].values())
-    assert "kept no ranks of single queries; mmrl eval --out keeps them" in capsys.readouterr().out
+    assert "has no stored ranks; mmrl eval --out stores them" in capsys.readouterr().out
 
 
-def test_unfit_runs_are_named(folder: Path, noisier: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least two runs"):
-        compare([folder])
+def test_runs_that_cannot_be_compared_are_named(folder: Path, noisier: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least two run folders"):
+        compare_runs([folder])
     with pytest.raises(InputError, match="is given twice"):
-        compare([folder, folder / "."])
+        compare_runs([folder, folder / "."])
     with pytest.raises(InputError, match=r"has no retrieval\.json; evaluate it with mmrl eval"):
-        compare([folder, tmp_path])
+        compare_runs([folder, tmp_path])
     with pytest.raises(InputError, match="'R@7' is not among the scores"):
-        compare([folder, noisier], metrics=["R@7"])
+        compare_runs([folder, noisier], metrics=["R@7"])
     scores = json.loads((noisier / "retrieval.json").read_text())
     (tmp_path / "retrieval.json").write_text(json.dumps({**scores, "sets": {"test": scores["sets"]["val"]}}))
     with pytest.raises(InputError, match="no set in common"):
-        compare([folder, tmp_path])
+        compare_runs([folder, tmp_path])
     (tmp_path / "retrieval.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
-        compare([folder, tmp_path])
+        compare_runs([folder, tmp_path])
     (tmp_path / "report").mkdir()
     (tmp_path / "retrieval.json").write_text(json.dumps(scores))
-    (tmp_path / "report" / stored_ranks.FILE).write_bytes(b"damaged")
+    (tmp_path / "report" / RANKS_FILE).write_bytes(b"damaged")
     with pytest.raises(InputError, match="cannot be read"):
-        compare([folder, tmp_path])
+        compare_runs([folder, tmp_path])

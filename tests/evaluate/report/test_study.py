@@ -21,7 +21,7 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         torch.manual_seed(seed)
         built = towers.build(towers.TowersConfig(name=str(tiny_model)))
         model = two_tower.from_towers(built, LogitScaleConfig(), num_dims=3)
-        one = bundle.of_towers(model, built, (4, 8, 16))
+        one = bundle.make_bundle(model, built, (4, 8, 16))
         folders.append(tmp_path_factory.mktemp(f"model{seed}") / f"run{seed}")
         bundle.save(one, folders[-1], one.state(), {})
     return folders[0], folders[1]
@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return command
 
 
-def test_the_report_of_a_model_and_its_twin(
+def test_the_report_of_a_model_with_a_baseline(
     models: tuple[Path, Path], shards: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     first, second = models
@@ -50,9 +50,9 @@ def test_the_report_of_a_model_and_its_twin(
     code, shown, _ = run("eval", first, f"val={shards}", "--compare", second, "--out", out, *budget)
     assert code == 0
     flat = " ".join(shown.split())
-    assert "val, 5 % of R@5, text→image may be lost:" in flat
+    assert "val, budget: lose at most 5 % of R@5, text→image:" in flat
     assert "2M vectors take" in flat
-    assert "The other way round, image→text:" in flat
+    assert "Other direction, image→text:" in flat
     assert "report/index.html" in flat
     files = {path.name for path in (out / "report").iterdir()}
     assert files >= {"index.html", "report.md", "val.items.jsonl", "ranks.safetensors", "recall_by_dim.png"}
@@ -63,7 +63,7 @@ def test_the_report_of_a_model_and_its_twin(
     assert page.count("data:image/webp") >= 5
     assert "run1, PCA" in page
 
-    # Without a budget, a report or another model nothing but the scores is made, and they are the same.
+    # Without a budget, a report or a baseline, only the scores are computed, and they are the same.
     code, shown, _ = run("eval", first, f"val={shards}", "--json")
     plain = json.loads(shown)
     assert "analysis" not in plain
@@ -90,12 +90,12 @@ def test_graphs_score_like_the_weights_they_were_made_from(
     assert list(found["dims"]) == ["8", "4"]
     for dim, directions in wanted["dims"].items():
         for direction, scores in directions.items():
-            # Rounding may put two answers of nearly equal score in the other order.
+            # Rounding may swap two nearly equal scores.
             one_query = 1.01 / found["num_images"]
             near = {name: pytest.approx(value, abs=one_query) for name, value in scores.items() if "_rank" not in name}
             assert {name: found["dims"][dim][direction][name] for name in near} == near
     assert "<dt>ONNX graphs</dt><dd>fp32</dd>" in (out / "report" / "index.html").read_text()
-    # They can be what another model is compared with, too.
+    # Graphs can be a baseline, too.
     code, shown, error = run("eval", models[0], f"val={shards}", "--dims", "16,8", "--compare", graphs, "--json")
     assert code == 0, error
     baselines = json.loads(shown)["analysis"]["baselines"]["text_to_image"]
@@ -105,13 +105,16 @@ def test_graphs_score_like_the_weights_they_were_made_from(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--budget", "1%"), "budget: '1%' is not understood; write it as recall_drop=1%"),
-        (("--vectors", "lots"), "vectors: 'lots' is no number of vectors such as 100M"),
+        (("--budget", "1%"), "budget: '1%' is not understood; write recall_drop=1%"),
+        (("--vectors", "lots"), "vectors: 'lots' is not a number of vectors; write e.g. 100M"),
         (("--compare", "nowhere"), "model: nowhere does not exist"),
-        (("--budget", "recall_drop=1%", "--directions", "image_to_image"), "budget: needs both directions"),
+        (
+            ("--budget", "recall_drop=1%", "--directions", "image_to_image"),
+            "budget: needs the directions image_to_text and text_to_image",
+        ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_embedded(
+def test_invalid_options_are_reported_before_anything_is_embedded(
     models: tuple[Path, Path],
     shards: Path,
     run: Callable[..., tuple[int, str, str]],

@@ -1,4 +1,4 @@
-"""A small searched world that the tests of this folder share: two models, pictures, their embeddings and an index."""
+"""Test data for search: two models, images, their embeddings and an index; generated embeddings; brute force."""
 
 import io
 import json
@@ -17,9 +17,9 @@ from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
 from mmrl.search import embed
 from mmrl.search.build import write_index
-from mmrl.search.embed import embed_pictures
-from mmrl.search.precision import columns_of
-from mmrl.search.table import picture_schema, text_schema, vector_array
+from mmrl.search.columns import columns_of
+from mmrl.search.embed import embed_images
+from mmrl.search.table import image_schema, text_schema, vector_array
 
 COUNT = 24
 
@@ -31,14 +31,14 @@ def stored(name: Path, folder: Path, seed: int) -> Path:
     model = two_tower.from_towers(built, LogitScaleConfig(), 1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    one = bundle.of_towers(model, built, (4, 8, 16))
+    one = bundle.make_bundle(model, built, (4, 8, 16))
     bundle.save(one, folder, one.state(), {})
     return folder
 
 
 @pytest.fixture(scope="session")
-def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, other_model/, pictures.tar with three bad samples among them, embeddings/ and index/."""
+def indexed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, other_model/, images.tar (three of its samples are bad), embeddings/ and index/."""
     folder = tmp_path_factory.mktemp("search")
     stored(tiny_model, folder / "model", 1)
     stored(tiny_model, folder / "other_model", 2)
@@ -46,9 +46,9 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     members += [("large.jpg", encoded(drawing(50, 300)[0], "JPEG")), ("large.txt", b"a [red] large one")]
     members += [("broken.png", b"no picture"), ("broken.txt", b"x")]
     members += [("silent.png", encoded(drawing(0)[0]))]
-    members += [*sample_members(3)]  # a key that was there before
-    write_tar(folder / "pictures.tar", members)
-    embed_pictures(str(folder / "model"), str(folder / "pictures.tar"), folder / "embeddings", batch_size=7, quiet=True)
+    members += [*sample_members(3)]  # a duplicate key
+    write_tar(folder / "images.tar", members)
+    embed_images(str(folder / "model"), str(folder / "images.tar"), folder / "embeddings", batch_size=7, quiet=True)
     write_index(folder / "embeddings", folder / "index", quiet=True)
     return folder
 
@@ -58,19 +58,19 @@ def rows_of(folder: Path, name: str = embed.EMBEDDINGS) -> list[dict[str, Any]]:
 
 
 def brute_force(query: np.ndarray, vectors: np.ndarray, dim: int) -> np.ndarray:
-    """Cosines of the prefixes in float64, by numpy alone."""
+    """Cosine similarities of the prefixes, computed in float64."""
     query, vectors = query[:dim].astype(np.float64), vectors[:, :dim].astype(np.float64)
     return vectors @ query / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
 
 
-def picture_file(kind: str = "WEBP") -> bytes:
+def image_bytes(kind: str = "WEBP") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, kind)
     return buffer.getvalue()
 
 
 def clustered(count: int, dim: int, seed: int) -> np.ndarray:
-    """Unit vectors in clusters, the first numbers larger than the last."""
+    """Unit vectors in clusters, with variance falling from the first dim to the last."""
     rng = np.random.default_rng(seed)
     deviations = np.arange(1, dim + 1) ** -0.5
     centres = np.random.default_rng(7).standard_normal((40, dim)) * deviations
@@ -81,12 +81,12 @@ def clustered(count: int, dim: int, seed: int) -> np.ndarray:
 def generated_embeddings(
     folder: Path, vectors: np.ndarray, texts: np.ndarray, keys: list[str] | None = None, model: str = "nowhere"
 ) -> Path:
-    """What `mmrl embed` would leave of these vectors."""
+    """Writes the output that `mmrl embed` would write for these vectors."""
     folder.mkdir(parents=True)
     columns = columns_of([vectors.shape[1]], ["fp32"])
     facts = {
-        "format": embed.FORMAT,
-        "version": embed.VERSION,
+        "format": embed.EMBEDDINGS_FORMAT,
+        "version": embed.EMBEDDINGS_VERSION,
         "model": model,
         "origin_sha256": "generated",
         "dim": vectors.shape[1],
@@ -98,12 +98,12 @@ def generated_embeddings(
     plain = {
         "key": keys,
         "captions": [[f"picture {key}"] for key in keys],
-        "group": [embed_group(group) for group in groups],
+        "group": [group_id_of(group) for group in groups],
         "group_name": [f"group {group}" for group in groups],
     }
-    schema = picture_schema(columns, facts)
+    schema = image_schema(columns, facts)
     arrays = [pyarrow.array(values, schema.field(name).type) for name, values in plain.items()]
-    arrays += [vector_array(pyarrow, vectors), pyarrow.array([picture_file()] * len(vectors), pyarrow.binary())]
+    arrays += [vector_array(pyarrow, vectors), pyarrow.array([image_bytes()] * len(vectors), pyarrow.binary())]
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), folder / embed.EMBEDDINGS)
     of_texts = text_schema(columns, facts)
     words = {
@@ -118,10 +118,10 @@ def generated_embeddings(
     return folder
 
 
-def embed_group(number: int) -> int:
-    from mmrl.data.samples import group_number
+def group_id_of(number: int) -> int:
+    from mmrl.data.samples import group_id
 
-    return group_number(f"group {number}")
+    return group_id(f"group {number}")
 
 
 def metadata_of(folder: Path) -> dict[str, Any]:

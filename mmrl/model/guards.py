@@ -1,0 +1,43 @@
+"""Context managers around calls into open_clip and transformers: quiet logs, no code from model folders, no network."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences logs below errors: open_clip logs each step of a build, and warns of random weights even where they are
+    wanted."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+@contextmanager
+def library_code_only() -> Iterator[None]:
+    """Makes transformers refuse Python files of a model's folder or hub repository, instead of asking on the terminal
+    whether to run them."""
+    from transformers import dynamic_module_utils
+
+    seconds, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Stops requests to the Hugging Face hub; its local cache is still read. For names that come from a stored file
+    and not from the user."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

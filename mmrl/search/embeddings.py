@@ -1,0 +1,101 @@
+"""Reads the output of `mmrl embed`: rows to build an index from, and caption embeddings to train its codes with.
+
+Shapes: n rows of one batch, M captions, D dim of the index's vectors.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from mmrl.codecs.code_index import training_rows
+from mmrl.data.pack.tables import arrow
+from mmrl.errors import InputError
+from mmrl.inference.load import load
+from mmrl.nesting import truncate
+from mmrl.search import items
+from mmrl.search.embed import EMBEDDINGS, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION, MAX_TEXT_LENGTH, TEXTS
+from mmrl.search.encoder_identity import identify_encoder
+from mmrl.search.table import METADATA_KEY, read_vectors
+
+_BATCH_ROWS = 2048
+
+Batches = Callable[..., Iterator[tuple[np.ndarray, Any]]]
+"""The rows of a new index: unit vectors (n, D) and a record batch of `items.COLUMNS`."""
+
+
+def open_embeddings(embeddings: Path) -> tuple[dict[str, Any], int, Batches, Any]:
+    """Opens embeddings.parquet: its metadata, number of rows, rows, and the schema of its items.
+
+    Raises:
+        InputError: `mmrl embed` did not write this file, or its first vector column is neither fp32 nor fp16.
+    """
+    pyarrow, parquet = arrow("mmrl index")
+    path = embeddings / EMBEDDINGS if embeddings.is_dir() else embeddings
+    if not path.is_file():
+        raise InputError(f"embeddings: {path} does not exist; give the output folder of mmrl embed.")
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema, count = file.schema_arrow, file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"embeddings: {path} is not a readable Parquet file ({error}); run mmrl embed again."
+        ) from None
+    missing = {"embedding", *items.COLUMNS} - set(schema.names)
+    metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    if missing or metadata.get("format") != EMBEDDINGS_FORMAT or metadata.get("version") != EMBEDDINGS_VERSION:
+        lacks = f"it lacks column {sorted(missing)[0]!r}" if missing else "it lacks mmrl's metadata of that version"
+        raise InputError(
+            f"embeddings: {path} was not written by this version's mmrl embed ({EMBEDDINGS_FORMAT} version "
+            f"{EMBEDDINGS_VERSION}): {lacks}."
+        )
+    if not count:
+        raise InputError(f"embeddings: {path} has no rows.")
+    if metadata["columns"][0]["precision"] not in ("fp32", "fp16"):
+        raise InputError(
+            f"embeddings: {path} has no fp32 or fp16 vectors, which an index needs for its final ranking; run mmrl "
+            "embed again with --precision fp32 or fp16 among others."
+        )
+
+    def batches(dim: int = metadata["dim"]) -> Iterator[tuple[np.ndarray, Any]]:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["embedding", *items.COLUMNS]):
+                # Normalised again: they may be rounded to fp16, or have more dims than the index.
+                rows_nD = torch.from_numpy(read_vectors(batch, "embedding").astype(np.float32))
+                yield truncate(rows_nD, dim).numpy(), batch.select(items.COLUMNS)
+
+    return metadata, count, batches, pyarrow.schema([schema.field(name) for name in items.COLUMNS])
+
+
+def caption_vectors(embeddings: Path, metadata: dict[str, Any], count: int, console: Console) -> np.ndarray:
+    """Caption embeddings (M, D): up to 20,000 from texts.parquet, else up to `count` encoded now, else none."""
+    _, parquet = arrow("mmrl index")
+    path = (embeddings if embeddings.is_dir() else embeddings.parent) / TEXTS
+    rng = np.random.default_rng(0)
+    if path.is_file():
+        with parquet.ParquetFile(path) as file:
+            chosen = training_rows(file.metadata.num_rows)
+            vectors, start = [], 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["embedding"]):
+                inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
+                vectors.append(read_vectors(batch, "embedding")[inside].astype(np.float32))
+                start += len(batch)
+        return np.concatenate(vectors)
+    table = parquet.read_table(embeddings / EMBEDDINGS if embeddings.is_dir() else embeddings, columns=["captions"])
+    rows = rng.permutation(len(table))
+    captions_of = table.take(rows[: 4 * count])["captions"].to_pylist()
+    captions = [captions[0][:MAX_TEXT_LENGTH] for captions in captions_of if captions][:count]
+    try:
+        name, encoder_path, digest = identify_encoder(metadata["model"])
+        if captions and digest == metadata["origin_sha256"]:
+            return load(encoder_path, dim=metadata["dim"], towers="text").encode_texts(captions)
+        reason = "no image has a caption" if not captions else f"{name} is now another encoder"
+    except InputError as error:
+        reason = str(error)
+    line = f"Codes are trained and measured with images only: {reason}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return np.zeros((0, metadata["dim"]), np.float32)

@@ -1,0 +1,203 @@
+"""What a run prints, and what it writes to metrics.jsonl."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+
+from mmrl.config import Config
+from mmrl.data.stream import Stream
+from mmrl.distributed import comm
+from mmrl.distributed.comm import World
+from mmrl.distributed.stragglers import StepTimings, describe_straggler, mean_seconds
+from mmrl.engine.engine import Engine
+from mmrl.engine.timing import peak_memory
+from mmrl.engine.tracking import Tracker
+from mmrl.evaluate import sets
+from mmrl.evaluate.report.tables import result_tables
+from mmrl.evaluate.report.write import write_report
+from mmrl.hardware import peak_flops
+from mmrl.model import footprint
+from mmrl.train.bad_samples import BadSamples
+from mmrl.train.preflight import PreparedRun
+from mmrl.train.step import Schedule, StepResult
+
+
+class TrainingLog:
+    """Console and metrics of a run. Rank 0 writes; every rank calls `step`, which gathers timings and bad samples."""
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: PreparedRun,
+        world: World,
+        engine: Engine,
+        stream: Stream,
+        schedule: Schedule,
+        bad_samples: BadSamples,
+        first_step: int,
+        console: Console,
+    ) -> None:
+        self._config, self._prepared, self._world = config, prepared, world
+        self._engine, self._stream, self._schedule, self._bad_samples = engine, stream, schedule, bad_samples
+        self._folder = Path(config.run)
+        self._logged_step = self._first_step = first_step
+        self._logged_skips = 0 if engine.loss_scale is None else engine.loss_scale.skipped
+        self._seconds_at_peak = self._step_seconds_at_peak()
+        self._utilisation: float | None = None
+        self._tracker: Tracker | None = None
+        if world.is_rank_0:
+            self._tracker = Tracker(self._folder, config.tracking, first_step, schedule.total, console)
+
+    def __enter__(self) -> Self:
+        if self._tracker:
+            self._tracker.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tracker:
+            self._tracker.__exit__(kind, value, trace)
+
+    def lines(self, *lines: Any) -> None:
+        """Prints lines, or tables, above the progress bar."""
+        if self._tracker:
+            self._tracker.print_lines(*lines)
+
+    def start(self) -> None:
+        """Prints what is about to be trained, and what a user may want to change before it is."""
+        config, engine, stream, schedule = self._config, self._engine, self._stream, self._schedule
+        count = sum(p.numel() for p in engine.full_model.parameters())
+        tail = stream.samples % stream.global_batch_size
+        self.lines(
+            f"{config.model.name}: {count / 1e6:.1f} M parameters, nested dims {list(self._prepared.nested.dims)}",
+            f"{stream.samples:,} pairs, {stream.batches_per_epoch:,} steps per epoch of {config.train.batch_size:,} "
+            f"(each epoch leaves out another {tail}), {schedule.total:,} steps; "
+            f"{self._world.size} process(es) on {self._world.device.type}, {engine.precision}",
+        )
+        if schedule.nests_from and self._first_step < schedule.nests_from:
+            at_the_end = schedule.nests_from == schedule.total
+            when = "after the last step" if at_the_end else f"at step {schedule.nests_from:,}"
+            self.lines(f"Training the full dim only; prefixes become usable after the rotation {when}.")
+        for name, reader in self._prepared.evaluation_readers.items():
+            if len(reader) < (whole := self._prepared.evaluation_samples[name]):
+                self.lines(
+                    f"{name}: evaluated on {len(reader):,} of its {whole:,} samples, in randomly drawn shards "
+                    "(evaluation.most_samples)"
+                )
+        problems = self._prepared.reader.problems
+        if problems:
+            self.lines(f"{len(problems)} problems in the shards, e.g. {problems[0].shard}: {problems[0].reason}")
+        if schedule.warmup >= schedule.total:
+            self.lines(
+                f"Note: optim.warmup is {schedule.warmup:,} of {schedule.total:,} steps, so the learning rate never "
+                "decays; shorten it."
+            )
+        if engine.precision == "fp16" and self._world.device.type == "cpu":
+            self.lines("Note: fp16 is many times slower than fp32 on a CPU; use engine.precision=auto.")
+        if self._first_step:
+            self.lines(f"Resumed after step {self._first_step:,}.")
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step` completed steps."""
+        if self._tracker:
+            self._tracker.advance(step)
+
+    def step(self, step: int, result: StepResult, samples_per_second: float) -> None:
+        """Logs one step: the line of metrics.jsonl, bad samples, skipped fp16 steps, a slow process. Collective.
+
+        Raises:
+            RunStopped: more samples were bad than data.max_bad_fraction allows.
+        """
+        self.bad_samples(step)
+        timings = self._timings(step)
+        self._log_skipped_steps(step)
+        if slow := describe_straggler(timings):
+            self.lines(f"Step {step:,}: {slow}.")
+        if self._seconds_at_peak is not None:
+            self._utilisation = self._seconds_at_peak * samples_per_second / self._config.train.batch_size
+        if self._tracker:
+            self._tracker.log(self._record(step, result, samples_per_second, timings))
+        self._bad_samples.stop_if_too_many()
+
+    def bad_samples(self, step: int) -> None:
+        """Appends the bad samples seen since the last call to bad_samples.jsonl. Collective."""
+        records = self._bad_samples.gather()
+        if self._tracker:
+            self._tracker.bad_samples(step, records)
+
+    def epoch(self, epochs: int) -> None:
+        """Prints how many samples were skipped so far, if any were."""
+        if summary := self._bad_samples.summary():
+            self.lines(f"End of epoch {epochs:,}; {summary}")
+
+    def evaluation(self, step: int, results: Mapping[str, dict[str, Any]], retrieval: dict[str, Any]) -> None:
+        """Writes retrieval.json and prints the scores of every evaluation set; after the last step also the report."""
+        if not self._tracker:
+            return
+        sets.write_retrieval_json(self._folder, retrieval)
+        if step == self._schedule.total:
+            self.lines(*(table for name, result in results.items() for table in result_tables(name, result)))
+            self.lines(f"Plot: {write_report(self._folder / 'report', self._folder.name, results)}")
+            return
+        for name, result in results.items():
+            recalls = "  ".join(
+                f"{dim}d {100 * scores['text_to_image']['R@10']:.1f}" for dim, scores in result["dims"].items()
+            )
+            self.lines(f"step {step:,}  {name}, text→image R@10: {recalls}")
+
+    def end(self) -> None:
+        """Prints where the trained encoder is."""
+        which = "best" if self._config.evaluation.best else "last"
+        used = "" if self._utilisation is None else f"; model FLOPs utilisation {100 * self._utilisation:.1f} %"
+        self.lines(f"Done: the encoder is {self._folder}/checkpoints/{which}{used}")
+
+    def _record(self, step: int, result: StepResult, speed: float, timings: list[StepTimings]) -> dict[str, Any]:
+        """One line of metrics.jsonl."""
+        scales, bias, loss_scale = result.logit_scale.tolist(), result.logit_bias, self._engine.loss_scale
+        used = self._utilisation
+        return {
+            "step": step,
+            "samples": step * self._config.train.batch_size,
+            "epoch": step / self._stream.batches_per_epoch,
+            "loss": result.loss.total.item(),
+            "loss_by_dim": {str(dim): value.item() for dim, value in result.loss.by_dim.items()},
+            "logit_scale": scales[0] if len(scales) == 1 else scales,
+            **({} if bias is None else {"logit_bias": bias.tolist()}),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+            **({} if loss_scale is None else {"loss_scale": loss_scale.value, "skipped_steps": loss_scale.skipped}),
+            "samples_per_second": speed,
+            **({} if used is None else {"model_flops_utilisation": used}),
+            "seconds_per_step": mean_seconds(timings),
+            "peak_memory": max(one.peak_memory for one in timings),
+            "bad_samples": self._bad_samples.counts.total(),
+        }
+
+    def _log_skipped_steps(self, step: int) -> None:
+        loss_scale = self._engine.loss_scale
+        if loss_scale is None or loss_scale.skipped == self._logged_skips:
+            return
+        new, self._logged_skips = loss_scale.skipped - self._logged_skips, loss_scale.skipped
+        self.lines(
+            f"Step {step:,}: skipped {new} step(s) whose fp16 gradients overflowed ({loss_scale.skipped} so far); "
+            f"the loss scale is now {loss_scale.value:,g}."
+        )
+
+    def _timings(self, step: int) -> list[StepTimings]:
+        """Mean seconds per step of each rank since the last call, in the order of ranks. Collective."""
+        steps, self._logged_step = max(step - self._logged_step, 1), step
+        seconds = {phase: spent / steps for phase, spent in self._engine.timer.pop_seconds().items()}
+        return comm.all_gather_objects(StepTimings(comm.host(), seconds, peak_memory(self._engine.device)))
+
+    def _step_seconds_at_peak(self) -> float | None:
+        """Seconds per step if every device ran at its peak FLOP/s; None if that peak is not known."""
+        peak = peak_flops(self._world.device, self._engine.precision)
+        if peak is None:
+            return None
+        flops = footprint.model_flops(self._config.model, self._config.train.batch_size)
+        return flops / (peak * self._world.size)

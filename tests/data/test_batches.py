@@ -1,0 +1,151 @@
+"""Loading of batches: captions, groups and decoding, and the replacement of bad samples."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import drawing, encoded, sample_members, write_tar
+from helpers.samples import SPEC, bad_members
+from PIL import Image
+
+import mmrl
+from mmrl.data.batches import Batch, pick_caption
+from mmrl.data.samples import group_id
+from mmrl.data.sources import DataConfig, open_reader
+from mmrl.data.stream import Stream
+from mmrl.data.transforms import AugmentConfig
+from mmrl.errors import InputError
+
+
+def test_scaled_decode_changes_pixels_only_slightly(tmp_path: Path) -> None:
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("jpg", encoded(drawing(n)[0].resize((640, 480), Image.Resampling.BICUBIC), "JPEG")),
+                           ("txt", b"a caption"))
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    for crop in (None, [0.8, 1.0]):
+        batches = [
+            next(iter(Stream(open_reader(path), 4, image=SPEC, config=DataConfig(
+                scaled_decode=scaled, augment=AugmentConfig(random_resized_crop=crop)))))
+            for scaled in (False, True)
+        ]  # fmt: skip
+        assert batches[0].keys == batches[1].keys
+        difference = batches[0].image.float() - batches[1].image.float()
+        assert difference.abs().max() > 0
+        assert 10 * torch.log10(255**2 / difference.square().mean()) > 40
+
+
+def test_groups_are_stable_hashes_and_minus_one_if_absent(tmp_path: Path) -> None:
+    members = [*sample_members(0), *sample_members(12), *sample_members(1), *sample_members(2)[:2]]
+    batch = next(iter(mmrl.stream(write_tar(tmp_path / "a.tar", members), 4)))
+    group = dict(zip([key.rpartition("/")[2] for key in batch.keys], batch.group.tolist(), strict=True))
+    assert group["00000"] == group["00012"] == group_id("red square") == 2006242075667802697
+    assert group["00001"] != group["00000"]
+    assert group["00002"] == -1
+
+
+def test_bad_samples_are_replaced_alike_at_any_world_size_and_listed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "some-bad.tar", bad_members())
+    config = DataConfig(train=str(path), max_bad_fraction=1.0)
+
+    def run(rank: int, world: int) -> list[Batch]:
+        return list(Stream(open_reader(path), 12 // world, rank=rank, world_size=world, image=SPEC, config=config))
+
+    single = run(0, 1)
+    assert [len(batch.keys) for batch in single] == [12, 12, 12]
+    listed = {problem.key: problem.reason for batch in single for problem in batch.bad}
+    for step, batch in enumerate(single):
+        ranks = [run(rank, 2)[step] for rank in range(2)]
+        assert [key for one in ranks for key in one.keys] == batch.keys
+        assert len(set(batch.keys)) == 12
+    epochs = Stream(open_reader(path), 12, image=SPEC, config=config).forever()
+    for _ in range(12):
+        listed |= {problem.key: problem.reason for problem in next(epochs).bad}
+    assert listed.keys() == {"corrupt", "halved", "noimage", "silent", "latin", "badjson"}
+    assert "no image: none of .jpg, .jpeg, .png, .webp" in listed["noimage"]
+    assert "caption" in listed["silent"]
+
+
+def test_the_samples_of_a_missing_or_changed_shard_are_skipped_and_listed(shards: Path, tmp_path: Path) -> None:
+    for path in shards.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    stream = Stream(open_reader(tmp_path), 12, seed=4, image=SPEC)
+    stream._dataset._reader._reset_caches()  # as in a new worker
+    (tmp_path / "part-2.tar").unlink()
+    changed = (tmp_path / "part-1.tar").read_bytes()
+    (tmp_path / "part-1.tar").write_bytes(changed[:512].replace(b"00020", b"00099") + changed[512:])
+    problems = [problem for batch in stream for problem in batch.bad]
+    assert len({problem.key for problem in problems}) == 17 + 11
+    assert {problem.kind for problem in problems} == {"shard out of reach"}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bit_flips_in_shards_cost_samples_but_not_the_epoch(shards: Path, tmp_path: Path, seed: int) -> None:
+    """Lost samples are listed, and all others are read."""
+    rng = np.random.default_rng(seed)
+    keys = {key.rpartition("/")[2] for batch in mmrl.stream(str(shards), 1) for key in batch.keys}
+    for path in shards.glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        for offset in rng.integers(0, len(data), 4):
+            data[offset] ^= 1 << rng.integers(8)
+        (tmp_path / path.name).write_bytes(data)
+    try:
+        reader = open_reader(tmp_path)
+    except InputError:  # the first header of a shard is hit
+        return
+    seen: set[str] = set()
+    listed = {problem.key for problem in reader.problems}
+    stream = Stream(reader, 4, image=SPEC, config=DataConfig(max_bad_fraction=1.0))
+    for _ in range(2):
+        for batch in stream:
+            seen |= {key.rpartition("/")[2] for key in batch.keys}
+            listed |= {problem.key for problem in batch.bad}
+    assert seen
+    assert not keys - seen or listed
+
+
+@pytest.mark.parametrize(("good", "bad", "batch"), [(12, 6, 9), (20, 3, 12)])
+def test_every_bad_sample_of_a_small_set_is_replaced(tmp_path: Path, good: int, bad: int, batch: int) -> None:
+    members = [m for number in range(good) for m in sample_members(number)]
+    members += [m for n in range(bad) for m in ((f"bad{n}.png", b"x"), (f"bad{n}.txt", b"caption"))]
+    stream = Stream(open_reader(write_tar(tmp_path / "a.tar", members)), batch, image=SPEC)
+    for _ in range(4):
+        assert all(len(one.keys) == batch for one in stream)
+
+
+def test_an_input_error_in_a_worker_comes_without_a_traceback(tmp_path: Path) -> None:
+    members = [m for n in range(12) for m in ((f"{n}.png", b"no picture"), (f"{n}.txt", b"caption"))]
+    stream = Stream(open_reader(write_tar(tmp_path / "bad.tar", members)), 4, image=SPEC, num_workers=1)
+    with pytest.raises(InputError, match=r"^data: .* samples in a row are bad") as error:
+        next(iter(stream))
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_set_of_only_bad_images_is_an_error(tmp_path: Path) -> None:
+    members = [m for n in range(12) for m in ((f"{n}.png", b"no picture"), (f"{n}.txt", b"caption"))]
+    stream = Stream(open_reader(write_tar(tmp_path / "bad.tar", members)), 4, image=SPEC)
+    with pytest.raises(InputError, match="samples in a row are bad"):
+        next(iter(stream))
+
+
+def test_captions_follow_their_probabilities() -> None:
+    points = np.linspace(0, 1, 10_000, endpoint=False)
+    uniform = Counter(pick_caption(4, None, x) for x in points)
+    assert set(uniform.values()) == {2500}
+    mixed = Counter(pick_caption(4, [0.5, 0.3, 0.2], x) for x in points)
+    assert [round(mixed[i] / 10_000, 2) for i in range(4)] == [0.5, 0.3, 0.1, 0.1]
+    assert Counter(pick_caption(1, [0.5, 0.5], x) for x in points) == {0: 10_000}
+    assert Counter(pick_caption(1, [0.0, 1.0], x) for x in points) == {0: 10_000}
+
+
+def test_member_names_cannot_write_files_or_run_code(tmp_path: Path) -> None:
+    image = encoded(Image.new("RGB", (32, 32)))
+    members = [("../../evil.png", image), ("../../evil.txt", b"a"), ("/etc/x.png", image), ("/etc/x.txt", b"b")]
+    members += [("code.png", image), ("code.txt", b"c"), ("code.pyd", b"cos\nsystem\n(S'false'\ntR.")]
+    batch = next(iter(mmrl.stream(write_tar(tmp_path / "names.tar", members), 3)))
+    assert sorted(batch.text) == ["a", "b", "c"]
+    assert not (tmp_path.parent.parent / "evil.png").exists()

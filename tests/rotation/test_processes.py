@@ -1,0 +1,107 @@
+"""`mmrl rotate` with several processes, and the share of a set that each of them reads."""
+
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.encoders import save_random_encoder
+from helpers.worlds import run_in_world
+from rich.console import Console
+
+from mmrl.data.sources import open_reader
+from mmrl.model import bundle
+from mmrl.rotation import moments
+from mmrl.rotation.command import rotate_model
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, not nested, 16-d."""
+    folder = save_random_encoder(str(tiny_model), tmp_path_factory.mktemp("plain"))
+    manifest = bundle.read_manifest(folder)
+    bundle.write_manifest(folder, manifest | {"nested_dims": [16]})
+    return folder
+
+
+def test_any_number_of_processes_writes_the_same_bits(
+    plain: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "CHUNK_SIZE", moments.CHUNK_SIZE)  # restores it, after _rotate_in_chunks_of_seven
+    hashes = set()
+    for size in (1, 2, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+
+        run_in_world(size, partial(_rotate_in_chunks_of_seven, plain, shards), folder, start_method="spawn")
+        hashes.add(bundle.read_manifest(folder / "out")["weights_sha256"])
+    _rotate_in_chunks_of_seven(plain, shards, tmp_path)
+    assert hashes == {bundle.read_manifest(tmp_path / "out")["weights_sha256"]}
+
+
+def _rotate_in_chunks_of_seven(plain: Path, shards: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    moments.CHUNK_SIZE = 7  # seven chunks of the 48 samples
+    assert "learnt" in rotate_model(str(plain), str(shards), folder / "out", steps=20, quiet=True)["rotation"]
+
+
+def test_processes_that_slurm_starts_divide_the_samples(plain: Path, shards: Path, tmp_path: Path) -> None:
+    """As for `mmrl train`: every launcher of mmrl.distributed.launchers, not only torchrun's WORLD_SIZE."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    environ |= {"SLURM_JOB_ID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node0"}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "mmrl.cli", "rotate", str(plain), str(shards), str(tmp_path / "out")]
+    processes = [
+        subprocess.Popen(
+            [*command, "--steps", "0"],
+            env=environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "rotated with 48 images" in outputs[0][0]
+    assert outputs[1][0] == ""  # one process prints and writes
+    one = rotate_model(str(plain), str(shards), tmp_path / "one", steps=0, quiet=True)
+    assert bundle.read_manifest(tmp_path / "out")["weights_sha256"] == one["weights_sha256"]
+
+
+def test_samples_are_spread_over_the_shards(
+    plain: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "CHUNK_SIZE", 8)
+    manifest = rotate_model(str(plain), str(shards), tmp_path / "out", samples=20)
+    assert manifest["rotation"]["images"] == 24
+    assert moments.local_chunks(48, 20) == [0, 2, 4]
+
+
+def test_the_pairs_to_learn_from_are_spread_over_the_shards(
+    plain: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "CHUNK_SIZE", 8)
+    monkeypatch.setattr(moments, "IMAGES_PER_DIM", 1)  # 16 of the 48, from two of the six chunks
+    whole, reader = bundle.open_model(plain), open_reader(str(shards))
+    found = moments.compute_moments("plain", whole, reader, None, None, Console(quiet=True), with_pairs=True)
+    assert found.images == 48
+    assert found.pairs is not None
+    batches = list(moments.read_chunks(whole, reader, [0, 3]))
+    vectors = [moments.embed(whole, batch) for batch in batches]
+    torch.testing.assert_close(found.pairs.image_ND, torch.cat([image_ND for image_ND, _ in vectors]))
+    torch.testing.assert_close(found.pairs.text_MD, torch.cat([text_MD for _, text_MD in vectors]))
+    rows = [batch.row_of_text_M + 8 * i for i, batch in enumerate(batches)]
+    assert torch.equal(found.pairs.image_of_text_M, torch.cat(rows))
+    assert torch.equal(found.pairs.group_N, torch.cat([batch.group_B for batch in batches]))
