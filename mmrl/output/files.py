@@ -21,8 +21,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, for a file or a folder; renamed to `path` at the end, removed after an
-    error."""
+    """Yields a temporary path in the same folder, for a file or a folder. At the end it is renamed to `path`; after an
+    error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random: processes on several hosts, which may have the same id, can write to one shared folder.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

@@ -78,8 +78,8 @@ class Funnel:
         Raises:
             InputError: a file is missing, damaged or of another index.
         """
-        name, dim = facts["code"], facts["dim"]
-        code: Code = OLD_CODES[name] if name in OLD_CODES else name
+        name: Code = facts["code"]
+        code, dim = OLD_CODES.get(name, name), facts["dim"]
         codes = CodeIndex.open(folder / CODES_FILE, code, (count, dim), facts.get("threshold"))
         if not facts.get("second_stage", code in ("binary", "pq")):
             return cls(code, dim, codes, None)

@@ -48,8 +48,9 @@ def _method(reports: Sequence[SetReport], about: Mapping[str, str]) -> str:
         "both ways. Best single dims are those that separate positives from all pairs best. Random dims are the mean "
         "of three draws.</li>"
         "<li>One stage is measured on what mmrl embed --precision stores, two stages on the shortlists of mmrl index "
-        "--code, which holds images only. int8: each vector scaled to ±127. sq8: 256 steps between the extremes of each "
-        "dim. binary: signs, compared by Hamming distance. pq: product quantisation, 4 bits per two dims. Queries stay float32, except for binary.</li>"
+        "--code, which holds images only. int8: each vector scaled to ±127. sq8: 256 steps between the extremes of "
+        "each dim. binary: signs, compared by Hamming distance. pq: product quantisation, 4 bits per two dims. Queries "
+        "stay float32, except for binary.</li>"
         "<li>The advice considers a dim only if all larger dims in the same precision are within the budget, too. It "
         "is the smallest of many options, so its measured loss is slightly optimistic.</li></ul></div>"
     )
