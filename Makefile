@@ -24,10 +24,10 @@ quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, 
 	@echo "In a browser: $(BIN)/mmrl serve $(RUN)/index"
 
 test: lint  ## Lint, and all tests except the slow ones
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: lint  ## Lint, and all tests
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
 lint: $(VENV)/.installed  ## Check style, types and import directions: ruff, pyright, import-linter
 	$(BIN)/ruff check .

@@ -155,6 +155,7 @@ def test_each_dims_scale_begins_with_the_full_dims(write_config: WriteConfig) ->
     assert torch.equal(trainer.engine.model.log_logit_scale, before[2:].expand(3))
 
 
+@pytest.mark.slow
 def test_stages_and_processes_turn_alike(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config(
         train={"batch_size": 12, "duration": 10}, evaluation={}, nesting={"dims": [16, 4, 8], "start": 0.4}

@@ -102,22 +102,24 @@ def test_flops_are_told_where_the_devices_peak_is_known(
 
 
 def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
-    one = run(write_config())
-    path = write_config("two.yaml", run=str(tmp_path / "two"))
-    subprocess.run(command(path, processes=2), check=True, capture_output=True)
-    alone, together = metrics(one), metrics(tmp_path / "two")
+    """All in one launch of two processes, since their imports take most of the time."""
+    path, two, half = write_config(engine={"lost_after_seconds": 5}), tmp_path / "two", tmp_path / "half"
+    one = run(path)
+    # The second starts a finished run again. Every rank must return: one that waited for rank 0 would end with an
+    # error, and a scheduler would requeue the job.
+    cases = (f"run={two}", f"run={two} resume=auto", f"run={half} checkpoint.every=4")
+    start_training(path, 2, tmp_path / "script.py", *cases)
+    alone, together = metrics(one), metrics(two)
     for first, second in zip(alone, together, strict=True):
         assert second["loss"] == pytest.approx(first["loss"], abs=2e-5)
         assert second["loss_by_dim"] == pytest.approx(first["loss_by_dim"], abs=2e-5)
     close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(without_key_bias(weights(tmp_path / "two")), without_key_bias(weights(one)), **close)
-    scores = [json.loads((folder / "retrieval.json").read_text()) for folder in (one, tmp_path / "two")]
+    torch.testing.assert_close(without_key_bias(weights(two)), without_key_bias(weights(one)), **close)
+    scores = [json.loads((folder / "retrieval.json").read_text()) for folder in (one, two)]
     assert scores[0]["num_images"] == scores[1]["num_images"]
-    # What two began, one finishes.
-    path = write_config("half.yaml", run=str(tmp_path / "half"), checkpoint={"every": "4 steps"})
-    subprocess.run(command(path, processes=2), check=True, capture_output=True)
-    go_back_to(tmp_path / "half", "step-4")
-    resumed = run(path, "resume=auto")
+    # One process resumes what two began.
+    go_back_to(half, "step-4")
+    resumed = run(path, f"run={half}", "checkpoint.every=4", "resume=auto")
     torch.testing.assert_close(without_key_bias(weights(resumed)), without_key_bias(weights(one)), **close)
 
 
@@ -181,13 +183,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConf
     path = write_config(optim={"lr": 1e30, "clip_norm": None}, checkpoint={"every": "1 steps"})
     with pytest.raises(RunStopped, match=r"Step 2: the loss is nan. The last good .* is .*step-1; lower optim.lr"):
         run(path)
-
-
-def test_a_finished_run_started_again_ends_at_once_on_every_rank(write_config: WriteConfig, tmp_path: Path) -> None:
-    """Every rank must return: one that waited for rank 0 would end with an error, and a scheduler requeue the job."""
-    path = write_config(evaluation={}, engine={"lost_after_seconds": 5})
-    start_training(path, 2, tmp_path / "twice.py", "train.duration=1", "train.duration=1 resume=auto")
-    assert len(metrics(tmp_path / "run")) == 1
 
 
 _WITH_A_KILLED_LOADER = """
