@@ -14,16 +14,29 @@ if TYPE_CHECKING:
     from mmrl.images.image_spec import ImageSpec as ImageSpec
     from mmrl.inference.load import load as load
     from mmrl.losses.nested_infonce import nested_info_nce as nested_info_nce
+    from mmrl.losses.rotated import rotated_nested_info_nce as rotated_nested_info_nce
+    from mmrl.model.rotation import NestedRotation as NestedRotation
 
 _MODULE_OF = {
     "ImageSpec": "mmrl.images.image_spec",
+    "NestedRotation": "mmrl.model.rotation",
     "load": "mmrl.inference.load",
     "nested_info_nce": "mmrl.losses.nested_infonce",
     "retrieval": "mmrl.evaluate.ranking.retrieval",
+    "rotated_nested_info_nce": "mmrl.losses.rotated",
     "stream": "mmrl.data.stream",
 }
 
-__all__ = ["ImageSpec", "__version__", "load", "nested_info_nce", "retrieval", "stream"]
+__all__ = [
+    "ImageSpec",
+    "NestedRotation",
+    "__version__",
+    "load",
+    "nested_info_nce",
+    "retrieval",
+    "rotated_nested_info_nce",
+    "stream",
+]
 
 
 def __getattr__(name: str) -> Any:

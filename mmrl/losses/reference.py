@@ -90,6 +90,37 @@ def nested_info_nce(
     return _weighted_mean(loss_of, dims, weights)
 
 
+def rotated_nested_info_nce(
+    image_BD: torch.Tensor,
+    text_BD: torch.Tensor,
+    logit_scale: torch.Tensor,
+    dims: Sequence[int],
+    rotation_DD: torch.Tensor,
+    weights: Sequence[float] | None = None,
+    groups: Groups | None = None,
+    same_group: SameGroup = "mask",
+    label_smoothing: float = 0.0,
+    distillation: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
+    """L_D, the InfoNCE of the full dim; P, the weighted mean of the smaller dims, after a rotation; each dim's loss.
+
+    In training the towers descend L_D + a P, the rotation and the smaller dims' logit scales descend P, and the full
+    dim's logit scale descends L_D. The weights of the smaller dims are divided by their own sum; D's is not used. The
+    teacher of the distillation, the full dim's softmax, is held fixed together with its logit scale.
+    """
+    full_dim, scale_of = image_BD.shape[1], _per_dim(logit_scale, dims)
+    weight_of = dict(zip(dims, [1.0] * len(dims) if weights is None else weights, strict=True))
+    full = info_nce(
+        _prefix(image_BD, full_dim), _prefix(text_BD, full_dim), scale_of[full_dim], groups, same_group, label_smoothing
+    )
+    rotated = (image_BD @ rotation_DD.T, text_BD @ rotation_DD.T)
+    scale_K = torch.stack([scale_of[dim] if dim < full_dim else scale_of[dim].detach() for dim in dims])
+    prefix_weights = [weight_of[dim] if dim < full_dim else 0.0 for dim in dims]
+    options = (groups, same_group, label_smoothing, distillation)
+    prefixes, by_dim = nested_info_nce(*rotated, scale_K, dims, prefix_weights, *options)
+    return full, prefixes, by_dim | {full_dim: full}
+
+
 def nested_sigmoid(
     image_BD: torch.Tensor,
     text_BD: torch.Tensor,

@@ -1,0 +1,49 @@
+"""The learnable orthogonal matrix Q of nested training: prefixes are truncated from z = Q x instead of from x.
+
+Full-dim similarities do not depend on Q, because (Q x) . (Q y) = x . y. So Q can order the directions of the embedding
+for the prefixes without any cost at the full dim. It is shared by both towers and folds into both projections
+(W <- Q W), so nothing that reads a checkpoint or an export knows of it.
+
+Shapes: N rows, D embedding width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
+
+
+class NestedRotation(nn.Module):
+    """z = Q x, with Q orthogonal: the Cayley map of a skew-symmetric parameter, identity at the start.
+
+    Train it by an optimizer of its own (Adam, no weight decay), outside of the towers' gradient clipping.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        linear = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(linear.weight)
+        self.linear = orthogonal(linear, orthogonal_map="cayley")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Q with its gradient: float32 (D, D), computed from the parameter at each access."""
+        weight_DD = self.linear.weight
+        assert isinstance(weight_DD, torch.Tensor)
+        return weight_DD
+
+    def forward(self, embedding_ND: torch.Tensor) -> torch.Tensor:
+        """Rotates embeddings (N, D); Q and the product are float32 under autocast, the result has the input's dtype."""
+        with torch.autocast(embedding_ND.device.type, enabled=False):
+            weight_DD = self.weight
+            return F.linear(embedding_ND.to(weight_DD.dtype), weight_DD).to(embedding_ND.dtype)
+
+    @torch.no_grad()
+    def matrix(self) -> torch.Tensor:
+        """Q for folding into the projections: float64 (D, D), on the CPU, orthogonal to 1e-12.
+
+        The parametrization's own float32 value is orthogonal to 1e-6 only, which would show in full-dim similarities.
+        """
+        left_DD, singular_D, right_DD = torch.linalg.svd(self.weight.detach().cpu().double())
+        assert (singular_D - 1).abs().max() < 1e-3, "the Cayley map keeps the matrix orthogonal"
+        return left_DD @ right_DD
