@@ -13,6 +13,7 @@ from mmrl.distributed import comm
 from mmrl.losses import reference
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 from mmrl.losses.nested_sigmoid import nested_sigmoid
+from mmrl.losses.rotated import rotated_nested_info_nce
 
 DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
 GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
@@ -60,7 +61,33 @@ def _sigmoid(same_group: Literal["mask", "positive"]) -> LossPair:
     return ours, plain
 
 
+def _rotated(options: InfoNCEOptions) -> LossPair:
+    """The rotation is a function of `bias`, so that the comparison of gradients covers it."""
+    generator = torch.Generator().manual_seed(5)
+    upper_DD = torch.randn(8, 8, generator=generator, dtype=torch.float64).triu(1)
+
+    def matrix(bias: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.matrix_exp(bias * (upper_DD - upper_DD.T))
+
+    def ours(given: LossInputs) -> Result:
+        matrix_DD = matrix(given.bias)
+        loss = rotated_nested_info_nce(
+            given.image, given.text, given.scale, DIMS, lambda x: x @ matrix_DD.T, 1.0, WEIGHTS, given.groups, options
+        )
+        return loss.total, loss.by_dim
+
+    def plain(given: LossInputs) -> Result:
+        options_of_formula = options.model_dump(exclude={"kernels"})
+        full, prefixes, by_dim = reference.rotated_nested_info_nce(
+            given.image, given.text, given.scale, DIMS, matrix(given.bias), WEIGHTS, given.groups, **options_of_formula
+        )
+        return full + prefixes, by_dim
+
+    return ours, plain
+
+
 LOSSES = {
+    "rotated": _rotated(InfoNCEOptions(distillation=0.5)),
     "plain": _infonce(InfoNCEOptions()),
     "all options": _infonce(InfoNCEOptions(same_group="positive", label_smoothing=0.1, distillation=0.5)),
     "masked options": _infonce(InfoNCEOptions(label_smoothing=0.1, distillation=0.5)),
