@@ -82,7 +82,9 @@ class TrainingLog:
         if schedule.nests_from and self._first_step < schedule.nests_from:
             at_the_end = schedule.nests_from == schedule.total
             when = "after the last step" if at_the_end else f"at step {schedule.nests_from:,}"
-            self.lines(f"Training the full dim only; prefixes become usable after the rotation {when}.")
+            self.lines(
+                f"Training the full dim only; the embedding is rotated {when}, and its prefixes are usable then."
+            )
         for name, reader in self._prepared.evaluation_readers.items():
             if len(reader) < (whole := self._prepared.evaluation_samples[name]):
                 self.lines(
