@@ -127,6 +127,7 @@ def test_a_start_of_1_is_the_plain_run_turned_at_its_end(
     assert own["4"]["text_to_image"]["mAP"] == pytest.approx(scores["4"]["text_to_image"]["mAP"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_start_of_1_can_be_resumed(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config(nesting={"dims": [16, 4], "start": 1}, checkpoint={"every": 5})
     whole = train(load_config(path, [f"run={tmp_path}/whole"]))

@@ -96,7 +96,10 @@ def test_one_process_trains_like_plain_pytorch_at_any_zero_stage(
     assert_equal_training(run, plain_run(path)[:2])
 
 
-def test_three_processes_train_and_resume_like_plain_pytorch(write_config: WriteConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_train_and_resume_like_plain_pytorch(
+    write_config: WriteConfig, tmp_path: Path, processes: int
+) -> None:
     """All in one launch, since importing torch and DeepSpeed takes most of the time."""
     path = write_config(
         train={"batch_size": 12, "duration": STEPS}, evaluation={}, checkpoint={"every": 10, "keep": 9}, resume="auto"
@@ -106,8 +109,8 @@ def test_three_processes_train_and_resume_like_plain_pytorch(write_config: Write
     train(load_config(path, [f"run={resumed}", "engine.zero_stage=1"]))
     rewind(resumed, 10)
     stages = {two: 2, three: 3, resumed: 3}
-    cases = [f"run={run} engine.zero_stage={stage} train.micro_batch=1" for run, stage in stages.items()]
-    start_training(path, 3, tmp_path / "script.py", *cases)
+    cases = [f"run={run} engine.zero_stage={stage} train.micro_batch=2" for run, stage in stages.items()]
+    start_training(path, processes, tmp_path / "script.py", *cases)
     for run in (two, three, resumed):
         assert_equal_training(run, plain)
     rewind(three, 10)

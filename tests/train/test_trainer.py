@@ -152,11 +152,14 @@ def test_a_run_tells_where_its_time_and_memory_go(write_config: WriteConfig, tmp
     assert len(steps) == 3
 
 
-def test_killed_twice_and_resumed_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [(10,), pytest.param((10, 33), marks=pytest.mark.slow)], ids=["once", "twice"])
+def test_killed_and_resumed_equals_uninterrupted(
+    write_config: WriteConfig, tmp_path: Path, kills: tuple[int, ...]
+) -> None:
     sections = {"train": {"batch_size": 12, "duration": "60 steps", "ema": 0.9}, "checkpoint": {"every": "7 steps"}}
     whole = run(write_config(**sections))
     path = write_config("killed.yaml", run=str(tmp_path / "killed"), **sections)
-    for step in (10, 33):
+    for step in kills:
         assert _kill_at(path, tmp_path / "killed", step, signal.SIGKILL).returncode == -signal.SIGKILL
     subprocess.run(command(path, "resume=auto"), check=True, capture_output=True)
     got, expected = weights(tmp_path / "killed"), weights(whole)
@@ -313,7 +316,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     write_config: WriteConfig, tmp_path: Path, processes: int
 ) -> None:
