@@ -38,7 +38,7 @@ def noisy() -> Pairs:
 
 def test_it_finds_the_shared_directions_that_pca_misses(noisy: Pairs) -> None:
     initial_DD = nesting.principal_rotation(second_moment(noisy))
-    learned_rotation = learn_rotation(noisy, SCALE, initial_DD, DIMS)
+    learned_rotation = learn_rotation(noisy, SCALE, initial_DD, DIMS, steps=150)
     assert learned_rotation is not None
     assert learned_rotation.helps
     assert (learned_rotation.images, learned_rotation.holdout_images) == (540, 60)
@@ -63,7 +63,7 @@ def test_it_is_orthogonal_and_deterministic(noisy: Pairs) -> None:
 
 def test_keep_leaves_the_first_dims_unchanged(noisy: Pairs) -> None:
     initial_DD = nesting.principal_rotation(second_moment(noisy), keep=4)
-    learned_rotation = learn_rotation(noisy, SCALE, initial_DD, DIMS, keep=4)
+    learned_rotation = learn_rotation(noisy, SCALE, initial_DD, DIMS, keep=4, steps=150)
     assert learned_rotation is not None
     assert learned_rotation.helps
     torch.testing.assert_close(learned_rotation.rotation_DD[:4], torch.eye(DIM).double()[:4])
@@ -72,7 +72,7 @@ def test_keep_leaves_the_first_dims_unchanged(noisy: Pairs) -> None:
 
 def test_the_initial_rotation_is_kept_without_improvement(noisy: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     initial_DD = nesting.principal_rotation(second_moment(noisy))
-    best = learn_rotation(noisy, SCALE, initial_DD, DIMS)
+    best = learn_rotation(noisy, SCALE, initial_DD, DIMS, steps=150)
     assert best is not None
     monkeypatch.setattr(learned, "_LR", 1.0)  # diverges
     worse = learn_rotation(noisy, SCALE, best.rotation_DD, DIMS, steps=3)
@@ -85,7 +85,9 @@ def test_the_initial_rotation_is_kept_without_improvement(noisy: Pairs, monkeypa
 
 def test_dims_between_nested_dims_are_ordered_by_covariance(noisy: Pairs) -> None:
     """The loss at dim 8 does not depend on the order of the four shared dims and four others."""
-    learned_rotation = learn_rotation(noisy, SCALE, nesting.principal_rotation(second_moment(noisy)), [8, DIM])
+    learned_rotation = learn_rotation(
+        noisy, SCALE, nesting.principal_rotation(second_moment(noisy)), [8, DIM], steps=150
+    )
     assert learned_rotation is not None
     holdout = noisy.rotated(learned_rotation.rotation_DD).select(torch.arange(9, 600, 10))
     assert mean_reciprocal_rank(holdout, [4]) > 0.85
@@ -98,7 +100,7 @@ def test_prefixes_are_distilled_from_the_full_dim() -> None:
     unique_N8, common_N8 = torch.randn(2, 600, 8, generator=draw)
     shared_N16 = torch.cat([unique_N8, 2 * common_N8[torch.arange(600) // 20]], 1)
     image_ND, text_ND = (torch.cat([0.3 * torch.randn(600, 8, generator=draw), shared_N16], 1) for _ in range(2))
-    learned_rotation = learn_rotation(pairs_of(image_ND, text_ND), SCALE, torch.eye(DIM).double(), [8, DIM])
+    learned_rotation = learn_rotation(pairs_of(image_ND, text_ND), SCALE, torch.eye(DIM).double(), [8, DIM], steps=150)
     assert learned_rotation is not None
     assert learned_rotation.after > 0.99
     assert learned_rotation.rotation_DD[:8, 16:].square().sum() > 2
