@@ -65,7 +65,8 @@ class TrainStep:
         """Trains step `step` (from 0) on this process's share of the global batch.
 
         Raises:
-            NonFiniteError: before the update for the loss; after it for the gradient norm, whose update was skipped.
+            NonFiniteError: the loss, before the update; or the gradient norm, which is known only after the update, so
+                the weights may be damaged and must not be saved.
         """
         engine, schedule = self._engine, self._schedule
         factor = optim.lr_factor(self._config.optim, step, schedule.total, schedule.warmup, schedule.cooldown)
