@@ -5,30 +5,96 @@ Shapes: N rows (of any number of leading axes), D full dim, d a nested dim, K nu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmrl.errors import InputError
 from mmrl.settings import Settings
 
 
+class PrefixGradientConfig(Settings):
+    """The factor a on the gradient that the smaller dims send into the towers. It rises over the run:
+    a = end * (step / steps) ** power."""
+
+    end: float = Field(default=0.3, ge=0, le=1)
+    """Value after the last step. 0: the towers learn from the full dim only."""
+    power: float = Field(default=2.0, ge=0)
+    """Exponent of the rise; 0 is constant."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        """A number is a constant."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"end": value, "power": 0.0} if is_number else value
+
+    def at(self, step: int, total: int) -> float:
+        """The factor in optimizer step `step`, counted from 1, of `total`; from `total` on it stays at `end`."""
+        return self.end * min(step / total, 1.0) ** self.power
+
+
 class NestingConfig(Settings):
-    """Which prefixes of the embedding are trained, and the weight of each in the loss."""
+    """Which prefixes of the embedding are trained, and how."""
 
     dims: list[int] = Field(min_length=1)
-    """Nested dims (prefix lengths) in any order, e.g. [512, 256, 128, 64]."""
+    """Nested dims (prefix lengths) in any order, e.g. [512, 256, 128, 64]. The InfoNCE of each is computed and trained
+    in every step."""
     weights: list[float] | None = None
-    """One loss weight per dim, in the order of `dims` (default: all 1). The loss is the weighted mean."""
-    dims_per_step: int | None = Field(default=None, ge=1)
-    """Number of dims to train at each step, sampled at random, the same on all ranks (default: all dims).
-    Distillation then uses the largest sampled dim as its teacher."""
-    start: float | None = Field(default=None, ge=0, le=1)
-    """Share of the run, e.g. 0.75, in which the full dim only is trained (null: all dims from the first step).
-    Then one orthogonal matrix rotates both projections; it leaves full-dim similarities unchanged and moves the
-    directions that separate matching pairs to the front. From there on all dims are trained. 0 rotates pretrained
-    towers before the first step, 1 rotates after the last one."""
+    """One loss weight per dim, in the order of `dims` (default: all 1). With a rotation they weigh the smaller dims
+    against each other; the full dim's loss always has its full gradient."""
+    rotation: bool = True
+    """Truncate prefixes from z = Q x, with Q a learnable orthogonal matrix shared by both towers. It does not change
+    full-dim similarities and is folded into the projections of every checkpoint. The towers descend L_D + a P (D the
+    full dim, P the weighted mean over the smaller dims); Q and the smaller dims' logit scales descend P. false: the
+    published method, one weighted mean over all dims and no rotation."""
+    prefix_gradient: PrefixGradientConfig = PrefixGradientConfig()
+    """The factor a on the gradient that P sends into the towers. A number is a constant. Without a rotation it is 1."""
+    rotate_at_start: bool = False
+    """Rotate a pretrained model before the first step, as `mmrl rotate` does. Then its prefixes start with most of the
+    full dim's recall, and training them costs the full dim nothing."""
+    rotate_at_end: bool = False
+    """Rotate the trained model after the last step, as `mmrl rotate` does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepare(cls, values: Any) -> Any:
+        """Answers keys of earlier versions (null had no effect; stored configs have it), and sets the default of
+        `prefix_gradient`, which depends on `rotation`."""
+        if not isinstance(values, dict):
+            return values
+        for key, replacement in _REMOVED.items():
+            if values.get(key) is not None:
+                raise ValueError(f"{key} was removed: {replacement}")
+        values = {key: value for key, value in values.items() if key not in _REMOVED}
+        return {"prefix_gradient": 1, **values} if values.get("rotation") is False else values
+
+    @model_validator(mode="after")
+    def _check(self) -> "NestingConfig":
+        if not self.rotation and self.prefix_gradient.at(0, 1) != 1:
+            raise ValueError(
+                "prefix_gradient: without a rotation all dims have their full gradient; use 1 or remove the key"
+            )
+        return self
+
+    @property
+    def learns_rotation(self) -> bool:
+        """Whether a rotation is learned: it serves the smaller dims, so a single dim needs none."""
+        return self.rotation and len(self.dims) > 1
+
+    @property
+    def sweeps(self) -> int:
+        """How many times a step computes the similarities of the global batch."""
+        return 2 if self.learns_rotation else 1
+
+
+_REMOVED = {
+    "start": "all dims are trained from the first step (nesting.rotation). Instead of start: 0 use "
+    "nesting.rotate_at_start: true, instead of start: 1 nesting.rotate_at_end: true",
+    "dims_per_step": "all dims are trained in every step, at nearly the cost of the full dim; remove the key",
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +123,6 @@ class Nesting:
         total = sum(weights)
         return cls(tuple(dim for dim, _ in pairs), tuple(weight / total for _, weight in pairs))
 
-    def subset(self, indices: Sequence[int]) -> "Nesting":
-        """The dims at these indices, with their weights renormalised to sum to 1."""
-        total = sum(self.weights[i] for i in indices)
-        indices = sorted(indices)
-        return Nesting(tuple(self.dims[i] for i in indices), tuple(self.weights[i] / total for i in indices))
-
 
 def check_dims(dims: Sequence[int], full_dim: int, name: str = "dims") -> None:
     """Raise InputError unless `dims` are distinct and between 1 and `full_dim`."""
@@ -73,6 +133,27 @@ def check_dims(dims: Sequence[int], full_dim: int, name: str = "dims") -> None:
             raise InputError(f"{name}: {dim} is out of range; this embedding has dims 1 to {full_dim}.")
         if list(dims).count(dim) > 1:
             raise InputError(f"{name}: {dim} is given twice; name each dim once.")
+
+
+def untrained_note(dims: Sequence[int], trained: Sequence[int]) -> str | None:
+    """One note that names those of `dims` that are not among the `trained` dims of an encoder; None if all are.
+
+    Every command that takes a dim takes any from 1 to D, and prints this note.
+    """
+    untrained = [dim for dim in dims if dim not in trained]
+    if not untrained:
+        return None
+    verb = "is not a trained dim" if len(untrained) == 1 else "are not trained dims"
+    note = f"Note: {', '.join(map(str, untrained))} {verb}"
+    if not trained:
+        return f"{note} (trained: none)."
+    neighbours = {max((d for d in trained if d < dim), default=None) for dim in untrained}
+    neighbours |= {min((d for d in trained if d > dim), default=None) for dim in untrained}
+    compared = sorted({*untrained, *(dim for dim in neighbours if dim is not None)}, reverse=True)
+    return (
+        f"{note} (trained: {', '.join(map(str, sorted(trained, reverse=True)))}). Compare the recall: "
+        f"mmrl eval --dims {','.join(map(str, compared))}"
+    )
 
 
 def truncate(embedding_ND: torch.Tensor, dim: int) -> torch.Tensor:

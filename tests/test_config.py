@@ -35,7 +35,7 @@ def test_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
 def test_the_plain_baseline_differs_only_in_nesting() -> None:
     nested, plain = (load_config(CONFIGS / f"quickstart{suffix}.yaml") for suffix in ("", "_plain"))
     changed = {difference.split(":")[0] for difference in config_differences(nested, plain)}
-    assert changed <= {"nesting.dims", "nesting.weights", "nesting.start", "evaluation.dims", "evaluation.best"}
+    assert changed <= {"nesting.dims", "loss.distillation", "evaluation.dims"}
 
 
 def test_machine_fields_are_not_differences() -> None:

@@ -16,7 +16,6 @@ FILES = [
     if path.suffix in (".py", ".md", ".yaml", ".sh", ".sbatch", ".html", ".js", "") and path.is_file()
 ]
 EXCEPTIONS = {
-    "mmrl/turn.py": "goes with nesting.start",
     "mmrl/data/starter/NOTICE": "licence texts of others",
 }
 WORDS = {

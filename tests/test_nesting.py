@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mmrl.errors import InputError
-from mmrl.nesting import Nesting, effective_rank, principal_rotation, truncate
+from mmrl.nesting import Nesting, NestingConfig, effective_rank, principal_rotation, truncate
 
 
 def test_dims_are_sorted_with_their_weights() -> None:
@@ -12,9 +12,19 @@ def test_dims_are_sorted_with_their_weights() -> None:
     assert nested.weights == (0.5, 0.25, 0.25)
 
 
-def test_a_subset_of_dims_has_renormalised_weights() -> None:
-    subset = Nesting.from_dims([64, 8, 32], [1, 2, 1], 64).subset([2, 0])
-    assert subset == Nesting((8, 64), (2 / 3, 1 / 3))
+def test_the_prefix_gradient_rises_to_its_end_and_stays_there() -> None:
+    rising = NestingConfig(dims=[8, 4]).prefix_gradient
+    assert [rising.at(step, 10) for step in (0, 5, 10, 15)] == pytest.approx([0, 0.075, 0.3, 0.3])
+    constant = NestingConfig.model_validate({"dims": [8, 4], "prefix_gradient": 1}).prefix_gradient
+    assert [constant.at(step, 10) for step in (0, 1, 10)] == [1, 1, 1]
+    published = NestingConfig(dims=[8, 4], rotation=False)
+    assert published.prefix_gradient == constant
+    assert NestingConfig(**published.model_dump()) == published
+
+
+def test_stored_configs_of_earlier_versions_load() -> None:
+    values = {"dims": [8, 4], "weights": None, "dims_per_step": None, "start": None}
+    assert NestingConfig.model_validate(values) == NestingConfig(dims=[8, 4])
 
 
 @pytest.mark.parametrize(

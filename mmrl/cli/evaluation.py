@@ -18,7 +18,9 @@ def eval_(
             "NAME=SHARDS names the set (repeatable)."
         ),
     ],
-    dims: Annotated[str | None, typer.Option(help="Dims to evaluate, e.g. 512,128 (default: trained dims).")] = None,
+    dims: Annotated[
+        str | None, typer.Option(help="Dims to evaluate, e.g. 512,128 (default: the trained dims and the full dim).")
+    ] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")] = None,
     ks: Annotated[
         str | None, typer.Option(help="More K of recall@K, e.g. 50,100; 1, 5 and 10 are always reported.")

@@ -12,7 +12,7 @@ from mmrl.cli.options import Json, Model, parse_ints
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D per dim if several are given.")],
-    dim: Annotated[str, typer.Option(help="Dims to export, e.g. 128 or 512,128.")],
+    dim: Annotated[str, typer.Option(help="Dims to export, e.g. 128 or 512,128; any from 1 to the full dim.")],
     format: Annotated[
         str, typer.Option(help="bundle, open_clip, onnx, sentence_transformers, transformers or transformers.js.")
     ] = "bundle",
@@ -33,7 +33,6 @@ def export(
 ) -> None:
     """Export an encoder per dim: embeddings truncated to DIM, projections included (other layers are unchanged)."""
     from mmrl.export.bundles import export as export_encoders
-    from mmrl.export.card import summary
 
     manifests = export_encoders(
         model,
@@ -44,7 +43,7 @@ def export(
         check_shards=check_shards,
         measure_shards=measure,
         licence=license,
-        on_done=None if as_json else lambda folder, manifest: print(summary(folder, manifest)),
+        log=None if as_json else print,
     )
     if as_json:
         print(json.dumps(manifests, indent=2))

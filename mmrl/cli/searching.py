@@ -66,7 +66,7 @@ def index(
     ] = "auto",
     dim: Annotated[
         int | None,
-        typer.Option(min=1, help="Dim of the codes (default: the trained dim closest to a quarter of the full dim)"),
+        typer.Option(help="Dim of the codes (default: the trained dim closest to a quarter of the full dim)"),
     ] = None,
     candidates: Annotated[
         int | None,
@@ -109,7 +109,7 @@ def search(
     model: Annotated[
         str | None, typer.Option(help="Path of the index's encoder (default: the path stored in the index)")
     ] = None,
-    dim: Annotated[int | None, typer.Option(min=1, help="Embedding dim to compare at (default: the full dim)")] = None,
+    dim: Annotated[int | None, typer.Option(help="Embedding dim to compare at (default: the full dim)")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of results")] = 5,
     group: Annotated[str | None, typer.Option(help="Search only images of this group")] = None,
     exact: Annotated[

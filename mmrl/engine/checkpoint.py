@@ -3,6 +3,7 @@
 RUN/
     config.yaml               the resolved config, written before training starts
     metrics.jsonl             one object per logged step
+    evaluations.jsonl         one object per evaluation: step, samples, and the scores of every set
     bad_samples.jsonl         the samples that were skipped
     checkpoints/
         step-400/             complete or absent: written under a temporary name, then renamed
@@ -11,7 +12,10 @@ RUN/
             training/         only needed to resume; independent of ZeRO stage and number of processes
                 state.json               step, position in the stream, best score
                 optimizer.safetensors    optimizer moments, unsharded, by parameter name
-                weights.safetensors      the trained weights, if the encoder's are a moving average (train.ema)
+                prefixes.safetensors     rotation, logit scales of the smaller dims, their optimizer (nesting.rotation)
+                weights.safetensors      the trained weights that differ from the encoder's: all with a moving average
+                                         (train.ema), the projections before the rotation is folded into them
+                average.safetensors      the same of the moving average
         last -> step-400      symbolic links, replaced atomically
         best -> step-300
 """
@@ -28,6 +32,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
 from mmrl.distributed import comm
 from mmrl.durations import Duration
@@ -35,9 +40,11 @@ from mmrl.engine.engine import Engine
 from mmrl.errors import InputError, RunStopped
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
+from mmrl.model.folding import unshared
 from mmrl.settings import Settings, machine_field
 
-_STATE, _MOMENTS, _WEIGHTS = "state.json", "optimizer.safetensors", "weights.safetensors"
+_STATE, _MOMENTS, _PREFIXES = "state.json", "optimizer.safetensors", "prefixes.safetensors"
+_WEIGHTS, _AVERAGE = "weights.safetensors", "average.safetensors"
 _STEP_FOLDER = re.compile(r"^step-(\d+)$")
 
 
@@ -58,8 +65,8 @@ class _Snapshot:
     is_best: bool
     encoder: Bundle
     encoder_weights: dict[str, torch.Tensor]
-    training_weights: dict[str, torch.Tensor] | None
-    moments: dict[str, torch.Tensor]
+    training: dict[str, dict[str, torch.Tensor]]
+    """Tensors by file of the folder `training`."""
     state: dict[str, Any]
     scores: dict[str, Any] | None
 
@@ -78,6 +85,8 @@ class Checkpoints:
         step: int,
         encoder: Bundle,
         engine: Engine,
+        average: AveragedModel | None,
+        prefixes: dict[str, torch.Tensor] | None,
         state: dict[str, Any],
         is_best: bool = False,
         scores: dict[str, Any] | None = None,
@@ -85,7 +94,9 @@ class Checkpoints:
         """Copies weights and optimizer state, then writes step-N and its links in a thread. Collective.
 
         Args:
-            encoder: its weights differ from those of `engine` if they are a moving average.
+            encoder: what is evaluated. It may share weights with the model of `engine`, or with the moving average.
+            average: the moving average, if there is one.
+            prefixes: the state of `train.prefixes.Prefixes`, if a rotation is learned.
             scores: the content of retrieval.json for this step, if it was evaluated.
 
         Raises:
@@ -95,8 +106,12 @@ class Checkpoints:
         moments = engine.moments()
         if not comm.world().is_rank_0:
             return
-        training = None if encoder.model is engine.full_model else _cpu_copy(engine.full_model.state_dict())
-        snapshot = _Snapshot(step, is_best, encoder, _cpu_copy(encoder.state()), training, moments, state, scores)
+        training = {_MOMENTS: moments, _WEIGHTS: _cpu_copy(unshared(engine.full_model, encoder.model))}
+        if average is not None:
+            training[_AVERAGE] = _cpu_copy(unshared(average.module, encoder.model))
+        if prefixes is not None:
+            training[_PREFIXES] = prefixes
+        snapshot = _Snapshot(step, is_best, encoder, _cpu_copy(encoder.state()), training, state, scores)
         self._writer = threading.Thread(target=self._write_atomic, args=(snapshot,))
         self._writer.start()
 
@@ -141,9 +156,9 @@ class Checkpoints:
         training.mkdir(parents=True)
         source = {"step": snapshot.step, "run": self.folder.parent.name}
         bundle.save(snapshot.encoder, partial, snapshot.encoder_weights, source)
-        save_file(snapshot.moments, training / _MOMENTS)
-        if snapshot.training_weights is not None:
-            save_file(snapshot.training_weights, training / _WEIGHTS)
+        for name, tensors in snapshot.training.items():
+            if tensors:
+                save_file(tensors, training / name)
         (training / _STATE).write_text(json.dumps(snapshot.state, indent=2) + "\n")
         if snapshot.scores is not None:
             (partial / "retrieval.json").write_text(json.dumps(snapshot.scores, indent=2) + "\n")
@@ -181,9 +196,10 @@ class LoadedCheckpoint:
 
     state: dict[str, Any]
     """Step, position in the stream, best score."""
-    encoder_weights: dict[str, torch.Tensor]
     training_weights: dict[str, torch.Tensor]
+    average_weights: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
+    prefixes: dict[str, torch.Tensor]
 
 
 def read_checkpoint(checkpoint: Path) -> LoadedCheckpoint:
@@ -195,9 +211,14 @@ def read_checkpoint(checkpoint: Path) -> LoadedCheckpoint:
     training = checkpoint / "training"
     encoder = bundle.read_weights(checkpoint, bundle.read_manifest(checkpoint))
     try:
-        weights = load_file(training / _WEIGHTS) if (training / _WEIGHTS).exists() else encoder
+        tensors = {
+            name: load_file(training / name) if (training / name).exists() else {}
+            for name in (_WEIGHTS, _AVERAGE, _PREFIXES)
+        }
         state, moments = json.loads((training / _STATE).read_text()), load_file(training / _MOMENTS)
-        return LoadedCheckpoint(state, encoder, weights, moments)
+        return LoadedCheckpoint(
+            state, encoder | tensors[_WEIGHTS], encoder | tensors[_AVERAGE], moments, tensors[_PREFIXES]
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"resume: {checkpoint} is damaged or of an older version ({error}); delete it to resume from the previous "

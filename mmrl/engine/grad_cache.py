@@ -9,11 +9,13 @@ Shapes: m pairs of a micro-batch, b pairs of this rank, D the embedding's width.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from mmrl.engine.engine import Engine
 from mmrl.losses.inputs import NestedLoss
+from mmrl.model.two_tower import Outputs
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 """uint8 images (m, C, H, W), token ids (m, L)."""
@@ -24,28 +26,34 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor 
 def backward(
     engine: Engine, micro_batches: Sequence[MicroBatch], loss_function: LossFunction, seed: Callable[[int], None]
 ) -> NestedLoss:
-    """The loss over all micro-batches of all ranks; accumulates its gradients in the engine.
+    """The loss over all micro-batches of all ranks.
+
+    Accumulates its gradients in the engine, and those of other leaves, such as a learnable rotation, in their `grad`.
 
     Args:
         seed: seeds the random number generator for micro-batch i, so that dropout is the same in both forward passes.
     """
-    if len(micro_batches) == 1:
+    outputs = None
+    if is_whole := len(micro_batches) == 1:
         seed(0)
-        loss = loss_function(*engine(*micro_batches[0]))
-        engine.backward(loss.total, last=True)
-        return loss
-    image_bD, text_bD, scale, bias = _embed(engine, micro_batches, seed)
-    leaves = [x.requires_grad_() for x in (image_bD, text_bD, scale, bias) if x is not None]
+        outputs = engine(*micro_batches[0])
+    # The graph is cut at the embeddings, so that the engine and its loss scale see the model alone.
+    image_bD, text_bD, scale, bias = _detach(outputs or _embed(engine, micro_batches, seed))
     loss = loss_function(image_bD, text_bD, scale, bias)
-    image_grad_bD, text_grad_bD, *scalar_grads = torch.autograd.grad(loss.total, leaves)
+    with engine.timer.phase("backward"):
+        loss.total.backward()
+    image_grad_bD, text_grad_bD = image_bD.grad, text_bD.grad
+    scalar_grads = [x.grad for x in (scale, bias) if x is not None]
+    assert image_grad_bD is not None
+    assert text_grad_bD is not None
     start = 0
-    with engine.accumulating():
+    with nullcontext() if is_whole else engine.accumulating():
         for index, (image_mCHW, text_mL) in enumerate(micro_batches):
             rows = slice(start, start + len(text_mL))
             start = rows.stop
             seed(index)
             # A locked tower has no gradient, so it needs no second forward pass.
-            image_mD, text_mD, *scalars = engine(
+            image_mD, text_mD, *scalars = outputs or engine(
                 image_mCHW if engine.trains("image") else None, text_mL if engine.trains("text") else None
             )
             # A surrogate whose gradient is that of the loss. DeepSpeed requires a gradient of every trained
@@ -59,6 +67,17 @@ def backward(
     return loss
 
 
+def _detach(
+    outputs: Outputs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The model's outputs as leaves that collect a gradient."""
+    image_bD, text_bD, scale, bias = (None if x is None else x.detach().requires_grad_() for x in outputs)
+    assert image_bD is not None
+    assert text_bD is not None
+    assert scale is not None
+    return image_bD, text_bD, scale, bias
+
+
 @torch.no_grad()
 def _embed(
     engine: Engine, micro_batches: Sequence[MicroBatch], seed: Callable[[int], None]
@@ -70,4 +89,4 @@ def _embed(
         images.append(image_mD)
         texts.append(text_mD)
     assert scale is not None
-    return torch.cat(images), torch.cat(texts), scale.clone(), None if bias is None else bias.clone()
+    return torch.cat(images), torch.cat(texts), scale, bias

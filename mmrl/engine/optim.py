@@ -31,6 +31,9 @@ class OptimConfig(Settings):
     """Peak learning rate of the projections into the embedding space."""
     lr_logit_scale: float | None = Field(default=None, ge=0)
     """Peak learning rate of the logit scale, and of the logit bias of the sigmoid loss."""
+    lr_rotation: float = Field(default=1e-2, ge=0)
+    """Peak learning rate of the learnable rotation (nesting.rotation). It has its own Adam without weight decay and is
+    not part of clip_norm."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1e-6, gt=0)

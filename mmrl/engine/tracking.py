@@ -1,4 +1,4 @@
-"""Writes a run's metrics: progress bar or plain lines, metrics.jsonl, TensorBoard. Rank 0 only."""
+"""Writes a run's metrics: progress bar or plain lines, metrics.jsonl, evaluations.jsonl, TensorBoard. Rank 0 only."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from mmrl.output.files import write_atomic
 from mmrl.output.progress import progress_bar
 from mmrl.settings import Settings, machine_field
 
-METRICS = "metrics.jsonl"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class TrackingConfig(Settings):
@@ -36,7 +36,7 @@ class Tracker:
     def __init__(self, folder: Path, config: TrackingConfig, start: int, total: int, console: Console) -> None:
         self.console = console
         self._folder = folder
-        for name in (METRICS, BAD_SAMPLES):
+        for name in (METRICS, EVALUATIONS, BAD_SAMPLES):
             _drop_later_steps(folder / name, start)
         self._metrics = (folder / METRICS).open("a")
         self._board = _tensorboard(folder / "tensorboard", start) if config.tensorboard else None
@@ -76,6 +76,26 @@ class Tracker:
         if self._board is not None:
             for name, value in _flatten(record):
                 self._board.add_scalar(name, value, step)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Appends an evaluation to evaluations.jsonl, and to TensorBoard as SET/DIRECTION/METRIC/DIM.
+
+        Args:
+            record: {"step": …, "samples": …, "sets": {set: its entry in retrieval.json}}.
+        """
+        with (self._folder / EVALUATIONS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is None:
+            return
+        for name, result in record["sets"].items():
+            for dim, by_direction in result["dims"].items():
+                for score, value in _flatten(by_direction):
+                    self._board.add_scalar(f"{name}/{score}/{dim}", value, record["step"])
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations of the run so far, in the order of steps."""
+        path = self._folder / EVALUATIONS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def print_lines(self, *lines: Any) -> None:
         """Prints strings or rich renderables above the progress bar."""

@@ -21,9 +21,9 @@ from mmrl.evaluate.ranking.retrieval import check_ks
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.report.study import Study
 from mmrl.evaluate.report.tables import result_tables
-from mmrl.evaluate.zeroshot import class_embeddings, embed_labelled, read_classes, score_classification
+from mmrl.evaluate.zeroshot import read_classes, score_zero_shot
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
-from mmrl.nesting import check_dims
+from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.progress import progress_bar
 
 
@@ -32,7 +32,7 @@ class EvalOptions:
     """What to measure."""
 
     dims: Sequence[int] | None = None
-    """Default: the trained dims."""
+    """Default: the trained dims and the full dim."""
     captions: int | None = None
     """Captions used per sample, the plain one first. Default: all."""
     ks: Sequence[int] = ()
@@ -78,6 +78,8 @@ def evaluate_model(
     analyse = out or options.budget or options.vectors or options.compare
     study = Study(model, encoder, dims, options.budget, options.vectors, options.compare) if analyse else None
     console = Console(quiet=quiet or not world.is_rank_0)
+    if note := untrained_note(dims, encoder.nested_dims):
+        console.print(note, highlight=False, soft_wrap=True)
     results: dict[str, dict[str, Any]] = {}
     with progress_bar(console) as progress:
         for name, one in opened.items():
@@ -88,7 +90,7 @@ def evaluate_model(
             if bad:
                 first = bad[0]
                 console.print(f"{name}: {len(bad)} bad samples left out, such as {first.key}: {first.reason}")
-    result = sets.as_retrieval_json(results)
+    result = {**sets.as_retrieval_json(results), "nested_dims": list(encoder.nested_dims)}
     for name in results:
         console.print(*result_tables(name, results[name]), sep="\n")
     if study:
@@ -188,8 +190,6 @@ def _score_classification(
 ) -> tuple[dict[str, Any], list[Problem]]:
     assert one.classes is not None
     with _task(progress, f"embedding {name}", len(one.reader)) as advance:
-        labelled = embed_labelled(
-            one.reader, encoder.model, encoder.image_spec, len(one.classes.names), on_batch=advance
+        return score_zero_shot(
+            one.reader, one.classes, encoder.model, encoder.image_spec, encoder.tokenise, dims, advance
         )
-    embeddings = class_embeddings(one.classes, encoder.model, encoder.tokenise, dims)
-    return score_classification(labelled, embeddings, over_ranks=True), labelled.bad

@@ -16,11 +16,13 @@ from mmrl.data.samples import BadSample, FieldsConfig, Sample, SampleReader
 from mmrl.data.sequential import ImageReader
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError
-from mmrl.evaluate.zeroshot import Classes, read_classes
+from mmrl.evaluate.zeroshot import Classes, class_index, read_classes
 
 _NAMES, _TEMPLATES, _TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+LABEL = "cls"
+"""The field of a sample with the index of its class."""
 _SHARD_SEED = 1 << 25
-# Images of a folder of which one must have a caption, before any is embedded.
+# Samples of a set of which one must have a caption or a class, before any is embedded.
 _PREFLIGHT = 64
 
 
@@ -43,7 +45,7 @@ def open_set(spec: str, classes: Classes | None = None) -> OpenSet:
     if any((folder / name).is_file() for name in (_NAMES, _TYPE)):
         return _open_benchmark(folder, classes)
     if classes is not None:
-        return OpenSet(_open_labelled(spec), classes)
+        return OpenSet(_open_labelled(spec, classes), classes)
     return OpenSet(_open_folder(folder) if is_image_folder(folder) else open_reader(spec))
 
 
@@ -57,11 +59,31 @@ def _open_benchmark(folder: Path, classes: Classes | None) -> OpenSet:
             raise InputError(f"shards: {folder} has no {_NAMES}; name the classes with --classes.")
         templates = folder / _TEMPLATES
         classes = read_classes(str(folder / _NAMES), str(templates) if templates.is_file() else None)
-    return OpenSet(_open_labelled(str(split)), classes)
+    return OpenSet(_open_labelled(str(split), classes), classes)
 
 
-def _open_labelled(spec: str) -> SampleReader:
-    return open_reader(spec, FieldsConfig(text="cls"))
+def _open_labelled(spec: str, classes: Classes) -> SampleReader:
+    reader = open_reader(spec, FieldsConfig(text=LABEL))
+    check_labels(reader, classes)
+    return reader
+
+
+def check_labels(reader: SampleReader, classes: Classes) -> None:
+    """Raises InputError if none of the first samples has the index of a class."""
+    count, last, reason = min(_PREFLIGHT, len(reader)), len(classes.names) - 1, ""
+    for index in range(count):
+        try:
+            sample = reader.read(index)
+        except BadSample as error:
+            reason = reason or f"{error.problem.key}: {error}"
+            continue
+        if class_index(sample.captions[0], len(classes.names)) >= 0:
+            return
+        reason = reason or f"{sample.name}: {sample.captions[0]!r}"
+    raise InputError(
+        f"shards: none of the first {count} samples has the index of a class, 0 to {last}, in KEY.{LABEL} ({reason}); "
+        "give classes in the order of the indices."
+    )
 
 
 class _CaptionPerLine:

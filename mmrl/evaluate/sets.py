@@ -18,7 +18,7 @@ from mmrl.data.sequential import ImageReader, SequentialBatch, read_sequential
 from mmrl.distributed import comm
 from mmrl.durations import Duration
 from mmrl.errors import InputError
-from mmrl.evaluate.directions import CROSS_MODAL, SAME_MODAL, modalities
+from mmrl.evaluate.directions import CLASSIFICATION, CROSS_MODAL, SAME_MODAL, is_classification, modalities
 from mmrl.evaluate.ranking.ranks import KS, OnRows, PerQuery, is_better_lower, rank_both, rank_queries
 from mmrl.evaluate.ranking.retrieval import (
     as_json,
@@ -43,8 +43,14 @@ class SetConfig(Settings):
     """The set's shards, in any form that data.train takes."""
     captions: int | None = Field(default=None, ge=1)
     """Captions per sample used as queries, the plain one first (default: all)."""
+    classes: str | None = None
+    """Makes this a zero-shot classification set: a file with one class name per line, or imagenet. The index of a
+    sample's class is in KEY.cls."""
+    templates: str | None = None
+    """Prompts of the classes: imagenet (80), simple (7, the default), or a file with one template per line, with {c}
+    for the class name."""
     fields: FieldsConfig | None = None
-    """Names of the fields of a sample (default: those of the training data)."""
+    """Names of the fields of a sample (default: those of the training data). With classes, only `image` is used."""
 
 
 class BestConfig(Settings):
@@ -55,9 +61,9 @@ class BestConfig(Settings):
     dim: int
     """One of the evaluated dims."""
     direction: Literal["image_to_text", "text_to_image"] = "text_to_image"
-    """Direction of the retrieval."""
+    """Direction of the retrieval; without effect for a classification set."""
     metric: str = "R@10"
-    """A retrieval metric, e.g. R@10 or mAP."""
+    """A retrieval metric, e.g. R@10 or mAP; for a classification set top1, top5 or mean_per_class."""
 
 
 class EvaluationConfig(Settings):
@@ -76,6 +82,8 @@ class EvaluationConfig(Settings):
     the whole set."""
     best: BestConfig | None = None
     """The score that selects the best checkpoint (default: no best checkpoint is kept)."""
+    patience: int | None = machine_field(None, ge=1)
+    """Stop after this many evaluations in a row without a better evaluation.best (default: never)."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +290,10 @@ class _Fold:
 
 
 def as_retrieval_json(scores_of_set: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The content of retrieval.json: the first set's entry at the top level, and every set's entry under "sets"."""
-    first = next(iter(scores_of_set.values()))
+    """The content of retrieval.json: the first retrieval set's entry at the top level (or the first set's, if all are
+    for classification), and every set's entry under "sets"."""
+    entries = list(scores_of_set.values())
+    first = next((entry for entry in entries if not is_classification(entry)), entries[0])
     return {**first, "sets": dict(scores_of_set)}
 
 
@@ -294,5 +304,7 @@ def write_retrieval_json(folder: Path, result: dict[str, Any]) -> None:
 
 def best_score(config: BestConfig, scores_of_set: Mapping[str, dict[str, Any]]) -> float:
     """The value of the score that `evaluation.best` names, negated if lower is better."""
-    value = scores_of_set[config.set]["dims"][str(config.dim)][config.direction][config.metric]
+    result = scores_of_set[config.set]
+    direction = CLASSIFICATION if is_classification(result) else config.direction
+    value = result["dims"][str(config.dim)][direction][config.metric]
     return -value if is_better_lower(config.metric) else value

@@ -18,11 +18,14 @@ from mmrl.data.index import Problem
 from mmrl.data.sequential import ImageReader, read_sequential
 from mmrl.distributed import comm
 from mmrl.errors import InputError
+from mmrl.evaluate.directions import CLASSIFICATION
 from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import towers
 from mmrl.nesting import truncate
 
+ACCURACIES = ("top1", "top5", "mean_per_class")
+"""The metrics of a classification set."""
 _PLACEHOLDER = "{c}"
 
 
@@ -72,6 +75,27 @@ def _lines(option: str, path: str) -> list[str]:
     return lines
 
 
+def score_zero_shot(
+    reader: ImageReader,
+    classes: Classes,
+    model: Any,
+    image_spec: ImageSpec,
+    tokenise: Callable[[list[str]], Tensor],
+    dims: Sequence[int],
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Embeds and scores a set whose captions are class indices: its entry in retrieval.json and its bad samples.
+
+    Collective: the work is divided over the processes. `on_batch` is that of `embed_labelled`.
+
+    Raises:
+        InputError: every sample is bad.
+    """
+    labelled = embed_labelled(reader, model, image_spec, len(classes.names), on_batch)
+    embeddings = class_embeddings(classes, model, tokenise, dims)
+    return score_classification(labelled, embeddings, over_ranks=True), labelled.bad
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """The image embeddings of a whole set, not normalised, and their class indices, on every process."""
@@ -100,7 +124,7 @@ def embed_labelled(
     bad = list(reader.problems) if world.is_rank_0 else []
     for batch in read_sequential(reader, image_spec, _no_tokens, captions=1, rank=world.rank, world_size=world.size):
         bad += batch.bad
-        label_B = torch.tensor([_label(caption, num_classes) for caption in batch.captions], dtype=torch.int64)
+        label_B = torch.tensor([class_index(caption, num_classes) for caption in batch.captions], dtype=torch.int64)
         wrong = (label_B < 0).nonzero()[:, 0].tolist()
         bad += [Problem("", batch.keys[b], f"no class from 0 to {num_classes - 1}: {batch.captions[b]}") for b in wrong]
         if len(wrong) < len(batch.keys):
@@ -120,8 +144,8 @@ def _no_tokens(texts: list[str]) -> Tensor:
     return torch.zeros(len(texts), 0, dtype=torch.int64)
 
 
-def _label(text: str, num_classes: int) -> int:
-    """The class index, or -1 if the text is not one."""
+def class_index(text: str, num_classes: int) -> int:
+    """The class index that a text states, or -1 if it states none below `num_classes`."""
     return int(text) if text.isdecimal() and int(text) < num_classes else -1
 
 
@@ -160,7 +184,7 @@ def score_classification(
         hits_C = torch.zeros(len(index_C), dtype=torch.float64).index_add_(0, label_N, (rank_N <= 1).double())
         images_C = label_N.bincount(minlength=len(index_C))
         result[str(dim)] = {
-            "classification": {
+            CLASSIFICATION: {
                 "top1": float((rank_N <= 1).double().mean()),
                 "top5": float((rank_N <= 5).double().mean()),
                 "mean_per_class": float((hits_C / images_C)[images_C > 0].mean()),
@@ -172,5 +196,5 @@ def score_classification(
         "num_images": len(label_N),
         "num_classes": count,
         "num_bad": len(labelled.bad),
-        "chance": {"classification": {"top1": 1 / count, "top5": min(5 / count, 1.0), "mean_per_class": 1 / count}},
+        "chance": {CLASSIFICATION: {"top1": 1 / count, "top5": min(5 / count, 1.0), "mean_per_class": 1 / count}},
     }

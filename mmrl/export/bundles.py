@@ -25,7 +25,7 @@ from mmrl.model import bundle, layouts
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import hash_files, write_manifest
 from mmrl.model.source import ModelSource, StoredModel, parse_model
-from mmrl.nesting import check_dims
+from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.files import atomic_path, check_new_folder
 
 # Maximum mean cosine error of a variant on the samples. Beyond it something is broken: rounding alone stays below.
@@ -41,6 +41,8 @@ class _Job:
     reference: Reference
     source: dict[str, Any]
     """The manifests' `source`."""
+    rotation: dict[str, Any] | None
+    """The manifests' `rotation`: how `mmrl rotate` rotated MODEL, if it did."""
     recall: Recall | None
     variants: tuple[str, ...]
     run: Path | None
@@ -57,16 +59,17 @@ def export(
     check_shards: str | None = None,
     measure_shards: str | None = None,
     licence: str | None = None,
-    on_done: Callable[[Path, dict[str, Any]], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes an encoder per dim, whose embeddings are MODEL's truncated to that dim; returns {dim: manifest}.
 
     Args:
+        dims: any from 1 to MODEL's dim; `log` gets a note on those that were not trained.
         quantize: variants of the ONNX graphs in addition to fp32: 'fp16', 'int8'.
         check_shards: samples to compare the written encoders on; default: of the starter set.
         measure_shards: shards to measure each variant's recall on.
         licence: for the model card, an SPDX identifier.
-        on_done: called with each written folder and its manifest.
+        log: called with each line to show: the note, and the summary of each written folder.
 
     Raises:
         InputError: before any work, if MODEL names no encoder, a dim is out of range, OUT exists and is not empty, the
@@ -80,14 +83,19 @@ def export(
     for folder in {out, *folders.values()}:
         check_new_folder(folder)
     source = parse_model(model)
+    stored = bundle.read_manifest(source.folder) if isinstance(source, StoredModel) else None
     full = bundle.open_model(source)
     check_dims(dims, full.dim, "dim")
     chosen.check(full)
+    note = untrained_note(dims, full.nested_dims)
+    if log and note:
+        log(note)
     job = _Job(
         chosen,
         full,
         Reference(full, contract.read_samples(check_shards)),
-        _manifest_source(source, full),
+        _manifest_source(source, full, stored),
+        stored.get("rotation") if stored else None,
         None if measure_shards is None else Recall(full, measure_shards),
         variants,
         _run_of(source),
@@ -96,8 +104,8 @@ def export(
     manifests = {}
     for dim, folder in folders.items():
         manifests[str(dim)] = _export_dim(job, dim, folder)
-        if on_done:
-            on_done(folder, manifests[str(dim)])
+        if log:
+            log(card.summary(folder, manifests[str(dim)]))
     return manifests
 
 
@@ -119,6 +127,7 @@ def _export_dim(job: _Job, dim: int, out: Path) -> dict[str, Any]:
             "layout": job.format.name,
             "weights_sha256": files[layout.weights] if layout else truncated.manifest["weights_sha256"],
             "files": files,
+            **({"rotation": job.rotation} if job.rotation else {}),
             **({"graphs": graphs} if graphs else {}),
         }
         write_manifest(folder, manifest)  # reopen() reads it
@@ -173,12 +182,14 @@ def _checked_variants(chosen: Format, quantize: Sequence[str], measure_shards: s
     return tuple(dict.fromkeys(quantize))
 
 
-def _manifest_source(source: ModelSource, full: Bundle) -> dict[str, Any]:
+def _manifest_source(source: ModelSource, full: Bundle, stored: dict[str, Any] | None) -> dict[str, Any]:
+    """The manifests' `source`. That of an export is kept when it is exported again.
+
+    Args:
+        stored: the manifest of a stored model.
+    """
     about: dict[str, Any] = {"model": Path(source.text).name, "dim": full.dim}
-    if isinstance(source, StoredModel):
-        manifest = bundle.read_manifest(source.folder)
-        about |= {**manifest["source"], "weights_sha256": bundle.origin(manifest)}
-    return about
+    return about | {**stored["source"], "weights_sha256": bundle.origin(stored)} if stored else about
 
 
 def _run_of(source: ModelSource) -> Path | None:

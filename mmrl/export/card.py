@@ -47,17 +47,16 @@ def write(
         licence: an SPDX identifier, such as apache-2.0.
     """
     dim = manifest["dim"]
-    trained = ", ".join(str(d) for d in sorted(manifest["nested_dims"], reverse=True)) or "none"
     sections = [
         _front_matter(format, licence),
         f"# Image-text encoder, {dim}-d\n",
         f"Maps images and texts to {dim}-d embeddings; their cosine similarity scores how well they match. Embeddings "
-        f"can be truncated to fewer dims and renormalised. Trained dims: {trained}.\n",
+        f"can be truncated to fewer dims and renormalised. {_nested_dims(manifest)}\n",
         f"## Usage\n\n{format.usage.replace('FOLDER', name)}",
         f"## Source\n\n{_contract(manifest)}",
         _variants(manifest),
         _evaluation(run, manifest, name),
-        _recipe(run),
+        _recipe(run, manifest),
         _limits(manifest, licence),
     ]
     (folder / CARD).write_text("\n".join(section for section in sections if section))
@@ -74,13 +73,34 @@ def _front_matter(format: Format, licence: str | None) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
+def _is_rotated(manifest: dict[str, Any]) -> bool:
+    """Whether `mmrl rotate` rotated the encoder, or the one that it was truncated from."""
+    return manifest.get("rotation") is not None or "rotated_from" in manifest["source"]
+
+
+def _nested_dims(manifest: dict[str, Any]) -> str:
+    """The trained dims, and whether the encoder's own is one of them."""
+    dim, nested = manifest["dim"], sorted(manifest["nested_dims"], reverse=True)
+    listed = ", ".join(map(str, nested)) or f"none up to {dim}"
+    own = f" This encoder's own dim, {dim}, is not one of them." if nested and dim not in nested else ""
+    if _is_rotated(manifest):
+        return (
+            f"Nested dims: {listed}, those of `mmrl rotate`, which rotated the embedding of a trained model without "
+            f"training it.{own}"
+        )
+    return f"Trained dims: {listed}.{own}"
+
+
 def _contract(manifest: dict[str, Any]) -> str:
     contract, source = manifest["contract"], manifest["source"]
     image, text = (f"{contract['end_to_end_cosine_error'][modality]['mean']:.0e}" for modality in ("image", "text"))
     samples = contract["samples"]
-    step = f", step {source['step']:,}" if "step" in source else ""
+    about = source.get("rotated_from", source)
+    step = f", step {about['step']:,}" if "step" in about else ""
+    rotated = ", rotated by `mmrl rotate`" if _is_rotated(manifest) else ""
+    whose = "the rotated encoder's" if rotated else "its"
     return (
-        f"Exported from `{source.get('run', source['model'])}`{step}. The embeddings equal its "
+        f"Exported from `{about.get('run', source['model'])}`{step}{rotated}. The embeddings equal {whose} "
         f"{source['dim']}-d embeddings, truncated to "
         f"{manifest['dim']} dims and renormalised. Checked at export with {contract['checked_by']} on "
         f"{samples['count']} samples of {samples['set']}: on equal pixels and token ids the maximum difference of a "
@@ -123,34 +143,43 @@ def _evaluation(run: Path | None, manifest: dict[str, Any], name: str) -> str:
             f"The run has no stored scores of the exported step{'' if step is None else f' ({step:,})'}. To measure "
             f"them: `mmrl eval {name} SHARDS`.\n"
         )
-    tables = []
+    dim, tables = manifest["dim"], []
     for set_name, scores in result["sets"].items():
-        kept = {d: values for d, values in scores["dims"].items() if int(d) <= manifest["dim"]}
+        kept = {d: values for d, values in scores["dims"].items() if int(d) <= dim}
         if kept:
             tables.append(recall_markdown(set_name, {**scores, "dims": kept}))
-    if not tables:
-        return ""
-    return f"## Evaluation\n\nScores of step {step:,} on the run's evaluation sets:\n\n" + "\n".join(tables)
+    if tables:
+        tables.insert(0, f"Scores of step {step:,} on the run's evaluation sets:\n")
+    if any(str(dim) not in scores["dims"] for scores in result["sets"].values()):
+        tables.append(f"The run was not evaluated at {dim} dims. To measure them: `mmrl eval {name} SHARDS`.\n")
+    return "## Evaluation\n\n" + "\n".join(tables)
 
 
-def _recipe(run: Path | None) -> str:
+def _recipe(run: Path | None, manifest: dict[str, Any]) -> str:
     if run is None:
-        return "## Data and recipe\n\nNot recorded: the source of this encoder is not a checkpoint in a run folder.\n"
+        return "## Data and recipe\n\nNot recorded: this encoder was not exported from a checkpoint in a run folder.\n"
     config = yaml.safe_load((run / "config.yaml").read_text())
     recipe = {name: config[name] for name in _RECIPE_SECTIONS if name in config}
     shards = config.get("data", {}).get("train") or [one.get("shards") for one in config["data"].get("sources", [])]
     text = yaml.safe_dump(recipe, sort_keys=False)
-    return f"## Data and recipe\n\nTrained with mmrl on `{shards}` with this config:\n\n```yaml\n{text}```\n"
+    step = manifest["source"].get("step")
+    what = "Trained" if step is None else f"Step {step:,} of a run"
+    at_end = (
+        "`rotate_at_end` rotated the run's last step only. " if recipe.get("nesting", {}).get("rotate_at_end") else ""
+    )
+    return f"## Data and recipe\n\n{what} with mmrl on `{shards}`. {at_end}The run's config:\n\n```yaml\n{text}```\n"
 
 
 def _limits(manifest: dict[str, Any], licence: str | None) -> str:
     image, length = manifest["image"], manifest["tokenizer"]["context_length"]
+    kind = "nested" if _is_rotated(manifest) else "trained"
     lines = [
         f"- Images are resized to {image['height']}×{image['width']} pixels (resize mode {image['resize_mode']}); "
         f"texts are truncated to {length} tokens.",
         "- Scores on data unlike the training data are unknown until measured (`mmrl eval`). The encoder has the "
         "biases of its training data.",
-        "- A dim that was not trained works, but worse than the next larger trained dim.",
+        f"- Embeddings can be truncated to any dim from 1 to {manifest['dim']}. Between two {kind} dims, recall is "
+        "usually between theirs; below the smallest it falls quickly.",
     ]
     if licence is None:
         lines.append("- The licence was not stated at export; the terms of the training data may apply.")

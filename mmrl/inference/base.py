@@ -27,7 +27,7 @@ class LoadedEncoder(ABC):
 
     dim: int
     nested_dims: tuple[int, ...]
-    """The dims that were trained, ascending, up to `dim`."""
+    """The trained dims up to `dim`, ascending. `dim` is one of them unless it was not trained."""
 
     @property
     @abstractmethod

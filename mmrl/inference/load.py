@@ -26,7 +26,8 @@ def load(
     Args:
         path: a run folder (its best checkpoint, else its last), a checkpoint, an exported folder of any format, or
             `open_clip:NAME[:PRETRAINED]`.
-        dim: embedding dim, 1 to the stored encoder's dim (default: that dim). Trained dims (`nested_dims`) are best.
+        dim: embedding dim, 1 to the stored encoder's dim (default: that dim). Recall was optimised at the encoder's
+            `nested_dims` only.
         device: 'cuda' or 'cpu'. Default: a GPU if available; ONNX graphs run on the CPU unless 'cuda' is given.
         dtype: compute dtype, torch.bfloat16 or torch.float16 (default: float32). Embeddings are always float32.
         towers: 'image' or 'text' loads only that tower, e.g. to encode queries online.

@@ -4,7 +4,7 @@ Shapes: b local pairs (of this rank), B = b * world_size pairs of the global bat
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,9 @@ class NestedLoss:
     total: torch.Tensor
     """Scalar, equal on all ranks. Its gradient is this rank's part: averaged over ranks (DDP), it is the whole."""
     by_dim: dict[int, torch.Tensor]
-    """Each dim's loss over the global batch, detached; `total` is their weighted mean."""
+    """The InfoNCE (or sigmoid loss) of each dim over the global batch, detached."""
+    distillation_by_dim: dict[int, torch.Tensor] = field(default_factory=dict)
+    """With distillation: the KL divergence of each smaller dim, detached, before its weight `options.distillation`."""
 
 
 def check_inputs(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, check_finite: bool) -> None:

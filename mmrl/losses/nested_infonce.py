@@ -88,8 +88,11 @@ def nested_info_nce(
     inputs.check_inputs(image_BD, text_BD, groups, check_finite)
     nested = Nesting.from_dims(dims, weights, image_BD.shape[1])
     scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_BD)
-    total, by_dim_K = _NestedInfoNCE.apply(image_BD, text_BD, scale_K, nested, groups, options)  # pyright: ignore[reportGeneralTypeIssues]
-    return NestedLoss(total, dict(zip(nested.dims, by_dim_K.unbind(), strict=True)))
+    total, by_dim_K, kl_K = _NestedInfoNCE.apply(image_BD, text_BD, scale_K, nested, groups, options)  # pyright: ignore[reportGeneralTypeIssues]
+    by_dim = dict(zip(nested.dims, by_dim_K.unbind(), strict=True))
+    # The largest dim is the teacher.
+    distillation_by_dim = dict(zip(nested.dims[:-1], kl_K[:-1].unbind(), strict=True)) if options.distillation else {}
+    return NestedLoss(total, by_dim, distillation_by_dim)
 
 
 class _NestedInfoNCE(torch.autograd.Function):
@@ -104,7 +107,7 @@ class _NestedInfoNCE(torch.autograd.Function):
         nested: Nesting,
         groups: Groups | None,
         options: InfoNCEOptions,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         text_BD = comm.all_gather_rows(text_bD)
         scales = inputs.positive_scales(scale_K)
         matrix = inputs.local_logits(image_bD, text_BD, scales, nested)
@@ -123,18 +126,21 @@ class _NestedInfoNCE(torch.autograd.Function):
         image_to_text_Kb = row_lse_Kb - matching_Kb
         text_to_image_Kb = column_lse_KB[:, matrix.matching_columns] - matching_Kb
         loss_Kb = image_to_text_Kb + text_to_image_Kb + matching_Kb * (2 - targets.matching_n)
+        kl_Kb = torch.zeros_like(loss_Kb)
         if distillation:
             row_kl_Kb = sums.row_logit_gap_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
             column_kl_KB = column_gap[0] / exp_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
-            loss_Kb = loss_Kb + distillation * (row_kl_Kb + column_kl_KB[:, matrix.matching_columns])
-        by_dim_K = comm.all_reduce_sum(loss_Kb.sum(1) - sums.target_logit_K) / (2 * len(text_BD) * LOG2_E)
+            kl_Kb = row_kl_Kb + column_kl_KB[:, matrix.matching_columns]
+        sums_2K = torch.stack([loss_Kb.sum(1) - sums.target_logit_K, kl_Kb.sum(1)])
+        by_dim_K, kl_K = comm.all_reduce_sum(sums_2K) / (2 * len(text_BD) * LOG2_E)
 
         local_groups = () if matrix.row_group_n is None else (matrix.row_group_n, matrix.column_group_m)
         ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *local_groups)
         ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distillation
         ctx.use_triton, ctx.scales = use_triton, scales
-        ctx.mark_non_differentiable(by_dim_K)
-        return (by_dim_K * by_dim_K.new_tensor(nested.weights)).sum(), by_dim_K
+        ctx.mark_non_differentiable(by_dim_K, kl_K)
+        total = ((by_dim_K + distillation * kl_K) * by_dim_K.new_tensor(nested.weights)).sum()
+        return total, by_dim_K, kl_K
 
     @staticmethod
     @once_differentiable

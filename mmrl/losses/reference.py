@@ -69,25 +69,45 @@ def nested_info_nce(
     label_smoothing: float = 0.0,
     distillation: float = 0.0,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """The weighted mean over `dims` of the InfoNCE of the renormalised prefixes, and the loss of each dim.
+    """The weighted mean over `dims` of the InfoNCE of the renormalised prefixes, and the InfoNCE of each dim.
 
+    With distillation the mean is that of InfoNCE + `distillation` x KL, see `distillation_by_dim`.
     Source: Kusupati et al. 2022 (arXiv 2205.13147), equation 1; there the losses are summed, here averaged.
     """
     scale_of = _per_dim(logit_scale, dims)
 
     def loss_of(dim: int) -> torch.Tensor:
         image_Bd, text_Bd = _prefix(image_BD, dim), _prefix(text_BD, dim)
-        loss = info_nce(image_Bd, text_Bd, scale_of[dim], groups, same_group, label_smoothing)
-        largest = max(dims)
-        if not distillation or dim == largest:
-            return loss
-        teacher = (_prefix(image_BD, largest), _prefix(text_BD, largest), scale_of[largest])
-        teacher_BB, _ = _logits(*teacher, groups, same_group)
-        student_BB, _ = _logits(image_Bd, text_Bd, scale_of[dim], groups, same_group)
-        kl = (_kl_divergence(teacher_BB, student_BB) + _kl_divergence(teacher_BB.T, student_BB.T)) / 2
-        return loss + distillation * kl
+        return info_nce(image_Bd, text_Bd, scale_of[dim], groups, same_group, label_smoothing)
 
-    return _weighted_mean(loss_of, dims, weights)
+    total, by_dim = _weighted_mean(loss_of, dims, weights)
+    if distillation:
+        kl_of = distillation_by_dim(image_BD, text_BD, logit_scale, dims, groups, same_group)
+        total = total + distillation * _weighted_mean(kl_of.__getitem__, dims, weights)[0]
+    return total, by_dim
+
+
+def distillation_by_dim(
+    image_BD: torch.Tensor,
+    text_BD: torch.Tensor,
+    logit_scale: torch.Tensor,
+    dims: Sequence[int],
+    groups: Groups | None = None,
+    same_group: SameGroup = "mask",
+) -> dict[int, torch.Tensor]:
+    """KL(softmax of the largest dim, detached || softmax of each dim), the mean over rows and both directions."""
+    scale_of = _per_dim(logit_scale, dims)
+    logits_of = {
+        dim: _logits(_prefix(image_BD, dim), _prefix(text_BD, dim), scale_of[dim], groups, same_group)[0]
+        for dim in dims
+    }
+    teacher_BB = logits_of[max(dims)]
+    return {
+        dim: (_kl_divergence(teacher_BB, student_BB) + _kl_divergence(teacher_BB.T, student_BB.T)) / 2
+        if student_BB is not teacher_BB
+        else teacher_BB.new_zeros(())
+        for dim, student_BB in logits_of.items()
+    }
 
 
 def rotated_nested_info_nce(
@@ -102,11 +122,12 @@ def rotated_nested_info_nce(
     label_smoothing: float = 0.0,
     distillation: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
-    """L_D, the InfoNCE of the full dim; P, the weighted mean of the smaller dims, after a rotation; each dim's loss.
+    """L_D, the InfoNCE of the full dim; P, the weighted mean of the smaller dims, after a rotation; each dim's InfoNCE.
 
-    In training the towers descend L_D + a P, the rotation and the smaller dims' logit scales descend P, and the full
-    dim's logit scale descends L_D. The weights of the smaller dims are divided by their own sum; D's is not used. The
-    teacher of the distillation, the full dim's softmax, is held fixed together with its logit scale.
+    With distillation P is the mean of InfoNCE + `distillation` x KL. In training the towers descend L_D + a P, the
+    rotation and the smaller dims' logit scales descend P, and the full dim's logit scale descends L_D. The weights of
+    the smaller dims are divided by their own sum; D's is not used. The teacher of the distillation, the full dim's
+    softmax, is held fixed together with its logit scale.
     """
     full_dim, scale_of = image_BD.shape[1], _per_dim(logit_scale, dims)
     weight_of = dict(zip(dims, [1.0] * len(dims) if weights is None else weights, strict=True))

@@ -47,8 +47,8 @@ def rotated_nested_info_nce(
         rotation: maps (b, D) to (b, D), e.g. a `NestedRotation`.
         prefix_gradient: a, from 0 to 1.
 
-    Returns: `total` is L_D + P, what is differentiated; `by_dim` has L_D, and L_k with its distillation term for the
-        smaller dims. If D is the only dim with a weight, total is L_D.
+    Returns: `total` is L_D + P, what is differentiated. If D is the only dim with a weight, it is L_D, and `by_dim` has
+        only D.
 
     Raises:
         InputError: D is not among the dims, a outside 0 … 1, or as for `nested_info_nce`.
@@ -63,14 +63,15 @@ def rotated_nested_info_nce(
     full = nested_info_nce(image_bD, text_bD, scale_K[-1], [full_dim], None, groups, options)
     if not sum(nested.weights[:-1]):
         return full
-    image_z_bD, text_z_bD = (rotation(_ScaleGradient.apply(x, prefix_gradient)) for x in (image_bD, text_bD))
+    both_z_2bD = rotation(_ScaleGradient.apply(torch.cat([image_bD, text_bD]), prefix_gradient))
+    image_z_bD, text_z_bD = both_z_2bD.chunk(2)
     # For distillation the full dim takes part as the teacher, with weight 0; its logits and scale are held fixed.
     count = len(nested.dims) if options.distillation else len(nested.dims) - 1
     scales, prefix_weights = torch.cat([scale_K[:-1], scale_K[-1:].detach()]), [*nested.weights[:-1], 0.0]
     prefixes = nested_info_nce(
         image_z_bD, text_z_bD, scales[:count], nested.dims[:count], prefix_weights[:count], groups, options
     )
-    return NestedLoss(full.total + prefixes.total, prefixes.by_dim | full.by_dim)
+    return NestedLoss(full.total + prefixes.total, prefixes.by_dim | full.by_dim, prefixes.distillation_by_dim)
 
 
 class _ScaleGradient(torch.autograd.Function):

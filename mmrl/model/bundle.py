@@ -32,7 +32,7 @@ from mmrl.nesting import check_dims, rotate_weight
 
 WEIGHTS = layouts.LAYOUTS["bundle"].weights
 _TOKENIZER, _TEXT_MODEL = "tokenizer", "text_model"
-_SCALE, _BIAS = "log_logit_scale", "logit_bias"
+SCALE, BIAS = "log_logit_scale", "logit_bias"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def load(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
     state = read_weights(folder, manifest)
     loaded = load_towers(folder, manifest, state, ["image", "text"])
-    model = MatryoshkaCLIP(loaded["image"], loaded["text"], state[_SCALE].exp(), state.get(_BIAS))
+    model = MatryoshkaCLIP(loaded["image"], loaded["text"], state[SCALE].exp(), state.get(BIAS))
     model.load_state_dict(state)  # restores the log scale exactly; exp and log above round
     return Bundle(
         model=model.eval(),
@@ -186,7 +186,7 @@ def truncated_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
     for name, axis in embedding_axes(bundle.model_cfg).items():
         state[name] = state[name].narrow(axis, 0, dim).contiguous()
     kept = max(1, len(dims_up_to(bundle.nested_dims, dim)))
-    for name in (_SCALE, _BIAS):
+    for name in (SCALE, BIAS):
         if name in state and len(state[name]) > 1:
             state[name] = state[name][:kept]
     return state
@@ -203,7 +203,7 @@ def rotated_state(bundle: Bundle, rotation_DD: torch.Tensor) -> dict[str, torch.
     state = bundle.state()
     for name, axis in embedding_axes(bundle.model_cfg).items():
         state[name] = rotate_weight(state[name], axis, rotation_DD)
-    for name in (_SCALE, _BIAS):
+    for name in (SCALE, BIAS):
         if name in state:
             state[name] = state[name][-1:]
     return state

@@ -70,23 +70,25 @@ def measure(config: ModelConfig, in_16_bits: bool, on_gpu: bool = True) -> Footp
     )
 
 
-def model_flops(config: ModelConfig, batch_size: int) -> float:
-    """FLOPs of one training step, summed over ranks, without recomputation (model FLOPs)."""
+def model_flops(config: ModelConfig, batch_size: int, sweeps: int = 1) -> float:
+    """FLOPs of one training step, summed over ranks, without recomputation (model FLOPs). See `step_flops`."""
     model_cfg = towers.read_model_cfg(config.name)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         forward, locked = _flops(_build_model(config, model_cfg, on_gpu=True), model_cfg, config)
-    return step_flops(forward, locked, model_cfg["embed_dim"], batch_size)
+    return step_flops(forward, locked, model_cfg["embed_dim"], batch_size, sweeps=sweeps)
 
 
-def step_flops(forward: float, locked: float, embed_dim: int, batch_size: int, forwards: int = 1) -> float:
+def step_flops(
+    forward: float, locked: float, embed_dim: int, batch_size: int, forwards: int = 1, sweeps: int = 1
+) -> float:
     """FLOPs of one training step, summed over ranks.
 
     A trained tower costs `forwards` forward passes and a backward pass of twice a forward pass; a locked tower one
-    forward pass; the loss 4 multiply-adds per similarity and embedding dim.
+    forward pass; each of the loss's `sweeps` 4 multiply-adds per similarity and embedding dim.
     """
     per_pair = (forwards + 2) * (forward - locked) + locked
-    return batch_size * per_pair + 8.0 * batch_size**2 * embed_dim
+    return batch_size * per_pair + sweeps * 8.0 * batch_size**2 * embed_dim
 
 
 def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -> MatryoshkaCLIP:

@@ -7,6 +7,8 @@ for the prefixes without any cost at the full dim. It is shared by both towers a
 Shapes: N rows, D embedding width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,13 +19,23 @@ class NestedRotation(nn.Module):
     """z = Q x, with Q orthogonal: the Cayley map of a skew-symmetric parameter, identity at the start.
 
     Train it by an optimizer of its own (Adam, no weight decay), outside of the towers' gradient clipping.
+
+    Args:
+        dim: the embedding's width D.
+        dims: the nested dims. A rotation among the dims between two of them changes no loss, so Adam would turn the
+            rounding error of its gradient into a random walk. Its parameters stay 0. Default: all parameters are free.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dims: Sequence[int] | None = None) -> None:
         super().__init__()
         linear = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(linear.weight)
         self.linear = orthogonal(linear, orthogonal_map="cayley")
+        if dims is not None:
+            block_D = torch.bucketize(torch.arange(dim), torch.tensor(sorted(dims)), right=True)
+            self.register_buffer("_is_free_DD", block_D[:, None] != block_D, persistent=False)
+            (parameter,) = self.linear.parameters()
+            parameter.register_hook(lambda grad_DD: grad_DD * self._is_free_DD)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -29,7 +29,8 @@ class LogitScaleConfig(Settings):
     bias_init: float | None = None
     """Initial bias, for loss.name: sigmoid only. Default: that of the loaded weights, else -10."""
     per_dim: bool = False
-    """Learn a scale (and bias) per nested dim instead of one for all dims."""
+    """Learn a scale (and bias) per nested dim instead of one for all dims. Applies without nesting.rotation; with it,
+    every dim has its own scale."""
 
 
 class ModelConfig(TowersConfig):
@@ -106,7 +107,7 @@ class MatryoshkaCLIP(nn.Module):
     @property
     def logit_scale(self) -> torch.Tensor:
         """The multiplier, clamped to 0.01 … 100: (1,) or (K,)."""
-        return clamp_outward(self.log_logit_scale, math.log(MIN_LOGIT_SCALE), math.log(MAX_LOGIT_SCALE)).exp()
+        return clamp_log_scale(self.log_logit_scale).exp()
 
 
 def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bias: bool = False) -> MatryoshkaCLIP:
@@ -154,6 +155,11 @@ class _ClampOutward(torch.autograd.Function):
         # Descent moves against the gradient: at the upper limit a negative gradient points outward.
         outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
         return torch.where(outward, torch.zeros_like(grad), grad), None, None
+
+
+def clamp_log_scale(log_scale: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a logit scale, clamped to that of 0.01 … 100 by `clamp_outward`."""
+    return clamp_outward(log_scale, math.log(MIN_LOGIT_SCALE), math.log(MAX_LOGIT_SCALE))
 
 
 def clamp_outward(x: torch.Tensor, low: float, high: float) -> torch.Tensor:

@@ -37,7 +37,8 @@ _PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css", "docs":
          "icon.svg": "icon.svg"}  # fmt: skip
 _MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
-Dim = Annotated[int | None, Field(ge=1, description="Embedding dim to compare at (default: the full dim)")]
+# Checked by `Searcher.search`, with the same message as `mmrl search`.
+Dim = Annotated[int | None, Field(description="Embedding dim to compare at, 1 to the index's dim (default: that dim)")]
 Count = Annotated[int, Field(ge=1, le=MAX_RESULTS, description="Number of results")]
 Group = Annotated[str | None, Field(max_length=1000, description="Search only images of this group")]
 Exact = Annotated[bool, Field(description="Compare all full vectors instead of using the index's codes")]
@@ -91,6 +92,7 @@ class SearchResponse(BaseModel):
     """The nearest images, most similar first."""
 
     dim: int
+    trained: bool = Field(description="Whether the encoder was trained at this dim")
     bytes_per_vector: int = Field(description="Size of a float32 vector at this dim")
     milliseconds: Milliseconds
     results: list[Result]
@@ -109,7 +111,8 @@ class IndexInfo(BaseModel):
     name: str
     count: int
     dim: int = Field(description="The largest dim that can be searched")
-    dims: list[int] = Field(description="The encoder's trained dims, and the largest dim")
+    dims: list[int] = Field(description="The encoder's trained dims, and the largest dim; any other is allowed, too")
+    nested_dims: list[int] = Field(description="The encoder's trained dims")
     codes: str | None = Field(description="Code of the first stage, if the index is compressed")
     recall: dict[str, float] | None = Field(
         description=f"Share of the {K} nearest images that the compressed search finds, by query modality"
@@ -180,7 +183,11 @@ class _QueryRunner:
             encode=0.0 if cached else round((encoded - start) * 1e3, 2), search=round((searched - encoded) * 1e3, 2)
         )
         return SearchResponse(
-            dim=dim, bytes_per_vector=4 * dim, milliseconds=milliseconds, results=[_result(hit) for hit in hits]
+            dim=dim,
+            trained=dim in self.searcher.nested_dims,
+            bytes_per_vector=4 * dim,
+            milliseconds=milliseconds,
+            results=[_result(hit) for hit in hits],
         )
 
     def _query_vector(self, encode: Callable[[], np.ndarray], cache_key: bytes) -> tuple[np.ndarray, bool]:
@@ -286,7 +293,8 @@ def _index_info(searcher: Searcher) -> IndexInfo:
         name=index.folder.absolute().name,
         count=len(index),
         dim=max_dim,
-        dims=sorted({*(dim for dim in manifest["nested_dims"] if dim <= max_dim), max_dim}),
+        dims=sorted({*searcher.nested_dims, max_dim}),
+        nested_dims=list(searcher.nested_dims),
         codes=manifest["codes"]["code"] if manifest["codes"] else None,
         recall=manifest["search"][f"recall@{K}"] if manifest["codes"] else None,
         groups=[GroupCount(name=name, count=count) for name, count in index.items.named_groups[:500]],

@@ -20,7 +20,7 @@ from mmrl.codecs.code_index import faiss_module, training_rows
 from mmrl.codecs.table import CODECS, CODES, OLD_CODES, Code
 from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
-from mmrl.nesting import Nesting, check_dims
+from mmrl.nesting import Nesting, check_dims, untrained_note
 from mmrl.output.files import atomic_path, write_atomic
 from mmrl.search import items
 from mmrl.search.calibrate import K, Queries, calibrate
@@ -97,11 +97,16 @@ def write_index(
         code = "exact" if count <= EXACT_UP_TO and dim is None and candidates is None else "pq"
     if code == "exact" and candidates is not None:
         raise InputError("candidates: an exact index has none; give a code with --code, or leave out --candidates.")
+    if code == "exact" and dim is not None:
+        raise InputError("dim: an exact index has no codes; give a code with --code, or leave out --dim.")
     codes = None if code == "exact" else _choose_codes(code, dim, candidates, metadata, count)
     prepare_folder(out, {MANIFEST, *_data_folders(out)})
+    console = Console(quiet=quiet)
     captions_MD = np.zeros((0, metadata["dim"]), np.float32)
     if codes is not None:
-        captions_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, Console(quiet=quiet))
+        if note := untrained_note([codes.dim], metadata["nested_dims"]):
+            _print(console, note)
+        captions_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, console)
     manifest = {
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
@@ -109,7 +114,7 @@ def write_index(
         "dim": metadata["dim"],
         "nested_dims": metadata["nested_dims"],
     }
-    return _write(out, manifest, _IndexSource(count, schema, batches, captions_MD), codes, Console(quiet=quiet))
+    return _write(out, manifest, _IndexSource(count, schema, batches, captions_MD), codes, console)
 
 
 def add_to_index(embeddings: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:

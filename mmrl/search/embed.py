@@ -33,7 +33,8 @@ from mmrl.errors import InputError, did_you_mean
 from mmrl.images.decode import to_pil
 from mmrl.inference.base import LoadedEncoder
 from mmrl.inference.load import load
-from mmrl.nesting import check_dims, truncate
+from mmrl.model.bundle import dims_up_to
+from mmrl.nesting import check_dims, truncate, untrained_note
 from mmrl.output.files import atomic_path, write_atomic
 from mmrl.output.progress import progress_bar
 from mmrl.search import table
@@ -84,7 +85,7 @@ def embed_images(
     checked_precisions = _check_precisions(precisions)
     images = open_images(source, group_key)
     name, encoder_path, digest = identify_encoder(model)
-    encoder = load(encoder_path, dim=max(dims) if dims else None, towers="both" if texts else "image")
+    encoder = load(encoder_path, towers="both" if texts else "image")
     checked_dims = list(dims or [encoder.dim])
     check_dims(checked_dims, encoder.dim, "dim")
     columns = columns_of(checked_dims, checked_precisions)
@@ -93,8 +94,8 @@ def embed_images(
         "version": EMBEDDINGS_VERSION,
         "model": name,
         "origin_sha256": digest,
-        "dim": encoder.dim,
-        "nested_dims": list(encoder.nested_dims),
+        "dim": columns[0].dim,
+        "nested_dims": list(dims_up_to(encoder.nested_dims, columns[0].dim)),
         "columns": [column.to_json() for column in columns],
         "mmrl_version": __version__,
     }
@@ -111,6 +112,8 @@ def embed_images(
     spans = [(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     _prepare_chunks(out / CHUNKS, metadata, texts, source, images, size)
     console = Console(quiet=quiet)
+    if note := untrained_note(checked_dims, encoder.nested_dims):
+        console.print(note, highlight=False, soft_wrap=True)
     began = time.monotonic()
     done = _embed_chunks(embedder, spans, workers, console)
     seconds = time.monotonic() - began
@@ -221,7 +224,7 @@ class _ChunkEmbedder:
     @cached_property
     def encoder(self) -> LoadedEncoder:
         torch.set_num_threads(max(1, usable_cores() // self.workers))
-        return load(self.encoder_path, dim=self.columns[0].dim, towers="both" if self.texts else "image")
+        return load(self.encoder_path, towers="both" if self.texts else "image")
 
     def chunk_path(self, start: int) -> Path:
         """The file of the chunk that starts at sample `start`."""

@@ -18,8 +18,9 @@ from mmrl.errors import InputError
 from mmrl.images import contact_sheet
 from mmrl.inference.base import LoadedEncoder
 from mmrl.inference.load import load
+from mmrl.model.bundle import dims_up_to
 from mmrl.model.guards import offline
-from mmrl.nesting import check_dims
+from mmrl.nesting import check_dims, untrained_note
 from mmrl.search.embed import MAX_TEXT_LENGTH
 from mmrl.search.encoder_identity import identify_encoder
 from mmrl.search.index import Index, open_index
@@ -74,6 +75,11 @@ class Searcher:
     def max_dim(self) -> int:
         """The largest dim that can be searched."""
         return min(self.index.dim, self.encoder.dim)
+
+    @property
+    def nested_dims(self) -> tuple[int, ...]:
+        """The trained dims up to `max_dim`, ascending."""
+        return dims_up_to(self.index.manifest["nested_dims"], self.max_dim)
 
     def encode_text(self, text: str) -> np.ndarray:
         """A text's embedding: (D,).
@@ -150,6 +156,8 @@ def search_index(
     query_D = searcher.encode_text(str(text)) if image is None else searcher.encode_image(image)
     hits = searcher.search(query_D, dim, k, group, exact)
     console = Console(quiet=quiet)
+    if note := untrained_note([dim], searcher.nested_dims):
+        console.print(note, highlight=False, soft_wrap=True)
     title = image.name if image is not None else str(text)
     if image is not None and text:
         console.print(f"Searching by the image; the text {text!r} is ignored.", highlight=False, markup=False)
@@ -161,6 +169,7 @@ def search_index(
     return {
         "query": {"image": str(image)} if image is not None else {"text": text},
         "dim": dim,
+        "trained": dim in searcher.nested_dims,
         "count": len(index),
         "results": [hit.to_json() for hit in hits],
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmrl.errors import InputError
+from mmrl.nesting import untrained_note
 from mmrl.search.query import Searcher
 
 _MAX_CONNECTIONS, _KEEP_ALIVE_S = 100, 5
@@ -37,6 +38,8 @@ def serve_index(folder: Path, model: str | None = None, host: str = "127.0.0.1",
         console = Console()
         line = f"Serving {len(searcher.index):,} images at http://{host}:{port} (API: http://{host}:{port}/docs)"
         console.print(f"{line}. Press Ctrl-C to stop.", highlight=False, markup=False, soft_wrap=True)
+        if note := untrained_note([searcher.max_dim], searcher.nested_dims):
+            console.print(note, highlight=False, soft_wrap=True)
         if not _is_loopback(host):
             console.print("Anyone who can reach this machine can search the index.", highlight=False)
         config = uvicorn.Config(

@@ -17,7 +17,7 @@ from mmrl.engine.engine import Engine
 from mmrl.engine.timing import peak_memory
 from mmrl.engine.tracking import Tracker
 from mmrl.evaluate import sets
-from mmrl.evaluate.report.tables import result_tables
+from mmrl.evaluate.report.tables import one_line, result_tables
 from mmrl.evaluate.report.write import write_report
 from mmrl.hardware import peak_flops
 from mmrl.model import footprint
@@ -79,17 +79,16 @@ class TrainingLog:
             f"(each epoch leaves out another {tail}), {schedule.total:,} steps; "
             f"{self._world.size} process(es) on {self._world.device.type}, {engine.precision}",
         )
-        if schedule.nests_from and self._first_step < schedule.nests_from:
-            at_the_end = schedule.nests_from == schedule.total
-            when = "after the last step" if at_the_end else f"at step {schedule.nests_from:,}"
+        if config.nesting.learns_rotation:
             self.lines(
-                f"Training the full dim only; the embedding is rotated {when}, and its prefixes are usable then."
+                "Every step trains all dims; the factor on the smaller dims' gradient into the towers rises to "
+                f"{config.nesting.prefix_gradient.end:g} (nesting.prefix_gradient)."
             )
-        for name, reader in self._prepared.evaluation_readers.items():
-            if len(reader) < (whole := self._prepared.evaluation_samples[name]):
+        for name, one in self._prepared.evaluation_sets.items():
+            if len(one.reader) < one.samples:
                 self.lines(
-                    f"{name}: evaluated on {len(reader):,} of its {whole:,} samples, in randomly drawn shards "
-                    "(evaluation.most_samples)"
+                    f"{name}: evaluated on {len(one.reader):,} of its {one.samples:,} samples, in randomly drawn "
+                    "shards (evaluation.most_samples)"
                 )
         problems = self._prepared.reader.problems
         if problems:
@@ -138,22 +137,21 @@ class TrainingLog:
             self.lines(f"End of epoch {epochs:,}; {summary}")
 
     def evaluation(self, step: int, results: Mapping[str, dict[str, Any]], retrieval: dict[str, Any]) -> None:
-        """Writes retrieval.json and prints the scores of every evaluation set; after the last step also the report."""
+        """Logs an evaluation: retrieval.json, evaluations.jsonl, TensorBoard, one console line per set."""
         if not self._tracker:
             return
         sets.write_retrieval_json(self._folder, retrieval)
-        if step == self._schedule.total:
-            self.lines(*(table for name, result in results.items() for table in result_tables(name, result)))
-            self.lines(f"Plot: {write_report(self._folder / 'report', self._folder.name, results)}")
-            return
+        self._tracker.evaluation({"step": step, "samples": step * self._config.train.batch_size, "sets": results})
         for name, result in results.items():
-            recalls = "  ".join(
-                f"{dim}d {100 * scores['text_to_image']['R@10']:.1f}" for dim, scores in result["dims"].items()
-            )
-            self.lines(f"step {step:,}  {name}, text→image R@10: {recalls}")
+            self.lines(f"step {step:,}  {name}, {one_line(result)}")
 
     def end(self) -> None:
-        """Prints where the trained encoder is."""
+        """Prints the scores of the last evaluation and where the trained encoder is, and writes the report."""
+        evaluations = self._tracker.evaluations() if self._tracker else []
+        if evaluations:
+            last = evaluations[-1]["sets"]
+            self.lines(*(table for name, result in last.items() for table in result_tables(name, result)))
+            self.lines(f"Plot: {write_report(self._folder / 'report', self._folder.name, evaluations)}")
         which = "best" if self._config.evaluation.best else "last"
         used = "" if self._utilisation is None else f"; model FLOPs utilisation {100 * self._utilisation:.1f} %"
         self.lines(f"Done: the encoder is {self._folder}/checkpoints/{which}{used}")
@@ -166,8 +164,7 @@ class TrainingLog:
             "step": step,
             "samples": step * self._config.train.batch_size,
             "epoch": step / self._stream.batches_per_epoch,
-            "loss": result.loss.total.item(),
-            "loss_by_dim": {str(dim): value.item() for dim, value in result.loss.by_dim.items()},
+            **self._losses(result),
             "logit_scale": scales[0] if len(scales) == 1 else scales,
             **({} if bias is None else {"logit_bias": bias.tolist()}),
             "lr": result.lr,
@@ -179,6 +176,23 @@ class TrainingLog:
             "peak_memory": max(one.peak_memory for one in timings),
             "bad_samples": self._bad_samples.counts.total(),
         }
+
+    def _losses(self, result: StepResult) -> dict[str, Any]:
+        """`loss` is the weighted mean of all dims' losses, whatever the towers receive of it."""
+        nested, loss = self._prepared.nested, result.loss
+        by_dim = {dim: value.item() for dim, value in loss.by_dim.items()}
+        record: dict[str, Any] = {
+            "loss": sum(weight * by_dim[dim] for dim, weight in zip(nested.dims, nested.weights, strict=True)),
+            "loss_by_dim": {str(dim): value for dim, value in by_dim.items()},
+        }
+        if loss.distillation_by_dim:
+            record["distillation_by_dim"] = {str(dim): kl.item() for dim, kl in loss.distillation_by_dim.items()}
+        if result.prefix_gradient is not None:
+            full = by_dim[nested.dims[-1]]
+            record["prefix_gradient"] = result.prefix_gradient
+            record["prefix_loss"] = loss.total.item() - full  # P
+            record["tower_loss"] = full + result.prefix_gradient * record["prefix_loss"]  # L_D + a P
+        return record
 
     def _log_skipped_steps(self, step: int) -> None:
         loss_scale = self._engine.loss_scale
@@ -201,5 +215,6 @@ class TrainingLog:
         peak = peak_flops(self._world.device, self._engine.precision)
         if peak is None:
             return None
-        flops = footprint.model_flops(self._config.model, self._config.train.batch_size)
+        config = self._config
+        flops = footprint.model_flops(config.model, config.train.batch_size, config.nesting.sweeps)
         return flops / (peak * self._world.size)

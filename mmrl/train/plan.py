@@ -14,7 +14,8 @@ per process; D the embedding's width; e bytes per embedding value (2 under bf16,
     activations   fixed + m * per pair: measured by forward and backward of the real towers on fake tensors (torch's
                   FakeTensorMode: shapes without memory), following every allocation
     loss          16(b + B)D + 32K(b + B), and tiles of 1/128 of the GPU's memory: for both modalities the embedding,
-                  its blocks, their gradients and the concatenation, at most 4 bytes per value (losses/sweep.py)
+                  its blocks, their gradients and the concatenation, at most 4 bytes per value (losses/sweep.py).
+                  Twice that with nesting.rotation, which computes the full dim and the smaller dims in two sweeps
 
 Stages: Rajbhandari et al. 2020 (arXiv 1910.02054, section 3 and figure 1), with DeepSpeed 0.19's buffers, which
 tests/train/test_plan.py and tests/benchmarks/scale.py measure. With micro-batches the loss is computed while no
@@ -24,7 +25,8 @@ Traffic per process and step, in a ring: an all-gather or reduce-scatter of S by
 that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-batches.
 
     loss          all-gather of the text embeddings eBD and of the groups 16B; all-reduce of the column sums 4KB;
-                  reduce-scatter of the text gradient 4BD                     (losses/nested_infonce.py)
+                  reduce-scatter of the text gradient 4BD (losses/nested_infonce.py). Twice with nesting.rotation,
+                  and an all-reduce of the rotation's gradient 4D^2
     stage 0       all-reduce of the gradients 4T, once
     stage 1       the same, and all-gather of the new weights 4T
     stage 2       the same; with reduce_each_micro_batch the all-reduce A times
@@ -34,7 +36,8 @@ that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-
 Step time = (FLOPs of towers and loss) / (peak * utilisation) + traffic / bandwidth + calls * latency * log2 N, without
 overlap: an upper bound if the assumed utilisation is reached. The towers' FLOPs are counted on the fake tensors
 (torch's FlopCounterMode): 3 forwards for a trained tower, 1 for a locked one, and one more forward of a trained tower
-with micro-batches; the loss takes 8B^2D/N (4 multiply-adds, see mmrl/losses/README.md).
+with micro-batches; the loss takes 8B^2D/N (4 multiply-adds, see mmrl/losses/README.md), with nesting.rotation twice
+that.
 
 The constants are an H100 SXM's, from NVIDIA's data sheets; this project has not measured them, and --tflops and
 --gigabytes replace them: 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink per direction within a host of 8; 50
@@ -239,6 +242,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
         model.embed_dim,
         config.train.batch_size,
         forwards=1 if accumulation == 1 else 2,
+        sweeps=config.nesting.sweeps,
     )
     return StageEstimate(
         zero_stage=stage,
@@ -296,7 +300,7 @@ def reduction_bytes(model: Footprint, gpus: int) -> float:
 def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
     """Bytes of the loss per process, without its tiles."""
     rows = config.train.batch_size // gpus + config.train.batch_size
-    return rows * (16.0 * model.embed_dim + 32.0 * _num_dims(config))
+    return config.nesting.sweeps * rows * (16.0 * model.embed_dim + 32.0 * _num_dims(config))
 
 
 def traffic_of(
@@ -311,8 +315,12 @@ def traffic_of(
         return 0.0, 0
     B, D, e = config.train.batch_size, model.embed_dim, 2 if precision == "bf16" else 4
     # Text embeddings and groups gathered; column sums and the loss reduced; the text gradient scattered.
-    once = B * (e * D + 16) + 2 * 4 * _num_dims(config) * B + 4 * B * D
-    calls = 5
+    sweeps = config.nesting.sweeps
+    once = sweeps * (B * (e * D + 16) + 2 * 4 * _num_dims(config) * B + 4 * B * D)
+    calls = sweeps * 5
+    if config.nesting.learns_rotation:
+        once += 2 * 4 * D**2
+        calls += 1
     gradients, weights = 4.0 * model.trained, 4.0 * model.parameters
     buckets = math.ceil(model.trained / bucket_size(model.parameters))
     times = accumulation if each and stage >= 2 else 1

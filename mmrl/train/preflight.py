@@ -8,13 +8,12 @@ from pathlib import Path
 
 from mmrl.config import Config, config_differences, dump_config, load_config
 from mmrl.data.samples import SampleReader
-from mmrl.data.sources import open_reader, open_training_set
+from mmrl.data.sources import open_training_set
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.engine.checkpoint import Checkpoints
-from mmrl.errors import InputError, did_you_mean
-from mmrl.evaluate.ranking.ranks import metric_names
-from mmrl.evaluate.readers import draw_shards
+from mmrl.errors import InputError
+from mmrl.evaluate.configured import ConfiguredSet, check_best, open_configured
 from mmrl.losses.nested_infonce import require_triton
 from mmrl.model import towers
 from mmrl.nesting import Nesting, check_dims
@@ -28,9 +27,7 @@ class PreparedRun:
 
     nested: Nesting
     reader: SampleReader
-    evaluation_readers: dict[str, SampleReader]
-    evaluation_samples: dict[str, int]
-    """Samples in each whole set; its reader may hold a random part of them (evaluation.most_samples)."""
+    evaluation_sets: dict[str, ConfiguredSet]
     evaluation_dims: list[int]
     accumulation: int
     """Micro-batches per step, on each process."""
@@ -45,7 +42,8 @@ def prepare(config: Config, world: World) -> PreparedRun:
     """
     prepared = host_checks.agree(world, lambda: _check(config, world))
     assert prepared is not None
-    fingerprints = tuple(reader.fingerprint for reader in (prepared.reader, *prepared.evaluation_readers.values()))
+    readers = (prepared.reader, *(one.reader for one in prepared.evaluation_sets.values()))
+    fingerprints = tuple(reader.fingerprint for reader in readers)
     seen = comm.all_gather_objects(fingerprints)
     if len(set(seen)) > 1:
         host_checks.agree(world, lambda: _check_same_shards(fingerprints, seen))
@@ -71,18 +69,7 @@ def _check(config: Config, world: World) -> PreparedRun:
     if config.train.ema is not None and config.engine.zero_stage == 3:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
     width = towers.read_model_cfg(config.model.name)["embed_dim"]
-    nested = Nesting.from_dims(config.nesting.dims, config.nesting.weights, width)
-    if (config.nesting.dims_per_step or 0) > len(nested.dims):
-        raise InputError(
-            f"nesting.dims_per_step: {config.nesting.dims_per_step} of {len(nested.dims)} dims; at most all of them."
-        )
-    if config.nesting.dims_per_step and not all(nested.weights):
-        raise InputError("nesting.dims_per_step: a dim with weight 0 cannot be sampled; remove it from nesting.dims.")
-    if config.nesting.start is not None and nested.dims[-1] != width:
-        raise InputError(
-            f"nesting.start: rotates the whole embedding, so nesting.dims must include its width, {width}; the largest "
-            f"is {nested.dims[-1]}."
-        )
+    nested = _check_nesting(config, width)
     if config.loss.kernels == "triton":
         require_triton(world.device)
     if config.engine.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
@@ -91,41 +78,47 @@ def _check(config: Config, world: World) -> PreparedRun:
         )
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
-    _check_best(config, evaluation_dims)
-    reader = open_training_set(config.data)
-    whole_sets = {
-        name: open_reader(one.shards, one.fields or config.data.fields, config.data.remote, config.data.allow_pipe)
-        for name, one in config.evaluation.sets.items()
-    }
+    check_best(config.evaluation, evaluation_dims)
     return PreparedRun(
         nested=nested,
-        reader=reader,
-        evaluation_readers={n: draw_shards(one, config.evaluation.most_samples) for n, one in whole_sets.items()},
-        evaluation_samples={name: len(one) for name, one in whole_sets.items()},
+        reader=open_training_set(config.data),
+        evaluation_sets=open_configured(config.evaluation, config.data),
         evaluation_dims=evaluation_dims,
         accumulation=share // micro_batch,
         resume_from=None,
     )
 
 
+def _check_nesting(config: Config, width: int) -> Nesting:
+    """The nested dims of an embedding with `width` dims."""
+    nesting = config.nesting
+    nested = Nesting.from_dims(nesting.dims, nesting.weights, width)
+    rotates = nesting.rotation or nesting.rotate_at_start or nesting.rotate_at_end
+    if rotates and nested.dims[-1] != width:
+        raise InputError(
+            f"nesting.dims: {nesting.dims} must include the full dim, {width}, which a rotation preserves; add it, or "
+            "set nesting.rotation: false."
+        )
+    if nesting.learns_rotation:
+        if not nested.weights[-1] or not any(nested.weights[:-1]):
+            raise InputError(
+                f"nesting.weights: {nesting.weights} must not be 0 for the full dim, nor for all smaller dims; set "
+                "nesting.rotation: false to weigh freely."
+            )
+        if config.loss.name == "sigmoid":
+            raise InputError(
+                "loss.name: sigmoid trains without a learnable rotation; set nesting.rotation: false (and "
+                "nesting.rotate_at_start: true for pretrained towers)."
+            )
+    for key in ("rotate_at_start", "rotate_at_end"):
+        if getattr(nesting, key) and len(nested.dims) == 1:
+            raise InputError(f"nesting.{key}: serves dims below {width}, and nesting.dims has none; add some.")
+    return nested
+
+
 def _check_same_shards(fingerprints: tuple[str, ...], seen: list[tuple[str, ...]]) -> None:
     if fingerprints != Counter(seen).most_common(1)[0][0]:
         raise InputError("data: the shards of this host differ from those of the other hosts; copy them again.")
-
-
-def _check_best(config: Config, dims: list[int]) -> None:
-    best, names = config.evaluation.best, config.evaluation.sets
-    if best is None:
-        return
-    if best.set not in names:
-        raise InputError(
-            f"evaluation.best.set: there is no evaluation set {best.set!r}.{did_you_mean(best.set, names)}"
-        )
-    if best.dim not in dims:
-        raise InputError(f"evaluation.best.dim: {best.dim} is not evaluated; evaluated are {dims}.")
-    if best.metric not in metric_names():
-        allowed = ", ".join(metric_names())
-        raise InputError(f"evaluation.best.metric: {best.metric!r} is not measured; allowed: {allowed}.")
 
 
 def open_run(config: Config) -> Path | None:

@@ -20,9 +20,11 @@ from mmrl.engine import grad_cache, optim
 from mmrl.engine.engine import Engine
 from mmrl.losses.config import nested_loss
 from mmrl.losses.inputs import NestedLoss
+from mmrl.losses.rotated import rotated_nested_info_nce
 from mmrl.nesting import Nesting
+from mmrl.train.prefixes import Prefixes
 
-_DROPOUT_DRAW, _DIMS_DRAW = 1 << 21, 1 << 23
+_DROPOUT_DRAW = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,6 @@ class Schedule:
     total: int
     warmup: int
     cooldown: int
-    nests_from: int | None = None
-    """The step before which the full dim alone is trained, and after which all dims are."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,15 @@ class StepResult:
     """What one step computed."""
 
     loss: NestedLoss
+    """`total` is L_D + P with a rotation, else the weighted mean of all dims."""
     grad_norm: float
     lr: float
     logit_scale: torch.Tensor
-    """(1,) or (K,)."""
+    """(1,) or (K,), in ascending order of the dims."""
     logit_bias: torch.Tensor | None
     """(1,) or (K,), of the sigmoid loss."""
+    prefix_gradient: float | None
+    """The factor on the gradient that the smaller dims send into the towers; None without a rotation."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,9 +60,16 @@ class TrainStep:
     """Forward, loss, backward and update. The model's weights change here and nowhere else during a run."""
 
     def __init__(
-        self, config: Config, nested: Nesting, engine: Engine, schedule: Schedule, ema: AveragedModel | None
+        self,
+        config: Config,
+        nested: Nesting,
+        engine: Engine,
+        schedule: Schedule,
+        ema: AveragedModel | None,
+        prefixes: Prefixes | None,
     ) -> None:
-        self._config, self._nested, self._engine, self._schedule, self._ema = config, nested, engine, schedule, ema
+        self._config, self._nested, self._engine, self._schedule = config, nested, engine, schedule
+        self._ema, self._prefixes = ema, prefixes
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Trains step `step` (from 0) on this process's share of the global batch.
@@ -73,13 +83,18 @@ class TrainStep:
         lr = optim.set_lr(engine.optimizer, factor)
         group_b = torch.cat([batch.group for batch in micro_batches]).to(engine.device)
         keys = [key for batch in micro_batches for key in batch.keys]
+        prefix_gradient = None
+        if self._prefixes is not None:
+            prefix_gradient = self._config.nesting.prefix_gradient.at(step + 1, schedule.total)
         scales: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
         def loss_of(
             image_bD: torch.Tensor, text_bD: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
         ) -> NestedLoss:
+            if self._prefixes is not None:
+                scale = torch.cat([self._prefixes.logit_scale_k, scale])
             scales.append((scale.detach(), None if bias is None else bias.detach()))
-            loss = self._loss(step, group_b, image_bD, text_bD, scale, bias)
+            loss = self._loss(group_b, image_bD, text_bD, scale, bias, prefix_gradient)
             if not math.isfinite(value := loss.total.item()):
                 origin = describe_non_finite(image_bD, text_bD, keys)
                 raise NonFiniteError(f"the loss is {value}" + (f" ({origin})" if origin else ""))
@@ -88,39 +103,44 @@ class TrainStep:
         inputs = [(batch.image, batch.text) for batch in micro_batches]
         loss = grad_cache.backward(engine, inputs, loss_of, partial(self._seed_dropout, step))
         norm = engine.step()
+        if self._prefixes is not None and not math.isfinite(
+            prefix_norm := self._prefixes.step(factor, skip=not math.isfinite(norm))
+        ):
+            raise NonFiniteError(
+                f"the gradient norm of the rotation and the smaller dims' logit scales is {prefix_norm}"
+            )
         if not math.isfinite(norm) and (engine.loss_scale is None or engine.loss_scale.is_exhausted):
             raise NonFiniteError(f"the gradient norm is {norm}")
         if self._ema is not None:
             self._ema.update_parameters(engine.model)
         logit_scale, logit_bias = scales[-1]
-        return StepResult(loss, norm, lr, logit_scale, logit_bias)
+        return StepResult(loss, norm, lr, logit_scale, logit_bias, prefix_gradient)
 
     def _loss(
         self,
-        step: int,
         group_b: torch.Tensor,
         image_bD: torch.Tensor,
         text_bD: torch.Tensor,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
+        prefix_gradient: float | None,
     ) -> NestedLoss:
-        """The loss of the global batch, at the dims that this step trains."""
-        nested, indices = self._nested, self._trained_indices(step)
-        if len(indices) < len(nested.dims):
-            nested = nested.subset(indices)
-            scale = scale if len(scale) == 1 else scale[indices]
-            bias = bias if bias is None or len(bias) == 1 else bias[indices]
+        """The loss of the global batch."""
+        nested, options = self._nested, self._config.loss
         with self._engine.timer.phase("loss"):
-            return nested_loss(self._config.loss, image_bD, text_bD, scale, bias, nested, group_b)
-
-    def _trained_indices(self, step: int) -> list[int]:
-        """Indices of the dims that this step trains."""
-        count, sampled = len(self._nested.dims), self._config.nesting.dims_per_step
-        if self._schedule.nests_from is not None and step < self._schedule.nests_from:
-            return [count - 1]
-        if sampled is None:
-            return list(range(count))
-        return sorted(draws.permutation(count, self._config.seed, step, _DIMS_DRAW)[:sampled].tolist())
+            if self._prefixes is None or prefix_gradient is None:
+                return nested_loss(options, image_bD, text_bD, scale, bias, nested, group_b)
+            return rotated_nested_info_nce(
+                image_bD,
+                text_bD,
+                scale,
+                nested.dims,
+                self._prefixes.rotation,
+                prefix_gradient,
+                nested.weights,
+                group_b,
+                options,
+            )
 
     def _seed_dropout(self, step: int, micro_batch: int) -> None:
         """Seeds dropout by (seed, step, rank, micro-batch), so that both forward passes of GradCache, and a step that

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmrl import durations, turn
+from mmrl import durations
 from mmrl.config import Config
 from mmrl.data.batches import Batch
 from mmrl.data.stream import Stream, dead_worker_error
@@ -24,15 +24,17 @@ from mmrl.engine.checkpoint import Checkpoints, read_checkpoint
 from mmrl.engine.engine import Engine
 from mmrl.engine.loss_scale import LossScale
 from mmrl.engine.timing import ThroughputMeter, Trace
-from mmrl.errors import RunStopped
+from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
-from mmrl.model import bundle, towers, two_tower
+from mmrl.model import bundle, folding, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.train import host_checks
 from mmrl.train.bad_samples import BadSamples
 from mmrl.train.log import TrainingLog
+from mmrl.train.prefixes import Prefixes
 from mmrl.train.preflight import PreparedRun, prepare
+from mmrl.train.rotate import find_rotation
 from mmrl.train.signals import StopRequest, stop_on_signals
 from mmrl.train.step import NonFiniteError, Schedule, StepResult, TrainStep
 
@@ -77,7 +79,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         built = towers.build(config.model)
         with_bias = config.loss.name == "sigmoid"
-        model = two_tower.from_towers(built, config.model.logit_scale, len(prepared.nested.dims), with_bias)
+        dims, learns_rotation = prepared.nested.dims, config.nesting.learns_rotation
+        num_scales = 1 if learns_rotation else len(dims)  # with a rotation, those of the smaller dims are in Prefixes
+        model = two_tower.from_towers(built, config.model.logit_scale, num_scales, with_bias)
         self._warn_of_batch_norm(model)
         self.stream = Stream(
             prepared.reader,
@@ -102,12 +106,22 @@ class Trainer:
         self.ema = None
         if config.train.ema is not None:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema))
-        self.encoder: Bundle = bundle.make_bundle(self._evaluated_model(), built, prepared.nested.dims)
+        self._prefixes = None
+        if learns_rotation:
+            log_scale_1 = self.engine.full_model.log_logit_scale
+            self._prefixes = Prefixes(prepared.nested, log_scale_1, config.optim, config.train.ema, world.device)
+        self._trained: Bundle = bundle.make_bundle(self._evaluated_model(), built, dims)
+        self._final_rotation_DD: torch.Tensor | None = None
+        self.encoder = self._trained
+        """What is evaluated and saved."""
+        if learns_rotation or config.nesting.rotate_at_end:
+            self.encoder = folding.share_weights(self._trained, len(dims) if learns_rotation else None)
         self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
         self.schedule = self._schedule()
-        self._train_step = TrainStep(config, prepared.nested, self.engine, self.schedule, self.ema)
+        self._train_step = TrainStep(config, prepared.nested, self.engine, self.schedule, self.ema, self._prefixes)
         self.step_done = 0
         self.best = -math.inf
+        self._evaluations_since_best, self._stopped_early = 0, False
         self._scores: dict[str, Any] | None = None
         self._bad_samples = BadSamples(config.run, prepared.reader.problems, config.data.max_bad_fraction)
         if prepared.resume_from is not None:
@@ -115,7 +129,7 @@ class Trainer:
 
     def run(self, stop: StopRequest) -> None:
         """Steps, logs, evaluates and saves until the last step or a signal. Collective."""
-        if self.step_done >= self.schedule.total:
+        if self.step_done >= self.schedule.total or (self._stopped_early and self._is_out_of_patience()):
             if self.world.is_rank_0:
                 self.console.print(f"This run is finished: {self.config.run}", soft_wrap=True, highlight=False)
             return
@@ -138,13 +152,13 @@ class Trainer:
         config, total = self.config, self.schedule.total
         save_every = max(1, self._steps(config.checkpoint.every))
         evaluate_every = max(1, self._steps(config.evaluation.every))
+        if config.nesting.rotate_at_start and not self.step_done:
+            log.lines(f"before the first step: {self._rotate_at_start()}")
         if config.evaluation.at_start and not self.step_done and self.evaluate(log):
             self._save(log, is_best=True)
         clock, batches, epoch = ThroughputMeter(self.step_done), self.stream.forever(), self.stream.epoch
         trace = Trace(Path(config.run) / "profile", self.world.rank, config.tracking.profile)
         while self.step_done < total:
-            if self.step_done == self.schedule.nests_from:
-                log.lines(self._rotate(clock))
             self._report("loading data")
             with self.engine.timer.phase("data"):
                 micro_batches = list(islice(batches, self.prepared.accumulation))
@@ -159,14 +173,11 @@ class Trainer:
             log.advance(self.step_done)
             if last or self.step_done % config.tracking.log_every == 0:
                 log.step(self.step_done, result, clock.steps_per_second(self.step_done) * config.train.batch_size)
-            if last and self.schedule.nests_from == total:
-                log.lines(self._rotate(clock))
             with clock.paused():
                 stopping = comm.any_rank(stop.requested)
                 is_best = False
                 if last or (self.step_done % evaluate_every == 0 and not stopping):
-                    self._report("evaluating")
-                    is_best = self.evaluate(log)
+                    is_best, last = self._evaluate_or_end(log, last)
                 if last or stopping or is_best or self.step_done % save_every == 0:
                     self._report("saving")
                     self._save(log, is_best)
@@ -176,6 +187,8 @@ class Trainer:
                     f"Stopped by {stop.signal_name or 'a signal to another rank'} at step {self.step_done:,} of "
                     f"{total:,}; all is saved. Resume with the same command and resume=auto."
                 )
+            if last:
+                break
         trace.stop()
         self.checkpoints.finish()
 
@@ -199,11 +212,31 @@ class Trainer:
             self._bad_samples.add(batch)
         return result
 
+    def _evaluate_or_end(self, log: TrainingLog, last: bool) -> tuple[bool, bool]:
+        """Evaluates; rotates the encoder before the last evaluation if the config says so. Collective.
+
+        Returns: whether `evaluation.best` improved; whether the run ends, also because it is out of patience.
+        """
+        rotates, is_best = self.config.nesting.rotate_at_end, False
+        if not last or not rotates:
+            is_best = self.evaluate(log)
+        if not last and self._is_out_of_patience():
+            last = self._stopped_early = True
+            log.lines(
+                f"Stopped at step {self.step_done:,} of {self.schedule.total:,}: the last "
+                f"{self._evaluations_since_best} evaluations were not better (evaluation.patience)."
+            )
+        if last and rotates:
+            log.lines(f"after the last step: {self._rotate_at_end()}")
+            is_best = self.evaluate(log) or is_best
+        return is_best, last
+
     def evaluate(self, log: TrainingLog) -> bool:
         """Scores every evaluation set and logs the results. Collective.
 
         Returns: whether `evaluation.best` improved.
         """
+        self._report("evaluating")
         results = self.score_sets()
         best, improved = self.config.evaluation.best, False
         if results:
@@ -212,21 +245,23 @@ class Trainer:
         if best and results:
             score = sets.best_score(best, results)
             improved, self.best = score > self.best, max(score, self.best)
-        return comm.any_rank(improved)
+        improved = comm.any_rank(improved)
+        self._evaluations_since_best = 0 if improved else self._evaluations_since_best + 1
+        return improved
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.config.evaluation.patience
+        return patience is not None and self._evaluations_since_best >= patience
 
     def score_sets(self) -> dict[str, dict[str, Any]]:
         """The scores of each evaluation set at every dim, on every rank. Collective: the work is divided."""
-        self.engine.gather_full_model()
-        encoder, model = self.encoder, self.encoder.model
-        results: dict[str, dict[str, Any]] = {}
-        with self._in_evaluation(model):
-            for name, reader in self.prepared.evaluation_readers.items():
-                captions = self.config.evaluation.sets[name].captions
-                embedded = sets.embed(reader, model, encoder.image_spec, encoder.tokenise, captions=captions)
-                results[name] = sets.score(embedded, self.prepared.evaluation_dims, over_ranks=True)
-                if len(reader) < self.prepared.evaluation_samples[name]:
-                    results[name]["drawn"] = {"samples": len(reader), "of": self.prepared.evaluation_samples[name]}
-        return results
+        self._update_encoder()
+        prepared = self.prepared
+        with self._in_evaluation(self.encoder.model):
+            return {
+                name: one.score(self.encoder, prepared.evaluation_dims)
+                for name, one in prepared.evaluation_sets.items()
+            }
 
     @contextlib.contextmanager
     def _in_evaluation(self, model: MatryoshkaCLIP) -> Iterator[None]:
@@ -236,45 +271,79 @@ class Trainer:
         yield
         model.train(was_training).to(device)
 
-    def _rotate(self, clock: ThroughputMeter) -> str:
-        """Rotates the embedding; from here on every dim is trained. Returns a line for the console.
-
-        A checkpoint of this step holds the encoder before the rotation, except for the last step's.
-        """
+    def _rotate_at_start(self) -> str:
+        """Rotates the model and its moving average before the first step. Collective. Returns a console line."""
         self._report("rotating the embedding")
-        with clock.paused():
-            self.engine.gather_full_model()
-            training = dataclasses.replace(self.encoder, model=self.engine.full_model)
-            with self._in_evaluation(training.model):
-                found = turn.find(self.config.run, training, self.prepared.reader)
-            turn.apply(self.engine, training, self.encoder, found.rotation_DD)
-        return f"step {self.step_done:,}  {found.told()}"
+        self.engine.gather_full_model()
+        trained = self._trained
+        with self._in_evaluation(trained.model):
+            rotation_DD, summary = find_rotation(self.config.run, trained, self.prepared.reader)
+        shapes = {name: value.shape for name, value in trained.model.state_dict().items()}
+        rotated = bundle.rotated_state(trained, rotation_DD)
+        weights = {name: value.expand(shapes[name]) for name, value in rotated.items()}
+        self.engine.load(weights, {})
+        if self.ema is not None:
+            self.ema.module.load_state_dict(weights)
+        return summary
+
+    def _rotate_at_end(self) -> str:
+        """Rotates what is saved, not what is trained. Collective. Returns a console line."""
+        self._report("rotating the embedding")
+        self._update_encoder()
+        with self._in_evaluation(self.encoder.model):
+            self._final_rotation_DD, summary = find_rotation(self.config.run, self.encoder, self.prepared.reader)
+        return summary
+
+    def _update_encoder(self) -> None:
+        """Brings `encoder` up to date with the weights in training. Collective."""
+        self.engine.gather_full_model()
+        if self.encoder is self._trained:
+            return
+        trained_scale = self._trained.model.log_logit_scale
+        rotation_DD, log_scale_K = torch.eye(self._trained.dim, dtype=torch.float64), trained_scale
+        if self._prefixes is not None:
+            rotation_DD, log_scale_K = self._prefixes.folded(trained_scale)
+        if self._final_rotation_DD is not None:
+            # The prefixes before the rotation had other scales.
+            rotation_DD, log_scale_K = self._final_rotation_DD @ rotation_DD, trained_scale[-1:]
+        folding.fold(self._trained, self.encoder, rotation_DD, log_scale_K)
 
     def _save(self, log: TrainingLog, is_best: bool) -> None:
         log.bad_samples(self.step_done)  # the stream's position is beyond them
-        self.engine.gather_full_model()
+        self._update_encoder()
         state = {
             "step": self.step_done,
             "stream": self.stream.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
+            "evaluations_since_best": self._evaluations_since_best,
+            "stopped_early": self._stopped_early,
             "bad": self._bad_samples.counts,
             "loss_scale": self.engine.loss_scale and dataclasses.asdict(self.engine.loss_scale),
         }
         scores = self._scores if self._scores and self._scores["step"] == self.step_done else None
-        self.checkpoints.save(self.step_done, self.encoder, self.engine, state, is_best, scores)
+        prefixes = None if self._prefixes is None else self._prefixes.state()
+        self.checkpoints.save(self.step_done, self.encoder, self.engine, self.ema, prefixes, state, is_best, scores)
 
     def _resume(self, checkpoint: Path) -> None:
         saved = read_checkpoint(checkpoint)
+        if self._prefixes is not None and not saved.prefixes:
+            raise InputError(
+                f"resume: {checkpoint} has no rotation (nesting.rotation): an earlier version wrote it; train anew."
+            )
         self.engine.load(saved.training_weights, saved.moments)
         state = saved.state
         self.stream.load_state_dict(state["stream"])
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
+        self._evaluations_since_best = state.get("evaluations_since_best", 0)
+        self._stopped_early = state.get("stopped_early", False)
+        if self._prefixes is not None:
+            self._prefixes.load(saved.prefixes)
         self._bad_samples.restore(state["bad"], self.step_done * self.config.train.batch_size // self.world.size)
         if self.engine.loss_scale is not None:
             self.engine.loss_scale = LossScale(**state["loss_scale"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(saved.encoder_weights)
+            self.ema.module.load_state_dict(saved.average_weights)
             self.ema.n_averaged.fill_(self.step_done)
 
     def _report(self, activity: str) -> None:
@@ -295,9 +364,8 @@ class Trainer:
 
     def _schedule(self) -> Schedule:
         config = self.config
-        total, start = max(1, self._steps(config.train.duration)), config.nesting.start
-        nests_from = None if start is None else int(start * total)
-        return Schedule(total, self._steps(config.optim.warmup), self._steps(config.optim.cooldown), nests_from)
+        total = max(1, self._steps(config.train.duration))
+        return Schedule(total, self._steps(config.optim.warmup), self._steps(config.optim.cooldown))
 
     def _steps(self, duration: int | str) -> int:
         return durations.to_steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)

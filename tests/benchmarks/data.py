@@ -1,18 +1,18 @@
-"""The stream beside open_clip's own pipeline, and what resuming and long runs cost; run by hand on a quiet machine:
+"""Speed of the data pipeline compared with open_clip's, and the cost of resuming and of long runs:
 
-    python tests/benchmarks/data.py [decode] [workers] [resume] [memory] [pack] [check]     (all, when none is named)
+    python tests/benchmarks/data.py [decode] [workers] [resume] [memory] [pack] [check]     (default: all)
 
-decode    samples a second of one core, tar -> 224-pixel training crops: open_clip's transforms on its WebDataset
-          pipeline, our stream (uint8, which is normalised on the device; and with that done by the same core), and
-          the decoder and the resize alone on the same bytes in memory. Turns alternate.
-workers   two worker processes beside one, the consumer idle.
-resume    1,000,000 small samples in 100 shards: from nothing to the first batch, at the start and at 90 % of an epoch,
-          with the index there; and the size of the state.
+decode    samples per second of one core, from tar to 224-pixel training crops: open_clip's transforms on its WebDataset
+          pipeline; our stream (uint8, which is normalised on the device, and also with normalisation on the same core);
+          and only decoding and resizing the same bytes in memory. The rows alternate.
+workers   two worker processes compared with one; the consumer does nothing.
+resume    1,000,000 small samples in 100 shards: from a new stream to its first batch, at the start and at 90 % of an
+          epoch, with the index present; and the size of the state.
 memory    resident memory of all loader processes together over 20 epochs with persistent workers.
-pack      `mmrl pack` beside the loop that reads the files and writes them into a tar, and that makes them smaller.
-check     `mmrl check` without decoding: bytes a second of one worker.
+pack      `mmrl pack` compared with a loop that reads the files and writes them into a tar, also with downscaling.
+check     `mmrl check` without decoding: bytes per second of one worker.
 
-Photos are drawn: smooth waves with grain, about 500 x 400, JPEG of quality 90, some 65 KB each.
+Photos are generated: smooth waves with grain, about 500 x 400 pixels, JPEG of quality 90, about 65 KB each.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from mmrl.data.transforms import AugmentConfig
 from mmrl.images.decode import decode_pixels, to_pil
 from mmrl.images.image_spec import ImageSpec
 
-wds: Any = importlib.import_module("webdataset")  # its names come from everywhere, which type checkers do not see
+wds: Any = importlib.import_module("webdataset")  # its star imports are invisible to type checkers
 SPEC = ImageSpec(height=224, width=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 CROP = [0.9, 1.0]
 BATCH = 64
@@ -61,21 +61,21 @@ def photo(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shards(folder: Path, shards: int, samples: int, picture: Callable[[int], bytes]) -> None:
-    """Shards of KEY.jpg + KEY.txt."""
+def write_shards(folder: Path, shards: int, samples: int, image: Callable[[int], bytes]) -> None:
+    """Write shards of KEY.jpg + KEY.txt."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         with tarfile.open(folder / f"shard-{shard:04}.tar", "w") as tar:
             for number in range(shard * samples, (shard + 1) * samples):
-                for name, data in (("jpg", picture(number)), ("txt", f"photo number {number}".encode())):
+                for name, data in (("jpg", image(number)), ("txt", f"photo number {number}".encode())):
                     info = tarfile.TarInfo(f"{number:08}.{name}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
 
 
-def photos(place: Path, shards: int = 4, samples: int = 256) -> Path:
-    """A folder of shards of photos, 64 of them different."""
-    folder = place / "photos"
+def photos(work: Path, shards: int = 4, samples: int = 256) -> Path:
+    """A folder of shards with 64 different photos."""
+    folder = work / "photos"
     if not folder.exists():
         some = [photo(number) for number in range(64)]
         write_shards(folder, shards, samples, lambda number: some[number % 64])
@@ -83,14 +83,14 @@ def photos(place: Path, shards: int = 4, samples: int = 256) -> Path:
 
 
 def our_stream(folder: Path, workers: int = 0, image: ImageSpec | None = SPEC, batch: int = BATCH) -> Stream:
-    """The stream as training has it."""
+    """The stream that training uses."""
     config = DataConfig(train=str(folder), augment=AugmentConfig(random_resized_crop=CROP), workers=workers)
     return Stream(open_training_set(config), batch, num_workers=workers, image=image, config=config)
 
 
-def measure_decode(place: Path, turns: int = 5) -> None:
+def measure_decode(work: Path, rounds: int = 5) -> None:
     """One core each."""
-    folder = photos(place)
+    folder = photos(work)
     transform = image_transform_v2(
         PreprocessCfg(224, "RGB", SPEC.mean, SPEC.std, "bicubic"),
         is_train=True,
@@ -118,7 +118,7 @@ def measure_decode(place: Path, turns: int = 5) -> None:
     def ours_normalised() -> int:
         return sum(len(SPEC.normalise(batch.image)) for batch in our_stream(folder))
 
-    def bare() -> int:
+    def decode_and_resize() -> int:
         for number in range(1024):
             pixels_CHW = decode_pixels(some[number % 64])
             crop_CHW = pixels_CHW[:, 8:-8, 8:-8]
@@ -128,52 +128,52 @@ def measure_decode(place: Path, turns: int = 5) -> None:
     rows: dict[str, Callable[[], int]] = {
         "open_clip": open_clips,
         "mmrl": ours,
-        "mmrl, normalised there too": ours_normalised,
-        "decoder and resize alone": bare,
+        "mmrl, with normalisation": ours_normalised,
+        "decode and resize only": decode_and_resize,
     }
     rates: dict[str, list[float]] = {name: [] for name in rows}
-    for turn in range(turns + 1):
+    for repeat in range(rounds + 1):
         for name, run in rows.items():
             began = time.perf_counter()
             count = run()
-            if turn:
+            if repeat:  # the first one warms up
                 rates[name].append(count / (time.perf_counter() - began))
     for name, values in rates.items():
-        print(f"decode   {name:26} {statistics.median(values):7.0f} samples/s a core")
+        print(f"decode   {name:26} {statistics.median(values):7.0f} samples/s per core")
     for of, to in (
         ("mmrl", "open_clip"),
-        ("mmrl, normalised there too", "open_clip"),
-        ("mmrl", "decoder and resize alone"),
+        ("mmrl, with normalisation", "open_clip"),
+        ("mmrl", "decode and resize only"),
     ):
         print(f"decode   {of:26} / {to:26} {ratio(rates[of], rates[to]):.2f}")
 
 
-def measure_workers(place: Path, turns: int = 3) -> None:
-    """The second epoch of persistent workers, so that their start does not count."""
-    folder = photos(place)
+def measure_workers(work: Path, rounds: int = 3) -> None:
+    """From the second epoch of persistent workers on, so that their start is not timed."""
+    folder = photos(work)
     streams = {workers: our_stream(folder, workers) for workers in (1, 2)}
     rates: dict[int, list[float]] = {1: [], 2: []}
-    for turn in range(turns + 1):
+    for repeat in range(rounds + 1):
         for workers, stream in streams.items():
             began = time.perf_counter()
             count = sum(len(batch.keys) for batch in stream)
-            if turn:
+            if repeat:  # the first one warms up
                 rates[workers].append(count / (time.perf_counter() - began))
     for workers, values in rates.items():
         print(f"workers  {workers}                        {statistics.median(values):9.0f} samples/s")
     print(f"workers  two / one                  {ratio(rates[2], rates[1]):7.2f}")
 
 
-def measure_resume(place: Path) -> None:
-    """In one process, as a restarted run would."""
-    folder = place / "million"
+def measure_resume(work: Path) -> None:
+    """In one process, as after a restart."""
+    folder = work / "million"
     print("resume   writing 1,000,000 samples …", flush=True)
     write_shards(folder, 100, 10_000, lambda number: b"%d" % number)
     began = time.perf_counter()
     stream = our_stream(folder, image=None, batch=256)
-    print(f"resume   first sight, all indexed   {time.perf_counter() - began:7.1f} s")
+    print(f"resume   first open, writes indexes {time.perf_counter() - began:7.1f} s")
     state = stream.state_dict()
-    print(f"resume   the state                  {len(json.dumps(state)):7} bytes")
+    print(f"resume   size of the state          {len(json.dumps(state)):7} bytes")
     for share in (0.0, 0.9):
         began = time.perf_counter()
         stream = our_stream(folder, image=None, batch=256)
@@ -183,9 +183,9 @@ def measure_resume(place: Path) -> None:
         print(f"resume   first batch at {share:3.0%}         {time.perf_counter() - began:7.2f} s")
 
 
-def measure_memory(place: Path, epochs: int = 20) -> None:
+def measure_memory(work: Path, epochs: int = 20) -> None:
     """Proportional set size: shared pages count once."""
-    folder = photos(place)
+    folder = photos(work)
     stream = our_stream(folder, workers=2)
     for epoch in range(epochs):
         for _ in stream:
@@ -194,23 +194,23 @@ def measure_memory(place: Path, epochs: int = 20) -> None:
             print(f"memory   after epoch {epoch + 1:3}            {_memory_of_all():7.0f} MiB", flush=True)
 
 
-def measure_pack(place: Path, turns: int = 3) -> None:
-    """One worker. The bare loops read, decode (and shrink) each picture and write it into a tar."""
-    folder = place / "files"
+def measure_pack(work: Path, rounds: int = 3) -> None:
+    """One worker. The plain loop reads, decodes (and downscales) each image and writes it into a tar."""
+    folder = work / "files"
     folder.mkdir(exist_ok=True)
     for number in range(1024):
         (folder / f"{number:04}.jpg").write_bytes(photo(number % 64))
         (folder / f"{number:04}.txt").write_text(f"photo number {number}")
 
-    def bare(max_side: int | None) -> None:
-        with tarfile.open(place / "bare.tar", "w") as tar:
+    def plain_loop(max_side: int | None) -> None:
+        with tarfile.open(work / "plain.tar", "w") as tar:
             for path in sorted(folder.glob("*.jpg")):
                 data = path.read_bytes()
                 pixels_CHW = decode_pixels(data)
                 if max_side is not None:
-                    picture, buffer = to_pil(pixels_CHW), io.BytesIO()
-                    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-                    picture.save(buffer, "JPEG", quality=92)
+                    image, buffer = to_pil(pixels_CHW), io.BytesIO()
+                    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+                    image.save(buffer, "JPEG", quality=92)
                     data = buffer.getvalue()
                 for name, content in ((path.name, data), (f"{path.stem}.txt", path.with_suffix(".txt").read_bytes())):
                     info = tarfile.TarInfo(name)
@@ -219,20 +219,20 @@ def measure_pack(place: Path, turns: int = 3) -> None:
 
     for max_side in (None, 256):
         ratios = []
-        for turn in range(turns + 1):
+        for repeat in range(rounds + 1):
             began = time.perf_counter()
-            bare(max_side)
+            plain_loop(max_side)
             middle = time.perf_counter()
-            pack_shards(folder, place / f"packed-{max_side}-{turn}", max_side=max_side, quiet=True)
-            if turn:
+            pack_shards(folder, work / f"packed-{max_side}-{repeat}", max_side=max_side, quiet=True)
+            if repeat:
                 ratios.append((middle - began) / (time.perf_counter() - middle))
-        what = "as they are" if max_side is None else f"made smaller, {max_side}"
-        print(f"pack     {what:26} {statistics.median(ratios):7.2f} of the bare loop's speed")
+        what = "original size" if max_side is None else f"downscaled to {max_side}"
+        print(f"pack     {what:26} {statistics.median(ratios):7.2f} of the plain loop's speed")
 
 
-def measure_check(place: Path) -> None:
-    """Random bytes of 60 KB: nothing is decoded."""
-    folder, rng = place / "random", np.random.default_rng(0)
+def measure_check(work: Path) -> None:
+    """Files of 60 KB of random bytes: nothing is decoded."""
+    folder, rng = work / "random", np.random.default_rng(0)
     write_shards(folder, 4, 2048, lambda _: rng.bytes(60_000))
     for _ in range(3):
         began = time.perf_counter()
@@ -242,7 +242,7 @@ def measure_check(place: Path) -> None:
 
 
 def _memory_of_all() -> float:
-    """MiB of this process and its children. (Linux.)"""
+    """MiB of this process and its children (Linux)."""
     me, total = os.getpid(), 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         pid = int(stat.parent.name)
@@ -257,7 +257,7 @@ def _memory_of_all() -> float:
 
 
 def ratio(of: list[float], to: list[float]) -> float:
-    """The median of the turns' own ratios."""
+    """The median of the per-round ratios."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
@@ -272,16 +272,16 @@ MEASURES: dict[str, Callable[[Path], Any]] = {
 
 
 def main() -> None:
-    """Runs what is named."""
+    """Run the named measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="*", choices=[*MEASURES, []], default=[])
-    parser.add_argument("--place", type=Path, help="folder for the generated shards; a temporary one when left out")
+    parser.add_argument("--folder", type=Path, help="folder for the generated shards (default: a temporary one)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mmrl-benchmark-") as temporary:
         os.environ["MMRL_CACHE"] = f"{temporary}/cache"
         for what in arguments.what or MEASURES:
-            MEASURES[what](arguments.place or Path(temporary))
+            MEASURES[what](arguments.folder or Path(temporary))
             sys.stdout.flush()
 
 

@@ -1,13 +1,13 @@
-"""ONNX graphs beside torch, run by hand:
+"""Latency of exported ONNX graphs compared with torch:
 
     python tests/benchmarks/export.py [--model open_clip:ViT-B-32] [--dim 128] [--rounds 15] [--folder DIR]
 
-Exports MODEL once with all variants (into DIR, where it is taken from next time), then times one picture and one text
-through torch eager and through onnxruntime, one thread each, in turns within one process. Each row shows the median
-and the median of its ratios to torch within the same round. Times are processor time of the thread, which other
-processes hardly change; wall time is shown beside it. At the end: a new process from its start to the first vector.
+Exports MODEL once with all variants (into DIR, which is reused), then times one image and one text through torch eager
+and through onnxruntime, on one thread each, in rounds within one process. Each row shows its median and the median of
+its per-round ratios to torch. Times are CPU time of the process, which other processes hardly change; wall time is
+shown next to it. At the end: a new process from its start to the first vector.
 
-Weights of `open_clip:NAME` are random: good for times, and for nothing that is said about 8 bits' recall.
+The weights of `open_clip:NAME` are random: fine for latency, meaningless for the recall of int8.
 """
 
 import argparse
@@ -53,25 +53,25 @@ def main() -> None:
     folder = kept / f"{options.model.replace(':', '-').replace('/', '-')}-{options.dim}"
     if not folder.exists():
         bundles.export(options.model, folder, [options.dim], "onnx", quantize=["fp16", "int8"])
-    whole = bundle.open_model(options.model)
-    spec = whole.image_spec
+    loaded = bundle.open_model(options.model)
+    spec = loaded.image_spec
     pixels = torch.randint(0, 256, (1, 3, spec.height, spec.width), dtype=torch.uint8)
     graphs = {name: Encoder(folder, variant=name, threads=1) for name in ("fp32", "fp16", "int8")}
     short = ["red running shoes"]
-    full = whole.tokenise(short)
+    full = loaded.tokenise(short)
     print(f"{options.model}, {options.dim}-d, one thread, {torch.__version__}; load {os.getloadavg()[0]:.1f}")
 
     @torch.inference_mode()
     def image() -> object:
-        return truncate(whole.model.encode_image(pixels), options.dim).numpy()
+        return truncate(loaded.model.encode_image(pixels), options.dim).numpy()
 
     @torch.inference_mode()
     def text() -> object:
-        return truncate(whole.model.encode_text(full), options.dim).numpy()
+        return truncate(loaded.model.encode_text(full), options.dim).numpy()
 
     few = graphs["fp32"].tokenise(short)
-    length = whole.tokenise.context_length
-    compare("one picture", {"torch": image, **_of(graphs, "encode_pixels", pixels.numpy())}, options.rounds)
+    length = loaded.tokenise.context_length
+    compare("one image", {"torch": image, **_of(graphs, "encode_pixels", pixels.numpy())}, options.rounds)
     compare(f"one text, {length} tokens", {"torch": text, **_of(graphs, "encode_tokens", full.numpy())}, options.rounds)
     compare(
         f"one text, its {few.shape[1]} tokens", {"torch": text, **_of(graphs, "encode_tokens", few)}, options.rounds
@@ -84,7 +84,7 @@ def _of(graphs: dict[str, Encoder], call: str, inputs: np.ndarray) -> dict[str, 
 
 
 def compare(title: str, rows: dict[str, Callable[[], object]], rounds: int) -> None:
-    """Runs the rows in turns, forwards and backwards, and prints them beside the first, and beside ONNX fp32."""
+    """Time the rows in rounds of alternating order; print them with their ratios to torch and to ONNX fp32."""
     cpu: dict[str, list[float]] = defaultdict(list)
     wall: dict[str, list[float]] = defaultdict(list)
     for call in rows.values():
@@ -106,16 +106,16 @@ def compare(title: str, rows: dict[str, Callable[[], object]], rounds: int) -> N
 
 
 def first_vector(folder: Path, side: int) -> None:
-    """A new process: from its start to the first vector of one tower, the best of three."""
+    """Print the time of a new process from its start to the first vector of one tower, the best of three."""
     from PIL import Image
 
-    picture = folder.parent / "noise.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(picture)
-    print("\nload to first vector, s       wall       processor")
+    image = folder.parent / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)).save(image)
+    print("\nload to first vector, s       wall             CPU")
     for tower in ("text", "image"):
-        command = [sys.executable, "-c", _FIRST, str(folder), tower, str(picture)]
+        command = [sys.executable, "-c", _FIRST, str(folder), tower, str(image)]
         runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(3)]
-        wall, cpu = (min(float(run[place]) for run in runs) for place in (0, 1))
+        wall, cpu = (min(float(run[clock]) for run in runs) for clock in (0, 1))
         print(f"  {tower:<26} {wall:6.2f} {cpu:12.2f}")
 
 

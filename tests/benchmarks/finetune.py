@@ -1,34 +1,33 @@
-"""A plain model made nested afterwards: what some steps more buy. Run by hand, after claims.py trained the plain ones:
+"""Fine-tunes plain models with and without nesting, and prints the recall of each recipe by dim.
 
-    python tests/benchmarks/finetune.py --cache runs/claims [--worlds starter world] [--world DIR] [--seeds 0]
-        [--steps 40 150]
+    python tests/benchmarks/finetune.py --cache runs/claims [--sets starter world] [--world DIR] [--seeds 0]
+        [--steps 150]
 
-Each plain run of claims.py is a start: exported in the layout of open_clip, trained on by `mmrl train`, its weights
-being `model.pretrained`, at a fifth of the quickstart's learning rates, for some steps in which it is
+Run it after claims.py has trained the plain runs in the cache. Each of them is exported in the layout of open_clip
+and trained for --steps more steps with its weights as `model.pretrained`. The learning rates are a fifth of the
+quickstart's, except for that of the learnable rotation, which starts from the identity. The rows:
 
-    plain     trained at the full dim alone
-    turned    the same, and turned after the last step (nesting.start=1)
-    nested    turned before the first step, then trained at all dims (nesting.start=0), the full one weighing most
-
-The rows of no more steps are `mmrl rotate --steps 0`, by principal directions, and `mmrl rotate`.
+    plain, truncated                                    no more steps
+    mmrl rotate                                         no more steps
+    150 plain steps                                     the full dim only
+    150 nested steps                                    nesting.rotation, as the quickstart
+    rotated, then 150 nested steps, equal weights, no rotation
+                                                        nesting.rotate_at_start, then the published method
+    rotated, then 150 nested steps                      nesting.rotate_at_start, then as the quickstart
 
 It prints a Markdown table: R@1 on the held-out artist in %, the mean of both directions and of the seeds.
 """
 
 import argparse
 import hashlib
-import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import claims
+import claims_embed
 import claims_scores
-import numpy as np
 import torch
-from claims import Plan, Run
-from claims_scores import Embeddings
+from claims_runs import DATA_SETS, PLAIN, RECIPE, Plan, Run, full_plan, plan_runs
 from rich.console import Console
 
 from mmrl.config import dump_config, load_config
@@ -36,78 +35,79 @@ from mmrl.export import bundles
 from mmrl.train.trainer import train
 
 SHARE_OF_LR = 0.2
+LEARNING_RATES = ("lr", "lr_token_embedding", "lr_logit_scale")
 
 
-def tuned(plain: Run, plan: Plan, kind: str, steps: int) -> Run:
-    """The run that goes on from a plain one for so many steps."""
-    recipe = load_config(claims.RECIPE)
-    lrs = {name: getattr(recipe.optim, name) for name in ("lr", "lr_token_embedding", "lr_logit_scale")}
-    source = plain.folder / "open_clip"
-    light = [1.0, *[0.15] * (len(plan.dims) - 1)]
-    nesting = {
-        "plain": f"dims: [{plan.dims[0]}]",
-        "turned": f"dims: {json.dumps(plan.dims)}, start: 1",
-        "nested": f"dims: {json.dumps(plan.dims)}, weights: {json.dumps(light)}, start: 0",
+def recipes(plan: Plan, steps: int) -> dict[str, list[str]]:
+    """Row → its overrides of the plain run's config."""
+    full, dims = f"dims: [{plan.dims[0]}]", f"dims: {plan.dims}"
+    distillation = f"loss.distillation={load_config(RECIPE).loss.distillation}"
+    rotated = f"rotated, then {steps} nested steps"
+    return {
+        f"{steps} plain steps": [f"nesting={{{full}, rotation: false}}"],
+        f"{steps} nested steps": [f"nesting={{{dims}}}", distillation],
+        f"{rotated}, equal weights, no rotation": [f"nesting={{{dims}, rotation: false, rotate_at_start: true}}"],
+        rotated: [f"nesting={{{dims}, rotate_at_start: true}}", distillation],
     }
-    changes = [
-        f"nesting={{{nesting[kind]}}}",
+
+
+def fine_tuned(plain: Run, name: str, overrides: Sequence[str], steps: int) -> Run:
+    """The run that starts from a plain run's weights. The weights are exported here if they are not yet."""
+    optim = load_config(RECIPE).optim
+    rates = {rate: getattr(optim, rate) for rate in LEARNING_RATES}
+    overrides = [
+        *overrides,
         f"train.duration={steps} steps",
         f"optim.warmup={max(1, steps // 16)} steps",
         f"checkpoint.every={steps} steps",
-        *(f"optim.{name}={SHARE_OF_LR * value}" for name, value in lrs.items() if value is not None),
+        *(f"optim.{rate}={SHARE_OF_LR * value}" for rate, value in rates.items() if value is not None),
     ]
+    source = plain.folder / "open_clip"
     if not source.exists():
-        bundles.export(str(plain.last), source, [plan.dims[0]], "open_clip")
-    beside = plain.folder / "tuned.yaml"
-    beside.write_text(dump_config(plain.config))
-    name = f"{plain.folder.name}-and-{steps}-{hashlib.sha256(' '.join(changes).encode()).hexdigest()[:10]}"
-    places = [f"run={plain.folder.with_name(name)}", f"model.pretrained={source / 'open_clip_model.safetensors'}"]
-    config = load_config(beside, [*changes, *places])
-    return replace(plain, arm=f"plain, then {steps} steps, {kind}", config=config, curve=False)
+        bundles.export(str(plain.last), source, [plain.dims[0]], "open_clip")
+    base = plain.folder / "fine_tuned.yaml"
+    base.write_text(dump_config(plain.config))
+    digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:10]
+    folder = plain.folder.with_name(f"{plain.folder.name}-and-{steps}-{digest}")
+    files = [f"run={folder}", f"model.pretrained={source / 'open_clip_model.safetensors'}"]
+    return replace(plain, arm=name, config=load_config(base, [*overrides, *files]))
 
 
-def r1(runs: Sequence[Run], dim: int, prefix: str = "") -> float:
-    """In %, on the first test set; the mean of both directions and of the runs."""
-    test = next(iter(runs[0].world.tests))
-    found = [Embeddings.load(run.folder / f"{prefix}{test}.npz") for run in runs]
-    ranks = [claims_scores.per_query(one, dim, way)[0] for one in found for way in claims_scores.CROSS]
-    return 100 * float(np.mean([rank <= 1 for rank in ranks]))
+def r1(runs: Sequence[Run], dim: int, prefix: str = claims_embed.LAST) -> float:
+    """R@1 in % on the first test set; the mean of both directions and of the runs."""
+    test = next(iter(runs[0].data_set.tests))
+    return 100 * claims_scores.quick_recall(claims_embed.load_tests(runs, test, prefix), dim, 1)
 
 
-def table(plan: Plan, name: str, steps: Sequence[int]) -> str:
-    """Trains what is missing; a row for each number of steps."""
-    runs = [run for run in claims.plan_runs(plan) if run.world.name == name]
-    plain = [run for run in runs if run.arm == "plain"]
-    rows = [
-        ("plain, cut", plain, ""),
-        ("plain, principal directions", plain, "rotated-"),
-        ("plain, turned", plain, "nested-"),
-    ]
-    for kind, count in itertools.product(("plain", "turned", "nested"), steps):
-        more = [tuned(run, plan, kind, count) for run in plain]
-        for run in more:
+def table(plan: Plan, data_set: str, steps: int) -> str:
+    """Train the runs that are missing; returns a Markdown table."""
+    plain = [run for run in plan_runs(plan) if run.data_set.name == data_set and run.arm == PLAIN]
+    rows = [("plain, truncated", plain, claims_embed.LAST), ("mmrl rotate", plain, claims_embed.ROTATED)]
+    for name, overrides in recipes(plan, steps).items():
+        tuned = [fine_tuned(run, name, overrides, steps) for run in plain]
+        for run in tuned:
             train(run.config, Console(quiet=True))
-            claims.embed_tests(run, run.last, "")
-        rows.append((more[0].arm, more, ""))
-    lines = [f"| {name} | {' | '.join(map(str, plan.dims))} |", f"|---|{'---:|' * len(plan.dims)}"]
-    for title, of_seeds, prefix in rows:
-        lines.append(f"| {title} | {' | '.join(f'{r1(of_seeds, dim, prefix):.1f}' for dim in plan.dims)} |")
+            claims_embed.embed_tests(run, run.last, claims_embed.LAST)
+        rows.append((name, tuned, claims_embed.LAST))
+    lines = [f"| {data_set} | {' | '.join(map(str, plan.dims))} |", f"|---|{'---:|' * len(plan.dims)}"]
+    for name, runs, prefix in rows:
+        lines.append(f"| {name} | {' | '.join(f'{r1(runs, dim, prefix):.1f}' for dim in plan.dims)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("runs/claims"), help="the folder of claims.py's runs")
-    parser.add_argument("--world", type=Path, default=Path("runs/world"), help="what world.py built")
-    parser.add_argument("--worlds", nargs="+", choices=("starter", "world"), default=("starter",))
+    parser.add_argument("--cache", type=Path, default=Path("runs/claims"), help="the cache of claims.py")
+    parser.add_argument("--world", type=Path, default=Path("runs/world"), help="the output of world.py")
+    parser.add_argument("--sets", nargs="+", choices=DATA_SETS, default=("starter",))
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--steps", nargs="+", type=int, default=(40, 150))
+    parser.add_argument("--steps", type=int, default=150)
     given = parser.parse_args()
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    plan = claims.full_plan(given.world, given.cache, seeds, given.worlds)
-    for name in given.worlds:
-        print(table(plan, name, given.steps), flush=True)
+    plan = full_plan(given.world, given.cache, seeds, given.sets)
+    for data_set in given.sets:
+        print(table(plan, data_set, given.steps), flush=True)
 
 
 if __name__ == "__main__":

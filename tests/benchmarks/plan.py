@@ -25,7 +25,9 @@ MEMORY_GB = 80.0
 
 def main() -> None:
     """Prints the table, in Markdown."""
-    print("| towers | global batch | GPUs | stage | micro-batch × passes | GB a GPU | sent a step | step | pairs/s |")
+    print(
+        "| towers | global batch | GPUs | stage | micro-batch × passes | GB per GPU | sent per step | step | pairs/s |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, dims in TOWERS.items():
         overrides = [f"model.name={name}", f"nesting.dims={dims}", "engine.precision=bf16", "evaluation={}"]

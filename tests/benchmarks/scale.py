@@ -1,20 +1,20 @@
-"""What scaling costs, run by hand:
+"""The cost of micro-batches and of DeepSpeed, and the number of collectives per step:
 
     python tests/benchmarks/scale.py [--batch 64] [--micro-batch 16] [--repeats 7] [--threads 1]
 
-Three measurements, each beside its peer in the same run, in turns, medians of the ratios within a turn:
+Three measurements. Each alternates with its baseline in the same process; ratios are medians within a round.
 
-1. Full-batch accumulation (train.micro_batch): the step in micro-batches against the same step without, the bound being
-   1 + f / (f + b) for the second forward, f and b the forward's and the backward's time without micro-batches. Beside
-   it the towers alone, forward and backward, in micro-batches against whole: a tower that is slower on small batches
-   cannot meet the bound, whatever the trainer. And the memory that PyTorch's allocator holds at the most beyond weights
-   and optimiser state: one micro-batch's, the gradients, which are kept from the first micro-batch on, and no more.
-2. DeepSpeed on one process against a step of plain PyTorch: the same towers, loss, clipping and AdamW.
-3. The collective calls of a step on two processes, for each ZeRO stage, with and without micro-batches, for one dim and
-   for six: their number must not depend on the dims.
+1. GradCache (train.micro_batch): the step in micro-batches compared with the same step without. The bound for the
+   second forward pass is 1 + f / (f + b), with f and b the forward and backward time without micro-batches. Also the
+   towers alone, forward and backward, in micro-batches compared with one batch: a tower that is slower on small batches
+   cannot meet the bound, whatever the trainer does. And the peak of PyTorch's allocator beyond weights and optimizer
+   state: it should be that of one micro-batch plus the gradients, which are kept from the first micro-batch on.
+2. DeepSpeed on one process compared with a step of plain PyTorch: the same towers, loss, clipping and AdamW.
+3. The collectives of a step on two processes, for each ZeRO stage, with and without micro-batches, for one dim and for
+   six: their number must not depend on the dims.
 
 Towers: mmrl-starter (configs/quickstart.yaml), and for the first measurement also a ViT, whose matrix products are as
-efficient on a few pictures as on many. float32, drawn pixels and tokens. The data side is left out.
+efficient on few images as on many. float32, random pixels and tokens; no data loading.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CLIP_NORM = 1.0
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=16)
@@ -66,12 +66,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.batch % arguments.micro_batch:
-        parser.error(f"--micro-batch: {arguments.batch} cannot be divided into parts of {arguments.micro_batch}")
+        parser.error(f"--micro-batch: {arguments.batch} is not a multiple of {arguments.micro_batch}")
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     print(f"batch {arguments.batch}, micro-batch {arguments.micro_batch}, load average {os.getloadavg()[0]:.2f}")
     comm.start()
-    print("\n1. Full-batch accumulation")
+    print("\n1. GradCache")
     _accumulation(arguments, RECIPE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vit-benchmark.json"
@@ -84,10 +84,10 @@ def main() -> None:
 
 def _accumulation(arguments: argparse.Namespace, recipe: Config) -> None:
     model, engine = _engine(arguments.batch, recipe=recipe)
-    whole, parts = (_batch(arguments.batch, size, recipe) for size in (None, arguments.micro_batch))
+    whole, micro_batches = (_batch(arguments.batch, size, recipe) for size in (None, arguments.micro_batch))
 
     def forward_and_backward(batches: Sequence[MicroBatch]) -> tuple[float, float]:
-        """The towers' own, without loss and optimiser."""
+        """Seconds of the towers alone, without loss and optimizer."""
         forward = backward = 0.0
         for batch in batches:
             began = time.perf_counter()
@@ -98,26 +98,26 @@ def _accumulation(arguments: argparse.Namespace, recipe: Config) -> None:
         model.zero_grad()
         return forward, backward
 
-    steps = {"whole": partial(_step, engine, whole), "in micro-batches": partial(_step, engine, parts)}
+    steps = {"one batch": partial(_step, engine, whole), "in micro-batches": partial(_step, engine, micro_batches)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     bounds, slowdowns = [], []
-    for turn in range(arguments.repeats + 1):
+    for repeat in range(arguments.repeats + 1):
         forward, backward = forward_and_backward(whole)
-        slowdown = sum(forward_and_backward(parts)) / (forward + backward)
-        taken = {name: _seconds(steps[name]) for name in (list(steps) if turn % 2 else reversed(steps))}
-        if turn:  # the first warms up
+        slowdown = sum(forward_and_backward(micro_batches)) / (forward + backward)
+        taken = {name: _seconds(steps[name]) for name in (list(steps) if repeat % 2 else reversed(steps))}
+        if repeat:  # the first one warms up
             bounds.append(1 + forward / (forward + backward))
             slowdowns.append(slowdown)
             for name, value in taken.items():
                 seconds[name].append(value)
-    ratios = [part / one for part, one in zip(seconds["in micro-batches"], seconds["whole"], strict=True)]
+    ratios = [some / one for some, one in zip(seconds["in micro-batches"], seconds["one batch"], strict=True)]
     over = [ratio / bound for ratio, bound in zip(ratios, bounds, strict=True)]
     print(f"   {recipe.model.name.rpartition('/')[2]}")
     for name, values in seconds.items():
         print(f"   {name:18} {1e3 * statistics.median(values):8.0f} ms")
     print(f"   ratio {statistics.median(ratios):.3f}, bound 1 + f/(f+b) = {statistics.median(bounds):.3f}")
-    print(f"   ratio to the bound {_spread(over)} (wanted: at most 1.05)")
-    print(f"   the towers alone, in micro-batches to whole: {_spread(slowdowns)}")
+    print(f"   ratio to the bound {_spread(over)} (target: at most 1.05)")
+    print(f"   the towers alone, in micro-batches / one batch: {_spread(slowdowns)}")
     one = _batch(arguments.micro_batch, recipe=recipe)
     peaks = {
         name: _peak_bytes(step) for name, step in (*steps.items(), ("one micro-batch", partial(_step, engine, one)))
@@ -126,7 +126,7 @@ def _accumulation(arguments: argparse.Namespace, recipe: Config) -> None:
         print(f"   peak of {name:18} {peak / 2**20:8.1f} MiB")
     beyond = peaks["in micro-batches"] - peaks["one micro-batch"]
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    print(f"   beyond one micro-batch's {beyond / 2**20:.1f} MiB, of gradients there are {gradients / 2**20:.1f} MiB")
+    print(f"   beyond that of one micro-batch {beyond / 2**20:.1f} MiB; the gradients are {gradients / 2**20:.1f} MiB")
 
 
 def _deepspeed(arguments: argparse.Namespace) -> None:
@@ -142,19 +142,19 @@ def _deepspeed(arguments: argparse.Namespace) -> None:
         optimizer.step()
 
     ours, theirs = [], []
-    for turn in range(arguments.repeats + 1):
+    for repeat in range(arguments.repeats + 1):
         pair = [(ours, partial(_step, engine, batch)), (theirs, plain_step)]
-        for values, step in pair if turn % 2 else reversed(pair):
+        for values, step in pair if repeat % 2 else reversed(pair):
             values.append(_seconds(step))
     ratios = [one / other for one, other in zip(ours[1:], theirs[1:], strict=True)]
     print("\n2. DeepSpeed on one process")
     for name, values in (("engine", ours), ("plain PyTorch", theirs)):
         print(f"   {name:18} {1e3 * statistics.median(values[1:]):8.0f} ms")
-    print(f"   ratio {_spread(ratios)} (wanted: at most 1.05)")
+    print(f"   ratio {_spread(ratios)} (target: at most 1.05)")
 
 
 def _collectives() -> None:
-    print("\n3. Collective calls of a step, two processes, 1 dim / 6 dims")
+    print("\n3. Collectives per step, two processes, 1 dim / 6 dims")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
             _count, (folder,), nprocs=2, start_method="spawn"
@@ -173,10 +173,10 @@ def _count(rank: int, folder: str) -> None:
             counts = []
             for dims in (ALL_DIMS[:1], ALL_DIMS):
                 _, engine = _engine(micro_batch, stage)
-                parts = _batch(8, micro_batch)
-                _step(engine, parts, dims)
+                micro_batches = _batch(8, micro_batch)
+                _step(engine, micro_batches, dims)
                 with torch.profiler.profile() as profile:
-                    _step(engine, parts, dims)
+                    _step(engine, micro_batches, dims)
                 counts.append(sum(event.name.startswith("gloo:") for event in profile.events() or []))
             same = "the same" if counts[0] == counts[1] else "NOT the same"
             lines.append(
@@ -201,9 +201,9 @@ def _batch(size: int, micro_batch: int | None = None, recipe: Config = RECIPE) -
     draw = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (size, 3, side, side), generator=draw, dtype=torch.uint8)
     tokens = torch.randint(1, 400, (size, text_cfg["context_length"]), generator=draw)
-    tokens[:, -1] = text_cfg["vocab_size"] - 1  # the end of a text, by which CLIP's text tower finds it
-    part = micro_batch or size
-    return list(zip(pixels.split(part), tokens.split(part), strict=True))
+    tokens[:, -1] = text_cfg["vocab_size"] - 1  # end of text: CLIP's text tower pools at the largest id
+    rows = micro_batch or size
+    return list(zip(pixels.split(rows), tokens.split(rows), strict=True))
 
 
 def _loss(
@@ -218,13 +218,13 @@ def _loss(
     return nested_loss(LossConfig(), image_bD, text_bD, scale, bias, nested, groups)
 
 
-def _step(engine: Engine, parts: Sequence[MicroBatch], dims: Sequence[int] = ALL_DIMS) -> None:
-    grad_cache.backward(engine, parts, partial(_loss, dims), _seed)
+def _step(engine: Engine, micro_batches: Sequence[MicroBatch], dims: Sequence[int] = ALL_DIMS) -> None:
+    grad_cache.backward(engine, micro_batches, partial(_loss, dims), _seed)
     engine.step()
 
 
-def _seed(part: int) -> None:
-    torch.manual_seed(part)
+def _seed(micro_batch: int) -> None:
+    torch.manual_seed(micro_batch)
 
 
 def _seconds(step: Callable[[], object]) -> float:
@@ -234,7 +234,7 @@ def _seconds(step: Callable[[], object]) -> float:
 
 
 def _peak_bytes(step: Callable[[], object]) -> float:
-    """What PyTorch's allocator holds at the most while a step runs, beyond what it held before."""
+    """Peak bytes of PyTorch's allocator during a step, beyond those before it."""
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     held = peak = 0

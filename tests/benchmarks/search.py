@@ -1,16 +1,18 @@
-"""Search by a funnel beside exact search, and the page's answers; run by hand on a quiet machine, some 10 GB of disk:
+"""Search with an `mmrl index` compared with exact search. About 10 GB of disk:
 
-    python tests/benchmarks/search.py [funnel] [codes] [page] [--rows 1000000] [--spectrum RUN] [--place DIR]
+    python tests/benchmarks/search.py [funnel] [codes] [page] [--rows 1000000] [--spectrum RUN] [--folder DIR]
 
-funnel    `mmrl index` of 1,000,000 generated 512-d vectors, and single queries: the index's answers beside faiss's
-          exact search over all of them (IndexFlatIP) on the same threads, turn by turn; recall@10 against it, by
-          queries in pictures and in words; what stays in memory. Beside them the usual: a float prefix and a rerank.
-codes     how much of the 10 nearest is in shortlists of the first stage, pairs of neighbours beside the folded order.
-page      the API's answers over HTTP for an index of 100,000, besides encoding: median and 95th percentile.
+funnel    an index of 1,000,000 generated 512-d vectors, single queries: the index compared with faiss's exact search
+          over all vectors (IndexFlatIP) on the same threads, alternating; recall@10 relative to it for image and text
+          queries; memory. Also the usual alternative: a float prefix with reranking.
+codes     share of the 10 nearest that is in the shortlists of the first stage: pairs of neighbouring dims compared with
+          the folded order.
+page      latency of the API over HTTP without encoding, for an index of 100,000: median and 95th percentile.
 
-The vectors: clusters whose numbers' deviations fall by a power law such that the first 64 hold 74 % of the energy
-(--spectrum RUN takes the deviations of a trained run's embeddings instead), each point as far from its centre as the
-centres from each other; words: a picture's vector, moved by noise and by a gap that all of them share. Seeds are fixed.
+The vectors are clusters. The standard deviations of the dims fall by a power law such that the first 64 dims hold 74 %
+of the energy (--spectrum RUN uses those of a trained run's embeddings). A point is as far from the centre of its
+cluster as the centres are from each other. A text is an image's vector plus noise and a gap that all texts share. Seeds
+are fixed.
 """
 
 import argparse
@@ -44,7 +46,7 @@ PER_CLUSTER, CHUNK, TEXTS_GIVEN, QUERIES = 250, 50_000, 4_000, 64
 
 
 class Vectors:
-    """The generated vectors, a chunk at a time."""
+    """The generated vectors, in chunks."""
 
     def __init__(self, rows: int, deviations_D: np.ndarray) -> None:
         self.rows, self._deviations_D = rows, deviations_D
@@ -55,18 +57,18 @@ class Vectors:
     def _noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
         return rng.standard_normal((count, len(self._deviations_D)), dtype=np.float32) * self._deviations_D
 
-    def pictures(self, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    def images(self, count: int, seed: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng(seed)
         return unit(self._centres_CD[rng.integers(0, len(self._centres_CD), count)] + self._noise(rng, count))
 
-    def words(self, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    def texts(self, count: int, seed: tuple[int, ...]) -> np.ndarray:
         length = float(np.linalg.norm(self._deviations_D))
-        moved = self.pictures(count, seed) * length + 0.5 * self._noise(np.random.default_rng((*seed, 1)), count)
+        moved = self.images(count, seed) * length + 0.5 * self._noise(np.random.default_rng((*seed, 1)), count)
         return unit(moved + 0.7 * self._gap_D)
 
     def chunks(self) -> Iterator[np.ndarray]:
         for start in range(0, self.rows, CHUNK):
-            yield self.pictures(min(CHUNK, self.rows - start), (1, start))
+            yield self.images(min(CHUNK, self.rows - start), (1, start))
 
 
 def unit(rows_ND: np.ndarray) -> np.ndarray:
@@ -74,30 +76,30 @@ def unit(rows_ND: np.ndarray) -> np.ndarray:
 
 
 def power_law() -> np.ndarray:
-    """Deviations of DIM numbers, the first HEAD of which hold ENERGY."""
-    low, high, power, places = 0.0, 3.0, 1.5, np.arange(1, DIM + 1)
+    """Standard deviations of DIM dims whose first HEAD dims hold the share ENERGY of the energy."""
+    low, high, power, dim_D = 0.0, 3.0, 1.5, np.arange(1, DIM + 1)
     for _ in range(60):
         power = (low + high) / 2
-        energy = places**-power
+        energy = dim_D**-power
         low, high = (power, high) if energy[:HEAD].sum() / energy.sum() < ENERGY else (low, power)
-    return np.sqrt(places**-power).astype(np.float32)
+    return np.sqrt(dim_D**-power).astype(np.float32)
 
 
 def spectrum_of(run: str) -> np.ndarray:
-    """The deviations of a trained model's pictures, stretched to DIM numbers."""
+    """Standard deviations of the dims of a trained model's image vectors, interpolated to DIM dims."""
     from mmrl.search.embed import embed_images
 
-    with tempfile.TemporaryDirectory() as place:
-        embed_images(run, "starter:test-artist", Path(place, "e"), quiet=True)
-        table = pyarrow.parquet.read_table(Path(place, "e", EMBEDDINGS))
+    with tempfile.TemporaryDirectory() as folder:
+        embed_images(run, "starter:test-artist", Path(folder, "e"), quiet=True)
+        table = pyarrow.parquet.read_table(Path(folder, "e", EMBEDDINGS))
     rows = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     deviations = rows.std(axis=0)
-    places = np.linspace(0, len(deviations) - 1, DIM)
-    return np.interp(places, np.arange(len(deviations)), deviations).astype(np.float32)
+    position_D = np.linspace(0, len(deviations) - 1, DIM)
+    return np.interp(position_D, np.arange(len(deviations)), deviations).astype(np.float32)
 
 
 def write_embeddings(vectors: Vectors, folder: Path) -> Path:
-    """What `mmrl embed` would leave of these vectors, with thumbnails of some bytes."""
+    """Write these vectors as `mmrl embed` does, with placeholder thumbnails."""
     folder.mkdir(parents=True)
     columns = columns_of([DIM], ["fp32"])
     facts = {
@@ -116,7 +118,7 @@ def write_embeddings(vectors: Vectors, folder: Path) -> Path:
             numbers = range(start, start + len(rows))
             data = {
                 "key": [f"shard/{n:08}" for n in numbers],
-                "captions": [[f"picture number {n}"] for n in numbers],
+                "captions": [[f"image number {n}"] for n in numbers],
                 "group": [group_id(f"group {n % 100}") for n in numbers],
                 "group_name": [f"group {n % 100}" for n in numbers],
                 "embedding": vector_array(pyarrow, rows),
@@ -128,17 +130,17 @@ def write_embeddings(vectors: Vectors, folder: Path) -> Path:
             ]
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
             start += len(rows)
-    words = vectors.words(TEXTS_GIVEN, (2,))
-    text = text_schema(columns, facts)
-    empty = [pyarrow.array([""] * len(words)), pyarrow.array([""] * len(words)), pyarrow.array([-1] * len(words))]
-    arrays = [*empty, pyarrow.array([""] * len(words)), vector_array(pyarrow, words)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=text), folder / TEXTS)
+    text_MD = vectors.texts(TEXTS_GIVEN, (2,))
+    blank, no_group = pyarrow.array([""] * len(text_MD)), pyarrow.array([-1] * len(text_MD))
+    arrays = [blank, blank, no_group, blank, vector_array(pyarrow, text_MD)]
+    table = pyarrow.Table.from_arrays(arrays, schema=text_schema(columns, facts))
+    pyarrow.parquet.write_table(table, folder / TEXTS)
     return folder
 
 
-def made_index(place: Path, vectors: Vectors, name: str) -> Index:
-    """The index of the vectors, made once a place."""
-    folder = place / f"{name}-{vectors.rows}"
+def built_index(work: Path, vectors: Vectors, name: str) -> Index:
+    """The index of the vectors, built once per folder."""
+    folder = work / f"{name}-{vectors.rows}"
     if not (folder / "index" / "manifest.json").exists():
         embeddings = folder / "embeddings"
         if not embeddings.exists():
@@ -150,23 +152,23 @@ def made_index(place: Path, vectors: Vectors, name: str) -> Index:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """Medians of a query, in ms."""
+class Latency:
+    """Median time of a query in ms."""
 
     wall: float
     cpu: float
-    """Of all of this process's threads; what a machine busy with other things leaves as it is."""
+    """CPU time of all threads of this process; other work on the machine hardly changes it."""
 
 
-def medians(turns: dict[str, Callable[[int], Any]], count: int) -> dict[str, Taken]:
-    """Each way's time of a query, one after the other for every query."""
-    took: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
+def latencies(searches: dict[str, Callable[[int], Any]], count: int) -> dict[str, Latency]:
+    """The latency of each search. They alternate: every query is sent to all of them."""
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in searches}
     for number in range(count):
-        for name, way in turns.items():
+        for name, search in searches.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            way(number)
+            search(number)
             took[name].append(((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3))
-    return {name: Taken(*np.median(times, axis=0).tolist()) for name, times in took.items()}
+    return {name: Latency(*np.median(times, axis=0).tolist()) for name, times in took.items()}
 
 
 def recall(found: list[np.ndarray], truth: np.ndarray) -> float:
@@ -174,8 +176,7 @@ def recall(found: list[np.ndarray], truth: np.ndarray) -> float:
 
 
 def funnel(index: Index, vectors: Vectors) -> None:
-    queries = {"pictures": vectors.pictures(QUERIES, (3,)), "words": vectors.words(QUERIES, (4,))}
-    both = np.concatenate(list(queries.values()))
+    both = np.concatenate([vectors.images(QUERIES, (3,)), vectors.texts(QUERIES, (4,))])
     exact = faiss.IndexFlatIP(DIM)
     short = faiss.IndexFlatIP(HEAD)
     for start in range(0, vectors.rows, CHUNK):
@@ -187,34 +188,34 @@ def funnel(index: Index, vectors: Vectors) -> None:
         rows = short.search(unit_prefix(both[number : number + 1], HEAD), count)[1][0]
         return rows[np.argsort(-(index.vectors_ND[rows] @ both[number]))[:10]]
 
-    ways: dict[str, Callable[[int], np.ndarray]] = {
+    searches: dict[str, Callable[[int], np.ndarray]] = {
         "exact, 512-d (faiss flat)": lambda number: exact.search(both[number : number + 1], 10)[1][0],
         "64-d float -> 200 -> 512-d": lambda number: reranked(number, 200),
         "64-d float -> 1000 -> 512-d": lambda number: reranked(number, 1000),
         "mmrl index": lambda number: index.nearest(both[number], DIM, 10)[0],
     }
-    truth = np.stack([ways["exact, 512-d (faiss flat)"](number) for number in range(len(both))])
-    times = medians(ways, len(both))
-    whole = 4 * DIM * vectors.rows
+    truth = np.stack([searches["exact, 512-d (faiss flat)"](number) for number in range(len(both))])
+    times = latencies(searches, len(both))
+    exact_bytes = 4 * DIM * vectors.rows
     assert index.funnel is not None
-    memory = {"mmrl index": index.funnel.resident_bytes, "exact, 512-d (faiss flat)": whole}
+    memory = {"mmrl index": index.funnel.resident_bytes, "exact, 512-d (faiss flat)": exact_bytes}
     slowest = times["exact, 512-d (faiss flat)"]
     print(f"{vectors.rows:,} x {DIM}, {faiss.omp_get_max_threads()} thread(s); {index.manifest['search']}")
-    for name, way in ways.items():
-        found = [way(number) for number in range(len(both))]
-        share = memory.get(name, 4 * HEAD * vectors.rows) / whole
+    for name, search in searches.items():
+        found = [search(number) for number in range(len(both))]
+        share = memory.get(name, 4 * HEAD * vectors.rows) / exact_bytes
         by = [recall(found[:QUERIES], truth[:QUERIES]), recall(found[QUERIES:], truth[QUERIES:])]
         took = times[name]
         print(
             f"{name:28} {took.wall:8.2f} ms {slowest.wall / took.wall:6.1f} x   CPU {took.cpu:7.2f} ms "
-            f"{slowest.cpu / took.cpu:6.1f} x   memory 1/{1 / share:4.1f}   recall@10 pictures {by[0]:.4f} "
-            f"words {by[1]:.4f}",
+            f"{slowest.cpu / took.cpu:6.1f} x   memory 1/{1 / share:4.1f}   recall@10 images {by[0]:.4f} "
+            f"texts {by[1]:.4f}",
             flush=True,
         )
 
 
 def codes(index: Index, vectors: Vectors) -> None:
-    queries_QD = vectors.pictures(QUERIES, (3,))
+    queries_QD = vectors.images(QUERIES, (3,))
     count = min(200_000, vectors.rows)
     rows_ND = np.array(index.vectors_ND[:count])
     truth = exact_neighbours(rows_ND, Queries(queries_QD, np.full(QUERIES, -1)))
@@ -224,11 +225,11 @@ def codes(index: Index, vectors: Vectors) -> None:
     sample = unit_prefix(rows_ND[:20_000], dim)
     plain.train(sample)
     plain.add(unit_prefix(rows_ND, dim))
-    with tempfile.TemporaryDirectory() as place:
-        folded = Funnel.build(Path(place), rows_ND, "pq", dim, rows_ND[:20_000])
-        binary = Funnel.build(Path(place), rows_ND, "binary", dim, rows_ND[:20_000])
+    with tempfile.TemporaryDirectory() as folder:
+        folded = Funnel.build(Path(folder), rows_ND, "pq", dim, rows_ND[:20_000])
+        binary = Funnel.build(Path(folder), rows_ND, "binary", dim, rows_ND[:20_000])
     for name, found in (
-        ("pq, neighbours in pairs", plain.search(unit_prefix(queries_QD, dim), 4000)[1]),
+        ("pq, pairs of neighbours", plain.search(unit_prefix(queries_QD, dim), 4000)[1]),
         ("pq, folded", folded.first(queries_QD, 4000)),
         ("binary", binary.first(queries_QD, 4000)),
     ):
@@ -239,7 +240,7 @@ def codes(index: Index, vectors: Vectors) -> None:
 
 
 class _NoEncoder:
-    """Gives a generated query for a text that is a number: the page's answers are timed besides encoding."""
+    """Returns generated query N for the text "N", so that encoding is not timed."""
 
     dim, nested_dims = DIM, (64, 128, 256, 512)
 
@@ -258,7 +259,7 @@ def page(index: Index, vectors: Vectors) -> None:
     from mmrl.search.query import Searcher
     from mmrl.search.serve import open_listener
 
-    encoder: Any = _NoEncoder(vectors.words(QUERIES, (4,)))
+    encoder: Any = _NoEncoder(vectors.texts(QUERIES, (4,)))
     listening = open_listener("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(create_app(Searcher(index, encoder), ["*"]), log_level="warning"))
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
@@ -275,7 +276,7 @@ def page(index: Index, vectors: Vectors) -> None:
                 took.append((time.perf_counter() - began) * 1e3)
                 assert len(answer.raise_for_status().json()["results"]) == 24
             median, late = np.percentile(took[10:], [50, 95])
-            print(f"page, {len(index):,} pictures, {kind:24} median {median:6.1f} ms  p95 {late:6.1f} ms", flush=True)
+            print(f"page, {len(index):,} images, {kind:24} median {median:6.1f} ms  p95 {late:6.1f} ms", flush=True)
     server.should_exit = True
 
 
@@ -284,25 +285,27 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["funnel", "codes", "page"])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--spectrum", help="a run folder")
-    parser.add_argument("--place", type=Path, help="keeps the generated index there for another time")
+    parser.add_argument("--folder", type=Path, help="keep the generated index here and reuse it")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     deviations = spectrum_of(options.spectrum) if options.spectrum else power_law()
     name = "trained" if options.spectrum else "generated"
     share = float((deviations[:HEAD] ** 2).sum() / (deviations**2).sum())
-    print(json.dumps({"first 64 numbers' share of the energy": round(share, 3), "load": os.getloadavg()}), flush=True)
+    print(
+        json.dumps({"share of the energy in the first 64 dims": round(share, 3), "load": os.getloadavg()}), flush=True
+    )
     with tempfile.TemporaryDirectory() as temporary:
-        place = options.place or Path(temporary)
+        work = options.folder or Path(temporary)
         vectors = Vectors(options.rows, deviations)
         if {"funnel", "codes"} & set(options.parts):
-            index = made_index(place, vectors, name)
+            index = built_index(work, vectors, name)
             for part in (funnel, codes):
                 if part.__name__ in options.parts:
                     part(index, vectors)
         if "page" in options.parts:
             small = Vectors(min(options.rows, 100_000), deviations)
-            page(made_index(place, small, name), small)
+            page(built_index(work, small, name), small)
     print(json.dumps({"load": os.getloadavg()}))
 
 

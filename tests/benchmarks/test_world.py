@@ -1,4 +1,4 @@
-"""The rules by which the larger world is made, on packages of a few files."""
+"""The rules of the larger data set, on packages of a few files."""
 
 import io
 import json
@@ -29,14 +29,14 @@ def mdi_entry(name: str, aliases: tuple[str, ...] = (), tags: tuple[str, ...] = 
 
 @pytest.fixture
 def packages(tmp_path: Path) -> dict[str, Path]:
-    """Every set, with the traps of each."""
+    """A small package of every set, with the special cases of each."""
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" width="24" height="24" viewBox="0 0 24 24"><path d="M2 2h9v9z"/></svg>'
     )
     mdi = [
         mdi_entry("magnify", aliases=("search",)),
-        mdi_entry("magnify-outline"),  # the twin of one that there is
-        mdi_entry("bone-outline"),  # no twin
+        mdi_entry("magnify-outline"),  # left out: there is "magnify"
+        mdi_entry("bone-outline"),  # kept: there is no "bone"
         mdi_entry("git", tags=("Brand / Logo",)),
         mdi_entry("old", deprecated=True),
     ]
@@ -86,7 +86,7 @@ def packages(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def test_each_set_is_read_without_brands_twins_and_leftovers(packages: dict[str, Path]) -> None:
+def test_each_set_is_read_without_brands_outlined_duplicates_and_deprecated_icons(packages: dict[str, Path]) -> None:
     found = {
         artist: {icon.name: icon.keywords for icon in read(packages[artist])} for artist, read in world.READERS.items()
     }
@@ -101,15 +101,15 @@ def test_each_set_is_read_without_brands_twins_and_leftovers(packages: dict[str,
     }
 
 
-def test_one_thing_by_several_names_is_one_concept(packages: dict[str, Path]) -> None:
+def test_an_icon_by_several_names_is_one_concept(packages: dict[str, Path]) -> None:
     drawn = {(one.artist, one.concept): one for one in world.draw_icons(packages, {"dog": "1f415"})}
     assert set(drawn) == {
         ("mdi", "magnify"),
-        ("tabler", "magnify"),  # by mdi's other name for it
+        ("tabler", "magnify"),  # an alias in mdi
         ("phosphor", "acorn"),
         ("carbon", "arrow-left"),
         ("fontawesome", "1f415"),  # as the emoji of that name
-        # not ("bootstrap", "git"), which mdi tells to be a brand
+        # not ("bootstrap", "git"): mdi marks it as a brand
         ("bootstrap", "arrow-left"),  # the same words in another order
         ("lucide", "arrow-left"),
     }
@@ -117,14 +117,14 @@ def test_one_thing_by_several_names_is_one_concept(packages: dict[str, Path]) ->
     assert drawn["bootstrap", "arrow-left"].captions == ("left arrow",)
 
 
-def test_another_name_that_is_an_icon_itself_leads_nowhere() -> None:
+def test_an_alias_that_is_ambiguous_or_an_icon_itself_is_ignored() -> None:
     mdi = [Icon("account", (), "", ("user",)), Icon("person", (), "", ("user", "man")), Icon("man", (), "")]
     found = world.concepts_of({"mdi": mdi, "x": [Icon("user", (), ""), Icon("man", (), "")]}, {})
-    assert found["x", "user"] == "user"  # two things are called so
+    assert found["x", "user"] == "user"  # two icons have this alias
     assert found["x", "man"] == "man"
 
 
-def test_an_icon_is_drawn_at_the_size_of_all() -> None:
+def test_icons_are_rendered_at_one_size() -> None:
     head = '<?xml version="1.0"?>\n<!-- by -->\n<svg '
     svg = f'{head}width="24" viewBox="0 0 9 9" height="1em" stroke-width="2"><rect width="9"/></svg>'
     sized = f'{head}width="128" height="128" viewBox="0 0 9 9" stroke-width="2"><rect width="9"/></svg>'
@@ -146,7 +146,7 @@ def test_splits_keep_concepts_and_artists_apart() -> None:
     assert {artist for artist, _ in members["test-artist"]} == {"lucide"}
     assert {artist for artist, _ in members["val-artist"]} == {"bootstrap"}
     assert len(of["test-concepts"]) == pytest.approx(400 * 0.06, abs=15)
-    # A concept's place depends on no other concept; what train doesn't show is in no test of artists.
+    # The split of a concept depends on no other concept; concepts that are not in train are not in test-artist.
     some = world.split_drawings([("lucide", concepts[9]), ("mdi", concepts[8])], held_out)
     assert some == {pair: split_of[pair] for pair in some}
     assert ("lucide", concepts[9]) not in some or some["lucide", concepts[9]] == "test-concepts"

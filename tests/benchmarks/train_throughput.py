@@ -1,21 +1,21 @@
-"""Training throughput of `mmrl train` beside open_clip's own trainer, run by hand:
+"""Training throughput of `mmrl train` compared with open_clip's own trainer:
 
     pip install --no-deps --target /tmp/extras 'webdataset<=0.2.86' pandas python-dateutil pytz tzdata six
     python tests/benchmarks/train_throughput.py --extras /tmp/extras [--batch 128] [--steps 40] [--repeats 3] …
 
-(open_clip's trainer breaks on the webdataset >= 1 that mmrl asks for, and wants pandas; these are for it alone.)
+(open_clip's trainer fails with the webdataset >= 1 that mmrl requires, and needs pandas; the extras serve it only.)
 
-Equal on both sides: the shards (starter:train), the towers (mmrl-starter, registered in open_clip), batch, precision,
-data workers, threads, AdamW's settings, the clipping of gradients, the interval of log lines. Both do their ordinary
-work: webp out of tars, augmentation, tokeniser, forward, backward, step, log. Evaluation and checkpoints are off.
+Both sides use the same shards (starter:train), towers (mmrl-starter, registered in open_clip), batch size, precision,
+data workers, threads, AdamW settings, gradient clipping and logging interval. Both do their ordinary work: read webp
+from tars, augment, tokenise, forward, backward, step, log. Evaluation and checkpoints are off.
 
-Augmentation: open_clip does its default, a RandomResizedCrop of 0.9 to 1.0 of the area. Ours stands in three rows: the
-same crop (the fair one), none, and configs/quickstart.yaml's (turn, zoom, shift, colours; no crop).
+Augmentation: open_clip uses its default, a RandomResizedCrop of 0.9 to 1.0 of the area. mmrl has three rows: the same
+crop (the fair comparison), none, and that of configs/quickstart.yaml (rotation, zoom, shift, colours; no crop).
 
-Each run is a process of its own, started as a user starts it. Its clock is the arrival of its log lines, the first
-ones left out; it is killed after the last one wanted, so that no end of an epoch falls into the timed part. The runs
-of one repetition follow each other, in turns forwards and backwards, and a ratio is taken within its repetition. The
-column `foreign` says how many cores other processes used meanwhile: above some 0.1, believe the ratios alone.
+Each run is a process of its own, started as a user starts it. It is timed by the arrival of its log lines, without the
+first ones, and killed after the last one that is needed, so that no end of an epoch is timed. The runs of a repetition
+follow each other in alternating order, and ratios are taken within a repetition. The column `foreign` is the number of
+cores that other processes used meanwhile: above about 0.1, trust only the ratios.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MODEL = "mmrl-starter"
 SHARDS = "starter:train"
 LOG_EVERY = 10
 WARM_UP_STEPS = 20
-# No run gets so far: the schedule must not end, nor the workers run dry, within the timed part.
+# No run gets this far: neither the schedule nor the data may end within the timed part.
 NEVER_STEPS = 100_000
 
 OPEN_CLIP_MAIN = """\
@@ -57,17 +57,17 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Trainer:
-    """How one row of the table is started, and which of its lines tell the step."""
+    """How the trainer of one row is started, and how the step is read from its log lines."""
 
     command: Callable[[argparse.Namespace, Path], list[str]]
     step_of: Callable[[str, int], int | None]
-    """(line, batch) -> the step that was just done, or None."""
+    """(line, batch) -> the last step done, or None."""
     wants_extras: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run's timed part."""
+    """The timed part of one run."""
 
     samples_per_second: float
     cpu_ms_per_sample: float
@@ -111,16 +111,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="bf16 is open_clip's amp_bf16")
     parser.add_argument("--workers", type=int, default=1, help="data workers")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="OMP_NUM_THREADS")
-    parser.add_argument("--extras", type=Path, help="packages for open_clip's process alone; see the file's head")
+    parser.add_argument("--extras", type=Path, help="packages for open_clip's process only; see the head of this file")
     parser.add_argument("--rows", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     arguments = parser.parse_args()
     if arguments.steps % LOG_EVERY:
-        parser.error(f"--steps: {arguments.steps} is no multiple of {LOG_EVERY}, the interval of log lines")
+        parser.error(f"--steps: {arguments.steps} is not a multiple of {LOG_EVERY}, the logging interval")
     return arguments
 
 
 def _measure(trainer: Trainer, arguments: argparse.Namespace) -> Measured:
-    """Starts a trainer, reads the clocks at its log lines, kills it after the last one wanted."""
+    """Starts a trainer, reads the clocks at its log lines, and kills it after the last one that is needed."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONUNBUFFERED": "1"}
     if trainer.wants_extras and arguments.extras:
         environment["PYTHONPATH"] = str(arguments.extras.resolve())
@@ -178,7 +178,7 @@ def _print_table(measured: dict[str, list[Measured]]) -> None:
 
 
 def _mmrl(dims: list[int] | None = None, augment: dict[str, object] | None = None) -> Trainer:
-    """`mmrl train` with the quickstart's recipe; None leaves a part of it as it is."""
+    """`mmrl train` with the quickstart's recipe; None keeps its value."""
 
     def command(arguments: argparse.Namespace, folder: Path) -> list[str]:
         overrides = {
@@ -253,14 +253,14 @@ TRAINERS = {
 
 
 def _cpu_of_run(group: int) -> float:
-    """CPU seconds that a process group, all its workers included, has used. (Linux; NaN elsewhere.)"""
+    """CPU seconds used by a process group, including all workers (Linux; NaN elsewhere)."""
     if not Path("/proc/stat").exists():
         return float("nan")
     ticks = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
             fields = (process / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended
             continue
         if int(fields[2]) == group:
             ticks += int(fields[11]) + int(fields[12])
@@ -268,7 +268,7 @@ def _cpu_of_run(group: int) -> float:
 
 
 def _cpu_of_all() -> float:
-    """CPU seconds that everything on this machine has used. (Linux; NaN elsewhere.)"""
+    """CPU seconds used by all processes of this machine (Linux; NaN elsewhere)."""
     if not Path("/proc/stat").exists():
         return float("nan")
     user, nice, system, _idle, _wait, irq, soft_irq, *_ = Path("/proc/stat").read_text().split()[1:]

@@ -1,25 +1,25 @@
-"""A world with more dims than the starter set: emoji named in seven languages, and the icons of seven sets.
+"""Builds a larger data set than the starter set: emoji with names in seven languages, and the icons of seven sets.
 
     python tests/benchmarks/world.py OUT [--packages DIR]
 
-About 27,000 pictures (64 x 64 pixels on white, WebP) of some 15,000 concepts, by 13 artists. It is built from npm
-packages, pinned and hashed, as the starter set is (mmrl/data/starter/build.py, whose functions it uses); nothing of it
-ships with the package. It needs npm and resvg-py and takes a few minutes on one core. OUT/NOTICE names the sources.
+About 27,000 images (64 x 64 pixels on white, WebP) of about 15,000 concepts by 13 artists, from npm packages with
+pinned versions and hashes. It uses the functions of the starter set's builder, mmrl/data/starter/build.py. Nothing of
+it ships with mmrl. It needs npm and resvg-py and takes a few minutes on one core. OUT/NOTICE names the sources.
 
-An icon's concept is the set of words of its name, so that "circle arrow left" and "arrow-left-circle" are one thing.
-What @mdi/svg lists as another name of an icon of its own leads to that icon's concept, and an icon that bears an
-emoji's name belongs to the emoji. A sample's first caption is the name by its own artist, the second has its keywords,
-too; an emoji's others are its names in other languages.
+The concept of an icon is the set of words of its name: "circle arrow left" and "arrow-left-circle" are one concept. An
+icon whose name @mdi/svg lists as an alias of one of its icons belongs to the concept of that icon, and an icon with the
+name of an emoji belongs to the concept of the emoji. The first caption of a sample is the name given by its artist, and
+the second adds keywords. The other captions of an emoji are its names in other languages.
 
     split          what it holds
     train          nine artists: noto, noto_v1, fluent_flat, fluent_3d; mdi, tabler, phosphor, carbon, fontawesome
-    val-artist     two artists that train never saw, emojione and bootstrap, on concepts that train shows
-    val-concepts   concepts held back, by the artists of train
-    test-artist    two other artists, twemoji and lucide, on concepts that train shows
-    test-concepts  other concepts held back, by all artists; those of the starter set's test among them
+    val-artist     two artists that are not in train, emojione and bootstrap; concepts of train
+    val-concepts   concepts that are not in train; artists of train
+    test-artist    two more artists that are not in train, twemoji and lucide; concepts of train
+    test-concepts  more concepts that are not in train, including those of the starter set's test; all artists
 
-Left out: brands and logos; outlined or filled twins of an icon; Remix Icon, whose licence (its file, not the package's
-"Apache-2.0") forbids a collection of its icons; OpenMoji, which is share-alike.
+Left out: brands and logos; outlined or filled variants of an icon that is there; Remix Icon, because its licence
+file (unlike the package's "Apache-2.0") forbids collections of its icons; OpenMoji, which is share-alike.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from mmrl.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """A set of icons."""
+    """An icon set."""
 
     package: Package
     licence: str
-    """Of the icons, by the licence file in the package."""
+    """Licence of the icons, from the licence file in the package."""
     author: str
 
 
@@ -94,25 +94,25 @@ LOCALES = ("de", "es", "fr", "it", "nl", "pt")
 SPLITS = ("train", "val-artist", "val-concepts", "test-artist", "test-concepts")
 TRAIN_SHARDS = 8
 VAL_CONCEPTS_PERCENT, TEST_CONCEPTS_PERCENT = 4, 6
-# Sets that don't say which of their icons are brands: what the others call one is left out of these.
-_TELL_NO_BRANDS = ("carbon", "bootstrap", "lucide")
+# Sets that do not mark brands: icons that another set marks as a brand are left out of them.
+_BRANDS_UNMARKED = ("carbon", "bootstrap", "lucide")
 _BRAND = re.compile(r"^(brand|logo|ibm|watson)\b|\blogo\b")
 
 
 @dataclass(frozen=True)
 class Icon:
-    """One drawing by one set: its words, and where its SVG is in the package."""
+    """An icon of a set: its name and keywords, and the path of its SVG in the package."""
 
     name: str
     keywords: tuple[str, ...]
     path: str
     aliases: tuple[str, ...] = ()
-    """Other names of the very thing, where the set tells them apart from keywords."""
+    """Other names of the same icon, if the set lists them apart from keywords."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A sample to be: who drew what, and what it is called."""
+    """A future sample: artist, concept, captions and image."""
 
     artist: str
     concept: str
@@ -121,7 +121,7 @@ class Drawing:
 
     @property
     def key(self) -> str:
-        """ARTIST_CONCEPT, without the characters that a tar's reader would take for the end of a key."""
+        """ARTIST_CONCEPT. It has no dot, which would end the key of a tar member."""
         return f"{self.artist}_{self.concept}"
 
 
@@ -134,12 +134,12 @@ def words(name: str) -> str:
 
 
 def bag(name: str) -> str:
-    """What names of the same words in another order have in common."""
+    """The words of a name in alphabetical order: equal for names of the same words in another order."""
     return "-".join(sorted(words(name).split()))
 
 
 def keywords(of: Iterable[str], name: str) -> tuple[str, ...]:
-    """As words, each once, without those that only repeat the name."""
+    """Keywords as plain words, each once, without those that repeat the name."""
     seen = dict.fromkeys(words(one) for one in of if not one.startswith("*"))  # *new*, *updated*
     return tuple(one for one in seen if one and one != words(name))
 
@@ -164,7 +164,7 @@ def read_tabler(archive: Path) -> Iterator[Icon]:
 
 
 def read_phosphor(archive: Path) -> Iterator[Icon]:
-    """Its tags are in a script, which is only ever read as text."""
+    """The tags are in a script; it is parsed as text and not run."""
     script = starter.members(archive, "dist/index.mjs")["dist/index.mjs"].decode()
     for name, categories, tags in re.findall(
         r'name: "([^"]+)",\s+pascal_name:.*?categories: \[(.*?)\].*?tags: \[(.*?)\]', script, re.DOTALL
@@ -212,7 +212,7 @@ READERS = {
 
 
 def brands(archives: dict[str, Path]) -> set[str]:
-    """The bags of the names that any of the sets has for a brand."""
+    """The bags of all names that one of the sets marks as a brand."""
     meta = json.loads(starter.members(archives["mdi"], "meta.json")["meta.json"])
     tabler = json.loads(starter.members(archives["tabler"], "icons.json")["icons.json"])
     families = json.loads(
@@ -231,8 +231,8 @@ def brands(archives: dict[str, Path]) -> set[str]:
 def concepts_of(icon_sets: dict[str, list[Icon]], emoji: dict[str, str]) -> dict[tuple[str, str], str]:
     """(artist, name) → concept. `emoji` holds the code point of each emoji by the bag of its name.
 
-    A name of one set that is another name of an icon of @mdi/svg leads there, unless it is the name of one, or of
-    several.
+    A name that is an alias of one icon of @mdi/svg gets that icon's concept, unless an icon of @mdi/svg has this name
+    or several have this alias.
     """
     own = {bag(icon.name) for icon in icon_sets["mdi"]}
     leads: dict[str, set[str]] = defaultdict(set)
@@ -250,7 +250,7 @@ def concepts_of(icon_sets: dict[str, list[Icon]], emoji: dict[str, str]) -> dict
 
 
 def draw_icons(archives: dict[str, Path], emoji: dict[str, str]) -> Iterator[Drawing]:
-    """One drawing of each concept by each set: the first by name, where a set has several."""
+    """One drawing of each concept by each set: the first in the order of names if a set has several."""
     known_brands = brands(archives)
     icon_sets = {
         artist: sorted(
@@ -259,7 +259,7 @@ def draw_icons(archives: dict[str, Path], emoji: dict[str, str]) -> Iterator[Dra
                 for icon in READERS[artist](archive)
                 if words(icon.name)
                 and not _BRAND.search(words(icon.name))
-                and not (artist in _TELL_NO_BRANDS and bag(icon.name) in known_brands)
+                and not (artist in _BRANDS_UNMARKED and bag(icon.name) in known_brands)
             ),
             key=lambda icon: icon.name,
         )
@@ -282,7 +282,7 @@ def draw_icons(archives: dict[str, Path], emoji: dict[str, str]) -> Iterator[Dra
 
 
 def sized(svg: str) -> str:
-    """The document at the size that pictures are rendered at, whatever size it states."""
+    """The SVG with its width and height replaced by the size that images are rendered at."""
     head, rest = re.match(r"(.*?<svg\b)([^>]*>.*)", svg, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
     attributes, _, body = rest.partition(">")
     attributes = re.sub(r'\s(width|height)="[^"]*"', "", attributes)
@@ -294,7 +294,7 @@ def sized(svg: str) -> str:
 
 
 def names_abroad(archive: Path) -> dict[str, tuple[str, ...]]:
-    """Code point → its names in the other languages."""
+    """Code point → names in the other languages."""
     files = starter.members(archive, *(f"{locale}/data.json" for locale in LOCALES))
     found: dict[str, list[str]] = defaultdict(list)
     for locale in LOCALES:
@@ -306,7 +306,7 @@ def names_abroad(archive: Path) -> dict[str, tuple[str, ...]]:
 def draw_emoji(
     archives: dict[str, Path], concepts: dict[str, starter.Concept], abroad: dict[str, tuple[str, ...]]
 ) -> Iterator[Drawing]:
-    """As the starter set draws them, with more names."""
+    """The emoji as the starter set draws them, with the names in other languages added."""
     for artist, point, drawing in starter.drawings(archives, concepts):
         captions = (*concepts[point].captions, *abroad.get(point, ()))
         yield Drawing(artist, point, captions, starter.encode(drawing))
@@ -316,20 +316,20 @@ def draw_emoji(
 
 
 def split_drawings(drawings: Iterable[tuple[str, str]], held_out: set[str]) -> dict[tuple[str, str], str]:
-    """(artist, concept) → split; those of a held-out artist whose concept train doesn't show have none.
+    """(artist, concept) → split. Drawings of a held-out artist have none if their concept is not in train.
 
-    Depends on names alone, and a concept's place on no other concept.
+    The split of a concept depends only on its name, not on the other concepts.
     """
     pairs = sorted(drawings)
     split_of: dict[tuple[str, str], str] = {}
     later: list[tuple[str, str]] = []
     for artist, concept in pairs:
-        place = _percentile(concept)
-        if concept in held_out or place < TEST_CONCEPTS_PERCENT:
+        percentile = _percentile(concept)
+        if concept in held_out or percentile < TEST_CONCEPTS_PERCENT:
             split_of[artist, concept] = "test-concepts"
         elif artist in (*VAL_ARTISTS, *TEST_ARTISTS):
             later.append((artist, concept))
-        elif place < TEST_CONCEPTS_PERCENT + VAL_CONCEPTS_PERCENT:
+        elif percentile < TEST_CONCEPTS_PERCENT + VAL_CONCEPTS_PERCENT:
             split_of[artist, concept] = "val-concepts"
         else:
             split_of[artist, concept] = "train"
@@ -383,18 +383,18 @@ def build(out: Path, packages: Path) -> dict[str, int]:
 
 
 def notice() -> str:
-    """Where all of it comes from."""
+    """The sources and licences of all images and texts."""
     lines = ["Icons, rendered on white at 64 x 64 pixels as WebP; a selection without brands.", ""]
     lines += [
         f"{artist}: {one.package.name} {one.package.version}. {one.author}. {one.licence}."
         for artist, one in SOURCES.items()
     ]
-    return "\n".join([*lines, "", "Emoji, names and keywords: as the NOTICE of the starter set tells.", ""])
+    return "\n".join([*lines, "", "Emoji, names and keywords: see the NOTICE of the starter set.", ""])
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Build the larger world of the benchmarks.")
+    parser = argparse.ArgumentParser(description="Build the larger data set of the benchmarks.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
     parser.add_argument("--packages", type=Path, help="folder to keep the fetched packages in, and to reuse")
     arguments = parser.parse_args()

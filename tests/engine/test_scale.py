@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from mmrl.engine.loss_scale import LossScale
 from mmrl.errors import InputError, RunStopped
 from mmrl.losses import reference
 from mmrl.losses.inputs import NestedLoss
-from mmrl.model import towers, two_tower
+from mmrl.model import bundle, towers, two_tower
+from mmrl.model.rotation import NestedRotation
 from mmrl.model.two_tower import MatryoshkaCLIP, ProjectedTower
+from mmrl.nesting import rotate_weight
 from mmrl.train.preflight import prepare
 from mmrl.train.trainer import train
 
@@ -49,11 +52,20 @@ def plain_run(
 ) -> tuple[list[float], dict[str, torch.Tensor], torch.amp.GradScaler]:
     """The same training in plain PyTorch: one process, no DeepSpeed, the reference loss; fp16 if a scaler is given."""
     in_half, scaler = scaler is not None, scaler or torch.amp.GradScaler("cpu", enabled=False)
-    config = load_config(path)
+    config, dims = load_config(path), [4, 8, 16]
     torch.manual_seed(config.seed)
     built = towers.build(config.model)
     model = two_tower.from_towers(built, config.model.logit_scale, 1)
     optimizer = optim.build(model, built.model_cfg, config.optim)
+    rotation, log_scale_k = NestedRotation(16, dims), torch.nn.Parameter(model.log_logit_scale.detach().repeat(2))
+    of_prefixes = torch.optim.Adam(
+        [
+            {"params": rotation.parameters(), "lr": 0.0, "peak_lr": config.optim.lr_rotation},
+            {"params": [log_scale_k], "lr": 0.0, "peak_lr": config.optim.lr},
+        ],
+        betas=(config.optim.betas[0], config.optim.betas[1]),
+        eps=config.optim.eps,
+    )
     stream = Stream(
         open_training_set(config.data),
         config.train.batch_size,
@@ -64,22 +76,45 @@ def plain_run(
     )
     batches, values = stream.forever(), []
     for step in range(STEPS):
-        optim.set_lr(optimizer, optim.lr_factor(config.optim, step, STEPS, 2, 0))
+        for each in (optimizer, of_prefixes):
+            each.zero_grad()
+            optim.set_lr(each, optim.lr_factor(config.optim, step, STEPS, 2, 0))
         batch = next(batches)
         with torch.autocast("cpu", torch.float16, enabled=in_half):
             image_BD, text_BD, scale, _ = model(batch.image, batch.text)
         assert image_BD is not None
         assert text_BD is not None
-        total, _ = reference.nested_info_nce(image_BD.float(), text_BD.float(), scale, [4, 8, 16], groups=batch.group)
-        optimizer.zero_grad()
-        scaler.scale(total).backward()
+        pair, scale_K = (image_BD.float(), text_BD.float()), torch.cat([log_scale_k.exp(), scale])
+        arguments = (scale_K, dims, rotation.weight, None, batch.group)
+        full, _, by_dim = reference.rotated_nested_info_nce(pair[0], pair[1], *arguments)
+        a = config.nesting.prefix_gradient.at(step + 1, STEPS)
+        # The value of x, and a of its gradient.
+        weakened = [a * x + (1 - a) * x.detach() for x in pair]
+        _, prefixes, _ = reference.rotated_nested_info_nce(weakened[0], weakened[1], *arguments)
+        scaler.scale(full + prefixes).backward()
         scaler.unscale_(optimizer)
+        skips = not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or 1e9)
+        for parameter in (*rotation.parameters(), log_scale_k):
+            assert parameter.grad is not None
+            parameter.grad /= scaler.get_scale()
         scaler.step(optimizer)
+        if not skips:
+            of_prefixes.step()
         scaler.update()
-        values.append(total.item())
+        values.append(sum(loss.item() for loss in by_dim.values()) / 3)
+    return values, folded_weights(model, built.model_cfg, rotation.matrix(), log_scale_k), scaler
+
+
+def folded_weights(
+    model: MatryoshkaCLIP, model_cfg: dict[str, Any], rotation_DD: torch.Tensor, log_scale_k: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The weights with the rotation in both projections, without attention's bias."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if "in_proj_bias" not in name}
-    return values, weights, scaler
+    for name, axis in bundle.embedding_axes(model_cfg).items():
+        weights[name] = rotate_weight(weights[name], axis, rotation_DD)
+    weights["log_logit_scale"] = torch.cat([log_scale_k.detach(), weights["log_logit_scale"]])
+    return weights
 
 
 def assert_equal_training(run: Path, plain: tuple[list[float], dict[str, torch.Tensor]]) -> None:
@@ -241,12 +276,13 @@ def test_gradients_are_reduced_once_per_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["loss.name=sigmoid"],
+        ["loss.name=sigmoid", "nesting.rotation=false"],
         ["model.lock_image=true"],
-        ["model.lock_text=true", "model.logit_scale.per_dim=true", "engine.zero_stage=3"],
+        ["model.lock_text=true", "engine.zero_stage=3"],
+        ["model.lock_text=true", "nesting.rotation=false", "model.logit_scale.per_dim=true", "engine.zero_stage=3"],
         ["model.grad_checkpointing=true", "loss.label_smoothing=0.1"],
-        ["nesting.dims_per_step=2", "data.workers=1", "engine.zero_stage=1"],
-        ["nesting.start=0.4", "loss.distillation=0.5"],
+        ["nesting.prefix_gradient=1", "data.workers=1", "engine.zero_stage=1"],
+        ["nesting.rotate_at_start=true", "loss.distillation=0.5"],
         ["engine.zero_stage=2", "engine.reduce_each_micro_batch=true"],
         ["engine.zero_stage=2", "engine.offload=true"],
     ],

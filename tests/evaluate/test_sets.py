@@ -13,6 +13,7 @@ import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from conftest import drawing, encoded, write_tar
+from helpers.labelled import CLASSES, TEMPLATES, labelled_members, write_labelled
 from helpers.worlds import run_in_world
 from rich.console import Console
 
@@ -33,8 +34,6 @@ from mmrl.model.bundle import Bundle
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
 from mmrl.train.trainer import train
-
-CLASSES = ["red", "green", "blue", "grey"]
 
 
 @pytest.fixture(scope="module")
@@ -149,28 +148,16 @@ def test_a_folder_of_images_is_an_evaluation_set(model_folder: Path, shards: Pat
     assert result["dims"] == packed["dims"]
 
 
-def labelled_members(number: int, label: str) -> list[tuple[str, bytes]]:
-    return [(f"s{number:04}.png", encoded(drawing(number)[0])), (f"s{number:04}.cls", label.encode())]
-
-
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
-    """A classification set of CLIP_benchmark's form."""
-    folder = tmp_path / "wds_colours"
-    for shard in range(2):
-        members = [m for n in range(20) for m in labelled_members(20 * shard + n, str(n % 4))]
-        write_tar(folder / "test" / f"{shard}.tar", members)
-    (folder / "test" / "nshards.txt").write_text("2")
-    (folder / "classnames.txt").write_text("\n".join(CLASSES))
-    (folder / "zeroshot_classification_templates.txt").write_text("a {c} thing\n{c}, seen from afar\n")
-    return folder
+    return write_labelled(tmp_path / "wds_colours")
 
 
 def test_classification_equals_clip_benchmarks(model_folder: Path, encoder: Bundle, labelled: Path) -> None:
     result = evaluate(model_folder, labelled, dims=[16, 5])
     images = torch.stack([encoder.image_spec.pixels(drawing(n)[0]) for n in range(40)])
     label_N = torch.arange(40) % 4
-    templates = (labelled / "zeroshot_classification_templates.txt").read_text().splitlines()
+    templates = (labelled / TEMPLATES).read_text().splitlines()
     with torch.no_grad():
         image_ND = encoder.model.encode_image(images)
     for dim in (16, 5):

@@ -13,7 +13,7 @@ from helpers.encoders import IMAGES, TEXTS, prefix, save_random_encoder
 import mmrl
 from mmrl.errors import InputError
 from mmrl.export.bundles import export_bundle
-from mmrl.model import bundle
+from mmrl.model import bundle, layouts
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,26 @@ def test_projections_are_truncated(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         mmrl.load(tmp_path / "smaller").encode_texts(TEXTS), mmrl.load(source, dim=4).encode_texts(TEXTS), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(("dim", "of_dim"), [(16, 16), (15, 8), (8, 8), (7, 4), (4, 4), (3, 4)])
+@pytest.mark.parametrize("layout", ["bundle", "open_clip", "transformers", "sentence_transformers"])
+def test_the_logit_scale_is_that_of_the_largest_trained_dim_up_to_the_exported_one(
+    source: Path, layout: str, dim: int, of_dim: int
+) -> None:
+    full = bundle.load(source)
+    scale = dict(zip(full.nested_dims, full.model.log_logit_scale.tolist(), strict=True))
+    state = layouts.LAYOUTS[layout].export_state(bundle.truncated_state(full, dim))
+    stored = state["log_logit_scale"][-1] if layout == "bundle" else state["logit_scale"]
+    assert stored.item() == scale[of_dim]
+
+
+def test_an_export_of_an_export_has_the_same_logit_scale(source: Path, tmp_path: Path) -> None:
+    export_bundle(str(source), tmp_path / "12", 12)
+    export_bundle(str(tmp_path / "12"), tmp_path / "5", 5)
+    scale = bundle.load(source).model.log_logit_scale.tolist()
+    assert bundle.load(tmp_path / "12").model.log_logit_scale.tolist() == scale[:2]
+    assert bundle.load(tmp_path / "5").model.log_logit_scale.tolist() == scale[:1]
 
 
 @pytest.mark.parametrize("image", ["none", "mlp"])
@@ -115,8 +135,6 @@ def test_missing_and_damaged_encoders_are_reported(source: Path, tmp_path: Path)
         mmrl.load("nowhere")
     with pytest.raises(InputError, match="is neither a run folder, a checkpoint nor an exported encoder"):
         mmrl.load(tmp_path)
-    with pytest.raises(InputError, match="dim: 17 is out of range; this embedding has dims 1 to 16"):
-        mmrl.load(source, dim=17)
     export_bundle(str(source), tmp_path / "out", 8)
     weights = tmp_path / "out" / "model.safetensors"
     data = bytearray(weights.read_bytes())

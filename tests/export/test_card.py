@@ -23,12 +23,13 @@ def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(source: Path, tmp_path: Path) -> Path:
-    """A run with the checkpoints step-5, which is `best`, and step-9, which is `last`."""
+    """A run with the checkpoints step-5, which is `best`, and step-9, which is `last` and nested at 4 as well."""
     folder = tmp_path / "run"
-    for step, link in ((5, "best"), (9, "last")):
+    for step, link, dims in ((5, "best", [8, 16]), (9, "last", [4, 8, 16])):
         checkpoint = shutil.copytree(source, folder / "checkpoints" / f"step-{step}")
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"source": {"step": step, "run": "run"}}))
+        changed = {"source": {"step": step, "run": "run"}, "nested_dims": dims}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest | changed))
         (folder / "checkpoints" / link).symlink_to(f"step-{step}")
     (folder / "config.yaml").write_text("run: x\nmodel: {name: tiny}\ndata: {train: 'shards/train'}\n")
     return folder
@@ -67,10 +68,13 @@ def test_scores_are_those_of_the_exported_step(run: Path, tmp_path: Path) -> Non
     assert "Exported from `run`, step 9." in last
     assert "Scores of step 9" in last
     assert "| 8 | 25.0 |" in last
+    assert "Trained dims: 8, 4.\n" in last
+    assert "Step 9 of a run with mmrl on `shards/train`. The run's config:" in last
     best = export_card(run, tmp_path / "best")  # the run's best checkpoint is step 5
     assert "| 25.0 |" not in best
     assert "no stored scores of the exported step (5)" in best
     assert "`mmrl eval best SHARDS`" in best
+    assert "Trained dims: 8.\n" in best
 
 
 def test_a_checkpoint_carries_the_scores_of_its_own_step(run: Path, tmp_path: Path) -> None:
@@ -89,12 +93,63 @@ def test_scores_of_an_unknown_step_are_not_shown(run: Path, tmp_path: Path, scor
     assert "no stored scores of the exported step (5)" in card
 
 
-def test_a_rotated_encoder_does_not_show_the_scores_of_its_original(run: Path, shards: Path, tmp_path: Path) -> None:
-    write_scores(run, step=5)
-    rotate_model(str(run), str(shards), tmp_path / "rotated", steps=0, quiet=True)
-    card = export_card(tmp_path / "rotated", tmp_path / "out")
+def test_a_card_names_a_dim_that_was_not_trained_and_not_measured(run: Path, tmp_path: Path) -> None:
+    write_scores(run, step=9)
+    card = export_card(run / "checkpoints" / "last", tmp_path / "out", 12)
+    assert "Trained dims: 8, 4. This encoder's own dim, 12, is not one of them.\n" in card
+    assert "| 8 | 25.0 |" in card
+    assert "The run was not evaluated at 12 dims. To measure them: `mmrl eval out SHARDS`." in card
+    assert "Trained dims: none up to 3.\n" in export_card(run / "checkpoints" / "last", tmp_path / "tiny", 3)
+    assert "was not evaluated at" not in export_card(run / "checkpoints" / "last", tmp_path / "trained", 8)
+
+
+def test_an_export_of_an_export_follows_the_first_one(run: Path, tmp_path: Path) -> None:
+    write_scores(run, step=9)
+    export_card(run / "checkpoints" / "last", tmp_path / "first", 8)
+    card = export_card(tmp_path / "first", tmp_path / "second", 5)
+    assert "Exported from `run`, step 9. The embeddings equal its 16-d embeddings, truncated to 5 dims" in card
+    assert "Trained dims: 4. This encoder's own dim, 5, is not one of them.\n" in card
     assert "| 25.0 |" not in card
-    assert "Not recorded" in card
+    assert "Not recorded: this encoder was not exported from a checkpoint in a run folder." in card
+    assert read_manifest(tmp_path / "second")["source"]["step"] == 9
+
+
+def test_a_rotation_at_the_end_is_not_claimed_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
+    with (run / "config.yaml").open("a") as config:
+        config.write("nesting: {dims: [16, 8, 4], rotate_at_end: true}\n")
+    card = export_card(run, tmp_path / "out")
+    assert "Step 5 of a run with mmrl on `shards/train`. `rotate_at_end` rotated the run's last step only." in card
+    assert "Trained dims: 8.\n" in card  # every step trains every dim
+    assert "`mmrl rotate`" not in card
+
+
+def test_a_rotated_encoder_claims_neither_training_nor_scores_of_its_original(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    write_scores(run, step=5)
+    rotate_model(str(run), str(shards), tmp_path / "rotated", dims=[4, 16], steps=0, quiet=True)
+    export_card(tmp_path / "rotated", tmp_path / "first", 8)
+    for card in (
+        export_card(tmp_path / "rotated", tmp_path / "out", 6),
+        export_card(tmp_path / "first", tmp_path / "b", 6),
+    ):
+        assert (
+            "Exported from `run`, step 5, rotated by `mmrl rotate`. The embeddings equal the rotated encoder's " in card
+        )
+        assert "16-d embeddings, truncated to 6 dims" in card
+        assert "Nested dims: 4, those of `mmrl rotate`, which rotated the embedding of a trained model without" in card
+        assert "This encoder's own dim, 6, is not one of them." in card
+        assert "rained dims" not in card
+        assert "| 25.0 |" not in card
+        assert "Not recorded" in card
+    assert read_manifest(tmp_path / "b")["rotation"] == read_manifest(tmp_path / "rotated")["rotation"]
+
+
+def test_an_open_clip_model_that_was_rotated_is_called_so(tiny_model: Path, shards: Path, tmp_path: Path) -> None:
+    rotate_model(f"open_clip:{tiny_model}", str(shards), tmp_path / "rotated", steps=0, quiet=True)
+    card = export_card(tmp_path / "rotated", tmp_path / "out")
+    assert f"Exported from `{tiny_model.name}`, rotated by `mmrl rotate`. The embeddings equal the rotated" in card
+    assert "Nested dims: 8, those of `mmrl rotate`" in card
 
 
 def test_a_card_can_be_edited(source: Path, tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ def assert_mmrl_loads(folder: Path, expected: dict[str, np.ndarray], atol: float
     assert_prefix(again.encode_texts(TEXTS), expected["texts"], 8, atol)
 
 
+def scale_of_8(source: Path) -> float:
+    """The log logit scale of dim 8, of those of 4, 8 and 16."""
+    return bundle.load(source).model.log_logit_scale[1].item()
+
+
 @torch.inference_mode()
 def test_unmodified_open_clip_opens_the_folder(source: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
     bundles.export(str(source), tmp_path / "out", [8], "open_clip")
@@ -68,6 +73,7 @@ def test_unmodified_open_clip_opens_the_folder(source: Path, expected: dict[str,
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
     assert model.eval().visual.proj.shape == (32, 8)
+    assert model.logit_scale.item() == scale_of_8(source)
     transform: Any = preprocess
     # The first image has the tower's size; the others are resized by Pillow, with differences of up to two levels.
     assert_prefix(
@@ -95,6 +101,8 @@ def test_clip_model_and_its_processor_open_the_folder(
     model: Any = CLIPModel.from_pretrained(tmp_path / "out").eval()
     processor: Any = CLIPProcessor.from_pretrained(tmp_path / "out")
     assert model.visual_projection.weight.shape == (8, 32)
+    assert model.logit_scale.item() == scale_of_8(source)
+    assert model.config.logit_scale_init_value == scale_of_8(source)
     texts = processor(text=TEXTS, return_tensors="pt", padding=True, truncation=True)
     assert_prefix(model.get_text_features(**texts).pooler_output, expected["texts"], 8)
     images = processor(images=IMAGES, return_tensors="pt")
@@ -218,8 +226,9 @@ def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
     shutil.copytree(graphs, tmp_path / "online")
     with pytest.raises(InputError, match=r"variant: .* has no 'int4'; it has fp32, fp16, int8"):
         mmrl.load(tmp_path / "online", variant="int4")
-    with pytest.raises(InputError, match="dim: 9 is out of range"):
-        mmrl.load(tmp_path / "online", dim=9)
+    for dim in (0, 9):
+        with pytest.raises(InputError, match=f"^dim: {dim} is out of range; this embedding has dims 1 to 8.$"):
+            mmrl.load(tmp_path / "online", dim=dim)
     with pytest.raises(InputError, match="dtype: ONNX graphs compute"):
         mmrl.load(tmp_path / "online", dtype=torch.bfloat16)
     with pytest.raises(InputError, match="this tower was not loaded"):

@@ -1,5 +1,7 @@
 """rotated_nested_info_nce against two backward passes through losses/reference.py: who descends what."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,10 +72,15 @@ def test_each_part_descends_what_it_should(
     total, true_grads, by_dim = expected(
         pair, scale_K, rotation_DD, a, groups=GROUPS, distillation=distillation, label_smoothing=0.1
     )
+    rotated = [(x.detach().double() @ rotation_DD.detach().double().T) for x in pair]
+    kl_by_dim = reference.distillation_by_dim(rotated[0], rotated[1], scale_K.detach().double(), DIMS, GROUPS)
     torch.testing.assert_close(loss.total.double(), total, **CLOSE[dtype])
     assert list(loss.by_dim) == sorted(DIMS)
     for dim, value in loss.by_dim.items():
         torch.testing.assert_close(value.double(), by_dim[dim], **CLOSE[dtype])
+    assert list(loss.distillation_by_dim) == ([4, 8] if distillation else [])
+    for dim, value in loss.distillation_by_dim.items():
+        torch.testing.assert_close(value.double(), kl_by_dim[dim], **CLOSE[dtype])
     for grad, true_grad in zip(grads, true_grads, strict=True):
         torch.testing.assert_close(grad.double(), true_grad, **CLOSE[dtype])
 
@@ -130,3 +137,16 @@ def test_a_rotation_alone_learns_to_put_shared_directions_first() -> None:
     assert losses[-1][4] < 0.5 * losses[0][4]
     assert losses[-1][4] < losses[-1][16]
     assert losses[-1][16] == pytest.approx(losses[0][16].item(), rel=1e-6), "the full dim does not see the rotation"
+
+
+def test_the_loops_in_the_readme_run_and_fold() -> None:
+    readme = Path(reference.__file__).with_name("README.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, names)  # noqa: S102 (our own README)
+    image_BD, text_BD = (projection(x) for projection, x in zip(names["projections"], names["features"], strict=True))
+    matrix_DD = names["rotation"].matrix()
+    assert (matrix_DD - torch.eye(512)).abs().max() > 1e-3
+    # Folded: the prefixes are those of the rotated embedding, so the loss of the next step continues.
+    following = reference.nested_info_nce(image_BD, text_BD, names["log_scales"].exp(), names["dims"])[1]
+    assert following[64] < names["loss"].by_dim[64]

@@ -251,7 +251,7 @@ def test_invalid_options_are_reported(embeddings: Path, compressed: Path, tmp_pa
     refused("code: 'hnsw' is unknown; allowed: auto, exact, fp32, sq8, binary, pq", code="hnsw")
     refused("dim: code pq needs a multiple of 2, and 7 is not one", code="pq", dim=7)
     refused("dim: code binary needs a multiple of 8, and 12 is not one", code="binary", dim=12)
-    refused("dim: 65 is out of range", code="int8", dim=65)
+    refused("dim: an exact index has no codes", code="exact", dim=32)
     refused("candidates: an exact index has none", code="exact", candidates=50)
     refused("candidates: 9 is out of range; allowed: 10 to 3,000, the number of images", code="int8", candidates=9)
     few = generated_embeddings(tmp_path / "few", clustered(10, DIM, 1), clustered(2, DIM, 2))

@@ -201,3 +201,19 @@ CONTRAST = """(selector) => {
     const [a, b] = [luminance(ink), luminance(rgba(getComputedStyle(behind).backgroundColor))].sort((x, y) => y - x);
     return (a + 0.05) / (b + 0.05);
 }"""
+
+
+def test_a_dim_that_was_not_trained_is_marked(page: Any) -> None:
+    def without_8(route: Any) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, json={**response.json(), "nested_dims": [4, 16]})
+
+    page.route("**/api/index", without_8)
+    page.reload()
+    page.wait_for_selector(".card")
+    page.keyboard.type("a red square")
+    shown_dims = []
+    for position in range(3):
+        move_slider(page, position)
+        shown_dims.append(page.locator("#dim-shown").inner_text())
+    assert shown_dims == ["4 of 16", "8 of 16 (not trained)", "16 of 16"]

@@ -127,8 +127,6 @@ def test_every_operation_of_the_api_is_described(client: TestClient) -> None:
     [
         ("text", {"json": {"text": "x" * 100_000}}, 422, "text: String should have at most 10000 characters"),
         ("text", {"json": {"text": "   "}}, 422, "query: give a text"),
-        ("text", {"json": {"text": "x", "dim": 17}}, 422, "dim: 17 is out of range"),
-        ("text", {"json": {"text": "x", "dim": 0}}, 422, "dim: Input should be greater than or equal to 1"),
         ("text", {"json": {"text": "x", "k": 1000}}, 422, "k: Input should be less than or equal to 100"),
         ("text", {"json": {"text": "x", "group": "nobody"}}, 422, "group: no image has the group 'nobody'"),
         ("text", {"json": {}}, 422, "text: Field required"),

@@ -18,8 +18,10 @@ from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.hardware import peak_flops
 from mmrl.losses.nested_infonce import nested_info_nce
+from mmrl.losses.rotated import rotated_nested_info_nce
 from mmrl.model import footprint, towers, two_tower
 from mmrl.model.footprint import Footprint
+from mmrl.model.rotation import NestedRotation
 from mmrl.train import plan
 
 WriteConfig = Callable[..., Path]
@@ -121,15 +123,21 @@ def test_a_peak_is_known_or_not(name: str, tflops: float | None, monkeypatch: py
     assert peak_flops(torch.device("cpu"), "bf16") is None
 
 
-@pytest.mark.parametrize(("batch", "width"), [(512, 256), (2048, 128)])
-def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int) -> None:
-    config = load_config(write_config(train={"batch_size": batch, "duration": 1}, nesting={"dims": [16, 64, width]}))
+@pytest.mark.parametrize(("batch", "width", "rotates"), [(512, 256, False), (2048, 128, False), (2048, 128, True)])
+def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int, rotates: bool) -> None:
+    nesting = {"dims": [16, 64, width], "rotation": rotates}
+    config = load_config(write_config(train={"batch_size": batch, "duration": 1}, nesting=nesting))
     model = Footprint(0, 0, width, 0, 0, 0, 0)
     image_BD, text_BD = torch.randn(2, batch, width).unbind()
     rows = (image_BD.requires_grad_(), text_BD.requires_grad_())
 
+    rotation = NestedRotation(width)
+
     def step() -> None:
-        nested_info_nce(*rows, 20.0, [16, 64, width]).total.backward()
+        if rotates:
+            rotated_nested_info_nce(*rows, 20.0, [16, 64, width], rotation, 0.3).total.backward()
+        else:
+            nested_info_nce(*rows, 20.0, [16, 64, width]).total.backward()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmrl.losses.sweep._cache_bytes", lambda: 1 << 19)  # small tiles: the rest is what is planned
@@ -206,12 +214,13 @@ def test_what_fits(write_config: WriteConfig) -> None:
     assert any("Nothing fits" in line for line in plan.plan_lines(nothing))
 
 
-def test_the_network_carries_what_the_formulas_say() -> None:
+@pytest.mark.parametrize("rotates", [False, True])
+def test_the_network_carries_what_the_formulas_say(rotates: bool) -> None:
     config = parse_config(
         {
             "run": "x",
             "model": {"name": "m"},
-            "nesting": {"dims": [128, 256, 512]},
+            "nesting": {"dims": [128, 256, 512], "rotation": rotates},
             "data": {"train": "x"},
             "optim": {"lr": 1e-3},
             "train": {"batch_size": 1024, "duration": 1},
@@ -219,6 +228,8 @@ def test_the_network_carries_what_the_formulas_say() -> None:
         "test",
     )
     loss = 1024 * (4 * 512 + 16) + 2 * 4 * 3 * 1024 + 4 * 1024 * 512
+    if rotates:
+        loss = 2 * loss + 2 * 4 * 512**2
     gradients = 4 * MODEL.trained
     for stage, accumulation, moved, moved_each in (
         (0, 4, 2, 2), (1, 4, 3, 3), (2, 1, 3, 3), (2, 4, 3, 9), (3, 1, 3, 3), (3, 4, 13, 16),

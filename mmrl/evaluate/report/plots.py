@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
+from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL, is_classification
 
 # {name: (light theme, dark theme)}
 COLOURS = {
@@ -169,40 +169,89 @@ def bytes_against_recall(
 
 
 def save_recall_png(path: Path, scores_of_set: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes a PNG with one panel per set: recall by dim on a logarithmic axis, both directions, chance dotted."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Writes a PNG with one panel per set: recall by dim on a logarithmic axis, both directions, chance dotted; of a
+    classification set, zero-shot accuracy."""
+    with _panels(path, list(scores_of_set)) as panels:
+        for axes, result in zip(panels, scores_of_set.values(), strict=True):
+            _recall_panel(axes, result)
 
-    figure = Figure(figsize=(5.2 * len(scores_of_set), 4), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    for panel, (name, result) in enumerate(scores_of_set.items(), 1):
-        axes = figure.add_subplot(1, len(scores_of_set), panel)
-        dims = [int(dim) for dim in result["dims"]]
-        for k, colour in zip(result["chance"]["text_to_image"], cycle(_RECALL_COLOURS), strict=False):
-            for direction, dash in zip(CROSS_MODAL, ("-", "--"), strict=True):
-                values = [100 * result["dims"][str(dim)][direction][k] for dim in dims]
-                axes.plot(dims, values, dash, color=colour, marker="o", markersize=4)
-            axes.axhline(100 * result["chance"]["text_to_image"][k], color=colour, linestyle=":", linewidth=1)
+
+def _recall_panel(axes: Any, result: Mapping[str, Any]) -> None:
+    dims = [int(dim) for dim in result["dims"]]
+    labelled = is_classification(result)
+    dash_of = {CLASSIFICATION: "-"} if labelled else dict(zip(CROSS_MODAL, ("-", "--"), strict=True))
+    for direction, dash in dash_of.items():
+        by_chance = result["chance"][direction]
+        metrics = ("top1", "top5") if labelled else tuple(by_chance)  # mean_per_class would cover top1
+        for metric, colour in zip(metrics, cycle(_RECALL_COLOURS), strict=False):
+            values = [100 * result["dims"][str(dim)][direction][metric] for dim in dims]
+            axes.plot(dims, values, dash, color=colour, marker="o", markersize=4)
+            if direction != list(dash_of)[-1]:
+                continue
+            axes.axhline(100 * by_chance[metric], color=colour, linestyle=":", linewidth=1)
             axes.annotate(
-                k,
-                (dims[0], 100 * result["dims"][str(dims[0])]["text_to_image"][k]),
+                metric,
+                (dims[0], values[0]),
                 color=colour,
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
             )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(dims, [str(dim) for dim in dims])
-        axes.minorticks_off()
-        axes.set_xlim(min(dims) * 0.85, max(dims) * 1.6)
-        axes.set_ylim(0, None)
-        axes.set_xlabel("dim: length of the prefix")
-        axes.set_ylabel("recall, %")
-        axes.set_title(f"{name} ({result['num_images']:,} images)", fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(dims, [str(dim) for dim in dims])
+    axes.minorticks_off()
+    axes.set_xlim(min(dims) * 0.85, max(dims) * 1.6)
+    axes.set_xlabel("dim: length of the prefix")
+    axes.set_ylabel("zero-shot accuracy, %" if labelled else "recall, %")
+    axes.set_title(f"{axes.get_title()} ({result['num_images']:,} images)", fontsize=10)
+    for direction, dash in dash_of.items():
+        axes.plot([], [], f"k{dash}", label=ARROWS.get(direction, "accuracy"))
+    axes.plot([], [], "k:", label="chance")
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
+
+
+def save_steps_png(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a PNG with one panel per set: a curve per dim of R@10 (the mean of both directions), or of the zero-shot
+    accuracy of a classification set, over the steps.
+
+    Args:
+        evaluations: the objects of evaluations.jsonl.
+    """
+    import matplotlib as mpl
+
+    last = evaluations[-1]["sets"]
+    with _panels(path, list(last)) as panels:
+        for axes, (name, result) in zip(panels, last.items(), strict=True):
+            history = [(one["step"], one["sets"][name]["dims"]) for one in evaluations if name in one["sets"]]
+            labelled = is_classification(result)
+            ways, metric = ((CLASSIFICATION,), "top1") if labelled else (CROSS_MODAL, "R@10")
+            dims = list(result["dims"])
+            for index, dim in enumerate(dims):
+                curve = [(step, by_dim[dim]) for step, by_dim in history if dim in by_dim]
+                values = [100 * sum(scores[way][metric] for way in ways) / len(ways) for _, scores in curve]
+                colour = mpl.colormaps["viridis"](0.9 * index / max(1, len(dims) - 1))
+                steps = [step for step, _ in curve]
+                axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=3, label=f"{dim}-d")
+            axes.set_xlabel("step")
+            axes.set_ylabel("zero-shot accuracy, %" if labelled else "R@10, mean of both directions, %")
+            axes.legend(fontsize=8, loc="lower right")
+
+
+@contextmanager
+def _panels(path: Path, titles: Sequence[str]) -> Iterator[list[Any]]:
+    """A row of axes with these titles, written to a PNG at the end. Their y axis starts at 0."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(titles), 4), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    panels = [figure.add_subplot(1, len(titles), number) for number in range(1, len(titles) + 1)]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
-        for style, label in (("k-", ARROWS["image_to_text"]), ("k--", ARROWS["text_to_image"]), ("k:", "chance")):
-            axes.plot([], [], style, label=label)
-        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
+    yield panels
+    for axes in panels:
+        axes.set_ylim(0, None)
     figure.savefig(path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmrl.evaluate.analysis.advice import budget_of, format_bytes, format_count, summarise, summarise_other_direction
 from mmrl.evaluate.analysis.baselines import NAMES, label
-from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
+from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL
 from mmrl.evaluate.report import plots
 from mmrl.evaluate.report.compression_section import compression_section
 from mmrl.evaluate.report.examples import SHOWN, Example
@@ -321,9 +321,9 @@ def degraded(report: SetReport) -> str:
 
 def classification_section(name: str, result: Mapping[str, Any]) -> str:
     """The section of a zero-shot classification set: its accuracy at every dim."""
-    chance = result["chance"]["classification"]
+    chance = result["chance"][CLASSIFICATION]
     rows = [
-        [dim, *(f"{100 * scores_of_dim['classification'][metric]:.1f}" for metric in chance)]
+        [dim, *(f"{100 * scores_of_dim[CLASSIFICATION][metric]:.1f}" for metric in chance)]
         for dim, scores_of_dim in result["dims"].items()
     ]
     rows.append(["chance", *(f"{100 * value:.1f}" for value in chance.values())])

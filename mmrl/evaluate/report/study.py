@@ -15,6 +15,7 @@ from mmrl.evaluate import sets
 from mmrl.evaluate.analysis.advice import Budget, parse_budget, parse_count, summarise, summarise_other_direction
 from mmrl.evaluate.analysis.baselines import NAMES
 from mmrl.evaluate.analysis.run import STEPS, Analysis, analyse
+from mmrl.evaluate.directions import is_classification
 from mmrl.evaluate.report.sections import SetReport
 from mmrl.evaluate.report.stored_ranks import write_ranks
 from mmrl.evaluate.report.write import build_set_report, write_items, write_page
@@ -101,7 +102,7 @@ class Study:
         for name, (embedded, analysis) in self.analysed.items():
             write_items(folder / f"{name}.items.jsonl", embedded, analysis, self.budget.k)
         write_ranks(folder, self.analysed)
-        labelled = {name: one for name, one in results.items() if "classification" in one["chance"]}
+        labelled = {name: one for name, one in results.items() if is_classification(one)}
         return write_page(folder, f"{self.model} at every dim", self.reports, labelled, self._about())
 
     def _about(self) -> dict[str, str]:

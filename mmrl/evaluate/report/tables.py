@@ -5,14 +5,15 @@ from typing import Any
 
 from rich.table import Table
 
-from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
+from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL, is_classification
 
 
 def result_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
     """The terminal tables of one set's entry in retrieval.json."""
-    if "classification" in result["chance"]:
-        return [_classification_table(name, result)]
-    counts = f"{result['num_images']:,} images, {result['num_texts']:,} texts"
+    counts = _counts(result)
+    if is_classification(result):
+        header, *body, by_chance = _accuracy_rows(result)
+        return [_table(f"{name}: {counts}; accuracy in %", header, body, by_chance)]
     if "folds" in result:
         counts += f", mean of {result['folds']} folds"
     directions = list(result["chance"])
@@ -23,10 +24,20 @@ def result_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
 
 
 def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
-    """A Markdown section with the recall table of both cross-modal directions, for report.md and model cards."""
-    header, *body = _recall_rows(result, CROSS_MODAL)
-    counts = f"{result['num_images']:,} images, {result['num_texts']:,} texts; recall in %."
+    """A Markdown section with one set's table, for report.md and model cards: recall of both cross-modal directions, or
+    zero-shot accuracy."""
+    labelled = is_classification(result)
+    header, *body = _accuracy_rows(result) if labelled else _recall_rows(result, CROSS_MODAL)
+    counts = f"{_counts(result)}; {'zero-shot accuracy' if labelled else 'recall'} in %."
     return f"### {name}\n\n{counts}\n\n{markdown_table([header, ['---:'] * len(header), *body])}\n"
+
+
+def one_line(result: Mapping[str, Any]) -> str:
+    """One set's R@10 of text→image, or zero-shot accuracy, at every dim, in %, and the number of bad samples."""
+    direction, metric = (CLASSIFICATION, "top1") if is_classification(result) else ("text_to_image", "R@10")
+    label = "zero-shot accuracy" if is_classification(result) else f"{ARROWS[direction]} {metric}"
+    values = "  ".join(f"{dim}d {100 * scores[direction][metric]:.1f}" for dim, scores in result["dims"].items())
+    return f"{label}: {values}" + (f"  ({result['num_bad']:,} bad samples left out)" if result["num_bad"] else "")
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -53,15 +64,19 @@ def _recall_table(title: str, result: Mapping[str, Any], directions: Sequence[st
     return _table(title, header, body, by_chance)
 
 
-def _classification_table(name: str, result: Mapping[str, Any]) -> Table:
-    metrics = list(result["chance"]["classification"])
+def _accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Header, one row per dim from the widest, and chance; accuracy in %."""
+    metrics = list(result["chance"][CLASSIFICATION])
     rows = [
-        [dim, *(f"{100 * scores['classification'][metric]:.1f}" for metric in metrics)]
-        for dim, scores in result["dims"].items()
+        [label, *(f"{100 * scores[CLASSIFICATION][metric]:.1f}" for metric in metrics)]
+        for label, scores in (*result["dims"].items(), ("chance", result["chance"]))
     ]
-    by_chance = ["chance", *(f"{100 * result['chance']['classification'][metric]:.1f}" for metric in metrics)]
-    title = f"{name}: {result['num_images']:,} images, {result['num_classes']:,} classes; accuracy in %"
-    return _table(title, ["dim", *(metric.replace("_", " ") for metric in metrics)], rows, by_chance)
+    return [["dim", *(metric.replace("_", " ") for metric in metrics)], *rows]
+
+
+def _counts(result: Mapping[str, Any]) -> str:
+    others = "classes" if is_classification(result) else "texts"
+    return f"{result['num_images']:,} images, {result[f'num_{others}']:,} {others}"
 
 
 def _degraded_table(name: str, degraded: Mapping[str, Any]) -> Table:

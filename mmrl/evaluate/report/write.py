@@ -4,6 +4,7 @@ FOLDER/
     index.html                  the self-contained page (mmrl.evaluate.report.page)
     report.md                   a summary in Markdown
     recall_by_dim.png, bytes_against_recall.png
+    recall_by_step.png          of a training run only
     SET.items.jsonl             the rank of each query at every dim
     ranks.safetensors           the same as tensors, for mmrl compare (mmrl.evaluate.report.stored_ranks)
 """
@@ -21,20 +22,30 @@ from mmrl.evaluate.analysis.run import Analysis
 from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 from mmrl.evaluate.report.examples import choose_examples, thumbnails
 from mmrl.evaluate.report.page import render_page
-from mmrl.evaluate.report.plots import bytes_against_recall, save_recall_png
+from mmrl.evaluate.report.plots import bytes_against_recall, save_recall_png, save_steps_png
 from mmrl.evaluate.report.sections import SetReport, curves_of
 from mmrl.evaluate.report.tables import markdown_table, recall_markdown
 from mmrl.evaluate.sets import Embedded
 from mmrl.output.files import write_atomic
 
 
-def write_report(folder: Path, title: str, scores_of_set: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Writes the report of a training run, report.md and recall_by_dim.png; returns the plot's path."""
+def write_report(folder: Path, title: str, evaluations: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes the report of a training run: report.md with the scores of the last evaluation and its plots; returns the
+    path of recall_by_dim.png.
+
+    Args:
+        evaluations: the objects of evaluations.jsonl; two or more are also plotted over the steps.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    plot = folder / "recall_by_dim.png"
+    plot, scores_of_set = folder / "recall_by_dim.png", evaluations[-1]["sets"]
     save_recall_png(plot, scores_of_set)
+    shown = [f"# {title}", f"![recall by dim]({plot.name})"]
+    if len(evaluations) > 1:
+        steps = folder / "recall_by_step.png"
+        save_steps_png(steps, evaluations)
+        shown += [f"![recall by step]({steps.name})"]
     tables = [recall_markdown(name, result) for name, result in scores_of_set.items()]
-    write_atomic(folder / "report.md", f"# {title}\n\n![recall by dim]({plot.name})\n\n" + "\n".join(tables))
+    write_atomic(folder / "report.md", "\n\n".join([*shown, "\n".join(tables)]))
     return plot
 
 

@@ -121,7 +121,8 @@ function showMessage(text, isError = false) {
 }
 
 function showDim() {
-  const text = `${selectedDim()} of ${info.dim}`;
+  const untrained = info.nested_dims.includes(selectedDim()) ? "" : " (not trained)";
+  const text = `${selectedDim()} of ${info.dim}${untrained}`;
   byId("dim-shown").textContent = text;
   page.dim.setAttribute("aria-valuetext", text);
   byId("bytes").textContent = bytes(4 * selectedDim());

@@ -1,0 +1,105 @@
+"""The evaluation sets of a run's config: checked, opened, and scored during training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmrl.data.samples import FieldsConfig, SampleReader
+from mmrl.data.sources import DataConfig, open_reader
+from mmrl.errors import InputError, did_you_mean
+from mmrl.evaluate import sets
+from mmrl.evaluate.ranking.ranks import metric_names
+from mmrl.evaluate.readers import LABEL, check_labels, draw_shards
+from mmrl.evaluate.sets import EvaluationConfig, SetConfig
+from mmrl.evaluate.zeroshot import ACCURACIES, Classes, read_classes, score_zero_shot
+from mmrl.model.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class ConfiguredSet:
+    """An evaluation set of a config, ready to be scored."""
+
+    reader: SampleReader
+    """The samples to score."""
+    samples: int
+    """Samples of the whole set; `reader` may hold a random part of them (evaluation.most_samples)."""
+    captions: int | None = None
+    """Captions per sample at most."""
+    classes: Classes | None = None
+    """For zero-shot classification."""
+
+    def score(self, encoder: Bundle, dims: Sequence[int]) -> dict[str, Any]:
+        """The set's entry in retrieval.json. Collective: the work is divided over the processes."""
+        model, image_spec, tokenise = encoder.model, encoder.image_spec, encoder.tokenise
+        if self.classes is None:
+            embedded = sets.embed(self.reader, model, image_spec, tokenise, captions=self.captions)
+            result = sets.score(embedded, dims, over_ranks=True)
+        else:
+            result, _ = score_zero_shot(self.reader, self.classes, model, image_spec, tokenise, dims)
+        if len(self.reader) < self.samples:
+            result["drawn"] = {"samples": len(self.reader), "of": self.samples}
+        return result
+
+
+def check_best(config: EvaluationConfig, dims: Sequence[int]) -> None:
+    """Raises InputError unless evaluation.best names a score that is measured, and is given where it is needed.
+
+    Args:
+        dims: the evaluated dims.
+    """
+    best = config.best
+    if best is None:
+        if config.patience is not None:
+            raise InputError(
+                "evaluation.patience: needs evaluation.best, the score that must improve; set it or remove patience."
+            )
+        return
+    if best.set not in config.sets:
+        raise InputError(
+            f"evaluation.best.set: there is no evaluation set {best.set!r}.{did_you_mean(best.set, config.sets)}"
+        )
+    if best.dim not in dims:
+        raise InputError(f"evaluation.best.dim: {best.dim} is not evaluated; evaluated are {list(dims)}.")
+    allowed = metric_names() if config.sets[best.set].classes is None else ACCURACIES
+    if best.metric not in allowed:
+        raise InputError(
+            f"evaluation.best.metric: {best.metric!r} is not measured; allowed: {', '.join(allowed)} (of the set "
+            f"{best.set!r})."
+        )
+
+
+def open_configured(config: EvaluationConfig, data: DataConfig) -> dict[str, ConfiguredSet]:
+    """Opens the evaluation sets of a config, by name.
+
+    Args:
+        data: the training data's config; its fields are the default of the sets'.
+
+    Raises:
+        InputError: as `open_reader` and `read_classes`; keys that exclude each other; labels that are no classes.
+    """
+    return {name: _open(name, one, config.most_samples, data) for name, one in config.sets.items()}
+
+
+def _open(name: str, config: SetConfig, most: int | None, data: DataConfig) -> ConfiguredSet:
+    classes, fields = _classes(name, config), config.fields or data.fields
+    if classes is not None:
+        fields = FieldsConfig(image=fields.image, text=LABEL)
+    whole = open_reader(config.shards, fields, data.remote, data.allow_pipe)
+    reader = draw_shards(whole, most)
+    if classes is not None:
+        check_labels(reader, classes)
+    return ConfiguredSet(reader, len(whole), config.captions, classes)
+
+
+def _classes(name: str, config: SetConfig) -> Classes | None:
+    key = f"evaluation.sets.{name}"
+    if config.classes is None:
+        if config.templates is not None:
+            raise InputError(f"{key}.templates: given without classes; add classes: FILE, or classes: imagenet.")
+        return None
+    if config.captions is not None:
+        raise InputError(f"{key}.captions: a set with classes is scored by class, not by caption; remove one of both.")
+    try:
+        return read_classes(config.classes, config.templates)
+    except InputError as error:
+        raise InputError(f"{key}.{error}") from None

@@ -1,0 +1,58 @@
+"""The encoder of a model in training: the same weights, with a rotation folded into both projections (W <- Q W).
+
+Evaluation and checkpoints use it, so that nothing downstream knows of the rotation.
+
+Shapes: D the embedding's width, K nested dims.
+"""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mmrl.model import bundle
+from mmrl.model.bundle import Bundle
+from mmrl.nesting import rotate_weight
+
+
+def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
+    """An encoder that shares all parameters and buffers with `training`, except projections, logit scales and biases,
+    which `fold` writes.
+
+    Args:
+        num_scales: number of logit scales of the encoder; default: as many as `training` has.
+    """
+    own = {*bundle.embedding_axes(training.model_cfg), bundle.SCALE, bundle.BIAS}
+    model = training.model
+    shared = [*model.named_parameters(), *model.named_buffers()]
+    encoder = copy.deepcopy(model, {id(tensor): tensor for name, tensor in shared if name not in own})
+    if num_scales is not None:
+        encoder.log_logit_scale = nn.Parameter(model.log_logit_scale.detach()[-1:].repeat(num_scales))
+    return replace(training, model=encoder)
+
+
+@torch.no_grad()
+def fold(training: Bundle, encoder: Bundle, rotation_DD: torch.Tensor, log_scale_K: torch.Tensor | None = None) -> None:
+    """Writes the rotated projections of `training`, and the logit scales, into `encoder`, made by `share_weights`.
+
+    Args:
+        rotation_DD: orthogonal, float64 (D, D), on the CPU.
+        log_scale_K: the logarithms of the logit scales, in ascending order of the dims; default: those of `training`.
+    """
+    weights, folded = training.model.state_dict(), encoder.model.state_dict()
+    for name, axis in bundle.embedding_axes(training.model_cfg).items():
+        folded[name].copy_(rotate_weight(weights[name], axis, rotation_DD))
+    folded[bundle.SCALE].copy_(weights[bundle.SCALE] if log_scale_K is None else log_scale_K)
+    if bundle.BIAS in folded:
+        folded[bundle.BIAS].copy_(weights[bundle.BIAS])
+
+
+def unshared(model: nn.Module, encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of `model` without the tensors that `encoder` shares with it."""
+    of_encoder = encoder.state_dict(keep_vars=True)
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor is not of_encoder.get(name)
+    }
