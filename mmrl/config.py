@@ -227,7 +227,8 @@ def _message(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"the key {key!r} is missing."
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}; got {error['input']!r}."
+    got = "" if isinstance(error["input"], dict) else f"; got {error['input']!r}"  # of a whole section says too much
+    return f"{key}: {message}{got}."
 
 
 def _keys_of(location: Sequence[str]) -> list[str]:

@@ -61,14 +61,17 @@ class NestingConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _prepare(cls, values: Any) -> Any:
-        """Answers keys of earlier versions (null had no effect; stored configs have it), and sets the default of
-        `prefix_gradient`, which depends on `rotation`."""
+        """Answers keys of earlier versions, and sets the default of `prefix_gradient`, which depends on `rotation`.
+
+        Configs that earlier versions stored have these keys with null: such a run trained without a rotation.
+        """
         if not isinstance(values, dict):
             return values
         for key, replacement in _REMOVED.items():
             if values.get(key) is not None:
                 raise ValueError(f"{key} was removed: {replacement}")
-        values = {key: value for key, value in values.items() if key not in _REMOVED}
+        if values.keys() & _REMOVED.keys():
+            values = {"rotation": False, **{key: value for key, value in values.items() if key not in _REMOVED}}
         return {"prefix_gradient": 1, **values} if values.get("rotation") is False else values
 
     @model_validator(mode="after")
@@ -86,13 +89,13 @@ class NestingConfig(Settings):
 
     @property
     def sweeps(self) -> int:
-        """How many times a step computes the similarities of the global batch."""
+        """How many times a step computes the similarities of the global batch, at most."""
         return 2 if self.learns_rotation else 1
 
 
 _REMOVED = {
     "start": "all dims are trained from the first step (nesting.rotation). Instead of start: 0 use "
-    "nesting.rotate_at_start: true, instead of start: 1 nesting.rotate_at_end: true",
+    "nesting.rotate_at_start: true, instead of start: 1 nesting.rotate_at_end: true; else remove the key",
     "dims_per_step": "all dims are trained in every step, at nearly the cost of the full dim; remove the key",
 }
 
@@ -192,7 +195,7 @@ def principal_rotation(moment_DD: torch.Tensor, keep: int = 0) -> torch.Tensor:
 
 
 def rotate_weight(weight: torch.Tensor, axis: int, matrix_DD: torch.Tensor) -> torch.Tensor:
-    """Multiply a weight, or a tensor of the optimizer's state, by a matrix along `axis` (of length D); keeps its dtype.
+    """Multiply a weight by a matrix along `axis` (of length D); keeps its dtype.
 
     Computed in float64.
     """

@@ -34,7 +34,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         ("nesting.dims=[8,8]", "dims: 8 is given twice"),
         ("nesting.weights=[1]", "weights: 1 given for 3 dims"),
         ("nesting.dims_per_step=2", "dims_per_step was removed: all dims are trained in every step"),
-        ("nesting.start=1", "instead of start: 1 nesting.rotate_at_end: true"),
+        ("nesting.start=1", "instead of start: 1 nesting.rotate_at_end: true; else remove the key.\n"),
         (
             "nesting.prefix_gradient=1.5",
             "nesting.prefix_gradient.end: Input should be less than or equal to 1; got 1.5",

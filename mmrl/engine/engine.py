@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -186,9 +186,9 @@ class Engine:
         self._engine.step()
         return norm
 
-    def moments(self, of: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """The unsharded optimizer state by name, `of` some parameters or all of them, on rank 0. Collective."""
-        shapes = {name: p.shape for name, p in self._trained_parameters() if of is None or name in of}
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The unsharded optimizer state by name, on rank 0. Collective."""
+        shapes = {name: p.shape for name, p in self._trained_parameters()}
         is_sharded = self._zero_stage > 0 and comm.world().size > 1
         return gather_moments(shapes, self._fragments(), self._base_optimizer, is_sharded)
 

@@ -33,19 +33,30 @@ def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
 
 
 @torch.no_grad()
-def fold(training: Bundle, encoder: Bundle, rotation_DD: torch.Tensor, log_scale_K: torch.Tensor | None = None) -> None:
-    """Writes the rotated projections of `training`, and the logit scales, into `encoder`, made by `share_weights`.
+def fold(
+    training: Bundle,
+    encoder: Bundle,
+    rotation_DD: torch.Tensor,
+    log_scale_K: torch.Tensor,
+    bias_K: torch.Tensor | None,
+) -> None:
+    """Writes the rotated projections of `training`, logit scales and biases into `encoder`, made by `share_weights`.
 
     Args:
         rotation_DD: orthogonal, float64 (D, D), on the CPU.
-        log_scale_K: the logarithms of the logit scales, in ascending order of the dims; default: those of `training`.
+        log_scale_K: the logarithms of the logit scales, in ascending order of the dims; or (1,), for all dims.
+        bias_K: the biases of the sigmoid loss, likewise.
     """
     weights, folded = training.model.state_dict(), encoder.model.state_dict()
     for name, axis in bundle.embedding_axes(training.model_cfg).items():
         folded[name].copy_(rotate_weight(weights[name], axis, rotation_DD))
-    folded[bundle.SCALE].copy_(weights[bundle.SCALE] if log_scale_K is None else log_scale_K)
-    if bundle.BIAS in folded:
-        folded[bundle.BIAS].copy_(weights[bundle.BIAS])
+    folded[bundle.SCALE].copy_(log_scale_K)
+    if bias_K is not None:
+        folded[bundle.BIAS].copy_(bias_K)
+    # Moving a module to another device replaces its buffers, so that they are no longer shared.
+    for buffer, source in zip(encoder.model.buffers(), training.model.buffers(), strict=True):
+        if buffer is not source:
+            buffer.copy_(source)
 
 
 def unshared(model: nn.Module, encoder: nn.Module) -> dict[str, torch.Tensor]:

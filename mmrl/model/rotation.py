@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
 
@@ -30,12 +31,10 @@ class NestedRotation(nn.Module):
         super().__init__()
         linear = nn.Linear(dim, dim, bias=False)
         nn.init.eye_(linear.weight)
-        self.linear = orthogonal(linear, orthogonal_map="cayley")
         if dims is not None:
-            block_D = torch.bucketize(torch.arange(dim), torch.tensor(sorted(dims)), right=True)
-            self.register_buffer("_is_free_DD", block_D[:, None] != block_D, persistent=False)
-            (parameter,) = self.linear.parameters()
-            parameter.register_hook(lambda grad_DD: grad_DD * self._is_free_DD)
+            parametrize.register_parametrization(linear, "weight", _BetweenBlocks(dim, dims), unsafe=True)
+        self.linear = orthogonal(linear, orthogonal_map="cayley")
+        self.linear.weight = torch.eye(dim)  # initialises a chain of parametrizations
 
     @property
     def weight(self) -> torch.Tensor:
@@ -59,3 +58,21 @@ class NestedRotation(nn.Module):
         left_DD, singular_D, right_DD = torch.linalg.svd(self.weight.detach().cpu().double())
         assert (singular_D - 1).abs().max() < 1e-3, "the Cayley map keeps the matrix orthogonal"
         return left_DD @ right_DD
+
+
+class _BetweenBlocks(nn.Module):
+    """Sets the entries of a (D, D) parameter to 0 that couple two dims between the same nested dims."""
+
+    _is_free_DD: torch.Tensor
+
+    def __init__(self, dim: int, dims: Sequence[int]) -> None:
+        super().__init__()
+        block_D = torch.bucketize(torch.arange(dim), torch.tensor(sorted(dims)), right=True)
+        self.register_buffer("_is_free_DD", block_D[:, None] != block_D, persistent=False)
+
+    def forward(self, parameter_DD: torch.Tensor) -> torch.Tensor:
+        return parameter_DD * self._is_free_DD
+
+    def right_inverse(self, value_DD: torch.Tensor) -> torch.Tensor:
+        """The initial parameter of a value."""
+        return value_DD

@@ -80,9 +80,10 @@ class TrainingLog:
             f"{self._world.size} process(es) on {self._world.device.type}, {engine.precision}",
         )
         if config.nesting.learns_rotation:
+            factor = config.nesting.prefix_gradient
             self.lines(
-                "Every step trains all dims; the factor on the smaller dims' gradient into the towers rises to "
-                f"{config.nesting.prefix_gradient.end:g} (nesting.prefix_gradient)."
+                "Every step trains all dims; the factor on the smaller dims' gradient into the towers "
+                f"{'rises to' if factor.power else 'is'} {factor.end:g} (nesting.prefix_gradient)."
             )
         for name, one in self._prepared.evaluation_sets.items():
             if len(one.reader) < one.samples:
@@ -187,6 +188,7 @@ class TrainingLog:
         }
         if loss.distillation_by_dim:
             record["distillation_by_dim"] = {str(dim): kl.item() for dim, kl in loss.distillation_by_dim.items()}
+            record["tower_loss"] = loss.total.item()
         if result.prefix_gradient is not None:
             full = by_dim[nested.dims[-1]]
             record["prefix_gradient"] = result.prefix_gradient

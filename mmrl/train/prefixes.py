@@ -85,8 +85,8 @@ class Prefixes:
         if not skip and math.isfinite(norm):
             optim.set_lr(self._optimizer, lr_factor)
             self._optimizer.step()
-            if self._average is not None:
-                self._average.update_parameters(self._module)
+        if self._average is not None:  # as often as that of the towers
+            self._average.update_parameters(self._module)
         self._optimizer.zero_grad()
         return norm
 

@@ -9,7 +9,7 @@ from mmrl.model.bundle import Bundle
 from mmrl.rotation import learned, moments
 
 
-def find_rotation(run: str, encoder: Bundle, reader: SampleReader) -> tuple[torch.Tensor, str]:
+def rotation_of_run(run: str, encoder: Bundle, reader: SampleReader) -> tuple[torch.Tensor, str]:
     """A rotation for truncation to the encoder's nested dims, and a line about it for the console.
 
     It is computed from a part of the training set, spread evenly over it. Collective: the work is divided.

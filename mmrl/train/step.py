@@ -93,7 +93,8 @@ class TrainStep:
         ) -> NestedLoss:
             if self._prefixes is not None:
                 scale = torch.cat([self._prefixes.logit_scale_k, scale])
-            scales.append((scale.detach(), None if bias is None else bias.detach()))
+            # Copies, since the bias is the parameter itself, which the step changes.
+            scales.append((scale.detach().clone(), None if bias is None else bias.detach().clone()))
             loss = self._loss(group_b, image_bD, text_bD, scale, bias, prefix_gradient)
             if not math.isfinite(value := loss.total.item()):
                 origin = describe_non_finite(image_bD, text_bD, keys)

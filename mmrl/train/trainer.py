@@ -34,7 +34,7 @@ from mmrl.train.bad_samples import BadSamples
 from mmrl.train.log import TrainingLog
 from mmrl.train.prefixes import Prefixes
 from mmrl.train.preflight import PreparedRun, prepare
-from mmrl.train.rotate import find_rotation
+from mmrl.train.rotate import rotation_of_run
 from mmrl.train.signals import StopRequest, stop_on_signals
 from mmrl.train.step import NonFiniteError, Schedule, StepResult, TrainStep
 
@@ -152,9 +152,10 @@ class Trainer:
         config, total = self.config, self.schedule.total
         save_every = max(1, self._steps(config.checkpoint.every))
         evaluate_every = max(1, self._steps(config.evaluation.every))
-        if config.nesting.rotate_at_start and not self.step_done:
+        is_new = self.prepared.resume_from is None  # a checkpoint of step 0 is rotated and evaluated already
+        if config.nesting.rotate_at_start and is_new:
             log.lines(f"before the first step: {self._rotate_at_start()}")
-        if config.evaluation.at_start and not self.step_done and self.evaluate(log):
+        if config.evaluation.at_start and is_new and self.evaluate(log):
             self._save(log, is_best=True)
         clock, batches, epoch = ThroughputMeter(self.step_done), self.stream.forever(), self.stream.epoch
         trace = Trace(Path(config.run) / "profile", self.world.rank, config.tracking.profile)
@@ -228,7 +229,9 @@ class Trainer:
             )
         if last and rotates:
             log.lines(f"after the last step: {self._rotate_at_end()}")
+            count = self._evaluations_since_best
             is_best = self.evaluate(log) or is_best
+            self._evaluations_since_best = count  # a better score of the rotated encoder does not continue the run
         return is_best, last
 
     def evaluate(self, log: TrainingLog) -> bool:
@@ -277,7 +280,7 @@ class Trainer:
         self.engine.gather_full_model()
         trained = self._trained
         with self._in_evaluation(trained.model):
-            rotation_DD, summary = find_rotation(self.config.run, trained, self.prepared.reader)
+            rotation_DD, summary = rotation_of_run(self.config.run, trained, self.prepared.reader)
         shapes = {name: value.shape for name, value in trained.model.state_dict().items()}
         rotated = bundle.rotated_state(trained, rotation_DD)
         weights = {name: value.expand(shapes[name]) for name, value in rotated.items()}
@@ -291,7 +294,7 @@ class Trainer:
         self._report("rotating the embedding")
         self._update_encoder()
         with self._in_evaluation(self.encoder.model):
-            self._final_rotation_DD, summary = find_rotation(self.config.run, self.encoder, self.prepared.reader)
+            self._final_rotation_DD, summary = rotation_of_run(self.config.run, self.encoder, self.prepared.reader)
         return summary
 
     def _update_encoder(self) -> None:
@@ -301,12 +304,14 @@ class Trainer:
             return
         trained_scale = self._trained.model.log_logit_scale
         rotation_DD, log_scale_K = torch.eye(self._trained.dim, dtype=torch.float64), trained_scale
+        bias_K = self._trained.model.logit_bias
         if self._prefixes is not None:
             rotation_DD, log_scale_K = self._prefixes.folded(trained_scale)
         if self._final_rotation_DD is not None:
-            # The prefixes before the rotation had other scales.
+            # The prefixes before the rotation had other scales and biases.
             rotation_DD, log_scale_K = self._final_rotation_DD @ rotation_DD, trained_scale[-1:]
-        folding.fold(self._trained, self.encoder, rotation_DD, log_scale_K)
+            bias_K = None if bias_K is None else bias_K[-1:]
+        folding.fold(self._trained, self.encoder, rotation_DD, log_scale_K, bias_K)
 
     def _save(self, log: TrainingLog, is_best: bool) -> None:
         log.bad_samples(self.step_done)  # the stream's position is beyond them

@@ -17,12 +17,16 @@ from mmrl.config import Config, load_config
 from mmrl.data.sources import open_reader
 from mmrl.distributed import comm
 from mmrl.engine.checkpoint import read_checkpoint
+from mmrl.engine.optim import OptimConfig
 from mmrl.errors import InputError
 from mmrl.evaluate import sets
 from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.model import bundle
+from mmrl.nesting import Nesting
+from mmrl.train import prefixes
+from mmrl.train.prefixes import Prefixes
 from mmrl.train.preflight import prepare
-from mmrl.train.rotate import find_rotation
+from mmrl.train.rotate import rotation_of_run
 from mmrl.train.trainer import Trainer, train
 
 WriteConfig = Callable[..., Path]
@@ -84,8 +88,6 @@ def test_the_rotation_is_not_part_of_the_towers_clipping(
         for parameter in module.parameters():
             parameter.register_hook(lambda grad: 1e6 * grad)
 
-    from mmrl.train import prefixes
-
     create = prefixes._PrefixModule.__init__
 
     def with_large_gradients(self: torch.nn.Module, *arguments: Any) -> None:
@@ -115,6 +117,8 @@ def test_the_encoder_is_the_trained_model_with_the_rotation_folded_in(
     assert trainer._prefixes is not None
     rotation_DD, log_scale_K = trainer._prefixes.folded(trained.model.log_logit_scale)
     assert (rotation_DD - torch.eye(16)).abs().max() > 0.05
+    is_average = not torch.equal(rotation_DD, trainer._prefixes.rotation.matrix())
+    assert is_average == (overrides == ["train.ema=0.5"])
     with torch.no_grad():
         expected_ND = trained.model.encode_text(texts).double() @ rotation_DD.T
         torch.testing.assert_close(encoder.model.encode_text(texts).double(), expected_ND, rtol=0, atol=1e-5)
@@ -145,7 +149,7 @@ def test_rotating_at_the_start_changes_no_full_dim_similarity(
         # The learning rate is next to nothing, so the end is the rotated beginning.
         before, after = (bundle.load(one / "checkpoints" / "last") for one in (plain, folder))
         torch.testing.assert_close(similarities(after, shards), similarities(before, shards), rtol=0, atol=1e-6)
-        rotation_DD, _ = find_rotation("run", before_with_dims(before), open_reader(str(shards)))
+        rotation_DD, _ = rotation_of_run("run", before_with_dims(before), open_reader(str(shards)))
         texts = before.tokenise(["a red square", "green stripes"])
         torch.testing.assert_close(
             after.model.encode_text(texts).double(),
@@ -241,3 +245,81 @@ def test_processes_rotate_alike(write_config: WriteConfig, tmp_path: Path) -> No
             assert line["loss_by_dim"]["16"] == pytest.approx(expected["loss_by_dim"]["16"], abs=1e-4), stage
             # The prefixes see the rounding of the embeddings through 300 steps of Adam.
             assert line["loss"] == pytest.approx(expected["loss"], abs=0.05), stage
+
+
+def test_a_run_resumed_from_step_0_is_not_rotated_again(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(
+        evaluation={
+            "sets": {"val": {"shards": load_config(write_config()).data.train, "captions": 1}},
+            "at_start": True,
+            "best": {"set": "val", "dim": 8},
+        },
+        checkpoint={"every": 8, "keep": 9},
+    )
+    arguments = ["nesting.rotate_at_start=true", "evaluation.patience=9"]
+    whole = train(load_config(path, arguments))
+    folder = tmp_path / "resumed"
+    shutil.copytree(whole, folder, symlinks=True)
+    (folder / "checkpoints" / "last").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-8")
+    (folder / "checkpoints" / "last").symlink_to("step-0")
+    train(load_config(path, [*arguments, f"run={folder}", "resume=auto"]))
+    one, two = (bundle.load(run / "checkpoints" / "step-8").state() for run in (whole, folder))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    states = [read_checkpoint(run / "checkpoints" / "step-8").state for run in (whole, folder)]
+    assert states[0] == states[1]
+
+
+def test_a_run_out_of_patience_is_finished_though_the_rotation_at_the_end_helps(write_config: WriteConfig) -> None:
+    path = write_config(optim={"lr": 1e-12, "lr_rotation": 0.0}, train={"batch_size": 12, "duration": 8})
+    arguments = [
+        "evaluation.best={set: val, dim: 4, metric: mean_rank}",
+        "evaluation.every=1",
+        "evaluation.patience=1",
+        "nesting.rotate_at_end=true",
+    ]
+    folder = train(load_config(path, arguments))
+    records = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 2]
+    ranks = [record["sets"]["val"]["dims"]["4"]["text_to_image"]["mean_rank"] for record in records]
+    assert ranks[2] < ranks[1], "otherwise this test shows nothing"
+    console = Console(record=True, width=200)
+    train(load_config(path, [*arguments, "resume=auto"]), console)
+    assert "This run is finished" in console.export_text()
+
+
+def test_buffers_are_those_of_the_trained_model_though_no_longer_shared(write_config: WriteConfig) -> None:
+    trainer = new_trainer(load_config(write_config()))
+    for model in (trainer._trained.model, trainer.encoder.model):
+        model.register_buffer("statistics", torch.zeros(2))
+    trainer._trained.model.get_buffer("statistics").fill_(3)
+    trainer._update_encoder()
+    assert torch.equal(trainer.encoder.model.get_buffer("statistics"), torch.full((2,), 3.0))
+
+
+def test_a_skipped_step_counts_for_the_average_as_for_the_towers() -> None:
+    own = Prefixes(Nesting.from_dims([16, 8], None, 16), torch.zeros(1), OptimConfig(lr=0.1), 0.5, torch.device("cpu"))
+    averages = []
+    for skip in (False, False, True):
+        (own.rotation(torch.eye(16))[:, 0].sum() + own.logit_scale_k.sum()).backward()
+        own.step(1.0, skip)
+        averages.append(own.folded(torch.zeros(1))[1][0])
+    current = own._module.log_scale_k.detach()[0]
+    assert averages[2] == pytest.approx((averages[1] + current) / 2)
+
+
+def test_a_final_rotation_resets_scales_and_biases(write_config: WriteConfig) -> None:
+    folder = train(
+        load_config(
+            write_config(evaluation={}),
+            [
+                "nesting={dims: [16, 4, 8], rotation: false, rotate_at_end: true}",
+                "loss.name=sigmoid",
+                "model.logit_scale.per_dim=true",
+                "optim.lr_logit_scale=0.1",
+            ],
+        )
+    )
+    state, trained = bundle.load(folder / "checkpoints" / "last").state(), metrics(folder)[-1]["logit_bias"]
+    assert len(set(trained)) == 3
+    assert len(state["logit_bias"].unique()) == len(state["log_logit_scale"].unique()) == 1
