@@ -18,6 +18,7 @@ from mmrl.engine.optim import OptimConfig
 from mmrl.engine.tracking import TrackingConfig
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.sets import EvaluationConfig
+from mmrl.images.image_spec import ImageConfig
 from mmrl.losses.config import LossConfig
 from mmrl.model.two_tower import ModelConfig
 from mmrl.nesting import NestingConfig
@@ -49,6 +50,7 @@ class Config(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all random numbers."""
     model: ModelConfig
+    image: ImageConfig = ImageConfig()
     nesting: NestingConfig
     loss: LossConfig = LossConfig()
     data: DataConfig

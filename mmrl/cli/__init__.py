@@ -1,5 +1,6 @@
 """The `mmrl` command line. Each command imports what it needs when it runs, so that --help is quick."""
 
+import io
 import sys
 
 import typer
@@ -37,6 +38,9 @@ app.add_typer(config_app, name="config")
 
 def main() -> None:
     """Entry point. Exit codes: 0 for success, 2 for invalid input, 1 for any other failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         app()
     except InputError as error:

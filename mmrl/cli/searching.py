@@ -9,6 +9,11 @@ import typer
 from mmrl.cli.options import Json, Model, parse_ints
 from mmrl.errors import InputError
 
+IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")]
+IndexModel = Annotated[
+    str | None, typer.Option(help="Path of the index's encoder (default: the path stored in the index)")
+]
+
 
 def embed(
     model: Model,
@@ -103,12 +108,10 @@ def index(
 
 
 def search(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")],
+    index: IndexFolder,
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Query text; not needed with --image")] = None,
     image: Annotated[Path | None, typer.Option(help="Query image, instead of a text")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Path of the index's encoder (default: the path stored in the index)")
-    ] = None,
+    model: IndexModel = None,
     dim: Annotated[int | None, typer.Option(help="Embedding dim to compare at (default: the full dim)")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of results")] = 5,
     group: Annotated[str | None, typer.Option(help="Search only images of this group")] = None,
@@ -129,10 +132,8 @@ def search(
 
 
 def serve(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")],
-    model: Annotated[
-        str | None, typer.Option(help="Path of the index's encoder (default: the path stored in the index)")
-    ] = None,
+    index: IndexFolder,
+    model: IndexModel = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default accepts connections from this machine only")
     ] = "127.0.0.1",

@@ -18,15 +18,16 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder of images with captions in NAME.txt or NAME.json, or a .csv, .tsv, .jsonl or .parquet table"
+            help="Folder of images with captions in NAME.txt or NAME.json, a .csv, .tsv, .jsonl or .parquet table, a "
+            "folder or pattern of .parquet files, or a Hugging Face data set, hf:NAME:SPLIT"
         ),
     ],
     out: Annotated[Path, typer.Argument(help="New folder for the shards")],
     image_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of image paths or URLs (default: image, image_path, path, filename or file; URLs are then not "
-            "fetched)"
+            help="Column of images, their paths or URLs (default: image, image_path, path, filename, file, file_name "
+            "or img; URLs are then not fetched)"
         ),
     ] = None,
     caption_column: Annotated[
@@ -45,6 +46,14 @@ def pack(
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Of images with identical bytes, keep the first pair only")
     ] = False,
+    holdout: Annotated[
+        str | None,
+        typer.Option(
+            help="Share, e.g. 5%, or number of the pairs to put into OUT/val, all others into OUT/train. The two share "
+            "no group, caption or image file"
+        ),
+    ] = None,
+    holdout_seed: Annotated[int, typer.Option(help="Seed that chooses the pairs of --holdout")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one per core)")] = None,
     as_json: Json = False,
 ) -> None:
@@ -61,6 +70,8 @@ def pack(
         samples_per_shard=samples_per_shard,
         max_side=max_side,
         dedup=dedup,
+        holdout=holdout,
+        holdout_seed=holdout_seed,
         workers=workers or usable_cores(),
         quiet=as_json,
     )
@@ -89,6 +100,10 @@ def check(
     list_file: Annotated[
         Path | None, typer.Option("--list", help="Write every problem to this file, as JSON lines")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Shards of a validation or test set: count its images that SHARDS have too, or nearly"),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: all cores)")] = None,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +123,7 @@ def check(
         index=index,
         list_file=list_file,
         sheet_file=sheet,
+        against=against,
         quiet=as_json,
     )
     if as_json:
@@ -137,5 +153,5 @@ def _data_to_check(
 
     tokenise = towers.build_tokenizer(model)
     side = towers.input_side(towers.read_model_cfg(model))
-    tokens = TokenCounter(tokenise.lengths, tokenise.context_length)
+    tokens = TokenCounter(tokenise.lengths, tokenise.context_length, tokenise.max_characters)
     return data, tokens, side, run.train.batch_size if run else None

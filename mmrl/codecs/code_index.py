@@ -53,6 +53,10 @@ class CodeIndex:
     threshold_d: np.ndarray | None = None
     """Of binary codes of earlier versions: a bit is set above this, the mean of the vectors, instead of above 0."""
 
+    def __post_init__(self) -> None:
+        if self.code == "binary":
+            self.index.use_heap = False  # counts distances, which is faster for long shortlists
+
     @classmethod
     def build(cls, code: Code, dim: int, chunks: Iterable[np.ndarray], sample_Sd: np.ndarray) -> "CodeIndex":
         """Encodes unit vectors, given in chunks.
@@ -74,7 +78,7 @@ class CodeIndex:
             index.train(_faiss_rows(sample_Sd, code))
         for rows_nd in chunks:
             index.add(_faiss_rows(rows_nd, code))
-        return cls(code, _configured(index, code))
+        return cls(code, index)
 
     @classmethod
     def open(cls, path: Path, code: Code, shape: tuple[int, int], threshold: list[float] | None = None) -> "CodeIndex":
@@ -95,7 +99,7 @@ class CodeIndex:
                 f"index: {path} has {index.ntotal} codes of {index.d} dims, and the manifest says {shape[0]} of "
                 f"{shape[1]}; run mmrl index again."
             )
-        return cls(code, _configured(index, code), None if threshold is None else np.array(threshold, np.float32))
+        return cls(code, index, None if threshold is None else np.array(threshold, np.float32))
 
     def save(self, path: Path) -> None:
         """Writes the codes to a file."""
@@ -116,12 +120,6 @@ class CodeIndex:
     def resident_bytes(self) -> int:
         """Memory of the codes."""
         return self.index.ntotal * self.index.code_size
-
-
-def _configured(index: Any, code: Code) -> Any:
-    if code == "binary":
-        index.use_heap = False  # counts distances, which is faster for long shortlists
-    return index
 
 
 def _faiss_rows(rows_nd: np.ndarray, code: Code) -> np.ndarray:

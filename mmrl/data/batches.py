@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from mmrl.data import draws
+from mmrl.data.captions import caption_id
 from mmrl.data.index import Problem
 from mmrl.data.order import EpochOrder
 from mmrl.data.samples import BadSample, Sample, SampleReader
 from mmrl.data.sources import DataConfig
 from mmrl.data.transforms import Augmentation
-from mmrl.errors import InputError
+from mmrl.errors import InputError, RunStopped
 from mmrl.images.decode import to_pil
 from mmrl.images.image_spec import ImageSpec
 
@@ -27,8 +28,9 @@ ImageTransform = ImageSpec | Callable[[Image.Image], Any]
 # A sample and its decoded image, uint8 (C, H, W) of the file's own size; None if images are not decoded.
 _Loaded = tuple[Sample, torch.Tensor | None]
 _CAPTION_DRAW = 1 << 20
-# Consecutive bad samples after which the shards are considered broken.
-_MAX_REPLACEMENTS = 100
+# Consecutive bad samples after which the shards are considered broken. The last ones are drawn from the whole epoch,
+# since one bad shard can fill a shuffle window.
+_MAX_REPLACEMENTS, _DISTANT_FROM, _GOLDEN_RATIO = 300, 16, 0.6180339887
 
 
 @dataclass
@@ -43,16 +45,42 @@ class Batch:
     """(B, L) token ids if the stream tokenises; else a list of str."""
     group: torch.Tensor
     """int64 (B,): rows with equal values show the same item; -1 is no group and matches nothing."""
+    caption: torch.Tensor | None = None
+    """int64 (B,): rows with equal values have equal captions; None without `data.mask_equal_captions`."""
     bad: list[Problem] = field(default_factory=list)
     """The samples that were skipped to fill these rows."""
+
+    def share_memory(self) -> "Batch":
+        """Moves the batch's tensors to shared memory, from which another process can take them without a copy.
+
+        Raises:
+            RunStopped: the shared memory is full.
+        """
+        images = self.image if isinstance(self.image, list) else [self.image]
+        try:
+            for x in (*images, self.text, self.group, self.caption):
+                if isinstance(x, torch.Tensor):
+                    x.share_memory_()
+        except RuntimeError as error:
+            raise RunStopped(
+                f"data: a batch does not fit into the shared memory, /dev/shm ({error}); give the container more "
+                "(docker run --shm-size=8g), or lower data.workers or train.micro_batch, then resume."
+            ) from error
+        return self
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; called by DataLoader."""
         image, text = (x.pin_memory() if isinstance(x, torch.Tensor) else x for x in (self.image, self.text))
-        return replace(self, image=image, text=text, group=self.group.pin_memory())
+        caption = None if self.caption is None else self.caption.pin_memory()
+        return replace(self, image=image, text=text, group=self.group.pin_memory(), caption=caption)
+
+    @property
+    def groups(self) -> torch.Tensor:
+        """The `groups` of a loss: (B, 2), the group and the caption; or (B, 1), the group alone."""
+        return torch.stack([self.group] if self.caption is None else [self.group, self.caption], dim=1)
 
 
-class BatchDataset(Dataset[Batch | InputError]):
+class BatchDataset(Dataset[Batch | InputError | RunStopped]):
     """Maps (epoch, position of the global batch, micro-batch) to this rank's rows of that micro-batch."""
 
     def __init__(
@@ -76,12 +104,16 @@ class BatchDataset(Dataset[Batch | InputError]):
         self._min_size = self._augmentation.min_source_size() if self._augmentation and config.scaled_decode else None
         self._decoded: dict[int, _Loaded] = {}
         self._prefetched: tuple[int, int] | None = None
+        self.progress: torch.Tensor | None = None
+        """Shared by all workers, (1,): changes with each sample that one of them loads."""
 
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch | InputError:
-        """Loads a micro-batch. An InputError is returned, since DataLoader would wrap a raised one in a traceback."""
+    def __getitem__(self, request: tuple[int, int, int]) -> Batch | InputError | RunStopped:
+        """Loads a micro-batch. An error is returned, since DataLoader would wrap a raised one in a traceback, and lose
+        a batch for which it finds no shared memory."""
         try:
-            return self._load_batch(*request)
-        except InputError as error:
+            batch = self._load_batch(*request)
+            return batch if get_worker_info() is None else batch.share_memory()
+        except (InputError, RunStopped) as error:
             return error
 
     def _load_batch(self, epoch: int, position: int, micro_batch: int) -> Batch:
@@ -94,6 +126,7 @@ class BatchDataset(Dataset[Batch | InputError]):
             image=self._transform_images(epoch, indices_B, loaded),
             text=texts if self._text is None else self._text(texts),
             group=torch.tensor([sample.group for sample, _ in loaded]),
+            caption=torch.tensor([caption_id(text) for text in texts]) if self._config.mask_equal_captions else None,
             bad=bad,
         )
 
@@ -103,8 +136,9 @@ class BatchDataset(Dataset[Batch | InputError]):
         order, loaded = self._epoch_order(epoch), []
         indices_B = order.indices(positions_B)
         for row in range(len(indices_B)):
+            tried: list[Problem] = []
             for attempt in range(1, _MAX_REPLACEMENTS + 1):
-                one = self._load(int(indices_B[row]) % len(self._reader), bad)
+                one = self._load(int(indices_B[row]) % len(self._reader), tried)
                 if one is not None:
                     loaded.append(one)
                     break
@@ -112,9 +146,11 @@ class BatchDataset(Dataset[Batch | InputError]):
                 indices_B[row] = order.indices(np.array([replacement]))[0]
             else:
                 raise InputError(
-                    f"data: {_MAX_REPLACEMENTS} samples in a row are bad, the last one {bad[-1].shard} {bad[-1].key}: "
-                    f"{bad[-1].reason}. Check the shards with mmrl check."
+                    f"data: {_MAX_REPLACEMENTS} samples in a row are bad, the last one {tried[-1].shard} "
+                    f"{tried[-1].key}: {tried[-1].reason}. Check the shards with mmrl check."
                 )
+            # Bad replacements are counted at their own rows: each bad sample counts once per epoch.
+            bad += tried[:1]
         return indices_B, loaded
 
     def _prefetch(self, epoch: int, position: int) -> None:
@@ -128,14 +164,18 @@ class BatchDataset(Dataset[Batch | InputError]):
             self._reader.prefetch(indices % len(self._reader))
 
     def _replacement_position(self, position: int, attempt: int, length: int) -> int:
-        """The same row, `attempt` batches later; shifted by one per round through the epoch, so that all samples are
-        tried."""
+        """The same row, `attempt` batches later, and later anywhere in the epoch; shifted by one per round through the
+        epoch, so that all samples are tried."""
         ahead = attempt * self._global_batch_size
+        if attempt >= _DISTANT_FROM:
+            ahead += int(attempt * _GOLDEN_RATIO * length)
         return position + ahead + ahead // length
 
     def _load(self, index: int, bad: list[Problem]) -> _Loaded | None:
         """Reads sample `index`, with its decoded image unless the stream yields bytes; None and an entry in `bad` if it
         is bad."""
+        if self.progress is not None:
+            self.progress += 1
         if index in self._decoded:
             return self._decoded[index]
         try:

@@ -1,7 +1,7 @@
 """A folder of images with captions: the reader of `mmrl pack`, `mmrl eval` and `mmrl embed`.
 
     FOLDER/
-        sub/NAME.jpg    an image, of any of IMAGE_EXTENSIONS in upper or lower case
+        sub/NAME.jpg    an image: one of `image_extensions`, in upper or lower case, or an image by its first bytes
         sub/NAME.txt    its caption, UTF-8
         sub/NAME.json   {"captions": […], "group": …}; captions under any of CAPTION_KEYS, a string or a list
 
@@ -18,20 +18,27 @@ Intended differences between the commands:
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mmrl.data.index import Problem
-from mmrl.data.samples import NO_GROUP, BadSample, FieldsConfig, Sample, group_id
+from mmrl.data.index import Problem, printable
+from mmrl.data.samples import (
+    NO_GROUP,
+    BadSample,
+    Sample,
+    group_id,
+)
+from mmrl.data.texts import caption_list, clean_captions, decode_text, group_name, strip_blank
 from mmrl.errors import InputError
-from mmrl.images.decode import decode_pixels
+from mmrl.images.decode import decode_pixels, image_extensions
+from mmrl.images.upright import format_of
 
-IMAGE_EXTENSIONS = (*FieldsConfig().image, "bmp", "gif", "tif", "tiff")
 CAPTION_KEYS = ("captions", "caption", "text", "title")
 """Keys of NAME.json that hold captions; the captions are used in this order, after that of NAME.txt."""
 NO_CAPTION = "no caption: none given, or only empty ones"
@@ -77,18 +84,24 @@ class ImageFolder:
         self._caption_keys, self._group_key, self._require_captions = caption_keys, group_key, require_captions
         self._images: list[tuple[str, Path]] = []
         self._texts: dict[str, dict[str, Path]] = {}
-        for path in _files_below(folder):
+        for path in files_below(folder):
             stem, extension = path.relative_to(folder).with_suffix("").as_posix(), path.suffix[1:].lower()
-            if extension in IMAGE_EXTENSIONS:
-                self._images.append((stem, path))
-            elif extension in ("txt", "json"):
+            if extension in ("txt", "json"):
                 self._texts.setdefault(stem, {})[extension] = path
+            elif extension in image_extensions() or _is_image(path):
+                self._images.append((stem, path))
+        stems = {stem for stem, _ in self._images}
+        for stem in self._texts.keys() - stems:  # macOS writes "é" as two characters, other systems as one
+            forms = (unicodedata.normalize(form, stem) for form in ("NFC", "NFD"))
+            same = next((form for form in forms if form in stems), None)
+            if same is not None and self._texts[stem].keys().isdisjoint(self._texts.get(same, {})):
+                self._texts.setdefault(same, {}).update(self._texts.pop(stem))
         if not self._images:
-            raise InputError(f"{argument}: the folder {folder} holds no images (.{', .'.join(IMAGE_EXTENSIONS)}).")
+            raise InputError(f"{argument}: the folder {folder} holds no images (.jpg, .png, .webp, …).")
         self._images.sort()
         self.problems = [
             self._bad(stem, f"missing image: no image for {_names(self._texts[stem])}").problem
-            for stem in sorted(self._texts.keys() - {stem for stem, _ in self._images})
+            for stem in sorted(self._texts.keys() - stems)
         ]
         """Captions without an image."""
         names = [stem + path.suffix for stem, path in self._images]
@@ -115,7 +128,7 @@ class ImageFolder:
             raise self._bad(key, f"unreadable text: {error}") from None
         if self._require_captions and not captions:
             raise self._bad(key, NO_CAPTION)
-        return ImageFile(_printable(key), path, captions, group)
+        return ImageFile(printable(key), path, captions, group)
 
     def read_image(self, number: int) -> tuple[Sample, torch.Tensor]:
         """Sample `number` and its image, uint8 (C, H, W).
@@ -133,7 +146,7 @@ class ImageFolder:
         return Sample(file.key, data, file.captions, group, file.group or ""), pixels_CHW
 
     def _bad(self, key: str, reason: str) -> BadSample:
-        return BadSample(Problem(*map(_printable, (str(self.folder), key, reason))))
+        return BadSample(Problem(str(self.folder), key, reason))
 
     def _read_texts(self, files: dict[str, Path]) -> tuple[list[str], str | None]:
         """The captions and the group in an image's .txt and .json file."""
@@ -159,15 +172,20 @@ def is_image_folder(path: Path) -> bool:
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of an image file.
+    """The bytes of an image file; if there is none, of one whose name differs as names in tables of other systems do:
+    by blanks at its ends, by backslashes as separators, by the Unicode form.
 
     Raises:
         Unusable: "missing image: …".
     """
-    # Regular files only: a table may name a device that never ends.
-    with suppress(OSError, ValueError):
-        if path.is_file():
-            return path.read_bytes()
+    spellings = (str(path), *("/".join(map(strip_blank, re.split(ends, str(path)))) for ends in ("/", r"[/\\]")))
+    for spelling in spellings:
+        for form in (None, "NFC", "NFD"):
+            file = Path(unicodedata.normalize(form, spelling) if form else spelling)
+            # Regular files only: a table may name a device that never ends.
+            with suppress(OSError, ValueError):
+                if file.is_file():
+                    return file.read_bytes()
     raise Unusable(f"missing image: {path} is not a readable file")
 
 
@@ -183,32 +201,20 @@ def decode_image(data: bytes, source: Path | str) -> torch.Tensor:
         raise Unusable(f"unreadable image: {source}: {error}") from None
 
 
-def clean_captions(captions: Iterable[str]) -> list[str]:
-    """The captions stripped, without empty ones and repetitions.
-
-    Raises:
-        UnicodeEncodeError: half of a surrogate pair, which JSON can hold and some tokenizers fail on.
-    """
-    stripped = (caption.encode().decode().strip() for caption in captions)
-    return list(dict.fromkeys(caption for caption in stripped if caption))
-
-
-def caption_list(value: Any) -> list[str]:
-    """The captions in a JSON value or a table's cell: a string, or the strings of a list."""
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
-
-
-def group_name(value: Any) -> str | None:
-    """The group in a JSON value or a table's cell; None for null, "" and NaN, which is Parquet's missing number."""
-    return None if value is None or value == "" or value != value else str(value)
+def _is_image(path: Path) -> bool:
+    """Whether the first bytes of a file are those of an image that can be read."""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return bool(format_of(file.read(32)))
+    return False
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path.name} is not a readable file")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except UnicodeDecodeError:
         raise ValueError(f"{path.name} is not UTF-8") from None
 
@@ -217,12 +223,7 @@ def _names(files: dict[str, Path]) -> str:
     return " and ".join(path.name for path in files.values())
 
 
-def _printable(text: str) -> str:
-    """Text from a file name, with \\udcff in place of a byte that is not UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """All files that are not hidden. Links to folders are followed, but no folder is visited twice."""
     visited: set[tuple[int, int]] = set()
     for current, folders, names in os.walk(folder, followlinks=True):

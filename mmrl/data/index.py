@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mmrl.errors import InputError
+from mmrl.images.upright import format_of
 from mmrl.output.files import write_atomic
 
 SUFFIX = ".index"
@@ -36,6 +37,17 @@ _FINGERPRINT_HEADERS = 6
 _CHUNK = 1 << 20
 
 
+def printable(name: str) -> str:
+    """The name of a file, of a sample or of a shard as text: \\xff in place of a byte that is not UTF-8.
+
+    Such a name could not be printed, nor stored in JSON, Parquet or HTML.
+    """
+    try:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, from JSON
+        return name.encode(errors="backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Problem:
     """A sample, or a part of a shard, that cannot be used: one line of bad_samples.jsonl."""
@@ -43,6 +55,10 @@ class Problem:
     shard: str
     key: str
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("shard", "key", "reason"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     @property
     def kind(self) -> str:
@@ -121,9 +137,13 @@ class ShardIndex:
         return len(self.key_end)
 
     def key(self, row: int) -> str:
-        """The key of sample `row`."""
+        """The key of sample `row`, `printable`."""
         start = int(self.key_end[row - 1]) if row else 0
-        return self.key_bytes[start : int(self.key_end[row])].tobytes().decode(errors="surrogateescape")
+        return self.key_bytes[start : int(self.key_end[row])].tobytes().decode(errors="backslashreplace")
+
+    def count_extensions(self) -> dict[str, int]:
+        """Extension -> number of samples that have it; a sample has each extension at most once."""
+        return dict(zip(self.extensions, np.bincount(self.kind, minlength=len(self.extensions)).tolist(), strict=True))
 
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """Extension -> (offset, size) of sample `row`."""
@@ -150,17 +170,21 @@ def index_shard(path: Path, opened: IO[bytes] | None = None) -> ShardIndex:
 def _scan(path: Path, raw: IO[bytes]) -> ShardIndex:
     builder, length, damage, end = _IndexBuilder(), os.fstat(raw.fileno()).st_size, None, 0
     try:
-        with tarfile.open(fileobj=raw, mode="r:") as tar:
+        with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
                 if member.size < 0:  # tarfile would step back by it and loop forever
                     raise tarfile.ReadError(f"{member.name} has a size below 0")
+                if member.islnk() or member.issym() or member.issparse():
+                    builder.add_link(member)
+                    continue
                 if not member.isfile():
                     continue
                 if member.offset_data + member.size > length:
                     damage = f"truncated tar: the file ends inside {member.name}"
                     builder.drop_unfinished(member.name)
                     break
-                builder.add(member.name, member.offset_data, member.size)
+                name = _with_extension(member.name, raw, member.offset_data)
+                builder.add(name, member.offset_data, member.size)
                 end = member.offset_data + member.size
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else tarfile keeps them all
             else:
@@ -206,6 +230,14 @@ def _is_gzip(raw: IO[bytes]) -> bool:
     return raw.read(2) == b"\x1f\x8b"
 
 
+def _with_extension(name: str, raw: IO[bytes], offset: int) -> str:
+    """A member's name; an image without an extension gets that of its format."""
+    if "." in name.rpartition("/")[2]:
+        return name
+    kind = format_of(os.pread(raw.fileno(), 32, offset))
+    return f"{name}.{kind.lower()}" if kind else name
+
+
 def _split_name(name: str) -> tuple[str, str]:
     """A member's key and extension; ('', '') if it belongs to no sample."""
     folder, _, base = name.rpartition("/")
@@ -219,31 +251,57 @@ class _IndexBuilder:
     def __init__(self) -> None:
         self.problems: list[tuple[str, str]] = []
         self._keys: list[bytes] = []
-        self._seen: set[str] = set()
+        self._seen: dict[str, int] = {}
         self._first: list[int] = [0]
         self._members: list[tuple[int, int, int]] = []
         self._kinds: dict[str, int] = {}
         self._key: str | None = None
+        self._kinds_of_sample: set[int] = set()
         self._skipping = False
 
     def add(self, name: str, offset: int, size: int) -> None:
-        key, extension = _split_name(name)
-        if not key:
-            return  # e.g. README or a hidden file
-        if key != self._key:
-            self._finish_sample()
-            self._key = key
-            self._skipping = key in self._seen
-            if self._skipping:
-                self.add_problem(key, "duplicate key: it occurs earlier in this shard; the first sample is used")
-            self._seen.add(key)
-        if self._skipping:
+        key, extension = self._start_sample(name)
+        if not key or self._skipping:
             return
-        kind = self._kinds.setdefault(extension.lower(), len(self._kinds))
-        if kind in (k for k, _, _ in self._members[self._first[-1] :]):
+        kind = self._kinds.setdefault(printable(extension.lower()), len(self._kinds))
+        if kind in self._kinds_of_sample:
             self.add_problem(key, f"two members of one extension: .{extension}; the first is used")
             return
+        self._kinds_of_sample.add(kind)
         self._members.append((kind, offset, size))
+
+    def add_link(self, member: tarfile.TarInfo) -> None:
+        """Lists a member that has no bytes of its own in the tar, or not in one piece; its sample lacks it."""
+        key, _ = self._start_sample(member.name)
+        if key and member.issparse():
+            self.add_problem(key, f"sparse member: {member.name}; pack again without tar's --sparse")
+        elif key:
+            kind, option = ("hard", "--hard-dereference") if member.islnk() else ("symbolic", "--dereference")
+            target = f"{member.name} links to {member.linkname}"
+            self.add_problem(key, f"{kind} link: {target} and has no bytes of its own; pack again with tar's {option}")
+
+    def _start_sample(self, name: str) -> tuple[str, str]:
+        """The key and extension of the next member, as `_split_name`; a key that differs from the last starts a
+        sample."""
+        key, extension = _split_name(name)
+        if not key or key == self._key:
+            return key, extension  # no key: e.g. README or a hidden file
+        self._finish_sample()
+        self._key, self._kinds_of_sample, self._skipping = key, set(), key in self._seen
+        if self._skipping:
+            row = self._seen[key]
+            earlier = [kind for kind, _, _ in self._members[self._first[row] : self._first[row + 1]]]
+            if self._kinds.get(printable(extension.lower()), -1) in earlier:
+                self.add_problem(key, "duplicate key: it occurs earlier in this shard; the first sample is used")
+            else:
+                self.add_problem(
+                    key,
+                    f"members not adjacent: .{extension} stands apart from the other members and is not read; "
+                    "make the tar again with tar --sort=name",
+                )
+        else:
+            self._seen[key] = len(self._keys)
+        return key, extension
 
     def drop_unfinished(self, next_name: str | None = None) -> None:
         """Drops the sample that is being read, unless the next member is known and belongs to another sample."""
@@ -298,6 +356,7 @@ def save_index(index: ShardIndex, path: Path, modified: int | None = None) -> No
     header = {
         "samples": len(index),
         "extensions": index.extensions,
+        "counts": [*index.count_extensions().values()],
         "problems": index.problems,
         "tar": asdict(index.tar),
         "modified": modified,

@@ -44,6 +44,16 @@ class Shard:
     index_path: Path | None
     index: ShardIndex | None = None
     """The index itself if it could not be written to `index_path`."""
+    counts: list[int] | None = None
+    """The number of samples that have each of `extensions`; None if the index was written by an older version."""
+
+    def count_extensions(self) -> dict[str, int]:
+        """Extension -> number of samples that have it."""
+        return (
+            self.load().count_extensions()
+            if self.counts is None
+            else dict(zip(self.extensions, self.counts, strict=True))
+        )
 
     def load(self) -> ShardIndex:
         """Loads the index.
@@ -169,7 +179,8 @@ def _from_index(location: str, path: Path) -> Shard | None:
         with open_index(path) as (header, _):
             problems = [Problem(location, key, reason) for key, reason in header["problems"]]
             tar = TarFingerprint(**header["tar"])
-            return Shard(location, header["samples"], header["extensions"], problems, tar, path)
+            counts = header.get("counts")
+            return Shard(location, header["samples"], header["extensions"], problems, tar, path, counts=counts)
     except (OSError, ValueError):
         return None
 
@@ -184,7 +195,8 @@ def _create(location: str, cache: ShardCache) -> Shard:
     except OSError as error:
         raise InputError(f"shards: {location} cannot be read ({error}).") from None
     problems = [Problem(location, key, reason) for key, reason in index.problems]
-    shard = Shard(location, len(index), index.extensions, problems, index.tar, None, index)
+    counts = [*index.count_extensions().values()]
+    shard = Shard(location, len(index), index.extensions, problems, index.tar, None, index, counts)
     try:
         store_index(index, location, cache)
     except OSError:  # a full or read-only disk: the index stays in memory

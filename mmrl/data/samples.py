@@ -6,7 +6,7 @@ Nothing here runs code from the data: members are read as images, text and JSON,
 import hashlib
 import json
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,34 +14,19 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from mmrl.data.index import BLOCK, Problem, header_size
+from mmrl.data.fields import EXTENSIONS_SHOWN, FIRST_DOT, FieldsConfig, hidden_images, merged_names, unused_note
+from mmrl.data.index import BLOCK, Problem, header_size, printable
 from mmrl.data.opening import Shard
 from mmrl.data.order import SourceShare
 from mmrl.data.stores import ShardCache, is_remote
+from mmrl.data.texts import caption_list, clean_captions, decode_text, group_name
 from mmrl.errors import InputError, did_you_mean
 from mmrl.images.decode import decode_pixels
-from mmrl.settings import Settings
 
 # Samples read before training, to tell a wrong field name from a field that some samples lack.
 _PREFLIGHT_SAMPLES = 64
 NO_GROUP = -1
-
-
-class FieldsConfig(Settings):
-    """The names of a sample's fields: file extensions in the tar, keys in its JSON."""
-
-    image: list[str] = Field(default=["jpg", "jpeg", "png", "webp"], min_length=1)
-    """Extensions of the image; the first that a sample has is used."""
-    text: str = "txt"
-    """Extension of a plain caption."""
-    metadata: str = "json"
-    """Extension of the JSON object."""
-    captions: str = "captions"
-    """Key in the JSON: a list of captions (or one)."""
-    group: str = "group"
-    """Key in the JSON: the id of the item shown. Samples of one item are not each other's negatives."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +56,44 @@ class ParsedSample:
 SAMPLE_ERRORS = (ValueError, OSError, RecursionError)
 
 
-def parse(fields: FieldsConfig, extensions: Collection[str], read: Callable[[str], bytes]) -> ParsedSample:
+def parse(
+    fields: FieldsConfig,
+    extensions: Collection[str],
+    read: Callable[[str], bytes],
+    require_captions: bool = True,
+) -> ParsedSample:
     """Parses a sample, given the extensions of its members and a function that reads the member with an extension.
+
+    Args:
+        require_captions: a sample without a caption is an error.
 
     Raises:
         one of SAMPLE_ERRORS: no image, no usable caption, text that is not UTF-8, invalid JSON; or what `read` raises.
     """
-    image = next((extension for extension in fields.image if extension in extensions), None)
+    image = next((extension for extension in fields.image_extensions if extension in extensions), None)
     if image is None:
-        raise ValueError(f"no image: none of .{', .'.join(fields.image)}")
+        is_hidden = hidden_images(fields, extensions, require_captions)
+        raise ValueError(f"no image: {FIRST_DOT}" if is_hidden else f"no image: none of .{', .'.join(fields.image)}")
     metadata = parse_metadata(fields, extensions, read)
-    captions = [read(fields.text).decode()] if fields.text in extensions else []
-    from_json = metadata.get(fields.captions, [])
-    captions += [from_json] if isinstance(from_json, str) else from_json if isinstance(from_json, list) else []
-    # JSON can hold an unpaired surrogate, which some tokenizers fail on; encode() raises on it here.
-    stripped = [caption.encode().decode().strip() for caption in captions if isinstance(caption, str)]
-    usable = list(dict.fromkeys(caption for caption in stripped if caption))
-    if not usable:
-        raise ValueError("only empty captions" if stripped else "no caption")
-    group = metadata.get(fields.group)
-    return ParsedSample(read(image), usable, None if group is None or group == "" else str(group))
+    captions = [decode_text(read(fields.text))] if fields.text in extensions else []
+    captions += caption_list(metadata.get(fields.captions))
+    usable = clean_captions(captions)
+    if not usable and require_captions:
+        raise ValueError("only empty captions" if captions else "no caption")
+    return ParsedSample(read(image), usable, group_name(metadata.get(fields.group)))
 
 
 def parse_metadata(fields: FieldsConfig, extensions: Collection[str], read: Callable[[str], bytes]) -> dict[str, Any]:
     """A sample's JSON object; empty if it has none. Raises as `parse`."""
     if fields.metadata not in extensions:
         return {}
-    metadata = json.loads(read(fields.metadata))
+    data = read(fields.metadata)
+    try:
+        metadata = json.loads(data)
+    except (json.JSONDecodeError, UnicodeError):
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"metadata not JSON: {error}") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"metadata not JSON: .{fields.metadata} is not a JSON object")
     return metadata
@@ -154,12 +150,20 @@ _SAMPLES_INDEXED, _OPEN_FILES = 2_000_000, 64
 class SampleReader:
     """Random access to the samples of all sources, numbered 0 … N-1 in the order of the sources and their shards."""
 
-    def __init__(self, sources: Sequence[Source], cache: ShardCache) -> None:
-        self.sources, self.cache = list(sources), cache
+    def __init__(self, sources: Sequence[Source], cache: ShardCache, require_captions: bool = True) -> None:
+        """Args:
+        require_captions: a sample without a caption is bad.
+
+        Raises:
+            InputError: no sample of a source has a configured field.
+        """
+        self.sources, self.cache, self._require_captions = list(sources), cache, require_captions
         self.shares = [source.share for source in sources]
         self._shards = [shard for source in sources for shard in source.shards]
         self._source_of_shard = np.repeat(np.arange(len(sources)), [len(source.shards) for source in sources])
         self.problems = [problem for shard in self._shards for problem in shard.problems]
+        self.notes: list[str] = []
+        """Sentences on what is not read, to print before work begins."""
         self._ends = np.cumsum([shard.samples for shard in self._shards])
         self._reset_caches()
         for source, first in zip(sources, np.cumsum([0, *(share.total for share in self.shares)]), strict=False):
@@ -265,8 +269,13 @@ class SampleReader:
     def _parse(self, shard: int, row: int) -> Sample:
         index, source = self._indexes[shard], self.sources[self._source_of_shard[shard]]
         members = index.members(row)
-        parsed = parse(source.fields, members, lambda extension: self._read_member(shard, *members[extension]))
-        name = f"{source.name_of(self._shards[shard])}/{index.key(row)}"
+        parsed = parse(
+            source.fields,
+            members,
+            lambda extension: self._read_member(shard, *members[extension]),
+            self._require_captions,
+        )
+        name = f"{printable(source.name_of(self._shards[shard]))}/{index.key(row)}"
         if len(self.sources) > 1:
             name = f"{source.name}/{name}"
         group = parsed.group
@@ -284,18 +293,33 @@ class SampleReader:
         """Raises InputError if no sample of a source has a configured field, which is a mistake in the config."""
         fields = source.fields
         present = sorted({extension for shard in source.shards for extension in shard.extensions})
-        where = f"in {len(source.shards)} shards such as {source.shards[0].location}"
-        if not set(fields.image) & set(present):
+        where = f"in {len(source.shards)} shards such as {printable(source.shards[0].location)}"
+        if set(fields.image_extensions).isdisjoint(present):
+            more = ", …" if len(present) > EXTENSIONS_SHOWN else ""
+            remedy = f" ({FIRST_DOT})" if hidden_images(fields, present, require_captions=False) else ""
             raise InputError(
                 f"fields.image: no sample {where} has .{' or .'.join(fields.image)}; "
-                f"the members there are .{', .'.join(present)}."
+                f"the members there are .{', .'.join(present[:EXTENSIONS_SHOWN])}{more}{remedy}."
             )
+        self._note_unused(source)
         for name in ("text", "metadata"):
             extension = getattr(fields, name)
             if name in fields.model_fields_set and extension not in present:
                 hint = did_you_mean(extension, present)
                 raise InputError(f"fields.{name}: no sample {where} has .{extension}.{hint}")
         self._preflight_captions(source, first, where)
+
+    def _note_unused(self, source: Source) -> None:
+        """Adds the members that no field uses to the notes, and the images among them to the problems."""
+        counts: Counter[str] = Counter()
+        for shard in source.shards:
+            if fields := set(shard.extensions) - source.fields.extensions:
+                counts.update(shard.count_extensions())
+            if any("." in one for one in fields):
+                merged = merged_names(shard.load(), source.fields, self._require_captions)
+                self.problems += [Problem(shard.location, key, reason) for key, reason in merged]
+        if note := unused_note(counts, source.fields):
+            self.notes.append(f"{source.name}: {note}" if source.name else note)
 
     def _preflight_captions(self, source: Source, first: int, where: str) -> None:
         fields, total = source.fields, source.share.total
@@ -316,7 +340,15 @@ class SampleReader:
                 raise InputError(
                     f"fields.{name}: none of {count} samples {where} has {key!r} in its JSON." + did_you_mean(key, keys)
                 )
-        if not captioned:
+            if key not in keys and (other := next((one for one in keys if one.lower() == key.lower()), None)):
+                self.notes.append(
+                    f"fields.{name}: none of {count} samples {where} has {key!r} in its JSON, but some have {other!r}; "
+                    f"to use it, set fields.{name}: {other}."
+                )
+        if not captioned and self._require_captions:
+            if self.problems:
+                problem = self.problems[0]
+                rejected += f" The shards' first problem: {problem.key} {problem.reason}."
             raise InputError(
                 f"fields.text, fields.captions: none of {count} samples {where} can be used with a caption in "
                 f".{fields.text} or under {fields.captions!r} in .{fields.metadata}; "

@@ -8,15 +8,23 @@ from pathlib import Path
 import braceexpand
 
 from mmrl.data import starter
-from mmrl.data.stores import check_location, is_remote, list_tars
+from mmrl.data.stores import RemoteConfig, cache_folder, cache_name, check_location, is_remote, list_tars
 from mmrl.errors import InputError
 
 ShardSpec = str | Path | Sequence[str | Path]
+HUB = "hf:"
+"""Begins the spec of a Hugging Face data set; training packs it into `hub_folder` once, see pack/hub.py."""
+
+
+def hub_folder(spec: str) -> Path:
+    """The folder in the cache for the shards of a Hugging Face data set."""
+    return cache_folder(RemoteConfig()) / "packed" / cache_name(spec)
 
 
 def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = False) -> list[str]:
     """The paths and URLs of a shard spec: a tar, a brace pattern, a folder, a list file (`@shards.txt`), the shipped
-    set (`starter:train`), a URL of one of these (https://, s3://, gs:// …), or a list of specs.
+    set (`starter:train`), a Hugging Face data set that is packed (`hf:NAME:SPLIT`), a URL of one of these (https://,
+    s3://, gs:// …), or a list of specs.
 
     Args:
         keep_missing: return local files that do not exist too, unless none exists.
@@ -43,6 +51,13 @@ def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = Fal
 def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
     if spec.startswith("starter:"):
         return [str(path) for path in starter.shards(spec.removeprefix("starter:"))]
+    if spec.startswith(HUB):
+        folder = hub_folder(spec)
+        if not any(folder.glob("*.tar")):
+            raise InputError(
+                f"shards: {spec} is not packed on this host; mmrl train does it, or: mmrl pack {spec} {folder}"
+            )
+        return _expand_one(str(folder), allow_pipe, keep_missing)
     if spec.startswith("@"):
         return [
             location

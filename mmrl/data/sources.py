@@ -36,14 +36,19 @@ class DataConfig(Settings):
     """The training samples, and how batches are made of them."""
 
     train: str | list[str] = []  # noqa: RUF012 (pydantic copies)
-    """Shards: a tar, a brace pattern, a folder, a list file (@shards.txt), `starter:train`, a URL of one of these
-    (https://, s3://, gs:// …), or a list of these."""
+    """Shards: a tar, a brace pattern, a folder, a list file (@shards.txt), `starter:train`, a Hugging Face data set
+    (`hf:NAME:SPLIT` or `hf:FOLDER:SPLIT`, packed once into the cache folder), a URL of one of these (https://, s3://,
+    gs:// …), or a list of these."""
     sources: list[SourceConfig] = Field(default=[], max_length=1000)
     """Instead of `train`: several sets of shards, each with its own fields and its own repeat."""
     fields: FieldsConfig = FieldsConfig()
     captions: Annotated[list[float] | None, AfterValidator(_check_probabilities)] = None
     """Probabilities of a sample's first, second, … caption; captions beyond the list share the last probability
     (default: uniform). One caption is drawn per sample and epoch."""
+    mask_equal_captions: bool = True
+    """Two samples of a batch whose drawn captions are equal, but for case, spaces, HTML entities and Unicode forms, are
+    no negatives of each other, as if they had one group (see loss.same_group). false in runs that began before this
+    key existed."""
     augment: AugmentConfig = AugmentConfig()
     scaled_decode: bool = False
     """Decode JPEGs much larger than the model's input at 1/2, 1/4 or 1/8 of their size: several times faster for images
@@ -51,7 +56,8 @@ class DataConfig(Settings):
     shuffle_window: int = Field(default=16384, ge=1)
     """Samples per shuffle window; a window spans neighbouring shards of the epoch's shard order."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Training stops when more than this fraction of the samples seen (or of 1,000, if fewer were seen) is bad."""
+    """Training stops when more than this fraction of an epoch's samples is bad (or of a million, if an epoch has
+    more)."""
     cache: bool = machine_field(False)
     """Keep decoded images in memory, once per worker: for small sets and many epochs."""
     workers: int = machine_field(0, ge=0)
@@ -62,15 +68,23 @@ class DataConfig(Settings):
 
 
 def open_reader(
-    shards: ShardSpec, fields: FieldsConfig | None = None, remote: RemoteConfig | None = None, allow_pipe: bool = False
+    shards: ShardSpec,
+    fields: FieldsConfig | None = None,
+    remote: RemoteConfig | None = None,
+    allow_pipe: bool = False,
+    require_captions: bool = True,
 ) -> SampleReader:
     """Opens the samples of a shard spec and checks the shards and field names, so that mistakes show at once.
+
+    Args:
+        require_captions: a sample without a caption is bad.
 
     Raises:
         InputError: shards missing, empty or not tars; fields that no sample has.
     """
     cache = ShardCache(remote or RemoteConfig())
-    return SampleReader([Source(open_shards(expand(shards, allow_pipe), cache), fields or FieldsConfig())], cache)
+    source = Source(open_shards(expand(shards, allow_pipe), cache), fields or FieldsConfig())
+    return SampleReader([source], cache, require_captions)
 
 
 def open_training_set(config: DataConfig) -> SampleReader:

@@ -106,7 +106,7 @@ def cache_folder(config: RemoteConfig) -> Path:
 
 def cache_name(location: str) -> str:
     """A unique and readable file name for the cached copy of a location."""
-    digest = hashlib.blake2b(location.encode(), digest_size=10).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(location), digest_size=10).hexdigest()
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', location.rsplit('/', 1)[-1])[-80:]}"
 
 
@@ -158,6 +158,19 @@ class ShardCache:
             if is_remote(location) and location not in self._queued:
                 self._queued.add(location)
                 self._prefetcher[1].put(location)
+
+    def is_downloading(self) -> bool:
+        """Whether any process is downloading a shard into the folder and has not waited for a byte for too long."""
+        patience = self.config.retries * (self.config.timeout + _MAX_RETRY_DELAY)
+        for path in self.folder.glob("*.lock"):
+            try:
+                with _locked(path, wait=False):
+                    continue
+            except BlockingIOError:
+                files = [one for one in (path, path.with_suffix(".partial")) if one.exists()]
+                if time.time() - max(one.stat().st_mtime for one in files) < patience:
+                    return True
+        return False
 
     def read_small(self, location: str) -> bytes | None:
         """The contents of a small remote file, without caching it; None if it is missing or cannot be downloaded."""
@@ -212,6 +225,7 @@ class ShardCache:
         if message and time.time() - float(failed_at) < _FAILURE_SECONDS:
             raise OSError(message)
         began = time.time()
+        os.utime(lock.fileno())  # for `is_downloading`
         failure = ""
         try:
             return self._download(location, target)

@@ -4,9 +4,12 @@ World size, rank, workers and the point of a resume only decide which process lo
 sample of the epoch; a worker needs only (epoch, position) to load its rows of a batch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from mmrl.data.batches import Batch, BatchDataset, ImageTransform, Tokenise
 from mmrl.data.samples import SampleReader
 from mmrl.data.shards import ShardSpec
 from mmrl.data.sources import DataConfig, open_training_set
+from mmrl.data.workers import MAX_PREFETCH, LostBatchWatch
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
 from mmrl.settings import hyperparameters
@@ -41,9 +45,13 @@ class Stream:
         config: DataConfig | None = None,
         pin_memory: bool = False,
         micro_batch: int | None = None,
+        prefetch: int = MAX_PREFETCH,
+        lost_after_s: float = 30.0,
     ) -> None:
         """`batch_size` and `micro_batch` count rows of this rank; with `micro_batch`, each batch is yielded in
-        batch_size / micro_batch chunks."""
+        batch_size / micro_batch chunks, of which each worker prepares `prefetch` in advance. Workers that load no
+        sample for `lost_after_s` seconds while a batch is awaited end the stream with RunStopped.
+        """
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
             raise InputError(
@@ -64,7 +72,9 @@ class Stream:
         self._dataset = BatchDataset(
             reader, batch_size, self._micro_batches, rank, world_size, seed, image, text, config
         )
-        self._loader: DataLoader[Batch | InputError] | None = None
+        self._reader, self._prefetch = reader, prefetch if num_workers else None
+        self._lost_after_s = lost_after_s
+        self._loader: DataLoader[Batch | InputError | RunStopped] | None = None
         self._sampler = _MicroBatchSampler()
 
     @property
@@ -115,50 +125,77 @@ class Stream:
 
     def _batches(self, epochs: int | None) -> Iterator[Batch]:
         if self._loader is None:
+            if self._workers:
+                self._dataset.progress = torch.zeros(1, dtype=torch.int64).share_memory_()
             self._loader = DataLoader(
                 self._dataset,
                 sampler=self._sampler,
                 batch_size=None,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
-                prefetch_factor=4 if self._workers else None,
+                prefetch_factor=self._prefetch,
                 pin_memory=self._pin_memory,
                 worker_init_fn=_start_new_session,
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
         self._sampler.start(self.epoch, self.position, step, usable, epochs, self._micro_batches)
-        for count, batch in enumerate(self._detect_dead_workers(iter(self._loader)), start=1):
-            if isinstance(batch, InputError):
-                raise batch
+        with _sigchld_kept():
+            batches = iter(self._loader)
+        for count, batch in enumerate(self._await_batches(batches), start=1):
             if count % self._micro_batches == 0:
                 self.position += step
             if self.position >= usable:
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
 
-    def _detect_dead_workers(self, batches: Iterator[Batch | InputError]) -> Iterator[Batch | InputError]:
-        """Yields the batches; raises RunStopped if a worker was killed."""
+    def _await_batches(self, batches: Any) -> Iterator[Batch]:
+        """Yields the batches of DataLoader's iterator; raises a worker's error, and RunStopped if one was killed or a
+        batch is lost."""
+        watch = LostBatchWatch(batches._workers if self._workers else [], self._progress, self._lost_after_s)
         try:
-            yield from batches
-        except RuntimeError as error:
-            stopped = dead_worker_error(error)
-            if stopped is None:
+            with watch:
+                while True:
+                    with watch.awaiting():
+                        batch = next(batches, None)
+                    if batch is None:
+                        return
+                    if not isinstance(batch, Batch):
+                        raise batch
+                    yield batch
+        except (InputError, RunStopped):
+            self._end_workers(batches)
+            raise
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error) and watch.error is None:
                 raise
-            self._loader = None
-            raise stopped from None
+            self._end_workers(batches)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise watch.error or RunStopped(
+                f"data: a DataLoader worker was killed ({reason}), most likely because memory ran out; lower "
+                "data.workers or train.batch_size, then resume."
+            ) from None
+
+    def _end_workers(self, batches: Any) -> None:
+        """Ends the workers now: the garbage collector would wait 5 s for each."""
+        self._loader = None
+        if self._workers:
+            batches._shutdown_workers()
+
+    def _progress(self) -> int | None:
+        """A number that changes while a worker loads samples; None while a shard is downloaded, which has limits."""
+        if self._reader.is_remote and self._reader.cache.is_downloading():
+            return None
+        return int(self._dataset.progress or 0)
 
 
-def dead_worker_error(error: RuntimeError) -> RunStopped | None:
-    """The RunStopped to raise instead of DataLoader's error about a dead worker; None for any other error.
-
-    DataLoader raises its error from a signal handler, so it can come from any line of the parent process.
-    """
-    if isinstance(error, RunStopped) or "DataLoader worker" not in str(error):
-        return None
-    return RunStopped(
-        f"data: a DataLoader worker was killed ({str(error).splitlines()[0]}), most likely because memory ran out; "
-        "lower data.workers or train.batch_size, then resume."
-    )
+@contextlib.contextmanager
+def _sigchld_kept() -> Iterator[None]:
+        """Ends the workers now: the garbage collector would wait 5 s for each, which delays reports of dead ones."""
+    checkpoint. Without it, the next batch raises that error within 5 s."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _start_new_session(_worker: int) -> None:
@@ -171,8 +208,9 @@ def _start_new_session(_worker: int) -> None:
 def _config_fingerprint(config: DataConfig) -> str:
     """A hash of all settings that affect the contents of batches."""
     values = hyperparameters(config)
-    # `train` and `sources` are part of the reader's fingerprint; max_bad_fraction affects no batch.
-    relevant = {name: value for name, value in values.items() if name not in ("train", "sources", "max_bad_fraction")}
+    # `train` and `sources` are part of the reader's fingerprint; the others affect no image and no text.
+    apart = ("train", "sources", "max_bad_fraction", "mask_equal_captions")
+    relevant = {name: value for name, value in values.items() if name not in apart}
     return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 

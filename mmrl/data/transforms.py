@@ -80,9 +80,10 @@ class Augmentation:
         return draws.uniform(seed, epoch, _AUGMENT_DRAW, samples_B[:, None], np.arange(_COUNT))
 
     def crop_and_resize(self, image_CHW: torch.Tensor, params_P: np.ndarray) -> torch.Tensor:
-        """The random crop, if configured, else the spec's own resize: uint8 (C, any height, any width) -> (C, H, W)."""
+        """The random crop, if configured, else the spec's own resize: uint8 (3 or 4, any size) -> (C, H, W)."""
         if self.config.random_resized_crop is None:
             return self.spec.pixels(image_CHW)
+        image_CHW = self.spec.opaque(image_CHW)
         _, full_h, full_w = image_CHW.shape
         top, left, height, width = self._crop_box(full_h, full_w, params_P)
         crop_CHW = image_CHW[:, top : top + height, left : left + width]

@@ -4,10 +4,14 @@ Each worker has its own pipe, so that the death of one is noticed. In concurrent
 pipe, and the pool hangs if the system kills a worker while it writes a result.
 """
 
+import math
 import os
 import signal
+import sys
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -15,8 +19,11 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from mmrl.errors import RunStopped
+from mmrl.errors import InputError, RunStopped
 
+MAX_PREFETCH = 4
+"""Batches that each DataLoader worker prepares in advance, if the shared memory has room for them."""
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a constant of Linux)
 T = TypeVar("T")
 R = TypeVar("R")
 # Items per worker that are in work or wait for an earlier item: one slow item does not stall the other workers at once.
@@ -99,6 +106,88 @@ class WorkerPool(Generic[T, R]):
         if process.exitcode == -signal.SIGKILL:
             how = "killed by the system, most likely because memory ran out"
         return RunStopped(f"A worker process died ({how}); run the same command again with fewer --workers.")
+
+
+def fitting_prefetch(workers: int, batch_bytes: int, in_use: int, processes: int) -> int:
+    """How many batches each DataLoader worker can prepare in advance, at most MAX_PREFETCH: what /dev/shm has room for.
+
+    Args:
+        batch_bytes: the bytes of the tensors of a batch.
+        in_use: the batches that a process has taken from its workers and not released yet.
+        processes: the processes of this host, which share the memory; each has `workers`.
+
+    Raises:
+        InputError: there is no room for one batch per worker.
+    """
+    if not workers:
+        return MAX_PREFETCH
+    free = free_shared_memory()
+    needed = [processes * batch_bytes * (workers * n + in_use) for n in range(1, MAX_PREFETCH + 1)]
+    if needed[0] > free:
+        raise InputError(
+            f"data.workers: {workers} workers on each of {processes} processes pass batches of "
+            f"{batch_bytes / 1e6:,.1f} MB through {_SHARED_MEMORY}, which needs {needed[0] / 1e6:,.0f} MB and has "
+            f"{free / 1e6:,.0f} MB free; give the container more (docker run --shm-size="
+            f"{math.ceil(needed[-1] / 2**20)}m; in Kubernetes an emptyDir with medium: Memory at {_SHARED_MEMORY}), or "
+            "lower data.workers (0 needs none) or train.micro_batch."
+        )
+    return sum(one <= free for one in needed)
+
+
+def free_shared_memory() -> float:
+    """Free bytes of /dev/shm; infinite on a system that keeps shared memory elsewhere."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except FileNotFoundError:
+        return 0.0 if sys.platform == "linux" else math.inf
+    return float(status.f_bavail * status.f_frsize)
+
+
+class LostBatchWatch:
+    """Context manager: kills DataLoader's workers when none makes progress while a batch is awaited.
+
+    A thread does so, since the process that awaits the batch can be blocked where no timeout applies: it takes the
+    batch's memory from a worker, which may hang. The workers' death ends that wait; `error` says what happened.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], progress: Callable[[], int | None], lost_after_s: float) -> None:
+        """`progress` returns a number that changes with each loaded sample; None if a longer wait is expected."""
+        self.error: RunStopped | None = None
+        self._workers, self._progress, self._lost_after_s = workers, progress, lost_after_s
+        self._is_awaiting, self._done = False, threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._workers:
+            threading.Thread(target=self._run, name="lost batches", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    @contextmanager
+    def awaiting(self) -> Iterator[None]:
+        """Within, a batch is awaited."""
+        self._is_awaiting = True
+        try:
+            yield
+        finally:
+            self._is_awaiting = False
+
+    def _run(self) -> None:
+        before, since = self._progress(), time.monotonic()
+        while not self._done.wait(self._lost_after_s / 10):
+            now = self._progress()
+            if now != before or now is None or not self._is_awaiting:
+                before, since = now, time.monotonic()
+            elif time.monotonic() - since > 0.8 * self._lost_after_s:  # so that the run has ended in time
+                self.error = RunStopped(
+                    f"data: a batch was lost: for {self._lost_after_s:.0f} s no DataLoader worker has loaded a sample; "
+                    "check that the file system of the shards answers, or raise engine.lost_after_seconds if one "
+                    "sample takes longer, then resume."
+                )
+                for worker in self._workers:
+                    worker.kill()  # not terminate(): a process that hangs may not react to SIGTERM
+                return
 
 
 @contextmanager

@@ -221,10 +221,7 @@ def broadcast_object(value: Any) -> Any:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is True on any rank."""
-    flags = torch.tensor([float(flag)], device=world().device)
-    if world().size > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return bool(all_reduce_max(torch.tensor([float(flag)], device=world().device)).item())
 
 
 def barrier() -> None:

@@ -44,6 +44,16 @@ class LaunchInfo:
     """Host name or address of rank 0."""
     port: int
 
+    def __post_init__(self) -> None:
+        """Raises InputError if the rank or the port is out of range."""
+        if not 0 <= self.rank < self.size:
+            raise InputError(
+                f"RANK: {self.launcher} set rank {self.rank} of {self.size} processes; ranks go from 0 to "
+                f"{self.size - 1}."
+            )
+        if not 0 < self.port < 1 << 16:
+            raise InputError(f"MASTER_PORT: {self.port} is not a valid port; use 1024 to 65535.")
+
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Writes torchrun's variables."""
         environ.update(
@@ -65,15 +75,13 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | None:
         InputError: variables that are incomplete, not numbers, or out of range.
     """
     if "WORLD_SIZE" in environ or "RANK" in environ:
-        return _validated(
-            LaunchInfo(
-                "torchrun",
-                _integer(environ, "RANK"),
-                _integer(environ, "WORLD_SIZE"),
-                _integer(environ, "LOCAL_RANK", 0),
-                environ.get("MASTER_ADDR", "127.0.0.1"),
-                _integer(environ, "MASTER_PORT", 29500),
-            )
+        return LaunchInfo(
+            "torchrun",
+            _integer(environ, "RANK"),
+            _integer(environ, "WORLD_SIZE"),
+            _integer(environ, "LOCAL_RANK", 0),
+            environ.get("MASTER_ADDR", "127.0.0.1"),
+            _integer(environ, "MASTER_PORT", 29500),
         )
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         return _slurm(environ)
@@ -90,15 +98,13 @@ def _slurm(environ: Mapping[str, str]) -> LaunchInfo | None:
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-    return _validated(
-        LaunchInfo(
-            "Slurm",
-            _integer(environ, "SLURM_PROCID"),
-            size,
-            _integer(environ, "SLURM_LOCALID", 0),
-            environ.get("MASTER_ADDR") or first_host(nodes),
-            _integer(environ, "MASTER_PORT", port_for_job(job)),
-        )
+    return LaunchInfo(
+        "Slurm",
+        _integer(environ, "SLURM_PROCID"),
+        size,
+        _integer(environ, "SLURM_LOCALID", 0),
+        environ.get("MASTER_ADDR") or first_host(nodes),
+        _integer(environ, "MASTER_PORT", port_for_job(job)),
     )
 
 
@@ -115,18 +121,7 @@ def _mpi(launcher: str, names: tuple[str, str, str, str], environ: Mapping[str, 
         )
     # A fixed port: not every MPI sets a variable with the job's id.
     port = _integer(environ, "MASTER_PORT", 29500)
-    return _validated(LaunchInfo(launcher, rank, size, _integer(environ, names[2], 0), address, port))
-
-
-def _validated(launch: LaunchInfo) -> LaunchInfo:
-    if not 0 <= launch.rank < launch.size:
-        raise InputError(
-            f"RANK: {launch.launcher} set rank {launch.rank} of {launch.size} processes; ranks go from 0 to "
-            f"{launch.size - 1}."
-        )
-    if not 0 < launch.port < 1 << 16:
-        raise InputError(f"MASTER_PORT: {launch.port} is not a valid port; use 1024 to 65535.")
-    return launch
+    return LaunchInfo(launcher, rank, size, _integer(environ, names[2], 0), address, port)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

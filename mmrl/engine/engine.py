@@ -46,7 +46,8 @@ class EngineConfig(Settings):
     """Timeout of a collective."""
     lost_after_seconds: float = Field(default=30.0, ge=5, json_schema_extra={"machine": True})
     """A process without a heartbeat for this long is considered lost, and the others stop with its rank and host. Four
-    times as long while a run starts, evaluates or saves."""
+    times as long while a run starts, evaluates or saves. A run also stops if it waits for a batch while no worker
+    loads a sample for this long."""
     deepspeed: dict[str, Any] = machine_field({})
     """Extra DeepSpeed config, e.g. {zero_optimization: {reduce_bucket_size: 1_000_000}}. Values that contradict other
     fields are refused."""

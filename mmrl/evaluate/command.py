@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from mmrl.data.index import Problem
+from mmrl.data.index import Problem, printable
 from mmrl.distributed import comm, launchers
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets
@@ -20,10 +20,11 @@ from mmrl.evaluate.ranking.ranks import KS
 from mmrl.evaluate.ranking.retrieval import check_ks
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.report.study import Study
-from mmrl.evaluate.report.tables import result_tables
+from mmrl.evaluate.report.tables import ceiling_note, result_tables
 from mmrl.evaluate.zeroshot import read_classes, score_zero_shot
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
 from mmrl.nesting import check_dims, untrained_note
+from mmrl.output.console import print_line
 from mmrl.output.progress import progress_bar
 
 
@@ -78,29 +79,29 @@ def evaluate_model(
     analyse = out or options.budget or options.vectors or options.compare
     study = Study(model, encoder, dims, options.budget, options.vectors, options.compare) if analyse else None
     console = Console(quiet=quiet or not world.is_rank_0)
-    if note := untrained_note(dims, encoder.nested_dims):
-        console.print(note, highlight=False, soft_wrap=True)
+    print_line(console, untrained_note(dims, encoder.nested_dims))
     results: dict[str, dict[str, Any]] = {}
     with progress_bar(console) as progress:
         for name, one in opened.items():
             if one.classes is None:
                 results[name], bad = _score_retrieval(name, one, encoder, dims, options, progress, study)
             else:
-                results[name], bad = _score_classification(name, one, encoder, dims, progress)
+                with _task(progress, f"embedding {name}", len(one.reader)) as advance:
+                    results[name], bad = score_zero_shot(one.reader, one.classes, encoder, dims, advance)
             if bad:
                 first = bad[0]
-                console.print(f"{name}: {len(bad)} bad samples left out, such as {first.key}: {first.reason}")
+                print_line(console, f"{name}: {len(bad)} bad samples left out, such as {first.key}: {first.reason}")
     result = {**sets.as_retrieval_json(results), "nested_dims": list(encoder.nested_dims)}
     for name in results:
         console.print(*result_tables(name, results[name]), sep="\n")
+        if note := ceiling_note(results[name]):
+            print_line(console, f"{name}: {note}")
     if study:
         study.print_advice(console)
     if out is not None and world.is_rank_0:
         sets.write_retrieval_json(out, result)
         page = study.write_report(out / "report", results) if study else None
-        console.print(
-            f"Written: {out}/retrieval.json" + (f" and {page}" if page else ""), highlight=False, soft_wrap=True
-        )
+        print_line(console, f"Written: {out}/retrieval.json" + (f" and {page}" if page else ""))
     return result
 
 
@@ -130,7 +131,7 @@ def _open_sets(shards: Sequence[str], options: EvalOptions) -> dict[str, OpenSet
 
 def _default_name(spec: str) -> str:
     """The last component of the path, without .tar."""
-    return spec.removeprefix("starter:").rstrip("/").rpartition("/")[2].removesuffix(".tar")
+    return printable(spec.removeprefix("starter:").rstrip("/").rpartition("/")[2].removesuffix(".tar"))
 
 
 @contextmanager
@@ -154,42 +155,16 @@ def _score_retrieval(
     study: Study | None,
 ) -> tuple[dict[str, Any], list[Problem]]:
     with _task(progress, f"embedding {name}", len(one.reader)) as advance:
-        embedded = sets.embed(
-            one.reader,
-            encoder.model,
-            encoder.image_spec,
-            encoder.tokenise,
-            captions=options.captions,
-            on_batch=advance,
-        )
+        embedded = sets.embed(one.reader, encoder, captions=options.captions, on_batch=advance)
     directions = [direction for direction in DIRECTIONS if direction in options.directions]
     with _task(progress, f"ranking {name}", sets.num_rows(embedded, directions)) as advance:
         result = sets.score(embedded, dims, options.ks, directions, options.folds, on_rows=advance, over_ranks=True)
     if options.degrade:
         with _task(progress, f"degrading {name}", min(options.degrade, len(embedded.keys))) as advance:
             result["degraded"] = score_degraded(
-                one.reader,
-                encoder.model,
-                encoder.image_spec,
-                embedded.sample_indices,
-                embedded.keys,
-                embedded.image_ND,
-                dims,
-                options.degrade,
-                options.ks,
-                on_images=advance,
+                one.reader, encoder, embedded, dims, options.degrade, options.ks, on_images=advance
             )
     if study and set(CROSS_MODAL) <= set(result["chance"]):
         with _task(progress, f"analysing {name}", study.steps) as advance:
             study.analyse_set(name, one.reader, embedded, result, options.captions, advance)
     return result, embedded.bad
-
-
-def _score_classification(
-    name: str, one: OpenSet, encoder: EvaluatedEncoder, dims: Sequence[int], progress: Progress
-) -> tuple[dict[str, Any], list[Problem]]:
-    assert one.classes is not None
-    with _task(progress, f"embedding {name}", len(one.reader)) as advance:
-        return score_zero_shot(
-            one.reader, one.classes, encoder.model, encoder.image_spec, encoder.tokenise, dims, advance
-        )

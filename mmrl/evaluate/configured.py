@@ -30,12 +30,10 @@ class ConfiguredSet:
 
     def score(self, encoder: Bundle, dims: Sequence[int]) -> dict[str, Any]:
         """The set's entry in retrieval.json. Collective: the work is divided over the processes."""
-        model, image_spec, tokenise = encoder.model, encoder.image_spec, encoder.tokenise
         if self.classes is None:
-            embedded = sets.embed(self.reader, model, image_spec, tokenise, captions=self.captions)
-            result = sets.score(embedded, dims, over_ranks=True)
+            result = sets.score(sets.embed(self.reader, encoder, captions=self.captions), dims, over_ranks=True)
         else:
-            result, _ = score_zero_shot(self.reader, self.classes, model, image_spec, tokenise, dims)
+            result, _ = score_zero_shot(self.reader, self.classes, encoder, dims)
         if len(self.reader) < self.samples:
             result["drawn"] = {"samples": len(self.reader), "of": self.samples}
         return result

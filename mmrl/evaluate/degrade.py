@@ -19,8 +19,10 @@ from mmrl.data import draws
 from mmrl.data.sequential import ImageReader
 from mmrl.distributed import comm
 from mmrl.evaluate.ranking.ranks import KS, rank_queries
+from mmrl.evaluate.sets import Embedded
 from mmrl.images.decode import decode_pixels, to_pil, to_tensor
-from mmrl.images.image_spec import ImageSpec, resize
+from mmrl.images.image_spec import resize
+from mmrl.inference.evaluated import EvaluatedEncoder
 
 _CROP_DRAW = 1 << 24
 _BATCH_SIZE = 64
@@ -28,7 +30,9 @@ _BATCH_SIZE = 64
 
 def _jpeg(image_CHW: Tensor, quality: float, _: int) -> Tensor:
     file = io.BytesIO()
-    to_pil(image_CHW).save(file, "JPEG", quality=int(quality))
+    image = to_pil(image_CHW)
+    image.thumbnail((65_500, 65_500))  # the largest JPEG
+    image.save(file, "JPEG", quality=int(quality))
     return decode_pixels(file.getvalue())
 
 
@@ -79,11 +83,8 @@ def _hash(key: str) -> bytes:
 @torch.inference_mode()
 def score_degraded(
     reader: ImageReader,
-    model: Any,
-    image_spec: ImageSpec,
-    sample_indices: Sequence[int],
-    keys: Sequence[str],
-    image_ND: Tensor,
+    encoder: EvaluatedEncoder,
+    embedded: Embedded,
     dims: Sequence[int],
     num_queries: int,
     ks: Sequence[int] = KS,
@@ -92,13 +93,14 @@ def score_degraded(
     """Scores degraded images as queries among all originals. All processes must call it; they divide the work.
 
     Args:
-        sample_indices, keys, image_ND: of the originals, from `sets.embed`.
+        embedded: the originals, from `sets.embed`.
         num_queries: at most this many images are degraded, in every kind and severity.
         on_images: called with the number of images after each batch.
 
     Returns: {"num_queries": …, "jpeg": {"what": "JPEG quality", "severities": {"30": {"512": {"R@1": …}}}}, …}.
     """
-    world, device = comm.world(), next(model.parameters()).device
+    world, device = comm.world(), next(encoder.model.parameters()).device
+    keys, image_ND = embedded.keys, embedded.image_ND
     rows = sample_rows(keys, num_queries)
     settings = [(kind, severity) for kind, (_, _, severities) in KINDS.items() for severity in severities]
     first, last = (len(rows) * r // world.size for r in (world.rank, world.rank + 1))
@@ -107,10 +109,10 @@ def score_degraded(
         batch = rows[start : min(start + _BATCH_SIZE, last)]
         pixels: list[Tensor] = []  # all degradations of one image, then those of the next
         for row in batch:
-            _, image_CHW = reader.read_image(sample_indices[row])
-            pixels += [image_spec.pixels(degrade_image(image_CHW, kind, s, keys[row])) for kind, s in settings]
+            image_CHW = encoder.image_spec.opaque(reader.read_image(embedded.sample_indices[row])[1])
+            pixels += [encoder.image_spec.pixels(degrade_image(image_CHW, kind, s, keys[row])) for kind, s in settings]
         chunks = [pixels[n : n + 4 * _BATCH_SIZE] for n in range(0, len(pixels), 4 * _BATCH_SIZE)]
-        query_D = [model.encode_image(torch.stack(chunk).to(device)).float().cpu() for chunk in chunks]
+        query_D = [encoder.model.encode_image(torch.stack(chunk).to(device)).float().cpu() for chunk in chunks]
         local.append(torch.cat(query_D).view(len(batch), len(settings), -1))
         if on_images:
             on_images(len(batch))

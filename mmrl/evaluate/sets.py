@@ -4,6 +4,7 @@ Shapes: N images, M texts, D the embedding's width.
 """
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from mmrl.data.captions import caption_key
 from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig
 from mmrl.data.sequential import ImageReader, SequentialBatch, read_sequential
@@ -21,7 +23,6 @@ from mmrl.errors import InputError
 from mmrl.evaluate.directions import CLASSIFICATION, CROSS_MODAL, SAME_MODAL, is_classification, modalities
 from mmrl.evaluate.ranking.ranks import KS, OnRows, PerQuery, is_better_lower, rank_both, rank_queries
 from mmrl.evaluate.ranking.retrieval import (
-    as_json,
     chance,
     check_embeddings,
     check_ks,
@@ -30,8 +31,8 @@ from mmrl.evaluate.ranking.retrieval import (
     mean_over_folds,
     scores_by_dim,
 )
-from mmrl.images.image_spec import ImageSpec
-from mmrl.inference.evaluated import Tokenise
+from mmrl.inference.evaluated import EvaluatedEncoder
+from mmrl.model.bundle import Bundle
 from mmrl.output.files import write_atomic
 from mmrl.settings import Settings, machine_field
 
@@ -110,42 +111,53 @@ class Embedded:
 @torch.inference_mode()
 def embed(
     reader: ImageReader,
-    model: Any,
-    image_spec: ImageSpec,
-    tokenise: Tokenise,
+    encoder: Bundle | EvaluatedEncoder,
     *,
     captions: int | None = None,
+    texts: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> Embedded:
     """Embeds a set in float32; the samples are divided over the processes.
 
     Args:
-        model: has encode_image and encode_text; its mode (train or eval) is not changed.
+        encoder: the mode of its model (train or eval) is not changed.
         captions: captions per sample at most, the plain one first; None uses all.
-        on_batch: called with the number of images after each batch, for a progress bar.
+        texts: False embeds the images only; `text_MD` then has no columns.
+        on_batch: called with the number of samples after each batch, for a progress bar.
 
     Raises:
         InputError: every sample is bad.
     """
-    world = comm.world()
+    world, model = comm.world(), encoder.model
     device = next(model.parameters()).device
     local: list[tuple[SequentialBatch, torch.Tensor, torch.Tensor]] = []
     bad = list(reader.problems) if world.is_rank_0 else []
-    batches = read_sequential(reader, image_spec, tokenise, captions=captions, rank=world.rank, world_size=world.size)
+    batches = read_sequential(
+        reader,
+        encoder.image_spec,
+        encoder.tokenise if texts else _no_tokens,
+        captions=captions,
+        rank=world.rank,
+        world_size=world.size,
+    )
     for batch in batches:
+        bad += batch.bad
+        if on_batch:
+            on_batch(len(batch.keys) + len(batch.bad))
         if not batch.keys:
-            bad += batch.bad
             continue
         image_BD = model.encode_image(batch.image_BCHW.to(device)).float().cpu()
-        text_MD = model.encode_text(batch.text_ML.to(device)).float().cpu()
+        text_MD = model.encode_text(batch.text_ML.to(device)).float().cpu() if texts else batch.text_ML.float()
         batch.image_BCHW, batch.text_ML = batch.image_BCHW[:0], batch.text_ML[:0]  # frees the memory
         local.append((batch, image_BD, text_MD))
-        if on_batch:
-            on_batch(len(batch.keys))
     gathered = comm.all_gather_objects((local, bad))
     return _concatenate(
         [batch for batches, _ in gathered for batch in batches], [problem for _, bad in gathered for problem in bad]
     )
+
+
+def _no_tokens(texts: list[str]) -> torch.Tensor:
+    return torch.zeros(len(texts), 0, dtype=torch.int64)
 
 
 def _concatenate(batches: Sequence[tuple[SequentialBatch, torch.Tensor, torch.Tensor]], bad: list[Problem]) -> Embedded:
@@ -162,7 +174,7 @@ def _concatenate(batches: Sequence[tuple[SequentialBatch, torch.Tensor, torch.Te
         text_MD=torch.cat([text_MD for _, _, text_MD in batches]),
         image_of_text_M=torch.cat(image_of_text),
         image_group_N=fill_missing_groups(torch.cat([batch.group_B for batch, _, _ in batches])),
-        bad=bad + [problem for batch, _, _ in batches for problem in batch.bad],
+        bad=bad,
         sample_indices=[index for batch, _, _ in batches for index in batch.indices],
     )
 
@@ -201,13 +213,32 @@ def score(
         for fold in fold_list
     ]
     return {
-        "dims": as_json(mean_over_folds(scores)),
+        "dims": {str(dim): by_direction for dim, by_direction in mean_over_folds(scores).items()},
         "num_images": len(embedded.keys),
         "num_texts": len(embedded.captions),
         "num_bad": len(embedded.bad),
         "chance": mean_over_folds([{0: one} for one in chances])[0],
+        "ceiling": mean_over_folds([{0: fold.ceiling} for fold in fold_list])[0],
         **({"folds": folds} if folds > 1 else {}),
     }
+
+
+def recall_ceiling(
+    captions: Sequence[str], text_group_M: torch.Tensor, image_group_N: torch.Tensor
+) -> dict[str, dict[str, float]]:
+    """The R@1 of a perfect model: {direction: {"R@1": share}}. Below 1 if groups share captions, word for word.
+
+    The texts of a caption have one embedding. As queries, only those of one group can find their own images first. In
+    the gallery, those of other groups tie with those of an image's own group, and ties count against it; so an image
+    needs a caption that no other group has.
+    """
+    groups_of: dict[str, Counter[int]] = defaultdict(Counter)
+    for caption, group in zip(captions, text_group_M.tolist(), strict=True):
+        groups_of[caption][group] += 1
+    own = {group for groups in groups_of.values() if len(groups) == 1 for group in groups}
+    found_images = sum(group in own for group in image_group_N.tolist()) / len(image_group_N)
+    found_texts = sum(max(groups.values()) for groups in groups_of.values()) / len(captions)
+    return {"image_to_text": {"R@1": found_images}, "text_to_image": {"R@1": found_texts}}
 
 
 def num_rows(embedded: Embedded, directions: Sequence[str]) -> int:
@@ -225,25 +256,28 @@ class _Fold:
     image_group_N: torch.Tensor
     text_group_M: torch.Tensor
     distinct_M: torch.Tensor
-    """False for a text that repeats another of its group word for word: it would be a trivial positive."""
+    """False for a text that repeats another of its group, but for case and spaces: it would be a trivial positive."""
+    ceiling: dict[str, dict[str, float]]
+    """See `recall_ceiling`."""
 
     @classmethod
     def of(cls, embedded: Embedded, images: slice | torch.Tensor, texts: slice | torch.Tensor) -> "_Fold":
         """The fold with those images and texts."""
-        text_group_M = embedded.text_group_M[texts]
+        image_group_N, text_group_M = embedded.image_group_N[images], embedded.text_group_M[texts]
         rows = torch.arange(len(embedded.captions))[texts].tolist()
         seen: set[tuple[int, str]] = set()
         distinct = []
         for group, row in zip(text_group_M.tolist(), rows, strict=True):
-            text = (group, embedded.captions[row])
+            text = (group, caption_key(embedded.captions[row]))
             distinct.append(text not in seen)
             seen.add(text)
         return cls(
             embedded.image_ND[images],
             embedded.text_MD[texts],
-            embedded.image_group_N[images],
+            image_group_N,
             text_group_M,
             torch.tensor(distinct),
+            recall_ceiling([embedded.captions[row] for row in rows], text_group_M, image_group_N),
         )
 
     def groups(self, direction: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 The text embedding of a class at a dim is the renormalised mean of the renormalised prefixes of its prompts, so it
 equals that of the encoder exported at this dim.
 
-Shapes: N images, C classes, T prompts of a class, B samples of a batch, D the embedding's width, d one dim.
+Shapes: N images, C classes, T prompts of a class, D the embedding's width, d one dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from mmrl.data.index import Problem
-from mmrl.data.sequential import ImageReader, read_sequential
+from mmrl.data.sequential import ImageReader
 from mmrl.distributed import comm
 from mmrl.errors import InputError
+from mmrl.evaluate import sets
 from mmrl.evaluate.directions import CLASSIFICATION
 from mmrl.evaluate.ranking.ranks import rank_queries
-from mmrl.images.image_spec import ImageSpec
+from mmrl.inference.evaluated import EvaluatedEncoder
 from mmrl.model import towers
+from mmrl.model.bundle import Bundle
 from mmrl.nesting import truncate
 
 ACCURACIES = ("top1", "top5", "mean_per_class")
@@ -78,21 +80,19 @@ def _lines(option: str, path: str) -> list[str]:
 def score_zero_shot(
     reader: ImageReader,
     classes: Classes,
-    model: Any,
-    image_spec: ImageSpec,
-    tokenise: Callable[[list[str]], Tensor],
+    encoder: Bundle | EvaluatedEncoder,
     dims: Sequence[int],
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Embeds and scores a set whose captions are class indices: its entry in retrieval.json and its bad samples.
 
-    Collective: the work is divided over the processes. `on_batch` is that of `embed_labelled`.
+    Collective: the work is divided over the processes. `on_batch` is that of `sets.embed`.
 
     Raises:
         InputError: every sample is bad.
     """
-    labelled = embed_labelled(reader, model, image_spec, len(classes.names), on_batch)
-    embeddings = class_embeddings(classes, model, tokenise, dims)
+    labelled = embed_labelled(reader, encoder, len(classes.names), on_batch)
+    embeddings = class_embeddings(classes, encoder, dims)
     return score_classification(labelled, embeddings, over_ranks=True), labelled.bad
 
 
@@ -105,11 +105,9 @@ class LabelledImages:
     bad: list[Problem]
 
 
-@torch.inference_mode()
 def embed_labelled(
     reader: ImageReader,
-    model: Any,
-    image_spec: ImageSpec,
+    encoder: Bundle | EvaluatedEncoder,
     num_classes: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> LabelledImages:
@@ -118,30 +116,16 @@ def embed_labelled(
     Raises:
         InputError: every sample is bad.
     """
-    world = comm.world()
-    device = next(model.parameters()).device
-    images, labels = [], []
-    bad = list(reader.problems) if world.is_rank_0 else []
-    for batch in read_sequential(reader, image_spec, _no_tokens, captions=1, rank=world.rank, world_size=world.size):
-        bad += batch.bad
-        label_B = torch.tensor([class_index(caption, num_classes) for caption in batch.captions], dtype=torch.int64)
-        wrong = (label_B < 0).nonzero()[:, 0].tolist()
-        bad += [Problem("", batch.keys[b], f"no class from 0 to {num_classes - 1}: {batch.captions[b]}") for b in wrong]
-        if len(wrong) < len(batch.keys):
-            image_BD = model.encode_image(batch.image_BCHW[label_B >= 0].to(device)).float().cpu()
-            images.append(image_BD)
-            labels.append(label_B[label_B >= 0])
-        if on_batch:
-            on_batch(len(batch.keys) + len(batch.bad))
-    gathered = comm.all_gather_objects((images, labels, bad))
-    images, labels, bad = ([item for of_rank in gathered for item in of_rank[field]] for field in range(3))
-    if not images:
+    embedded = sets.embed(reader, encoder, captions=1, texts=False, on_batch=on_batch)
+    label_N = torch.tensor([class_index(caption, num_classes) for caption in embedded.captions])
+    labelled_N = label_N >= 0
+    bad = embedded.bad + [
+        Problem("", embedded.keys[n], f"no class from 0 to {num_classes - 1}: {embedded.captions[n]}")
+        for n in (~labelled_N).nonzero()[:, 0].tolist()
+    ]
+    if not labelled_N.any():
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
-    return LabelledImages(torch.cat(images), torch.cat(labels), bad)
-
-
-def _no_tokens(texts: list[str]) -> Tensor:
-    return torch.zeros(len(texts), 0, dtype=torch.int64)
+    return LabelledImages(embedded.image_ND[labelled_N], label_N[labelled_N], bad)
 
 
 def class_index(text: str, num_classes: int) -> int:
@@ -150,17 +134,15 @@ def class_index(text: str, num_classes: int) -> int:
 
 
 @torch.inference_mode()
-def class_embeddings(
-    classes: Classes, model: Any, tokenise: Callable[[list[str]], Tensor], dims: Sequence[int]
-) -> dict[int, Tensor]:
+def class_embeddings(classes: Classes, encoder: Bundle | EvaluatedEncoder, dims: Sequence[int]) -> dict[int, Tensor]:
     """{dim: the text embedding of each class, (C, d)}. The classes are divided over the processes."""
-    world = comm.world()
+    world, model = comm.world(), encoder.model
     device = next(model.parameters()).device
     count = len(classes.names)
     first, last = (count * r // world.size for r in (world.rank, world.rank + 1))
     local: dict[int, list[Tensor]] = {dim: [] for dim in dims}
     for index in range(first, last):
-        prompt_TD = model.encode_text(tokenise(classes.prompts(index)).to(device)).float().cpu()
+        prompt_TD = model.encode_text(encoder.tokenise(classes.prompts(index)).to(device)).float().cpu()
         for dim in dims:
             local[dim].append(truncate(truncate(prompt_TD, dim).mean(0), dim))
     gathered = comm.all_gather_objects(local)

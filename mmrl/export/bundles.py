@@ -109,11 +109,6 @@ def export(
     return manifests
 
 
-def export_bundle(model: str, out: Path, dim: int) -> dict[str, Any]:
-    """`export` of one dim in the bundle format."""
-    return export(model, out, [dim])[str(dim)]
-
-
 def _export_dim(job: _Job, dim: int, out: Path) -> dict[str, Any]:
     """Truncates, writes, reopens, checks and measures the encoder of one dim; OUT appears only if all succeed."""
     with atomic_path(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, prefix=".cut-") as scratch:

@@ -170,12 +170,22 @@ def _recipe(run: Path | None, manifest: dict[str, Any]) -> str:
     return f"## Data and recipe\n\n{what} with mmrl on `{shards}`. {at_end}The run's config:\n\n```yaml\n{text}```\n"
 
 
+def _transparency(image: dict[str, Any]) -> list[str]:
+    if image.get("background") is None:
+        return ["- Transparency is ignored: the colours that it hides are shown."]
+    return [
+        f"- `mmrl.load` and `encoder.py` show transparent pixels on the RGB colour {image['background']}. The "
+        "preprocessing of other tools has no such setting: composite such images first."
+    ]
+
+
 def _limits(manifest: dict[str, Any], licence: str | None) -> str:
     image, length = manifest["image"], manifest["tokenizer"]["context_length"]
     kind = "nested" if _is_rotated(manifest) else "trained"
     lines = [
         f"- Images are resized to {image['height']}×{image['width']} pixels (resize mode {image['resize_mode']}); "
         f"texts are truncated to {length} tokens.",
+        *_transparency(image),
         "- Scores on data unlike the training data are unknown until measured (`mmrl eval`). The encoder has the "
         "biases of its training data.",
         f"- Embeddings can be truncated to any dim from 1 to {manifest['dim']}. Between two {kind} dims, recall is "

@@ -105,23 +105,15 @@ class Reference:
                 f"{folder.tool} gives embeddings that differ from the source's prefix by {worst:.1e}, more than the "
                 f"tolerance of {tolerance:.0e}; nothing was written."
             )
-        end_to_end = {
-            "image": cosine_error(folder.images(self.samples.images), image_Bd),
-            "text": cosine_error(folder.texts(self.samples.texts), text_Bd),
-        }
-        for modality, error in end_to_end.items():
-            if not error["mean"] <= _END_TO_END:
-                raise RunStopped(
-                    f"{folder.tool} preprocesses {modality}s differently from the source: mean cosine error "
-                    f"{error['mean']:.1e}, more than the {_END_TO_END} allowed; nothing was written."
-                )
+        embedded = {"image": folder.images(self.samples.images), "text": folder.texts(self.samples.texts)}
+        problem = f"{folder.tool} preprocesses {{}}s differently from the source"
         return {
             "equals": f"the renormalised first {dim} of the source's {self.full_dim} numbers",
             "checked_by": folder.tool,
             "samples": {"set": self.samples.name, "count": len(self.samples.texts)},
             "worst_absolute_difference": worst,
             "allowed": tolerance,
-            "end_to_end_cosine_error": {**end_to_end, "allowed_mean": _END_TO_END},
+            "end_to_end_cosine_error": self._cosine_errors(embedded, dim, _END_TO_END, problem),
         }
 
     def errors(self, folder: Reopened, dim: int, max_error: float) -> dict[str, Any]:
@@ -130,16 +122,23 @@ class Reference:
         Raises:
             RunStopped: the mean error is above `max_error`.
         """
-        image_Bd, text_Bd = self.prefix(dim)
+        embedded = {"image": folder.pixels(self.pixels_BCHW), "text": folder.tokens(self.tokens_BL)}
+        problem = "Export without --quantize: the {} tower loses too much precision"
+        return self._cosine_errors(embedded, dim, max_error, problem)
+
+    def _cosine_errors(
+        self, embedded: dict[str, np.ndarray], dim: int, max_error: float, problem: str
+    ) -> dict[str, Any]:
+        """The cosine errors by modality; raises RunStopped with `problem` ({}: the modality) beyond `max_error`."""
         errors = {
-            "image": cosine_error(folder.pixels(self.pixels_BCHW), image_Bd),
-            "text": cosine_error(folder.tokens(self.tokens_BL), text_Bd),
+            modality: cosine_error(embedded[modality], expected_Bd)
+            for modality, expected_Bd in zip(("image", "text"), self.prefix(dim), strict=True)
         }
         for modality, error in errors.items():
-            if not error["mean"] <= max_error:
+            if not error["mean"] <= max_error:  # so that NaN fails
                 raise RunStopped(
-                    f"The {modality} tower loses too much precision: mean cosine error {error['mean']:.1e}, more than "
-                    f"the {max_error} allowed; nothing was written. Export without --quantize."
+                    f"{problem.format(modality)}: mean cosine error {error['mean']:.1e}, more than the {max_error} "
+                    "allowed; nothing was written."
                 )
         return {**errors, "allowed_mean": max_error}
 

@@ -10,7 +10,7 @@ from typing import Any
 from mmrl.data.sources import open_reader
 from mmrl.evaluate import sets
 from mmrl.export.contract import Reopened
-from mmrl.inference.evaluated import OnnxModel
+from mmrl.inference.evaluated import EvaluatedEncoder, OnnxModel
 from mmrl.model.bundle import Bundle
 
 # Maximum relative recall loss of a variant that is opened by default.
@@ -41,9 +41,11 @@ class Recall:
         has the higher recall.
         """
         if self._source is None:
-            self._source = self._embed(self._full.model)
+            self._source = sets.embed(self._reader, self._full)
         source = sets.score(self._source, [dim], _KS)["dims"][str(dim)]
-        variant = sets.score(self._embed(OnnxModel(folder.pixels, folder.tokens)), [dim], _KS)["dims"][str(dim)]
+        graphs = OnnxModel(folder.pixels, folder.tokens)
+        encoder = EvaluatedEncoder(graphs, self._full.image_spec, self._full.tokenise, dim, self._full.nested_dims)
+        variant = sets.score(sets.embed(self._reader, encoder), [dim], _KS)["dims"][str(dim)]
         losses = [1 - _mean(variant, f"R@{k}") / max(_mean(source, f"R@{k}"), 1e-12) for k in _KS]
         return {
             "set": self._shards,
@@ -52,9 +54,6 @@ class Recall:
             "variant": _recalls(variant),
             "relative_loss": max(losses),
         }
-
-    def _embed(self, model: Any) -> sets.Embedded:
-        return sets.embed(self._reader, model, self._full.image_spec, self._full.tokenise)
 
 
 def _mean(by_direction: dict[str, dict[str, float]], metric: str) -> float:

@@ -34,28 +34,15 @@ _MAX_BATCH = 4096
 _MIN_FP16_SIZE = 1024
 
 
-class ImageGraph(nn.Module):
-    """uint8 (B, C, H, W) -> unit (B, D); if not `raw`, from pixels that are already normalised."""
-
-    def __init__(self, encoder: ProjectedTower, spec: ImageSpec, raw: bool = True) -> None:
-        super().__init__()
-        self.encoder = ProjectedTower(encoder.tower, encoder.projection)
-        self._normalise = spec.normalise if raw else None
-
-    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        x = pixels_BCHW if self._normalise is None else self._normalise(pixels_BCHW)
-        return F.normalize(self.encoder(x), dim=-1)
-
-
-class TextGraph(nn.Module):
-    """int64 (M, L) -> unit (M, D)."""
+class UnitVectors(nn.Module):
+    """An encoder with normalised embeddings: pixels (B, C, H, W) -> unit (B, D), or tokens (M, L) -> unit (M, D)."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, tokens_ML: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.encoder(tokens_ML), dim=-1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.encoder(x), dim=-1)
 
 
 class VariableLengthText(nn.Module):
@@ -102,9 +89,11 @@ def write_image(
     """Writes the image tower's graph; `names` are those of its input and output.
 
     Args:
+        raw: the graph takes uint8 pixels and normalises them itself.
         external: write the weights to a separate file (ONNX external data), here and in the functions below.
     """
-    graph = ImageGraph(encoder, spec, raw).eval()
+    prepare = spec.normalise if raw else None
+    graph = UnitVectors(ProjectedTower(encoder.tower, encoder.projection, prepare)).eval()
     example = torch.zeros(3, 3, spec.height, spec.width, dtype=torch.uint8 if raw else torch.float32)
     _export(graph, example, {0: _batch()}, path, names, external)
 
@@ -114,7 +103,7 @@ def write_text(
 ) -> bool:
     """Writes the text tower's graph; returns whether it takes texts shorter than the context length."""
     any_length = VariableLengthText.supports(encoder)
-    graph = TextGraph(VariableLengthText(encoder) if any_length else encoder).eval()
+    graph = UnitVectors(VariableLengthText(encoder) if any_length else encoder).eval()
     example = torch.ones(3, context_length, dtype=torch.int64)
     dynamic = {0: _batch()}
     if any_length:

@@ -1,39 +1,53 @@
-"""Decode an image file to upright RGB pixels, the same way for training, evaluation and export.
+"""Decode an image file to upright pixels, the same way for training, evaluation and export.
 
 Pillow is the reference: it decides which files are valid, and its pixels are the result. Plain JPEGs are decoded with
 simplejpeg if that is installed: the same pixels, since both use libjpeg-turbo, without Pillow's copies.
 
-Shapes: C = 3 colour channels, H and W the image's own size in pixels.
+Shapes: C = 3 colour channels, or 4 with alpha if a pixel is transparent; H and W the image's own size in pixels.
 """
 
+import functools
 import io
 import warnings
+from mimetypes import MimeTypes
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from mmrl.images import upright
+from mmrl.images.upright import composite, open_upright
 
 try:
     import simplejpeg
 except ImportError:  # optional: it has no wheel for some platforms
     simplejpeg = None
 
-# Larger images are rejected without decoding, as protection against decompression bombs. Product photos have fewer than
-# 64 megapixels.
-MAX_PIXELS = 64_000_000
-# An allow-list, since for some formats, such as EPS, Pillow starts other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_ORIENTATION = 0x0112
+WHITE = (255, 255, 255)
+# Formats that Pillow registers beside images.
+_NO_IMAGES = ("BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF")
+
+
+@functools.cache
+def image_extensions() -> tuple[str, ...]:
+    """Extensions of image files, lower case: all that Pillow or Python's `mimetypes` knows, the most common ones first.
+
+    A file with one of them counts as an image even if it cannot be decoded (EPS, SVG): it is listed, not passed over.
+    """
+    Image.init()
+    known = [one for one, name in Image.registered_extensions().items() if name not in _NO_IMAGES]
+    known += [one for types in MimeTypes().types_map for one, kind in types.items() if kind.startswith("image/")]
+    return tuple(dict.fromkeys(["jpg", "jpeg", "png", "webp", *sorted(one[1:] for one in known)]))
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image file to a Pillow RGB image, rotated upright by its EXIF orientation.
+    """Decode an image file to a Pillow RGB image on white, rotated upright by its EXIF orientation.
 
     Raises:
-        ValueError: not an image in one of FORMATS, damaged, or of more than MAX_PIXELS.
+        ValueError: as `open_upright`.
     """
-    return _by_pillow(data, None)
+    return composite(open_upright(data), WHITE)
 
 
 def decode_pixels(data: bytes, min_size: tuple[int, int] | None = None) -> torch.Tensor:
@@ -44,51 +58,27 @@ def decode_pixels(data: bytes, min_size: tuple[int, int] | None = None) -> torch
             as neither side becomes smaller than this.
 
     Raises:
-        ValueError: as `decode`.
+        ValueError: as `open_upright`.
     """
     pixels_HWC = _by_simplejpeg(data, min_size) if data[:2] == b"\xff\xd8" else None
     if pixels_HWC is None:
-        return to_tensor(_by_pillow(data, min_size))
+        return to_tensor(open_upright(data, min_size))
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Pillow RGB image -> uint8 (C, H, W) in channels-last memory."""
+    """Pillow RGB or RGBA image -> uint8 (C, H, W) in channels-last memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_pil(pixels_CHW: torch.Tensor) -> Image.Image:
-    """uint8 (C, H, W) -> Pillow RGB image."""
+def to_pil(pixels_CHW: torch.Tensor, background: tuple[int, int, int] | None = WHITE) -> Image.Image:
+    """uint8 (C, H, W) -> Pillow RGB image; `background` as in `composite`."""
+    return composite(with_alpha(pixels_CHW), background)
+
+
+def with_alpha(pixels_CHW: torch.Tensor) -> Image.Image:
+    """uint8 (C, H, W) -> Pillow RGB image, or RGBA if it has 4 channels."""
     return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Converts a Pillow image of any mode to RGB, rotated upright by its EXIF orientation."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _by_pillow(data: bytes, min_size: tuple[int, int] | None) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damage that it can repair
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"too large a picture: {image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed"
-                )
-            reduction = _reduction(image.height, image.width, min_size)
-            if reduction > 1:
-                image.draft(None, (image.width // reduction, image.height // reduction))
-            return upright_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"no picture in a known format: not one of {', '.join(FORMATS)}") from None
-    except ValueError:
-        raise
-    except Exception as error:  # on damaged files Pillow's decoders and EXIF reader raise many kinds
-        raise ValueError(f"damaged picture: {error}") from error
 
 
 def _by_simplejpeg(data: bytes, min_size: tuple[int, int] | None) -> Any:
@@ -98,23 +88,18 @@ def _by_simplejpeg(data: bytes, min_size: tuple[int, int] | None) -> Any:
     try:
         tall, wide, colour_space, _ = simplejpeg.decode_jpeg_header(data)
         height, width = int(tall), int(wide)
-        if colour_space not in ("YCbCr", "Gray") or height * width > MAX_PIXELS or _is_rotated(data):
+        if colour_space not in ("YCbCr", "Gray") or height * width > upright.MAX_PIXELS or _is_rotated(data):
             return None
-        reduction = _reduction(height, width, min_size)
+        reduction = 1 if min_size is None else upright.max_reduction(height, width, min_size)
         options = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)} if reduction > 1 else {}
         return simplejpeg.decode_jpeg(data, "RGB", **options)  # pyright: ignore[reportArgumentType]
-    except (ValueError, RuntimeError, MemoryError):
+    except Exception:  # Pillow decides whether the file is damaged
         return None
 
 
 def _is_rotated(data: bytes) -> bool:
-    # Fast path: most images on the web have no EXIF.
-    if b"Exif\0\0" not in data:
+    # Fast path: most images on the web have neither EXIF nor XMP.
+    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:
         return False
-    return Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_ORIENTATION, 1) != 1
-
-
-def _reduction(height: int, width: int, min_size: tuple[int, int] | None) -> int:
-    if min_size is None:
-        return 1
-    return next((n for n in (8, 4, 2) if height // n >= min_size[0] and width // n >= min_size[1]), 1)
+    with warnings.catch_warnings(action="ignore"):
+        return upright.orientation(Image.open(io.BytesIO(data), formats=("JPEG",))) is not None

@@ -1,17 +1,37 @@
-"""Image preprocessing: resize, crop or pad, and normalise for an image tower, in training, evaluation and export.
+"""Image preprocessing for a tower, in training, evaluation and export: composite, resize, crop or pad, and normalise.
 
 Shapes: B images, C = 3 colour channels, H and W the spec's size in pixels.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 
 from mmrl.errors import InputError
-from mmrl.images.decode import to_tensor
+from mmrl.images.decode import WHITE, to_pil, to_tensor
+from mmrl.images.upright import fit, is_thin
+from mmrl.settings import Settings
+
+_Level = Annotated[int, Field(ge=0, le=255)]
+
+
+class ImageConfig(Settings):
+    """How images are prepared, in training and evaluation and by `mmrl.load`."""
+
+    background: list[_Level] | None = Field(default=[*WHITE], min_length=3, max_length=3)
+    """RGB colour behind transparent pixels. null shows the colours that they hide, often black, as open_clip does, and
+    as runs do that began before this key existed."""
+
+    def applied_to(self, spec: "ImageSpec") -> "ImageSpec":
+        """The spec with these settings."""
+        if self.background is None:
+            return replace(spec, background=None)
+        red, green, blue = self.background
+        return replace(spec, background=(red, green, blue))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +39,8 @@ class ImageSpec:
     """Size, resize mode and normalisation of an image tower's input; fields are named as in open_clip's preprocess_cfg.
 
     `resize_mode`: 'shortest' scales the shorter side to the size and crops the centre; 'longest' scales the longer
-    side and pads with `fill_color`; 'squash' ignores the aspect ratio.
+    side and pads with `fill_color`; 'squash' ignores the aspect ratio. `background` is the colour behind transparent
+    pixels; None shows the colours that they hide.
     """
 
     height: int
@@ -29,16 +50,19 @@ class ImageSpec:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
+    background: tuple[int, int, int] | None = WHITE
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable dict for manifests; the inverse of `from_json`."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "orientation": "exif"}
+        lists = {name: list(value) for name, value in asdict(self).items() if isinstance(value, tuple)}
+        return {**asdict(self), **lists, "orientation": "exif"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ImageSpec":
-        """The spec of a dict that `to_json` made."""
-        fields = {name: value for name, value in values.items() if name != "orientation"}
-        return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+        """The spec of a dict that `to_json` made; dicts of earlier versions have no background."""
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        del fields["orientation"]
+        return cls(**{"background": None, **fields})
 
     @classmethod
     def from_open_clip(cls, preprocess_cfg: dict[str, Any]) -> "ImageSpec":
@@ -66,11 +90,16 @@ class ImageSpec:
         )
 
     def pixels(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Resizes an RGB image, Pillow or uint8 (C, any height, any width), to uint8 (C, H, W)."""
-        image_CHW = to_tensor(image) if isinstance(image, Image.Image) else image
+        """Composites and resizes an RGB or RGBA image, Pillow or uint8 (3 or 4, any size), to uint8 (C, H, W).
+
+        Memory: see upright.MAX_PIXELS.
+        """
+        image_CHW = self.opaque(to_tensor(image) if isinstance(image, Image.Image) else image)
         height, width = image_CHW.shape[1:]
         if (height, width) == (self.height, self.width):
             return image_CHW
+        if is_thin(height, width):
+            return to_tensor(fit(to_pil(image_CHW), vars(self)))
         if self.resize_mode == "squash":
             return resize(image_CHW, self.height, self.width, self.interpolation)
         if self.resize_mode == "shortest":
@@ -84,6 +113,10 @@ class ImageSpec:
             resized_h, resized_w = max(1, round(height * scale)), max(1, round(width * scale))
         resized_CHW = resize(image_CHW, resized_h, resized_w, self.interpolation)
         return _crop_or_pad(resized_CHW, self.height, self.width, self.fill_color)
+
+    def opaque(self, image_CHW: torch.Tensor) -> torch.Tensor:
+        """Composites an image with alpha, uint8 (4, any height, any width), on the background; others are unchanged."""
+        return image_CHW if len(image_CHW) == 3 else to_tensor(to_pil(image_CHW, self.background))
 
     def normalise(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) on any device -> float32 (x / 255 - mean) / std."""

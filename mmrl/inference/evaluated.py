@@ -14,6 +14,7 @@ from mmrl.images.image_spec import ImageSpec
 from mmrl.model import bundle
 from mmrl.model.manifest import GRAPH_LAYOUTS, read_manifest
 from mmrl.model.source import StoredModel, parse_model
+from mmrl.model.two_tower import MatryoshkaCLIP
 
 Tokenise = Callable[[list[str]], Tensor]
 """Texts -> int64 token ids (B, L)."""
@@ -23,8 +24,7 @@ Tokenise = Callable[[list[str]], Tensor]
 class EvaluatedEncoder:
     """A model with its preprocessing, tokenizer and dims."""
 
-    model: nn.Module
-    """Has encode_image and encode_text."""
+    model: "MatryoshkaCLIP | OnnxModel"
     image_spec: ImageSpec
     tokenise: Tokenise
     dim: int

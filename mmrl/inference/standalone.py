@@ -1,7 +1,7 @@
 """Encodes images and texts as unit vectors with ONNX graphs. Imports neither torch nor mmrl.
 
-This file is copied into every ONNX export as encoder.py. It needs Python 3.10, numpy, Pillow, tokenizers and
-onnxruntime:
+This file is copied into every ONNX export as encoder.py, with mmrl/images/upright.py in place of its import. It needs
+Python 3.10, numpy, Pillow 10.3, tokenizers and onnxruntime:
 
     from encoder import Encoder
 
@@ -18,25 +18,22 @@ Shapes: N inputs, d embedding dim, C = 3 channels, H and W the graph's image siz
 
 import hashlib
 import html
-import io
 import json
 import string
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
 
+from mmrl.images.upright import composite, fit, open_upright, upright
+
 ImageInput = Image.Image | str | Path | bytes
-# Images of more pixels are refused before decoding: a small file can decompress to any size.
-MAX_PIXELS = 64_000_000
-# An allow-list, because Pillow also opens formats that start other programs, e.g. EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# Characters of a text that are cleaned, and those of a clean text that are tokenised, per token of the context length.
+_MOST_CLEANED, _CHARACTERS_PER_TOKEN = 1 << 20, 1024
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -121,7 +118,8 @@ class Encoder:
         """Texts -> int64 token ids (N, L): padded to the context length, or the longest text if the graph allows."""
         if self._tokenizer is None:
             raise _not_loaded("text")
-        cleaned = [clean(text, self.graphs["clean"]) for text in texts]
+        limit = _CHARACTERS_PER_TOKEN * self.manifest["tokenizer"]["context_length"]
+        cleaned = [clean(text[:_MOST_CLEANED], self.graphs["clean"])[:limit] for text in texts]
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
         longest = max(map(len, rows)) if self.graphs["any_length"] else self.manifest["tokenizer"]["context_length"]
         tokens_NL = np.full((len(rows), longest), self.graphs["pad_id"], np.int64)
@@ -132,8 +130,9 @@ class Encoder:
         return tokens_NL
 
     def pixels(self, image: ImageInput) -> np.ndarray:
-        """An image -> uint8 RGB pixels (C, H, W), upright, resized to the graph's size."""
-        resized = _resize(_open_image(image), self.manifest["image"])
+        """An image -> uint8 RGB pixels (C, H, W): upright, on the background colour, resized to the graph's size."""
+        spec = self.manifest["image"]
+        resized = fit(composite(_open_image(image), spec.get("background")), spec)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def _encode(self, side: str, chunks: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
@@ -210,57 +209,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _open_image(source: ImageInput) -> Image.Image:
-    """Decodes an image as upright RGB.
+    """Decodes an image as upright RGB or RGBA.
 
     Raises:
-        ValueError: not an image in one of FORMATS, damaged, or larger than MAX_PIXELS.
+        ValueError: it cannot be read; the message names it.
     """
-    if isinstance(source, Image.Image):
-        return _upright_rgb(source)
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else source
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damage that it recovers from
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} allowed")
-            return _upright_rgb(image)
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"image {name}: no picture in a known format: not one of {', '.join(FORMATS)}") from None
-    except Exception as error:  # Pillow's decoders raise many exception types on damaged files
+        if isinstance(source, Image.Image):
+            return upright(source)
+        return open_upright(source if isinstance(source, bytes) else Path(source).read_bytes())
+    except Exception as error:  # of an opened image, Pillow's decoders raise many kinds
         raise ValueError(f"image {name}: {error}") from None
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _resize(image: Image.Image, spec: dict[str, Any]) -> Image.Image:
-    """Resizes an image, then centre-crops or pads it, to the spec's height and width."""
-    height, width, mode = spec["height"], spec["width"], spec["resize_mode"]
-    if image.size == (width, height):
-        return image
-    resampling = _RESAMPLING[spec["interpolation"]]
-    if mode == "squash":
-        return image.resize((width, height), resampling)
-    fit = max if mode == "shortest" else min
-    scale = fit(height / image.height, width / image.width)
-    # open_clip resizes to squares with torchvision, which truncates the longer side, else like timm, which rounds.
-    to_int = int if mode == "shortest" and height == width else round
-    min_width, min_height = (width, height) if mode == "shortest" else (1, 1)
-    resized = image.resize(
-        (max(min_width, to_int(image.width * scale)), max(min_height, to_int(image.height * scale))), resampling
-    )
-    canvas = Image.new("RGB", (width, height), (spec["fill_color"],) * 3)
-    if mode == "longest":
-        canvas.paste(resized, ((width - resized.width) // 2, (height - resized.height) // 2))
-        return canvas
-    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-    return resized.crop((left, top, left + width, top + height))
 
 
 def _chunks(inputs: Any, size: int) -> Iterable[Any]:

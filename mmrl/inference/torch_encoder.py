@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from mmrl.errors import InputError
-from mmrl.images.decode import decode_pixels, to_tensor, upright_rgb
+from mmrl.images.decode import decode_pixels, to_tensor
 from mmrl.images.image_spec import ImageSpec
+from mmrl.images.upright import upright
 from mmrl.inference.base import ImageInput, LoadedEncoder, check_text_list, tower_not_loaded
 from mmrl.model import bundle
 from mmrl.model.source import ModelSource, OpenClipModel
@@ -114,10 +115,10 @@ def open_torch(
 
 
 def _pixels(image: ImageInput) -> torch.Tensor:
-    if isinstance(image, Image.Image):
-        return to_tensor(upright_rgb(image))
     try:
+        if isinstance(image, Image.Image):
+            return to_tensor(upright(image))
         return decode_pixels(image if isinstance(image, bytes) else Path(image).read_bytes())
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of an opened image, Pillow's decoders raise many kinds
         name = f"{len(image)} bytes" if isinstance(image, bytes) else image
         raise InputError(f"image {name}: {error}") from None

@@ -1,6 +1,6 @@
 """The `loss` section of a config, and the loss it selects.
 
-Shapes: b local pairs (of this rank), D embedding width, K dims.
+Shapes: b local pairs (of this rank), D embedding width, K dims, G keys of a group.
 """
 
 from typing import Literal, Self
@@ -36,12 +36,12 @@ def nested_loss(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     nested: Nesting,
-    group_b: torch.Tensor,
+    group_bG: torch.Tensor,
 ) -> NestedLoss:
     """Compute the configured loss. `scale` and `bias` are (1,) or (K,)."""
     if config.name == "infonce":
-        return nested_info_nce(image_bD, text_bD, scale, nested.dims, nested.weights, group_b, config)
+        return nested_info_nce(image_bD, text_bD, scale, nested.dims, nested.weights, group_bG, config)
     assert bias is not None
     return nested_sigmoid(
-        image_bD, text_bD, scale, bias, nested.dims, nested.weights, group_b, same_group=config.same_group
+        image_bD, text_bD, scale, bias, nested.dims, nested.weights, group_bG, same_group=config.same_group
     )

@@ -1,6 +1,7 @@
 """Arguments and result of the nested losses: validation, groups, and the operands of the local logits.
 
-Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims.
+Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims, G keys of
+a group (1 or 2).
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from mmrl.losses.sweep import LOG2_E, LogitMatrix, prefix_dots, split_into_block
 from mmrl.nesting import Nesting
 
 Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""int64 (b,): equal values are one group (pairs of one item), negative values are in no group. Or a tuple of two such
-tensors, of the images and of the texts."""
+"""int64 (b,): equal values are one group (pairs of one item), negative values are in no group. With two keys, such as
+item and caption, (b, 2): two rows are one group if they are equal in any column. Or a tuple of two such tensors, of the
+images and of the texts."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,18 @@ def check_inputs(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups |
         raise InputError(f"image_BD, text_BD: {image_BD.dtype} and {text_BD.dtype}; both must be of one float dtype.")
     if not len(image_BD):
         raise InputError("image_BD, text_BD: no rows; give at least one pair.")
-    expected = f"expected int64 of shape ({len(image_BD)},), or a tuple of two such tensors (image groups, text groups)"
+    b = len(image_BD)
+    expected = f"expected int64 of shape ({b},) or ({b}, 2), or a tuple of two such tensors (image groups, text groups)"
     if isinstance(groups, tuple) and len(groups) != 2:
         raise InputError(f"groups: a tuple of {len(groups)}; {expected}.")
     for group in groups if isinstance(groups, tuple) else () if groups is None else (groups,):
         if not isinstance(group, torch.Tensor):
             raise InputError(f"groups: {type(group).__name__}; {expected}.")
-        if group.shape != image_BD.shape[:1] or group.dtype != torch.int64:
+        if tuple(group.shape) not in ((b,), (b, 1), (b, 2)) or group.dtype != torch.int64:
             raise InputError(f"groups: {group.dtype} of shape {tuple(group.shape)}; {expected}.")
+    if isinstance(groups, tuple) and groups[0].shape != groups[1].shape:
+        shapes = " and ".join(str(tuple(group.shape)) for group in groups)
+        raise InputError(f"groups: shapes {shapes} of images and texts differ; {expected}.")
     if check_finite:
         bad = [len(x) - int(x.isfinite().all(1).sum()) for x in (image_BD, text_BD)]
         # Raised on all ranks: if one rank raised alone, the others would wait for it in the next collective.
@@ -95,20 +101,42 @@ def local_logits(
     return LogitMatrix(*operands, scales, comm.local_rows(len(image_bD)).start, *groups)
 
 
-def gather_groups(groups: Groups) -> torch.Tensor:
-    """The image group and the text group of every pair of the global batch: (B, 2)."""
-    pair = groups if isinstance(groups, tuple) else (groups, groups)
-    return comm.all_gather_rows(torch.stack(pair, dim=1))
+def gather_groups(groups: Groups | None) -> torch.Tensor | None:
+    """The image groups and the text groups of every pair of the global batch, one row per key: (G, 2, B).
+
+    Keys that no two pairs share are left out; None if there are no others.
+    """
+    if groups is None:
+        return None
+    sides = groups if isinstance(groups, tuple) else (groups,)  # of images and of texts, or of both
+    stacked_bGs = torch.stack([group.reshape(len(group), -1) for group in sides], dim=2)
+    group_G2B = comm.all_gather_rows(stacked_bGs).permute(1, 2, 0).expand(-1, 2, -1)
+    if not group_G2B.is_cuda:  # there it would synchronise, and a mask takes no time
+        group_G2B = group_G2B[[bool(_count_equal(key_2B).any()) for key_2B in group_G2B]]
+    return group_G2B if len(group_G2B) else None
 
 
-def local_groups(group_B2: torch.Tensor, local: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """The groups of the local images and of all texts, with negative values replaced so that none are equal."""
-    return group_B2[local, 0].clamp(min=-1), torch.where(group_B2[:, 1] < 0, -2, group_B2[:, 1])
+def local_groups(group_G2B: torch.Tensor, local: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The groups of the local images (G, b) and of all texts (G, B), with negative values replaced so that none are
+    equal."""
+    image_Gb, text_GB = group_G2B[:, 0, local].contiguous(), group_G2B[:, 1].contiguous()
+    return image_Gb.clamp(min=-1), torch.where(text_GB < 0, -2, text_GB)
 
 
-def count_same_group(group_B2: torch.Tensor) -> torch.Tensor:
+def count_same_group(group_G2B: torch.Tensor) -> torch.Tensor:
     """Number of other texts in each image's group, and of other images in each text's group: (B, 2)."""
-    image_B, text_B = group_B2.T.contiguous()
+    if len(group_G2B) == 1:
+        return _count_equal(group_G2B[0])
+    one_2B, other_2B = group_G2B
+    # Pairs that are equal in both columns were counted twice. A rank is below 2 B, so ranks can be combined exactly.
+    ranks = [torch.searchsorted(key_2B.flatten().sort().values, key_2B.contiguous()) for key_2B in group_G2B]
+    both_2B = torch.where((group_G2B < 0).any(0), -1, ranks[0] * one_2B.numel() + ranks[1])
+    return _count_equal(one_2B) + _count_equal(other_2B) - _count_equal(both_2B)
+
+
+def _count_equal(key_2B: torch.Tensor) -> torch.Tensor:
+    """`count_same_group` of one key."""
+    image_B, text_B = key_2B.contiguous()
 
     def count(group_B: torch.Tensor, among_B: torch.Tensor) -> torch.Tensor:
         sorted_B = among_B.sort().values

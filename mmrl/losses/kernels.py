@@ -7,7 +7,7 @@ with which the tests compare these kernels. Sums use atomic adds, so their last 
 
 Triton comes with PyTorch on Linux. With TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
 
-Shapes: I rows and J columns of a tile, K dims.
+Shapes: I rows and J columns of a tile, K dims, G keys of a group.
 """
 
 # Triton's language is not typed Python: its compiler reads the source of the functions under `triton.jit`.
@@ -41,17 +41,19 @@ def add_exp_sums(
 
     Args:
         factors: row factors (I,) and column factors (J,); logit = dot product * row factor * column factor.
-        groups: of the rows and of the columns; non-matching pairs of one group are masked.
+        groups: of the rows (G, I) and of the columns (G, J), with unit stride of the last axis; non-matching pairs of
+            one group (any key equal) are masked.
         diagonal: row i matches column i + diagonal.
     """
     I, J = product_IJ.shape
     shared = not isinstance(shift, tuple)
     row_shift, column_shift = (row_sum_I, column_sum_J) if isinstance(shift, float | int) else shift
-    row_group, column_group = groups or (row_sum_I, column_sum_J)
+    row_group, column_group = groups or (row_sum_I[None], column_sum_J[None])
     with torch.cuda.device_of(product_IJ):  # Triton launches on the current device
         _exp_sums_kernel[_grid(I, J)](
-            product_IJ, I, J, diagonal, *factors, shift if shared else 0.0, row_shift, column_shift, row_group,
-            column_group, row_sum_I, column_sum_J, SHARED=shared, MASKED=groups is not None, BLOCK=_BLOCK,
+            product_IJ, I, J, diagonal, *factors, shift if shared else 0.0, row_shift, column_shift,
+            row_group, row_group.stride(0), column_group, column_group.stride(0), row_sum_I, column_sum_J,
+            SHARED=shared, KEYS=0 if groups is None else len(row_group), BLOCK=_BLOCK,
         )  # fmt: skip
 
 
@@ -78,14 +80,15 @@ def write_product_grads(
         norm_grads: receive the sums of logit * (probability - target).
     """
     K, I, J = products_KIJ.shape
-    row_group, column_group = groups or (grad_scale_K, grad_scale_K)
+    row_group, column_group = groups or (grad_scale_K[None], grad_scale_K[None])
     with torch.cuda.device_of(products_KIJ):
         _product_grads_kernel[_grid(I, J)](
             products_KIJ, products_KIJ.stride(0), out_KIJ, out_KIJ.stride(0), I, J, diagonal, grad_scale_K,
             factors[0], factors[0].stride(0), factors[1], factors[1].stride(0),
             lse[0], lse[0].stride(0), lse[1], lse[1].stride(0),
             norm_grads[0], norm_grads[0].stride(0), norm_grads[1], norm_grads[1].stride(0),
-            row_group, column_group, K=K, MASKED=groups is not None, BLOCK=_BLOCK,
+            row_group, row_group.stride(0), column_group, column_group.stride(0),
+            K=K, KEYS=0 if groups is None else len(row_group), BLOCK=_BLOCK,
         )  # fmt: skip
 
 
@@ -94,11 +97,13 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _unmasked_pairs(i, j, in_i, in_j, diagonal, row_group, column_group, MASKED: tl.constexpr):
+def _unmasked_pairs(
+    i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS: tl.constexpr
+):
     unmasked = in_i[:, None] & in_j[None, :]
-    if MASKED:
-        row = tl.load(row_group + i, mask=in_i, other=-1)
-        column = tl.load(column_group + j, mask=in_j, other=-2)
+    for key in tl.static_range(KEYS):
+        row = tl.load(row_group + key * row_group_stride + i, mask=in_i, other=-1)
+        column = tl.load(column_group + key * column_group_stride + j, mask=in_j, other=-2)
         unmasked = unmasked & ((row[:, None] != column[None, :]) | (j[None, :] == i[:, None] + diagonal))
     return unmasked
 
@@ -106,12 +111,14 @@ def _unmasked_pairs(i, j, in_i, in_j, diagonal, row_group, column_group, MASKED:
 @triton.jit
 def _exp_sums_kernel(
     product, I, J, diagonal, row_factor, column_factor, shift, row_shift, column_shift,
-    row_group, column_group, row_sum, column_sum,
-    SHARED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    row_group, row_group_stride, column_group, column_group_stride, row_sum, column_sum,
+    SHARED: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_i, in_j = i < I, j < J
-    unmasked = _unmasked_pairs(i, j, in_i, in_j, diagonal, row_group, column_group, MASKED)
+    unmasked = _unmasked_pairs(
+        i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS
+    )
     logits = tl.load(product + i[:, None] * J + j[None, :], mask=in_i[:, None] & in_j[None, :], other=0.0)
     logits *= tl.load(column_factor + j, mask=in_j, other=0.0)[None, :]
     logits *= tl.load(row_factor + i, mask=in_i, other=0.0)[:, None]
@@ -132,13 +139,15 @@ def _product_grads_kernel(
     row_factor, row_factor_stride, column_factor, column_factor_stride,
     row_lse, row_lse_stride, column_lse, column_lse_stride,
     row_norm_grad, row_norm_grad_stride, column_norm_grad, column_norm_grad_stride,
-    row_group, column_group,
-    K: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    row_group, row_group_stride, column_group, column_group_stride,
+    K: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_i, in_j = i < I, j < J
     inside = in_i[:, None] & in_j[None, :]
-    unmasked = _unmasked_pairs(i, j, in_i, in_j, diagonal, row_group, column_group, MASKED)
+    unmasked = _unmasked_pairs(
+        i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS
+    )
     target = tl.where(inside & (j[None, :] == i[:, None] + diagonal), 2.0, 0.0)
     offsets = i[:, None] * J + j[None, :]
     product_grad = tl.zeros((BLOCK, BLOCK), tl.float32)

@@ -74,8 +74,9 @@ def nested_info_nce(
         logit_scale: the multiplier, already exponentiated, positive: a scalar, (1,), or (K,) in the order of `dims`.
         dims: nested dims, in any order.
         weights: one per dim (default: equal).
-        groups: int64 (b,), or a tuple (image groups, text groups). Pairs of one group are not negatives of each other;
-            negative values are in no group. Must be given on all ranks or on none.
+        groups: int64 (b,), or (b, 2) for two keys, such as item and caption; or a tuple (image groups, text groups).
+            Pairs of one group (equal in any column) are not negatives of each other; negative values are in no group.
+            Must be given on all ranks or on none.
         options: label smoothing, distillation and the treatment of groups.
         check_finite: check the embeddings for NaN and infinity first (synchronises with the device).
 
@@ -134,7 +135,7 @@ class _NestedInfoNCE(torch.autograd.Function):
         sums_2K = torch.stack([loss_Kb.sum(1) - sums.target_logit_K, kl_Kb.sum(1)])
         by_dim_K, kl_K = comm.all_reduce_sum(sums_2K) / (2 * len(text_BD) * LOG2_E)
 
-        local_groups = () if matrix.row_group_n is None else (matrix.row_group_n, matrix.column_group_m)
+        local_groups = () if matrix.row_group_Gn is None else (matrix.row_group_Gn, matrix.column_group_Gm)
         ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *local_groups)
         ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distillation
         ctx.use_triton, ctx.scales = use_triton, scales
@@ -174,15 +175,14 @@ class _NestedInfoNCE(torch.autograd.Function):
 def _add_groups(matrix: LogitMatrix, groups: Groups | None, options: InfoNCEOptions) -> tuple[LogitMatrix, Targets]:
     """The matrix with its groups, and the targets of both directions together."""
     like, B, local = matrix.rows.inverse_norm_Kn, len(matrix.columns), matrix.matching_columns
-    if groups is None and not options.label_smoothing:
-        return matrix, Targets(like.new_full((len(matrix.rows),), 2.0))
-    others_B2 = like.new_zeros(B, 2)
-    if groups is not None:
-        group_B2 = inputs.gather_groups(groups)
-        row_group_n, column_group_m = inputs.local_groups(group_B2, local)
-        matrix = replace(matrix, row_group_n=row_group_n, column_group_m=column_group_m)
-        others_B2 = inputs.count_same_group(group_B2).to(like)
     positive, smooth = options.same_group == "positive", options.label_smoothing
+    group_G2B = inputs.gather_groups(groups)
+    if group_G2B is not None:
+        row_group_Gn, column_group_Gm = inputs.local_groups(group_G2B, local)
+        matrix = replace(matrix, row_group_Gn=row_group_Gn, column_group_Gm=column_group_Gm)
+    if not smooth and (group_G2B is None or not positive):
+        return matrix, Targets(like.new_full((len(matrix.rows),), 2.0))
+    others_B2 = like.new_zeros(B, 2) if group_G2B is None else inputs.count_same_group(group_G2B).to(like)
     target_B2 = (1 - smooth) / (1 + others_B2) if positive else torch.full_like(others_B2, 1 - smooth)
     smooth_B2 = torch.full_like(others_B2, smooth / B) if positive else smooth / (B - others_B2)
     return matrix, Targets(

@@ -77,10 +77,10 @@ class _NestedSigmoid(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text_BD = comm.all_gather_rows(text_bD)
         local, local_groups, num_positives = comm.local_rows(len(image_bD)), (), len(image_bD)
-        if groups is not None:
-            group_B2 = inputs.gather_groups(groups)
-            local_groups = inputs.local_groups(group_B2, local)
-            num_positives += int(inputs.count_same_group(group_B2)[local, 0].sum()) if positive else 0
+        group_G2B = inputs.gather_groups(groups)
+        if group_G2B is not None:
+            local_groups = inputs.local_groups(group_G2B, local)
+            num_positives += int(inputs.count_same_group(group_G2B)[local, 0].sum()) if positive else 0
         scales = inputs.positive_scales(scale_K)
         matrix, targets = _logits_and_targets(image_bD, text_BD, scales, nested, local_groups, positive)
         biases = [bias * LOG2_E for bias in bias_K.tolist()]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # (B,) or (B, 2), as in inputs.py
 SameGroup = Literal["mask", "positive"]
 
 
@@ -26,9 +26,9 @@ def info_nce(
 ) -> torch.Tensor:
     """Symmetric InfoNCE of normalised embeddings: the mean of the image-to-text and text-to-image cross-entropies.
 
-    Image i matches text i. Other pairs of one group are masked, or are positives that share the target equally
-    (negative values are in no group). Source: Radford et al. 2021 (arXiv 2103.00020), section 2.3; several positives:
-    Khosla et al. 2020 (arXiv 2004.11362), equation 2.
+    Image i matches text i. Other pairs of one group (equal in any column) are masked, or are positives that share the
+    target equally (negative values are in no group). Source: Radford et al. 2021 (arXiv 2103.00020), section 2.3;
+    several positives: Khosla et al. 2020 (arXiv 2004.11362), equation 2.
     """
     logits_BB, same_group_BB = _logits(image_Bd, text_Bd, logit_scale, groups, same_group)
     matching_BB = torch.eye(len(logits_BB), dtype=logits_BB.dtype, device=logits_BB.device)
@@ -177,9 +177,9 @@ def _logits(
     logits_BB = logit_scale * image_Bd @ text_Bd.T
     if groups is None:
         return logits_BB, torch.zeros_like(logits_BB)
-    image_B, text_B = groups if isinstance(groups, tuple) else (groups, groups)
-    same_group_BB = (image_B[:, None] == text_B[None, :]) & (image_B >= 0)[:, None]
-    same_group_BB.fill_diagonal_(False)
+    image_BG, text_BG = (x.reshape(len(x), -1) for x in (groups if isinstance(groups, tuple) else (groups, groups)))
+    same_BBG = (image_BG[:, None] == text_BG[None, :]) & (image_BG >= 0)[:, None]
+    same_group_BB = same_BBG.any(2).fill_diagonal_(False)
     if same_group == "mask":
         logits_BB = logits_BB.masked_fill(same_group_BB, -torch.inf)
     return logits_BB, same_group_BB.to(logits_BB.dtype)

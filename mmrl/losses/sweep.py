@@ -79,9 +79,10 @@ class LogitMatrix:
     """The logit scales, in base 2."""
     offset: int
     """Row i and column i + offset are a matching pair (an image and its text)."""
-    row_group_n: torch.Tensor | None = None
-    column_group_m: torch.Tensor | None = None
-    """A row and a column with equal values belong to one group. A row in no group has a value no column has."""
+    row_group_Gn: torch.Tensor | None = None
+    column_group_Gm: torch.Tensor | None = None
+    """A row and a column with an equal value of any of the G keys belong to one group. A row in no group has a value no
+    column has."""
 
     @property
     def matching_columns(self) -> slice:
@@ -140,17 +141,19 @@ class LogitTile:
 
     @property
     def groups(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The groups of the rows and of the columns."""
-        if self._matrix.row_group_n is None or self._matrix.column_group_m is None:
+        """The groups of the rows (G, I) and of the columns (G, J)."""
+        if self._matrix.row_group_Gn is None or self._matrix.column_group_Gm is None:
             return None
-        return self._matrix.row_group_n[self.rows.span], self._matrix.column_group_m[self.columns.span]
+        return self._matrix.row_group_Gn[:, self.rows.span], self._matrix.column_group_Gm[:, self.columns.span]
 
     @functools.cached_property
     def _same_group_IJ(self) -> torch.Tensor | None:
         """True for non-matching pairs of one group; None if there are none."""
         if self.groups is None:
             return None
-        same_IJ = self.groups[0][:, None] == self.groups[1]
+        same_IJ, *others = (row_I[:, None] == column_J for row_I, column_J in zip(*self.groups, strict=True))
+        for other_IJ in others:
+            same_IJ |= other_IJ
         matching = self.matching_pairs(same_IJ)
         if matching is not None:
             matching[1].fill_(False)

@@ -27,7 +27,7 @@ _File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
 
 
 class ImageSection(Settings):
-    """How an image is resized and normalised: the fields of mmrl.images.image_spec.ImageSpec."""
+    """How an image is composited, resized and normalised: the fields of mmrl.images.image_spec.ImageSpec."""
 
     height: int = Field(ge=1)
     width: int = Field(ge=1)
@@ -36,6 +36,7 @@ class ImageSection(Settings):
     interpolation: Literal["bicubic", "bilinear"]
     resize_mode: Literal["shortest", "longest", "squash"]
     fill_color: int
+    background: list[int] | None = Field(default=None, min_length=3, max_length=3)
     orientation: Literal["exif"]
 
 

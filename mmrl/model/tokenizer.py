@@ -5,6 +5,9 @@ open_clip takes seconds to import, so it is imported inside the functions.
 
 import gzip
 import shutil
+from collections.abc import Callable, Mapping
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,29 @@ from mmrl.model.model_cfg import check_config_folder
 
 _BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _MAX_BPE_BYTES = 32 << 20  # open_clip's own file unpacks to 3.2 MB
+# Characters of a cleaned text that are tokenised, per token of the context length. No token of open_clip's BPE has more
+# than 32 bytes, and words are one space apart, so that no tower reads beyond 33. Other tokenizers can make one token of
+# many characters, e.g. of an unknown word.
+BPE_CHARACTERS, OTHER_CHARACTERS = 64, 1024
+# Characters that are cleaned: the rest of a longer text is not read.
+_MOST_CLEANED = 1 << 20
+# Bytes of a word beyond which `merge_pairs` replaces open_clip's algorithm, whose time is quadratic in them.
+_LONG_WORD = 64
 
 
 class Tokenizer:
-    """A list of texts -> int64 (M, L). A class, so that data workers can pickle it."""
+    """A list of texts -> int64 (M, L). A class, so that data workers can pickle it.
+
+    Of a long text the first `max_characters` are tokenised, counted after cleaning: more than a tower reads.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        """`tokenizer` is open_clip's; its cleaning and its BPE are replaced by ones with bounded time."""
+        self.tokenizer, is_bpe = tokenizer, hasattr(tokenizer, "bpe_ranks")
+        self.max_characters: int = tokenizer.context_length * (BPE_CHARACTERS if is_bpe else OTHER_CHARACTERS)
+        tokenizer.clean_fn = _BoundedCleaning(tokenizer.clean_fn, self.max_characters)
+        if is_bpe:
+            tokenizer.bpe = _FastBPE(tokenizer.bpe, tokenizer.bpe_ranks)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         return self.tokenizer(texts)
@@ -99,3 +118,49 @@ def load_tokenizer(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); export the encoder again.") from error
     return Tokenizer(tokenizer)
+
+
+class _BoundedCleaning:
+    """Cleans a text and returns its first characters."""
+
+    def __init__(self, clean: Callable[[str], str], max_characters: int) -> None:
+        self._clean, self._max_characters = clean, max_characters
+
+    def __call__(self, text: str) -> str:
+        return self._clean(text[:_MOST_CLEANED])[: self._max_characters]
+
+
+class _FastBPE:
+    """A word, as characters that stand for bytes -> its tokens, joined by spaces."""
+
+    def __init__(self, bpe: Callable[[str], str], ranks: Mapping[tuple[str, str], int]) -> None:
+        self._bpe, self._ranks = bpe, ranks
+
+    def __call__(self, word: str) -> str:
+        if len(word) <= _LONG_WORD:
+            return self._bpe(word)
+        return " ".join(merge_pairs([*word[:-1], word[-1] + "</w>"], self._ranks))
+
+
+def merge_pairs(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Merges neighbours, all pairs of the lowest rank first and from left to right, until no pair has a rank: the
+    tokens of a word, as open_clip's `bpe` finds them, in O(n log n)."""
+    symbols, count = [*symbols], len(symbols)
+    before, after = [*range(-1, count - 1)], [*range(1, count + 1)]
+    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
+    heapify(heap)
+    while heap:
+        rank, merged = heap[0][0], list[int]()
+        while heap and heap[0][0] == rank:
+            _, i = heappop(heap)
+            j = after[i]
+            if j < count and ranks.get((symbols[i], symbols[j])) == rank:  # else it was merged meanwhile
+                symbols[i], symbols[j] = symbols[i] + symbols[j], ""
+                after[i] = after[j]
+                if after[i] < count:
+                    before[after[i]] = i
+                merged.append(i)
+        for left in {i for one in merged for i in (before[one], one)}:
+            if left >= 0 and after[left] < count and (pair := (symbols[left], symbols[after[left]])) in ranks:
+                heappush(heap, (ranks[pair], left))
+    return [symbol for symbol in symbols if symbol]

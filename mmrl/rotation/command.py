@@ -7,7 +7,7 @@ learned by the nested loss of the prefixes, on embeddings only (learned.py). ste
 Shapes: N images or texts, D the embedding's width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mmrl.evaluate.sets import Embedded
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 from mmrl.model.source import ModelSource, OpenClipModel, StoredModel, parse_model
+from mmrl.output.console import print_line
 from mmrl.output.files import atomic_path, check_new_folder
 from mmrl.output.progress import progress_bar
 from mmrl.rotation import learned, moments
@@ -98,7 +99,7 @@ def rotate_model(
         kept, scores = _best_on_validation(encoder, matrices, validation, dims, captions, console)
     rotation_DD, learned_rotation = rotations[kept]
     if learned_rotation is not None:
-        console.print(learned_rotation.summary(), soft_wrap=True, highlight=False)
+        print_line(console, learned_rotation.summary())
     about = {
         "moments": "mean of x x^T over unit vectors, uncentred; pictures and texts weigh one half each",
         "images": found.images,
@@ -109,8 +110,8 @@ def rotate_model(
         **({} if learned_rotation is None else {"learnt": learned_rotation.as_json()}),
         **({} if scores is None else {"validation": {"shards": validate, **scores}}),
     }
-    manifest = _write_on_rank_0(source, encoder, rotation_DD, out, dims, about, reader)
-    console.print(_summary(out, manifest), highlight=False, markup=False, soft_wrap=True)
+    manifest = _on_rank_0(lambda: _write(source, encoder, rotation_DD, out, dims, about, reader))
+    print_line(console, _summary(out, manifest))
     return manifest
 
 
@@ -154,31 +155,27 @@ def _print_model_notes(
     console: Console, source: ModelSource, encoder: Bundle, keep: int | None, validate: str | None
 ) -> None:
     if isinstance(source, OpenClipModel) and source.is_random:
-        console.print(
-            f"Note: {source.text} names no weights ({source.text}:PRETRAINED does), so the towers are random.",
-            markup=False,
-            soft_wrap=True,
+        print_line(
+            console, f"Note: {source.text} names no weights ({source.text}:PRETRAINED does), so the towers are random."
         )
     if _is_nested(encoder) and not keep and validate is None:
         trained = ", ".join(str(dim) for dim in encoder.nested_dims)
-        console.print(
+        print_line(
+            console,
             f"Note: this model was trained at the dims {trained}. The rotation may make the smallest of them worse: "
             "--validate SHARDS measures that and leaves dims unchanged where it is better.",
-            soft_wrap=True,
-            highlight=False,
         )
 
 
 def _print_sample_notes(console: Console, dim: int, found: Moments) -> None:
     if found.bad:
         first = found.bad[0]
-        console.print(f"{len(found.bad):,} bad samples skipped, e.g. {first.key}: {first.reason}", markup=False)
+        print_line(console, f"{len(found.bad):,} bad samples skipped, e.g. {first.key}: {first.reason}")
     if found.images < _SAMPLES_PER_DIM * dim:
-        console.print(
+        print_line(
+            console,
             f"Note: {found.images:,} samples are few for {dim:,} dims, and the weakest directions are noise; "
             f"{_SAMPLES_PER_DIM * dim:,} or more are better.",
-            soft_wrap=True,
-            highlight=False,
         )
 
 
@@ -206,12 +203,7 @@ def _best_on_validation(
     with progress_bar(console) as progress:
         task = progress.add_task("validating", total=len(validation))
         embedded = sets.embed(
-            validation,
-            encoder.model,
-            encoder.image_spec,
-            encoder.tokenise,
-            captions=captions,
-            on_batch=lambda count: progress.advance(task, count),
+            validation, encoder, captions=captions, on_batch=lambda count: progress.advance(task, count)
         )
     before = sets.score(embedded, dims)
     after = {kept: sets.score(_rotate(embedded, rotation_DD), dims) for kept, rotation_DD in rotations.items()}
@@ -219,10 +211,8 @@ def _best_on_validation(
     best = max(after, key=lambda kept: _mean_map(after[kept]))
     helps = _mean_map(after[best]) >= _mean_map(before) + _MIN_GAIN
     for kept, scores in after.items():
-        console.print(
-            f"rotating {_which_dims(kept)}: mean mAP {100 * _mean_map(before):.2f} → {100 * _mean_map(scores):.2f} %",
-            highlight=False,
-        )
+        gain = f"mean mAP {100 * _mean_map(before):.2f} → {100 * _mean_map(scores):.2f} %"
+        print_line(console, f"rotating {_which_dims(kept)}: {gain}")
     shown = best if helps else min(after)
     console.print(_before_and_after(before, after[shown], shown))
     if not helps:
@@ -282,26 +272,18 @@ def _shares(rotation_DD: torch.Tensor, moment_DD: torch.Tensor, dims: Sequence[i
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _write_on_rank_0(
-    source: ModelSource,
-    encoder: Bundle,
-    rotation_DD: torch.Tensor,
-    out: Path,
-    dims: Sequence[int],
-    about: Result,
-    reader: SampleReader,
-) -> Result:
-    """Writes OUT on rank 0; returns its manifest, or raises rank 0's RunStopped, on every rank."""
-    manifest, failure = None, None
+def _on_rank_0(write: Callable[[], Result]) -> Result:
+    """Calls `write` on rank 0; returns its result, or raises rank 0's RunStopped, on every rank."""
+    result, failure = None, None
     if comm.world().is_rank_0:
         try:
-            manifest = _write(source, encoder, rotation_DD, out, dims, about, reader)
+            result = write()
         except RunStopped as error:
             failure = str(error)
-    manifest, failure = comm.broadcast_object((manifest, failure))
+    result, failure = comm.broadcast_object((result, failure))
     if failure is not None:
         raise RunStopped(failure)
-    return manifest
+    return result
 
 
 def _write(
@@ -313,6 +295,7 @@ def _write(
     about: Result,
     reader: SampleReader,
 ) -> Result:
+    """Writes OUT; returns its manifest."""
     rotated = replace(encoder, nested_dims=tuple(dims))
     try:
         with atomic_path(out) as partial:

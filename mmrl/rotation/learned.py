@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from mmrl import nesting
 from mmrl.distributed import comm
+from mmrl.evaluate.ranking.ranks import rank_both
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 
 STEPS = 300
@@ -222,19 +223,14 @@ def _groups(pairs: Pairs) -> torch.Tensor:
 
 
 def mean_reciprocal_rank(pairs: Pairs, dims: Sequence[int]) -> float:
-    """Mean reciprocal rank between images and their first texts, over both directions and `dims`.
+    """Mean reciprocal rank of the best match between images and their first texts, over both directions and `dims`.
 
-    Candidates of the same group are ignored; ties rank before the match.
+    All of one group match; ties rank before the match.
     """
     text_N = _first_index(pairs.image_of_text_M, len(pairs.image_ND))
     group_N = _groups(pairs)
-    masked_NN = (group_N[:, None] == group_N[None, :]).fill_diagonal_(False)
-    reciprocal_ranks = []
-    for dim in dims:
-        image_Nd, text_Nd = (F.normalize(rows[:, :dim], dim=-1) for rows in (pairs.image_ND, pairs.text_MD[text_N]))
-        score_NN = (image_Nd @ text_Nd.T).masked_fill(masked_NN, -math.inf)
-        reciprocal_ranks += [1 / (one >= one.diagonal()[:, None]).sum(1) for one in (score_NN, score_NN.T)]
-    return float(torch.stack(reciprocal_ranks).double().mean())
+    both = rank_both(pairs.image_ND, pairs.text_MD[text_N], group_N, group_N, dims)
+    return float(torch.cat([1 / ranked[dim].rank_Q for ranked in both for dim in dims]).mean())
 
 
 def _first_index(value_M: torch.Tensor, count: int) -> torch.Tensor:

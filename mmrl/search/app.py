@@ -12,12 +12,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, File, Form, HTTPException, Query, Response, UploadFile
+from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
 from mmrl.search.calibrate import K
@@ -35,7 +37,6 @@ _CACHED_QUERIES = 256  # query embeddings in the cache, so that moving the dim s
 _EXAMPLE_QUERIES = 6
 _PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css", "docs": "docs.html", "docs.js": "docs.js",
          "icon.svg": "icon.svg"}  # fmt: skip
-_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 # Checked by `Searcher.search`, with the same message as `mmrl search`.
 Dim = Annotated[int | None, Field(description="Embedding dim to compare at, 1 to the index's dim (default: that dim)")]
@@ -44,24 +45,25 @@ Group = Annotated[str | None, Field(max_length=1000, description="Search only im
 Exact = Annotated[bool, Field(description="Compare all full vectors instead of using the index's codes")]
 
 
-class TextQuery(BaseModel):
+class SearchOptions(BaseModel):
+    """What every search takes besides its query."""
+
+    dim: Dim = None
+    k: Count = 24
+    group: Group = None
+    exact: Exact = False
+
+
+class TextQuery(SearchOptions):
     """A search by text."""
 
     text: str = Field(min_length=1, max_length=MAX_TEXT_LENGTH, examples=["red running shoes"])
-    dim: Dim = None
-    k: Count = 24
-    group: Group = None
-    exact: Exact = False
 
 
-class ItemQuery(BaseModel):
+class ItemQuery(SearchOptions):
     """A search by an image of the index."""
 
     row: int = Field(ge=0, description="The image's row, as returned by a search or sample")
-    dim: Dim = None
-    k: Count = 24
-    group: Group = None
-    exact: Exact = False
 
 
 class IndexedImage(BaseModel):
@@ -132,15 +134,7 @@ class _QueryRunner:
         self._encode_lock, self._cache_lock = threading.Lock(), threading.Lock()
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
-    async def run(
-        self,
-        encode: Callable[[], np.ndarray],
-        cache_key: bytes,
-        dim: int | None,
-        k: int,
-        group: str | None,
-        exact: bool,
-    ) -> SearchResponse:
+    async def run(self, encode: Callable[[], np.ndarray], cache_key: bytes, options: SearchOptions) -> SearchResponse:
         """Encodes a query, unless `cache_key` is in the cache, and searches.
 
         Raises:
@@ -149,9 +143,7 @@ class _QueryRunner:
         if self._pending >= _MAX_CONCURRENT + _MAX_QUEUED:
             raise HTTPException(503, "Too many searches at once; try again in a moment.")
         self._pending += 1
-        future = asyncio.get_running_loop().run_in_executor(
-            self._pool, self._search, encode, cache_key, dim, k, group or None, exact
-        )
+        future = asyncio.get_running_loop().run_in_executor(self._pool, self._search, encode, cache_key, options)
         future.add_done_callback(self._on_done)
         try:
             # Shielded: a thread cannot be cancelled, and counts as pending until it ends.
@@ -164,21 +156,13 @@ class _QueryRunner:
         if not future.cancelled():
             future.exception()  # retrieved, so that asyncio does not log the error of a search that timed out
 
-    def _search(
-        self,
-        encode: Callable[[], np.ndarray],
-        cache_key: bytes,
-        dim: int | None,
-        k: int,
-        group: str | None,
-        exact: bool,
-    ) -> SearchResponse:
+    def _search(self, encode: Callable[[], np.ndarray], cache_key: bytes, options: SearchOptions) -> SearchResponse:
         start = time.perf_counter()
         query_D, cached = self._query_vector(encode, cache_key)
         encoded = time.perf_counter()
-        hits = self.searcher.search(query_D, dim, k, group, exact)
+        hits = self.searcher.search(query_D, options.dim, options.k, options.group or None, options.exact)
         searched = time.perf_counter()
-        dim = self.searcher.max_dim if dim is None else dim
+        dim = self.searcher.max_dim if options.dim is None else options.dim
         milliseconds = Milliseconds(
             encode=0.0 if cached else round((encoded - start) * 1e3, 2), search=round((searched - encoded) * 1e3, 2)
         )
@@ -216,7 +200,8 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
     runner = _QueryRunner(searcher)
     info = _index_info(searcher)
     add_limits(app, hosts)
-    _add_page(app)
+    for path, name in _PAGE.items():
+        app.add_route(f"/{path}", partial(_page_file, name), include_in_schema=False)
 
     @app.get("/api/index", tags=["index"])
     def index() -> IndexInfo:
@@ -238,7 +223,7 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
     ) -> list[IndexedImage]:
         """A fixed random sample of images."""
         rows = searcher.index.sample(k, group or None)
-        pairs = zip(rows, searcher.index.take(rows), strict=True)
+        pairs = zip(rows, searcher.index.items.take(rows), strict=True)
         return [IndexedImage(**_image_fields(int(row), item)) for row, item in pairs]
 
     @app.get("/api/thumbnails/{row}", tags=["index"], response_class=Response,
@@ -252,9 +237,7 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
     async def search_text(query: TextQuery) -> SearchResponse:
         """The images most similar to a text."""
         cache_key = b"text" + hashlib.sha256(query.text.encode("utf-8", "surrogatepass")).digest()
-        return await runner.run(
-            lambda: searcher.encode_text(query.text), cache_key, query.dim, query.k, query.group, query.exact
-        )
+        return await runner.run(lambda: searcher.encode_text(query.text), cache_key, query)
 
     @app.post("/api/search/image", tags=["search"])
     async def search_image(
@@ -267,27 +250,25 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
         """The images most similar to an uploaded image."""
         data = await picture.read()
         cache_key = b"picture" + hashlib.sha256(data).digest()
-        return await runner.run(lambda: searcher.encode_image(data), cache_key, dim, k, group, exact)
+        options = SearchOptions(dim=dim, k=k, group=group, exact=exact)
+        return await runner.run(lambda: searcher.encode_image(data), cache_key, options)
 
     @app.post("/api/search/item", tags=["search"])
     async def search_item(query: ItemQuery) -> SearchResponse:
         """The images most similar to an image of the index. That image itself ranks first."""
         row = _checked_row(searcher, query.row)
-        return await runner.run(
-            lambda: np.array(searcher.index.vectors_ND[row]),
-            b"row%d" % row,
-            query.dim,
-            query.k,
-            query.group,
-            query.exact,
-        )
+        return await runner.run(lambda: np.array(searcher.index.vectors_ND[row]), b"row%d" % row, query)
 
     return app
 
 
+def _page_file(name: str, _: Request) -> FileResponse:
+    return FileResponse(Path(__file__).parent / "page" / name)
+
+
 def _index_info(searcher: Searcher) -> IndexInfo:
     index, max_dim = searcher.index, searcher.max_dim
-    captions = dict.fromkeys(item.caption for item in index.take(index.sample(4 * _EXAMPLE_QUERIES)))
+    captions = dict.fromkeys(item.caption for item in index.items.take(index.sample(4 * _EXAMPLE_QUERIES)))
     manifest = index.manifest
     return IndexInfo(
         name=index.folder.absolute().name,
@@ -323,16 +304,3 @@ def _checked_row(searcher: Searcher, row: int) -> int:
     if not 0 <= row < len(index.vectors_ND) or row in index.deleted:
         raise HTTPException(404, f"row: no image has row {row}; the index has rows 0 to {len(index.vectors_ND) - 1}.")
     return row
-
-
-def _add_page(app: FastAPI) -> None:
-    """Adds a route for each file of page/. The files are read once."""
-    folder = files("mmrl.search") / "page"
-    for path, name in _PAGE.items():
-        content = (folder / name).read_bytes()
-        app.add_api_route(f"/{path}", _file_route(content, name), include_in_schema=False)
-
-
-def _file_route(content: bytes, name: str) -> Callable[[], Response]:
-    media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
-    return lambda: Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})

@@ -21,6 +21,7 @@ from mmrl.codecs.table import CODECS, CODES, OLD_CODES, Code
 from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
 from mmrl.nesting import Nesting, check_dims, untrained_note
+from mmrl.output.console import print_line
 from mmrl.output.files import atomic_path, write_atomic
 from mmrl.search import items
 from mmrl.search.calibrate import K, Queries, calibrate
@@ -104,8 +105,7 @@ def write_index(
     console = Console(quiet=quiet)
     captions_MD = np.zeros((0, metadata["dim"]), np.float32)
     if codes is not None:
-        if note := untrained_note([codes.dim], metadata["nested_dims"]):
-            _print(console, note)
+        print_line(console, untrained_note([codes.dim], metadata["nested_dims"]))
         captions_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, console)
     manifest = {
         "format": INDEX_FORMAT,
@@ -173,7 +173,7 @@ def delete_from_index(folder: Path, keys: Sequence[str], quiet: bool = False) ->
     manifest = {**index.manifest, "count": len(index.vectors_ND) - len(deleted)}
     _write_manifest(folder, manifest)
     count = len(deleted) - len(index.deleted)
-    _print(Console(quiet=quiet), f"{folder}: deleted {count:,} images, {manifest['count']:,} remain")
+    print_line(Console(quiet=quiet), f"{folder}: deleted {count:,} images, {manifest['count']:,} remain")
     return manifest
 
 
@@ -253,9 +253,9 @@ def _write(
         if name != data.name:
             shutil.rmtree(out / name, ignore_errors=True)
     size = sum(path.stat().st_size for path in data.iterdir()) / 1e6
-    _print(console, f"{out}: index of {source.count:,} images, {manifest['dim']}-d, {size:,.1f} MB")
+    print_line(console, f"{out}: index of {source.count:,} images, {manifest['dim']}-d, {size:,.1f} MB")
     if sections:
-        _print(console, _codes_summary(manifest))
+        print_line(console, _codes_summary(manifest))
     return manifest
 
 
@@ -298,7 +298,7 @@ def _write_codes(data: Path, vectors_ND: np.ndarray, captions_MD: np.ndarray, co
         np.concatenate([vectors_ND[image_rows], captions_MD[caption_rows]]),
         np.concatenate([image_rows, np.full(len(caption_rows), -1)]),
     )
-    _, measured = calibrate(funnel, vectors_ND, queries, codes.candidates)
+    measured = calibrate(funnel, vectors_ND, queries, codes.candidates)
     section = {
         "code": codes.code,
         "dim": codes.dim,
@@ -319,7 +319,3 @@ def _data_folders(out: Path) -> list[str]:
 
 def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
     write_atomic(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

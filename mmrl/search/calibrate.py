@@ -5,7 +5,7 @@ Queries are of both modalities; half of them choose the lengths, the other half 
 Shapes: Q queries, N images, D full dim, k neighbours, n a shortlist.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,6 @@ class Queries:
     """The index row that a query was taken from, which is no neighbour of itself; -1 for a text."""
 
 
-@dataclass(frozen=True)
-class Shortlists:
-    """How many images each stage passes on."""
-
-    first: int
-    second: int
-
-
 def exact_neighbours(vectors_ND: np.ndarray, queries: Queries, k: int = K) -> np.ndarray:
     """The rows of the k highest cosines of each query, without its own row, ties by row: (Q, k). Takes unit vectors."""
     count, index_Q1 = len(queries.vectors_QD), np.arange(len(queries.vectors_QD))[:, None]
@@ -55,13 +47,14 @@ def exact_neighbours(vectors_ND: np.ndarray, queries: Queries, k: int = K) -> np
 
 def calibrate(
     funnel: Funnel, vectors_ND: np.ndarray, queries: Queries, candidates: int | None = None
-) -> tuple[Shortlists, dict[str, Any]]:
+) -> dict[str, Any]:
     """The shortest shortlists that reach the target recall for both modalities, or the longest available.
 
     Args:
         candidates: use this length instead of choosing one.
 
-    Returns: the lengths; "shortlists", "recall@10" and "queries" for the manifest, measured on the other half.
+    Returns: the manifest's section `search`: "shortlists", how many images each stage passes on; "recall@10" and the
+        number of "queries" of each modality, measured on the other half.
     """
     truth_Qk = exact_neighbours(vectors_ND, queries)
     longest = min(_FIRST[-1] if candidates is None else candidates, len(vectors_ND))
@@ -89,7 +82,8 @@ def calibrate(
             for query_D, rows_n, truth_k in zip(queries.vectors_QD, rows_Qn, truth_Qk, strict=True)
         ])  # fmt: skip
         second = next((n for n in _SECOND if n < first and recall(position_Qk, n) >= _TARGET_RECALL), first)
-    measured = {
+    return {
+        "shortlists": {"first": first, "second": second},
         f"recall@{K}": {
             name: round(float((position_Qk[~choosing & modality] < second).mean()), 4)
             for name, modality in (("image", ~is_text), ("text", is_text))
@@ -97,7 +91,6 @@ def calibrate(
         },
         "queries": {"image": int((~choosing & ~is_text).sum()), "text": int((~choosing & is_text).sum())},
     }
-    return Shortlists(first, second), {"shortlists": asdict(Shortlists(first, second)), **measured}
 
 
 def _positions(rows_n: np.ndarray, truth_k: np.ndarray, missing: int) -> np.ndarray:

@@ -35,18 +35,19 @@ from mmrl.inference.base import LoadedEncoder
 from mmrl.inference.load import load
 from mmrl.model.bundle import dims_up_to
 from mmrl.nesting import check_dims, truncate, untrained_note
+from mmrl.output.console import print_line
 from mmrl.output.files import atomic_path, write_atomic
 from mmrl.output.progress import progress_bar
 from mmrl.search import table
-from mmrl.search.columns import Column, columns_of
 from mmrl.search.encoder_identity import identify_encoder
 from mmrl.search.sources import ImageSource, open_images
+from mmrl.search.table import Column, columns_of
 from mmrl.version import __version__
 
 EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION = "mmrl-embeddings", 2
 EMBEDDINGS, TEXTS, CHUNKS = "embeddings.parquet", "texts.parquet", ".parts"
 MAX_TEXT_LENGTH = 10_000
-"""Characters of a text that are tokenised: a hundred times what a tower reads, and still fast."""
+"""Characters of a query: a hundred times what a tower reads."""
 _PLAN = "plan.json"
 # Samples per chunk. A chunk is what a crash loses at most, and one row group of the file.
 _MIN_CHUNK, _MAX_CHUNK, _CHUNK_COUNT = 512, 8192, 200
@@ -96,7 +97,7 @@ def embed_images(
         "origin_sha256": digest,
         "dim": columns[0].dim,
         "nested_dims": list(dims_up_to(encoder.nested_dims, columns[0].dim)),
-        "columns": [column.to_json() for column in columns],
+        "columns": [asdict(column) for column in columns],
         "mmrl_version": __version__,
     }
     embedder = _ChunkEmbedder(
@@ -112,8 +113,9 @@ def embed_images(
     spans = [(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     _prepare_chunks(out / CHUNKS, metadata, texts, source, images, size)
     console = Console(quiet=quiet)
-    if note := untrained_note(checked_dims, encoder.nested_dims):
-        console.print(note, highlight=False, soft_wrap=True)
+    for note in (*images.notes, untrained_note(checked_dims, encoder.nested_dims)):
+        if note:
+            print_line(console, note)
     began = time.monotonic()
     done = _embed_chunks(embedder, spans, workers, console)
     seconds = time.monotonic() - began
@@ -247,7 +249,7 @@ class _ChunkEmbedder:
         path = self.chunk_path(span[0])
         texts = len(rows.text_rows()) if self.texts else 0
         if self.texts:
-            captions = [caption[:MAX_TEXT_LENGTH] for captions in rows.captions for caption in captions]
+            captions = [caption for captions in rows.captions for caption in captions]
             text_vectors = self._vector_columns(self.encoder.encode_texts(captions, self.batch_size))
             schema = table.text_schema(self.columns, self.metadata)
             _write_chunk(rows.as_text_table(schema, text_vectors), _text_chunk_path(path))

@@ -17,8 +17,9 @@ from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
 from mmrl.inference.load import load
 from mmrl.nesting import truncate
+from mmrl.output.console import print_line
 from mmrl.search import items
-from mmrl.search.embed import EMBEDDINGS, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION, MAX_TEXT_LENGTH, TEXTS
+from mmrl.search.embed import EMBEDDINGS, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION, TEXTS
 from mmrl.search.encoder_identity import identify_encoder
 from mmrl.search.table import METADATA_KEY, read_vectors
 
@@ -88,7 +89,7 @@ def caption_vectors(embeddings: Path, metadata: dict[str, Any], count: int, cons
     table = parquet.read_table(embeddings / EMBEDDINGS if embeddings.is_dir() else embeddings, columns=["captions"])
     rows = rng.permutation(len(table))
     captions_of = table.take(rows[: 4 * count])["captions"].to_pylist()
-    captions = [captions[0][:MAX_TEXT_LENGTH] for captions in captions_of if captions][:count]
+    captions = [captions[0] for captions in captions_of if captions][:count]
     try:
         name, encoder_path, digest = identify_encoder(metadata["model"])
         if captions and digest == metadata["origin_sha256"]:
@@ -96,6 +97,5 @@ def caption_vectors(embeddings: Path, metadata: dict[str, Any], count: int, cons
         reason = "no image has a caption" if not captions else f"{name} is now another encoder"
     except InputError as error:
         reason = str(error)
-    line = f"Codes are trained and measured with images only: {reason}"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"Codes are trained and measured with images only: {reason}")
     return np.zeros((0, metadata["dim"]), np.float32)

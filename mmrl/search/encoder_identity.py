@@ -1,10 +1,8 @@
 """Which encoder an index was built with: its path and the hash of its original weights."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from mmrl.errors import InputError
 from mmrl.model import bundle
 from mmrl.model.source import StoredModel, parse_model
 
@@ -20,20 +18,10 @@ def identify_encoder(model: str | Path) -> tuple[str, str | Path, str]:
     """
     source = parse_model(model)
     if isinstance(source, StoredModel):
-        return str(Path(model).absolute()), source.folder, _origin(source.folder)
+        manifest = bundle.read_manifest(source.folder)
+        return str(Path(model).absolute()), source.folder, bundle.origin(manifest)
     digest = hashlib.sha256()
     for name, tensor in sorted(bundle.open_model(source).state().items()):
         digest.update(name.encode())
         digest.update(tensor.float().numpy().tobytes())
     return str(model), model, digest.hexdigest()
-
-
-def _origin(folder: Path) -> str:
-    """`bundle.origin` of an exported encoder of any format."""
-    try:
-        return bundle.origin(json.loads((folder / bundle.MANIFEST).read_text()))
-    except (ValueError, KeyError, TypeError):
-        bundle.read_manifest(folder)  # raises a more precise error in most cases
-        raise InputError(
-            f"{folder / bundle.MANIFEST} does not name the weights that it is of; export the encoder again."
-        ) from None

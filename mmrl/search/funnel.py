@@ -83,10 +83,7 @@ class Funnel:
         codes = CodeIndex.open(folder / CODES_FILE, code, (count, dim), facts.get("threshold"))
         if not facts.get("second_stage", code in ("binary", "pq")):
             return cls(code, dim, codes, None)
-        try:
-            prefix_Nd = np.asarray(np.load(folder / PREFIX_FILE, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError) as error:
-            raise InputError(f"index: {folder / PREFIX_FILE} cannot be read ({error}); run mmrl index again.") from None
+        prefix_Nd = memory_map(folder / PREFIX_FILE)
         if prefix_Nd.shape != (count, dim):
             raise InputError(
                 f"index: {folder / PREFIX_FILE} has shape {prefix_Nd.shape} instead of {(count, dim)}; run mmrl index "
@@ -111,6 +108,18 @@ class Funnel:
     def resident_bytes(self) -> int:
         """Memory of what a search touches of every row."""
         return self.codes.resident_bytes + (0 if self.prefix_Nd is None else self.prefix_Nd.nbytes)
+
+
+def memory_map(path: Path) -> np.ndarray:
+    """A .npy file of an index, memory-mapped.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # indexing an np.memmap is slow
+    except (OSError, ValueError) as error:
+        raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None
 
 
 def unit_prefix(vectors_nD: np.ndarray, dim: int) -> np.ndarray:

@@ -27,8 +27,8 @@ from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.ranking.ranks import top_k
 from mmrl.nesting import check_dims, truncate
 from mmrl.search.calibrate import K
-from mmrl.search.funnel import Funnel
-from mmrl.search.items import Item, Items
+from mmrl.search.funnel import Funnel, memory_map
+from mmrl.search.items import Items
 
 INDEX_FORMAT, INDEX_VERSION = "mmrl-index", 2
 MANIFEST, VECTORS, ITEMS, DELETED = "manifest.json", "vectors.npy", "items.arrow", "deleted.npy"
@@ -149,10 +149,6 @@ class Index:
             for start in starts
         ])  # fmt: skip
 
-    def take(self, rows: np.ndarray) -> list[Item]:
-        """The items of these rows, in the order given."""
-        return self.items.take(rows)
-
     @cached_property
     def data_folder(self) -> Path:
         """The folder of all files except the manifest."""
@@ -171,7 +167,7 @@ def open_index(folder: Path) -> Index:
     """
     manifest = read_manifest(folder)
     data = folder / manifest["data"]
-    vectors_ND = _memory_map(data / VECTORS)
+    vectors_ND = memory_map(data / VECTORS)
     shape = (manifest["rows"], manifest["dim"])
     if vectors_ND.shape != shape or vectors_ND.dtype != np.float32:
         raise InputError(
@@ -185,7 +181,7 @@ def open_index(folder: Path) -> Index:
             "again."
         )
     funnel = Funnel.open(data, manifest["codes"], manifest["rows"]) if manifest["codes"] else None
-    deleted = _memory_map(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
+    deleted = memory_map(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
     return Index(folder, manifest, vectors_ND, items, funnel, deleted)
 
 
@@ -211,10 +207,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("data"), str) or Path(manifest["data"]).name != manifest["data"]:
         raise InputError(f"index: {folder / MANIFEST} names no data folder inside the index; run mmrl index again.")
     return manifest
-
-
-def _memory_map(path: Path) -> np.ndarray:
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # indexing an np.memmap is slow
-    except (OSError, ValueError) as error:
-        raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None

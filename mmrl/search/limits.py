@@ -40,6 +40,7 @@ def add_limits(app: FastAPI, hosts: list[str]) -> None:
     async def add_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
         response.headers.update(_HEADERS)
+        response.headers.setdefault("Cache-Control", "no-cache")
         return response
 
     app.add_middleware(_BodyLimits)

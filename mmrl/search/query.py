@@ -21,6 +21,7 @@ from mmrl.inference.load import load
 from mmrl.model.bundle import dims_up_to
 from mmrl.model.guards import offline
 from mmrl.nesting import check_dims, untrained_note
+from mmrl.output.console import print_line
 from mmrl.search.embed import MAX_TEXT_LENGTH
 from mmrl.search.encoder_identity import identify_encoder
 from mmrl.search.index import Index, open_index
@@ -112,7 +113,9 @@ class Searcher:
         rows, scores = self.index.nearest(query_D, dim, k, group=group, exact=exact)
         return [
             Hit(rank, int(row), float(score), item)
-            for rank, (row, score, item) in enumerate(zip(rows, scores, self.index.take(rows), strict=True), start=1)
+            for rank, (row, score, item) in enumerate(
+                zip(rows, scores, self.index.items.take(rows), strict=True), start=1
+            )
         ]
 
 
@@ -156,16 +159,18 @@ def search_index(
     query_D = searcher.encode_text(str(text)) if image is None else searcher.encode_image(image)
     hits = searcher.search(query_D, dim, k, group, exact)
     console = Console(quiet=quiet)
-    if note := untrained_note([dim], searcher.nested_dims):
-        console.print(note, highlight=False, soft_wrap=True)
+    print_line(console, untrained_note([dim], searcher.nested_dims))
     title = image.name if image is not None else str(text)
     if image is not None and text:
-        console.print(f"Searching by the image; the text {text!r} is ignored.", highlight=False, markup=False)
+        print_line(console, f"Searching by the image; the text {text!r} is ignored.")
     console.print(_table(title, index, dim, hits))
     if picture is not None:
         note = f"{len(hits)} nearest of {len(index):,} images, at {dim} of {index.dim} dims"
-        contact_sheet.write(picture, title, note, [_tile(hit) for hit in hits], image)
-        console.print(f"Wrote {picture}", highlight=False, markup=False, soft_wrap=True)
+        tiles = [
+            contact_sheet.Tile(hit.item.thumbnail, f"{hit.rank}.", f"{hit.score:.3f}", hit.item.caption) for hit in hits
+        ]
+        contact_sheet.write(picture, title, note, tiles, image)
+        print_line(console, f"Wrote {picture}")
     return {
         "query": {"image": str(image)} if image is not None else {"text": text},
         "dim": dim,
@@ -227,7 +232,3 @@ def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
         # As Text: rich would read a caption such as "[red] shoe" as markup.
         table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(hit.item.key), Text(hit.item.caption))
     return table
-
-
-def _tile(hit: Hit) -> contact_sheet.Tile:
-    return contact_sheet.Tile(hit.item.thumbnail, f"{hit.rank}.", f"{hit.score:.3f}", hit.item.caption)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from mmrl.errors import InputError
 from mmrl.nesting import untrained_note
+from mmrl.output.console import print_line
 from mmrl.search.query import Searcher
 
 _MAX_CONNECTIONS, _KEEP_ALIVE_S = 100, 5
@@ -37,11 +38,10 @@ def serve_index(folder: Path, model: str | None = None, host: str = "127.0.0.1",
         port = listener.getsockname()[1]
         console = Console()
         line = f"Serving {len(searcher.index):,} images at http://{host}:{port} (API: http://{host}:{port}/docs)"
-        console.print(f"{line}. Press Ctrl-C to stop.", highlight=False, markup=False, soft_wrap=True)
-        if note := untrained_note([searcher.max_dim], searcher.nested_dims):
-            console.print(note, highlight=False, soft_wrap=True)
+        print_line(console, f"{line}. Press Ctrl-C to stop.")
+        print_line(console, untrained_note([searcher.max_dim], searcher.nested_dims))
         if not _is_loopback(host):
-            console.print("Anyone who can reach this machine can search the index.", highlight=False)
+            print_line(console, "Anyone who can reach this machine can search the index.")
         config = uvicorn.Config(
             app, log_level="warning", limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_KEEP_ALIVE_S,
             server_header=False,

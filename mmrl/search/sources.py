@@ -18,6 +18,8 @@ class ImageSource:
         self._reader = reader
         self.problems = reader.problems
         """What is known to be bad before any image is read; it has no position."""
+        self.notes = reader.notes if isinstance(reader, SampleReader) else []
+        """What is not read; to be printed before work begins."""
         self.fingerprint = reader.fingerprint
         """Differs between sets of images: a hash of the shards, or of the file names."""
 
@@ -39,10 +41,12 @@ def open_images(source: str, group_key: str = "group") -> ImageSource:
     Args:
         group_key: the key of the group in a sample's JSON.
 
+    Images need no captions.
+
     Raises:
         InputError: there are no images, or no sample of the shards has a `group_key` other than the default.
     """
     if is_image_folder(Path(source)):
         return ImageSource(ImageFolder(Path(source), group_key=group_key))
     fields = FieldsConfig() if group_key == "group" else FieldsConfig(group=group_key)
-    return ImageSource(open_reader(source, fields))
+    return ImageSource(open_reader(source, fields, require_captions=False))

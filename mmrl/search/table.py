@@ -1,4 +1,4 @@
-"""The files that `mmrl embed` writes: Parquet tables, one per chunk and then concatenated, and .npy files.
+"""The columns and files that `mmrl embed` writes: Parquet tables, one per chunk and then concatenated, and .npy files.
 
 Shapes: N images, M captions, d width of a vector column.
 """
@@ -13,41 +13,69 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmrl.codecs.table import CODECS, Precision
 from mmrl.data.pack.tables import arrow
 from mmrl.data.samples import Sample
 from mmrl.output.files import atomic_path
-from mmrl.search.columns import Column
 
 METADATA_KEY = b"mmrl"
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 160, 88
 _BATCH_ROWS = 2048
-_ITEM_COLUMNS = ("key", "captions", "group", "group_name")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of vectors."""
+
+    name: str
+    dim: int
+    precision: Precision
+
+    @property
+    def width(self) -> int:
+        """Elements per row: dims, or bytes for binary."""
+        return CODECS["binary"].bytes(self.dim) if self.precision == "binary" else self.dim
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Element type."""
+        dtype = CODECS[self.precision].dtype
+        assert dtype is not None
+        return dtype
+
+
+def columns_of(dims: list[int], precisions: list[Precision]) -> list[Column]:
+    """A column for each dim at each precision, widest first: `embedding`, then e.g. `embedding_64_int8`."""
+    pairs: list[tuple[int, Precision]] = [
+        (dim, precision) for dim in sorted(dims, reverse=True) for precision in precisions
+    ]
+    return [
+        Column(f"embedding_{dim}_{precision}" if position else "embedding", dim, precision)
+        for position, (dim, precision) in enumerate(pairs)
+    ]
 
 
 def image_schema(columns: Sequence[Column], metadata: dict[str, Any]) -> Any:
     """The Arrow schema of embeddings.parquet. Group -1 means no group."""
     pyarrow, _ = arrow("mmrl embed")
-    captions = ("captions", pyarrow.list_(pyarrow.string()))
-    vectors = [(column.name, vector_type(pyarrow, column)) for column in columns]
-    fields = [("key", pyarrow.string()), captions, *_group_fields(pyarrow), *vectors, ("thumbnail", pyarrow.binary())]
-    return pyarrow.schema(fields).with_metadata({METADATA_KEY: json.dumps(metadata)})
+    schema = _schema(("captions", pyarrow.list_(pyarrow.string())), columns, metadata)
+    return schema.append(pyarrow.field("thumbnail", pyarrow.binary()))
 
 
 def text_schema(columns: Sequence[Column], metadata: dict[str, Any]) -> Any:
     """The Arrow schema of texts.parquet: one row per caption, with its image's `key`."""
     pyarrow, _ = arrow("mmrl embed")
-    vectors = [(column.name, vector_type(pyarrow, column)) for column in columns]
-    fields = [("key", pyarrow.string()), ("caption", pyarrow.string()), *_group_fields(pyarrow), *vectors]
+    return _schema(("caption", pyarrow.string()), columns, metadata)
+
+
+def _schema(captions: tuple[str, Any], columns: Sequence[Column], metadata: dict[str, Any]) -> Any:
+    pyarrow, _ = arrow("mmrl embed")
+    fields = [("key", pyarrow.string()), captions, ("group", pyarrow.int64()), ("group_name", pyarrow.string())]
+    for column in columns:
+        # A fixed-size list: LanceDB requires it for search, and every Parquet reader supports it.
+        vector = pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(column.dtype)), column.width)
+        fields.append((column.name, vector))
     return pyarrow.schema(fields).with_metadata({METADATA_KEY: json.dumps(metadata)})
-
-
-def _group_fields(pyarrow: Any) -> list[tuple[str, Any]]:
-    return [("group", pyarrow.int64()), ("group_name", pyarrow.string())]
-
-
-def vector_type(pyarrow: Any, column: Column) -> Any:
-    """A fixed-size list: LanceDB requires it for search, and every Parquet reader supports it."""
-    return pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(column.dtype)), column.width)
 
 
 def vector_array(pyarrow: Any, rows_Nd: np.ndarray) -> Any:
@@ -83,14 +111,14 @@ class Rows:
 
     def as_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
         """An Arrow table of `image_schema`. `vectors`: (N, width) for each vector column, in the schema's order."""
-        pyarrow, _ = arrow("mmrl embed")
-        items = [self.keys, self.captions, self.groups, self.group_names]
-        arrays = [
-            pyarrow.array(values, schema.field(name).type) for name, values in zip(_ITEM_COLUMNS, items, strict=True)
-        ]
-        arrays += [vector_array(pyarrow, rows_Nd) for rows_Nd in vectors]
-        arrays.append(pyarrow.array(self.thumbnails, pyarrow.binary()))
-        return pyarrow.Table.from_arrays(arrays, schema=schema)
+        items = {
+            "key": self.keys,
+            "captions": self.captions,
+            "group": self.groups,
+            "group_name": self.group_names,
+            "thumbnail": self.thumbnails,
+        }
+        return _table(schema, items, vectors)
 
     def text_rows(self) -> list[int]:
         """The image row of each caption."""
@@ -98,7 +126,6 @@ class Rows:
 
     def as_text_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
         """An Arrow table of `text_schema`. `vectors`: (M, width) of the captions for each vector column."""
-        pyarrow, _ = arrow("mmrl embed")
         rows = self.text_rows()
         items = {
             "key": [self.keys[row] for row in rows],
@@ -106,10 +133,16 @@ class Rows:
             "group": [self.groups[row] for row in rows],
             "group_name": [self.group_names[row] for row in rows],
         }
-        arrays = [pyarrow.array(values, schema.field(name).type) for name, values in items.items()]
-        return pyarrow.Table.from_arrays(
-            [*arrays, *(vector_array(pyarrow, rows_Md) for rows_Md in vectors)], schema=schema
-        )
+        return _table(schema, items, vectors)
+
+
+def _table(schema: Any, items: dict[str, list[Any]], vectors: Sequence[np.ndarray]) -> Any:
+    """An Arrow table of a schema: columns by name, and the others, which are vectors, in the schema's order."""
+    pyarrow, _ = arrow("mmrl embed")
+    arrays = {name: pyarrow.array(values, schema.field(name).type) for name, values in items.items()}
+    others = [name for name in schema.names if name not in items]
+    arrays |= {name: vector_array(pyarrow, rows_Nd) for name, rows_Nd in zip(others, vectors, strict=True)}
+    return pyarrow.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
 
 def thumbnail(image: Image.Image) -> bytes:

@@ -5,24 +5,34 @@ from collections import Counter
 from typing import Any
 
 from mmrl.data.batches import Batch
-from mmrl.data.index import BAD_SAMPLES, Problem, summarise_problems
+from mmrl.data.check.shard import NOT_INDEXED
+from mmrl.data.index import BAD_SAMPLES, Problem, printable, summarise_problems
+from mmrl.data.samples import SampleReader
 from mmrl.distributed import comm
 from mmrl.errors import RunStopped
 
-_CHECKED_FROM = 1000  # samples; a share of fewer says little
+# The share is measured per epoch, or per this number of samples if an epoch is longer: the bad samples of fewer can be
+# those of one bad shard.
+_LONGEST_SPAN = 1_000_000
 
 
 class BadSamples:
     """Each rank keeps what it has seen since the last `gather`; the counts are the same on all ranks."""
 
-    def __init__(self, run: str, known: list[Problem], max_fraction: float) -> None:
+    def __init__(self, run: str, reader: SampleReader, rows_per_epoch: int, max_fraction: float) -> None:
         """Args:
-        known: problems that every rank found when it opened the shards.
+        reader: the samples, with the problems that every rank found when it opened the shards.
+        rows_per_epoch: the rows of all batches of an epoch, which leaves some samples out.
         max_fraction: the largest share of bad samples that a run may have.
         """
         self._path, self._max_fraction = f"{run}/{BAD_SAMPLES}", max_fraction
-        self._pending = list(known) if comm.world().is_rank_0 else []
-        self._seen = 0
+        self._pending: list[Problem] = list(reader.problems) if comm.world().is_rank_0 else []
+        self._known, self._seen = len(reader.problems), 0
+        self._rows_per_epoch, self._per_epoch = rows_per_epoch, sum(share.per_epoch for share in reader.shares)
+        # Samples that no epoch draws, since the index lacks them.
+        repeats = {printable(shard.location): source.repeat for source in reader.sources for shard in source.shards}
+        lacking = (problem.shard for problem in reader.problems if problem.kind in NOT_INDEXED)
+        self._not_indexed = sum(repeats[shard] for shard in lacking)
         self.counts: Counter[str] = Counter()
 
     def restore(self, counts: dict[str, int], seen: int) -> None:
@@ -32,6 +42,7 @@ class BadSamples:
             seen: the samples that this rank had read.
         """
         self._pending, self._seen, self.counts = [], seen, Counter(counts)
+        self._known = min(self._known, self.counts.total())
 
     def add(self, batch: Batch) -> None:
         """Counts a batch of this rank."""
@@ -49,11 +60,24 @@ class BadSamples:
         """How many samples were skipped so far and why; empty if none were."""
         return f"skipped so far: {summarise_problems(self.counts)}; listed in {self._path}" if self.counts else ""
 
+    @property
+    def share(self) -> float:
+        """The least share of bad samples in the set that those seen so far prove, 0 to 1: samples of an epoch that are
+        still to come count as good. After an epoch it is the share that `mmrl check` reports.
+
+        Each bad sample counts once per epoch, and fills one row of a batch, however many replacements were tried.
+        """
+        is_short = self._per_epoch <= _LONGEST_SPAN
+        rows, samples = (self._rows_per_epoch, self._per_epoch) if is_short else (_LONGEST_SPAN, _LONGEST_SPAN)
+        spans, rest = divmod(self._seen * comm.world().size, rows)
+        drawn = (self.counts.total() - self._known) / max(spans * rows + (samples if rest else 0), 1)
+        return (self._not_indexed + drawn * self._per_epoch) / (self._not_indexed + self._per_epoch)
+
     def stop_if_too_many(self) -> None:
         """Raises RunStopped, on every rank, if more than the allowed share of samples was bad."""
-        seen, bad = self._seen * comm.world().size, self.counts.total()
-        if bad > self._max_fraction * max(seen, _CHECKED_FROM):
+        if self.share > self._max_fraction:
             raise RunStopped(
-                f"{bad:,} of {seen:,} samples were bad, more than data.max_bad_fraction {self._max_fraction:.2%} "
-                f"allows: {summarise_problems(self.counts)}. {self._path} lists them with their reasons."
+                f"At least {self.share:.2%} of the samples are bad, more than data.max_bad_fraction "
+                f"{self._max_fraction:.2%} allows: {summarise_problems(self.counts)}. {self._path} lists them with "
+                "their reasons."
             )

@@ -1,6 +1,7 @@
 """What a run prints, and what it writes to metrics.jsonl."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from mmrl.config import Config
+from mmrl.data.index import summarise_problems
 from mmrl.data.stream import Stream
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
@@ -93,7 +95,10 @@ class TrainingLog:
                 )
         problems = self._prepared.reader.problems
         if problems:
-            self.lines(f"{len(problems)} problems in the shards, e.g. {problems[0].shard}: {problems[0].reason}")
+            counts = summarise_problems(Counter(problem.kind for problem in problems))
+            first = f"{problems[0].shard} {problems[0].key}: {problems[0].reason}"
+            self.lines(f"{len(problems):,} problems in the shards ({counts}), e.g. {first}")
+        self.lines(*self._prepared.reader.notes)
         if schedule.warmup >= schedule.total:
             self.lines(
                 f"Note: optim.warmup is {schedule.warmup:,} of {schedule.total:,} steps, so the learning rate never "

@@ -3,12 +3,17 @@
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mmrl.config import Config, config_differences, dump_config, load_config
+from mmrl.data.overlap import overlap_note
+from mmrl.data.pack.hub import pack_missing
 from mmrl.data.samples import SampleReader
-from mmrl.data.sources import open_training_set
+from mmrl.data.sources import named_sources, open_training_set
+from mmrl.data.workers import MAX_PREFETCH, fitting_prefetch
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.engine.checkpoint import Checkpoints
@@ -31,7 +36,20 @@ class PreparedRun:
     evaluation_dims: list[int]
     accumulation: int
     """Micro-batches per step, on each process."""
+    prefetch: int
+    """Micro-batches that each data worker prepares in advance."""
     resume_from: Path | None
+
+
+def pack_data_sets(config: Config, world: World) -> None:
+    """Packs the Hugging Face data sets of a config into the cache folder, unless they are there. Collective.
+
+    Raises:
+        InputError: one cannot be packed; all ranks stop.
+    """
+    shards = [one.shards for one in (*named_sources(config.data), *config.evaluation.sets.values())]
+    specs = [spec for one in shards for spec in ([one] if isinstance(one, str) else one)]
+    host_checks.agree(world, lambda: pack_missing(specs))
 
 
 def prepare(config: Config, world: World) -> PreparedRun:
@@ -40,19 +58,28 @@ def prepare(config: Config, world: World) -> PreparedRun:
     Raises:
         InputError: a check failed on any rank; all ranks stop.
     """
-    prepared = host_checks.agree(world, lambda: _check(config, world))
+    ranks_here = comm.all_hosts().count(comm.host())
+    prepared = host_checks.agree(world, lambda: _check(config, world, ranks_here))
     assert prepared is not None
+    if prepared.prefetch < MAX_PREFETCH:
+        prepared.reader.notes.append(
+            f"The shared memory has room for {prepared.prefetch} of the {MAX_PREFETCH} batches that each data worker "
+            "would prepare in advance; give the container more (docker run --shm-size)."
+        )
     readers = (prepared.reader, *(one.reader for one in prepared.evaluation_sets.values()))
     fingerprints = tuple(reader.fingerprint for reader in readers)
     seen = comm.all_gather_objects(fingerprints)
     if len(set(seen)) > 1:
         host_checks.agree(world, lambda: _check_same_shards(fingerprints, seen))
     resume_from = host_checks.agree(world, lambda: open_run(config), rank_0_only=True)
+    if world.is_rank_0:
+        for name, one in prepared.evaluation_sets.items():
+            prepared.reader.notes += filter(None, [overlap_note(name, prepared.reader, one.reader)])
     host_checks.same_folder(config, world)
     return replace(prepared, resume_from=comm.broadcast_object(resume_from))
 
 
-def _check(config: Config, world: World) -> PreparedRun:
+def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
     if config.train.batch_size % world.size:
         raise InputError(
             f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
@@ -68,7 +95,12 @@ def _check(config: Config, world: World) -> PreparedRun:
         )
     if config.train.ema is not None and config.engine.zero_stage == 3:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
-    width = towers.read_model_cfg(config.model.name)["embed_dim"]
+    model_cfg = towers.read_model_cfg(config.model.name)
+    width = model_cfg["embed_dim"]
+    # Without page-locked copies, the batches of a step stay in shared memory while those of the next one are loaded.
+    in_use = 1 if world.device.type == "cuda" else 2 * (share // micro_batch)
+    batch_bytes = micro_batch * bytes_per_sample(model_cfg)
+    prefetch = fitting_prefetch(config.data.workers, batch_bytes, in_use, ranks_here)
     nested = _check_nesting(config, width)
     if config.loss.kernels == "triton":
         require_triton(world.device)
@@ -85,8 +117,16 @@ def _check(config: Config, world: World) -> PreparedRun:
         evaluation_sets=open_configured(config.evaluation, config.data),
         evaluation_dims=evaluation_dims,
         accumulation=share // micro_batch,
+        prefetch=prefetch,
         resume_from=None,
     )
+
+
+def bytes_per_sample(model_cfg: dict[str, Any]) -> int:
+    """Bytes of one row of a batch: the uint8 image, the int64 tokens, and some int64 ids."""
+    size = model_cfg["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return 3 * height * width + 8 * model_cfg["text_cfg"].get("context_length", 77) + 32
 
 
 def _check_nesting(config: Config, width: int) -> Nesting:
@@ -133,13 +173,51 @@ def open_run(config: Config) -> Path | None:
         raise InputError(f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER.") from error
 
 
+# Keys (section, key), and what runs that began before a key existed do.
+_OLDER = {("data", "mask_equal_captions"): False, ("image", "background"): None}
+
+
+def keep_older_values(config: Config, world: World) -> Config:
+    """The config; where it does not set one of the keys _OLDER, it takes it from the run that it resumes, if any.
+    Collective.
+
+    Raises:
+        InputError: on rank 0, the run's config is damaged; other ranks exit with code 2.
+    """
+    stored = host_checks.agree(world, lambda: _stored_config(Path(config.run)), rank_0_only=True)
+    stored = comm.broadcast_object(stored)
+    if stored is None:
+        return config
+    return _with_defaults(config, {one: getattr(getattr(stored, one[0]), one[1]) for one in _OLDER})
+
+
+def _stored_config(folder: Path) -> Config | None:
+    """The config of the run in a folder, if any; keys that it lacks have the values of _OLDER."""
+    try:
+        if not (folder / "config.yaml").exists():
+            return None
+        stored = load_config(folder / "config.yaml")
+    except OSError:
+        return None  # open_run names the error
+    return _with_defaults(stored, _OLDER)
+
+
+def _with_defaults(config: Config, defaults: Mapping[tuple[str, str], Any]) -> Config:
+    """The config with these values of keys that it does not set."""
+    for (section, key), value in defaults.items():
+        before = getattr(config, section)
+        if key not in before.model_fields_set:
+            config = config.model_copy(update={section: before.model_copy(update={key: value})})
+    return config
+
+
 def _open_run(config: Config, folder: Path) -> Path | None:
     stored = folder / "config.yaml"
     if folder.exists() and not stored.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"run: {folder} exists and is not a run folder; choose another with run=FOLDER.")
     last = Checkpoints(folder, config.checkpoint.keep).last()
-    if stored.exists():
-        differing = config_differences(load_config(stored), config)
+    if before := _stored_config(folder):
+        differing = config_differences(before, config)
         if differing:
             raise InputError(
                 f"run: {folder} holds a run of another config ({'; '.join(differing[:3])}); "

@@ -1,6 +1,6 @@
 """One optimizer step on one global batch: forward, nested loss, backward, update.
 
-Shapes: b pairs of this process, D the embedding's width, K dims.
+Shapes: b pairs of this process, D the embedding's width, K dims, G keys of a group.
 """
 
 import math
@@ -81,7 +81,7 @@ class TrainStep:
         engine, schedule = self._engine, self._schedule
         factor = optim.lr_factor(self._config.optim, step, schedule.total, schedule.warmup, schedule.cooldown)
         lr = optim.set_lr(engine.optimizer, factor)
-        group_b = torch.cat([batch.group for batch in micro_batches]).to(engine.device)
+        group_bG = torch.cat([batch.groups for batch in micro_batches]).to(engine.device)
         keys = [key for batch in micro_batches for key in batch.keys]
         prefix_gradient = None
         if self._prefixes is not None:
@@ -95,7 +95,7 @@ class TrainStep:
                 scale = torch.cat([self._prefixes.logit_scale_k, scale])
             # Copies, since the bias is the parameter itself, which the step changes.
             scales.append((scale.detach().clone(), None if bias is None else bias.detach().clone()))
-            loss = self._loss(group_b, image_bD, text_bD, scale, bias, prefix_gradient)
+            loss = self._loss(group_bG, image_bD, text_bD, scale, bias, prefix_gradient)
             if not math.isfinite(value := loss.total.item()):
                 origin = describe_non_finite(image_bD, text_bD, keys)
                 raise NonFiniteError(f"the loss is {value}" + (f" ({origin})" if origin else ""))
@@ -119,7 +119,7 @@ class TrainStep:
 
     def _loss(
         self,
-        group_b: torch.Tensor,
+        group_bG: torch.Tensor,
         image_bD: torch.Tensor,
         text_bD: torch.Tensor,
         scale: torch.Tensor,
@@ -130,7 +130,7 @@ class TrainStep:
         nested, options = self._nested, self._config.loss
         with self._engine.timer.phase("loss"):
             if self._prefixes is None or prefix_gradient is None:
-                return nested_loss(options, image_bD, text_bD, scale, bias, nested, group_b)
+                return nested_loss(options, image_bD, text_bD, scale, bias, nested, group_bG)
             return rotated_nested_info_nce(
                 image_bD,
                 text_bD,
@@ -139,7 +139,7 @@ class TrainStep:
                 self._prefixes.rotation,
                 prefix_gradient,
                 nested.weights,
-                group_b,
+                group_bG,
                 options,
             )
 

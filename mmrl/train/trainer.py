@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mmrl import durations
 from mmrl.config import Config
 from mmrl.data.batches import Batch
-from mmrl.data.stream import Stream, dead_worker_error
+from mmrl.data.stream import Stream
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.distributed.heartbeat import Heartbeat
@@ -33,7 +33,7 @@ from mmrl.train import host_checks
 from mmrl.train.bad_samples import BadSamples
 from mmrl.train.log import TrainingLog
 from mmrl.train.prefixes import Prefixes
-from mmrl.train.preflight import PreparedRun, prepare
+from mmrl.train.preflight import PreparedRun, keep_older_values, pack_data_sets, prepare
 from mmrl.train.rotate import rotation_of_run
 from mmrl.train.signals import StopRequest, stop_on_signals
 from mmrl.train.step import NonFiniteError, Schedule, StepResult, TrainStep
@@ -49,17 +49,12 @@ def train(config: Config, console: Console | None = None) -> Path:
     console = console or Console()
     world = comm.start(config.engine.timeout_minutes * 60)
     with Heartbeat(world, config.engine.lost_after_seconds) as heartbeat:
+        pack_data_sets(config, world)
         host_checks.check(config, world, console)
+        config = keep_older_values(config, world)
         prepared = prepare(config, world)
         with stop_on_signals() as stop:
-            trainer = Trainer(config, prepared, world, console, heartbeat)
-            try:
-                trainer.run(stop)
-            except RuntimeError as error:
-                stopped = dead_worker_error(error)
-                if stopped is None:
-                    raise
-                raise stopped from None
+            Trainer(config, prepared, world, console, heartbeat).run(stop)
     return Path(config.run)
 
 
@@ -78,6 +73,7 @@ class Trainer:
         self._heartbeat = heartbeat
         torch.manual_seed(config.seed)
         built = towers.build(config.model)
+        built = dataclasses.replace(built, image_spec=config.image.applied_to(built.image_spec))
         with_bias = config.loss.name == "sigmoid"
         dims, learns_rotation = prepared.nested.dims, config.nesting.learns_rotation
         num_scales = 1 if learns_rotation else len(dims)  # with a rotation, those of the smaller dims are in Prefixes
@@ -95,6 +91,8 @@ class Trainer:
             config=config.data,
             pin_memory=world.device.type == "cuda",
             micro_batch=config.train.micro_batch,
+            prefetch=prepared.prefetch,
+            lost_after_s=config.engine.lost_after_seconds,
         )
         self.engine = Engine(
             model,
@@ -123,7 +121,8 @@ class Trainer:
         self.best = -math.inf
         self._evaluations_since_best, self._stopped_early = 0, False
         self._scores: dict[str, Any] | None = None
-        self._bad_samples = BadSamples(config.run, prepared.reader.problems, config.data.max_bad_fraction)
+        rows_per_epoch = self.stream.batches_per_epoch * config.train.batch_size
+        self._bad_samples = BadSamples(config.run, prepared.reader, rows_per_epoch, config.data.max_bad_fraction)
         if prepared.resume_from is not None:
             self._resume(prepared.resume_from)
 

@@ -59,7 +59,7 @@ def load_tests(runs: Sequence[Run], test: str, prefix: str = LAST) -> list[Embed
 
 def _embed(encoder: Path, shards: str, captions: int | None = None) -> Embeddings:
     opened = bundle.open_model(encoder)
-    found = sets.embed(open_reader(shards), opened.model, opened.image_spec, opened.tokenise, captions=captions)
+    found = sets.embed(open_reader(shards), opened, captions=captions)
     image_ND, text_MD = (F.normalize(rows.double(), dim=-1).float().numpy() for rows in (found.image_ND, found.text_MD))
     group_N, group_M = found.image_group_N.numpy(), found.text_group_M.numpy()
     _, name_N = np.unique(found.image_of_text_M.numpy(), return_index=True)  # a sample's first text is its name

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ import torch
 from mmrl.data.samples import group_id
 from mmrl.search.build import write_index
 from mmrl.search.calibrate import Queries, exact_neighbours
-from mmrl.search.columns import columns_of
 from mmrl.search.embed import EMBEDDINGS, TEXTS
 from mmrl.search.funnel import Funnel, unit_prefix
 from mmrl.search.index import Index, open_index
-from mmrl.search.table import image_schema, text_schema, vector_array
+from mmrl.search.table import columns_of, image_schema, text_schema, vector_array
 
 DIM, HEAD, ENERGY = 512, 64, 0.74
 PER_CLUSTER, CHUNK, TEXTS_GIVEN, QUERIES = 250, 50_000, 4_000, 64
@@ -109,7 +108,7 @@ def write_embeddings(vectors: Vectors, folder: Path) -> Path:
         "origin_sha256": "generated",
         "dim": DIM,
         "nested_dims": [64, 128, 256, 512],
-        "columns": [column.to_json() for column in columns],
+        "columns": [asdict(column) for column in columns],
     }
     schema = image_schema(columns, facts)
     with pyarrow.parquet.ParquetWriter(folder / EMBEDDINGS, schema, compression="none") as writer:

@@ -6,10 +6,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import starter
 import world
 from world import Drawing, Icon
-
-from mmrl.data.starter import build as starter
 
 
 def archive(folder: Path, artist: str, files: dict[str, str]) -> Path:

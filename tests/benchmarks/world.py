@@ -3,8 +3,8 @@
     python tests/benchmarks/world.py OUT [--packages DIR]
 
 About 27,000 images (64 x 64 pixels on white, WebP) of about 15,000 concepts by 13 artists, from npm packages with
-pinned versions and hashes. It uses the functions of the starter set's builder, mmrl/data/starter/build.py. Nothing of
-it ships with mmrl. It needs npm and resvg-py and takes a few minutes on one core. OUT/NOTICE names the sources.
+pinned versions and hashes. It uses the functions of the starter set's builder, starter.py. Nothing of it ships with
+mmrl. It needs npm and resvg-py and takes a few minutes on one core. OUT/NOTICE names the sources.
 
 The concept of an icon is the set of words of its name: "circle arrow left" and "arrow-left-circle" are one concept. An
 icon whose name @mdi/svg lists as an alias of one of its icons belongs to the concept of that icon, and an icon with the
@@ -33,8 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrl.data.starter import build as starter
-from mmrl.data.starter.build import Package
+import starter
+from starter import Package
+
 from mmrl.errors import InputError
 
 

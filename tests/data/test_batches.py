@@ -1,5 +1,6 @@
 """Loading of batches: captions, groups and decoding, and the replacement of bad samples."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import mmrl
 from mmrl.data.batches import Batch, pick_caption
+from mmrl.data.captions import caption_id
 from mmrl.data.samples import group_id
 from mmrl.data.sources import DataConfig, open_reader
 from mmrl.data.stream import Stream
@@ -46,6 +48,42 @@ def test_groups_are_stable_hashes_and_minus_one_if_absent(tmp_path: Path) -> Non
     assert group["00000"] == group["00012"] == group_id("red square") == 2006242075667802697
     assert group["00001"] != group["00000"]
     assert group["00002"] == -1
+
+
+EQUAL = ["A dog &amp; a cat", "a dog  & a\tCAT ", "Ａ dog ＆ a cat"]
+OTHER = ["a dog and a cat", "a dog & a cat.", "a cat & a dog", "ÀB", "ab"]
+
+
+def test_equal_captions_have_one_id_and_others_have_not() -> None:
+    assert len({caption_id(text) for text in EQUAL}) == 1
+    assert len({caption_id(text) for text in [EQUAL[0], *OTHER]}) == 1 + len(OTHER)
+    assert caption_id("Cafe\u0301") == caption_id("CAFÉ") >= 0
+
+
+def test_batches_have_the_id_of_the_drawn_caption(tmp_path: Path) -> None:
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(4)
+        for kind, data in (
+            ("png", encoded(drawing(n)[0])),
+            ("json", json.dumps({"captions": [f"{n}", "Same"]}).encode()),
+        )
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    stream, drawn = mmrl.stream(path, 4), Counter[str]()
+    for _ in range(4):
+        for batch in stream:
+            assert batch.caption is not None
+            assert batch.caption.tolist() == [caption_id(text) for text in batch.text]
+            assert torch.equal(batch.groups, torch.stack([batch.group, batch.caption], 1))
+            drawn.update(batch.text)
+    assert drawn["Same"] > 1, "several samples drew it"
+    off = DataConfig(train=str(path), mask_equal_captions=False)
+    batch = next(iter(mmrl.stream(off, 4)))
+    assert batch.caption is None
+    assert torch.equal(batch.groups, batch.group[:, None])
+    resumed = mmrl.stream(off, 4)
+    resumed.load_state_dict(mmrl.stream(path, 4).state_dict())  # batches do not depend on it
 
 
 def test_bad_samples_are_replaced_alike_at_any_world_size_and_listed(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_an_index_is_saved_and_loaded(shards: Path, tmp_path: Path) -> None:
     index = index_shard(write_tar(tmp_path / "a.tar", [*sample_members(1), ("\udcff.png", b""), *sample_members(1)]))
     save_index(index, tmp_path / "a.index")
     again = load_index(tmp_path / "a.index")
-    assert keys(again) == keys(index) == ["00001", "\udcff"]
+    assert keys(again) == keys(index) == ["00001", "\\xff"]
     assert again.problems == index.problems
     assert again.members(0) == index.members(0)
     assert again.tar == index.tar

@@ -16,7 +16,8 @@ from mmrl.losses.nested_sigmoid import nested_sigmoid
 from mmrl.losses.rotated import rotated_nested_info_nce
 
 DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
-GROUPS = torch.tensor([4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1])
+# Two keys, with rows of different ranks that are equal in one column, in both, or in none.
+GROUPS = torch.tensor([[4, 4, -1, 2, 4, -1, 2, 9, 9, 9, 1, -1], [6, -1, 7, 6, 6, 7, -1, 8, 3, 8, 7, 3]]).T
 
 
 class LossInputs(NamedTuple):

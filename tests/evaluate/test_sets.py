@@ -13,6 +13,7 @@ import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from conftest import drawing, encoded, write_tar
+from helpers.encoders import export_bundle
 from helpers.labelled import CLASSES, TEMPLATES, labelled_members, write_labelled
 from helpers.worlds import run_in_world
 from rich.console import Console
@@ -26,9 +27,9 @@ from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.evaluate.degrade import KINDS, degrade_image, sample_rows
 from mmrl.evaluate.directions import CROSS_MODAL, DIRECTIONS
 from mmrl.evaluate.readers import draw_shards, open_set
+from mmrl.evaluate.report.tables import ceiling_note
 from mmrl.evaluate.sets import Embedded
 from mmrl.evaluate.zeroshot import class_embeddings, embed_labelled, read_classes, score_classification
-from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.towers import TowersConfig
@@ -90,6 +91,50 @@ def test_a_verbatim_copy_of_a_caption_is_not_a_positive() -> None:
     without = replace(without, text_MD=repeated.text_MD[[0, 1, 3, 4]])
     one, other = (sets.score(e, [8], directions=["text_to_text"])["dims"] for e in (repeated, without))
     assert one == other
+
+
+def test_captions_that_a_tokenizer_makes_equal_are_no_positives() -> None:
+    """Otherwise random weights would score 100 %."""
+    cased = embedded_of([7, 7, 9], ["A red  hat", "a Red hat", "b"], [0, 1, 2])
+    with pytest.raises(InputError, match="no positives in text_to_text"):
+        sets.score(cased, [8], directions=["text_to_text"])
+
+
+def test_no_embedding_exceeds_the_ceiling_and_a_perfect_one_reaches_it() -> None:
+    """Captions: x is shared by groups 1 and 2, y by 2 and 3 (twice), each of 1 and 4 has one of its own."""
+    captions, image_of_text = ["x", "own", "x", "y", "y", "y", "mine"], [0, 0, 1, 1, 2, 3, 4]
+    one = embedded_of([1, 2, 3, 3, 4], captions, image_of_text)
+    expected = {"image_to_text": 2 / 5, "text_to_image": (1 + 1 + 2 + 1) / 7}
+    names = sorted(set(captions))
+
+    def scores(caption_CD: torch.Tensor, image_ND: torch.Tensor) -> dict[str, float]:
+        text_MD = caption_CD[[names.index(caption) for caption in captions]]
+        result = sets.score(replace(one, text_MD=text_MD, image_ND=image_ND), [8])
+        assert {direction: found["R@1"] for direction, found in result["ceiling"].items()} == pytest.approx(expected)
+        return {direction: found["R@1"] for direction, found in result["dims"]["8"].items()}
+
+    caption_CD = torch.eye(8)[: len(names)]
+    won = {0: ["x", "own"], 1: [], 2: ["y"], 3: ["y"], 4: ["mine"]}  # the captions that find each image
+    image_ND = torch.stack([sum((caption_CD[names.index(c)] for c in won[n]), torch.eye(8)[7]) for n in range(5)])
+    image_ND[0] += caption_CD[names.index("own")]
+    assert scores(caption_CD, image_ND) == pytest.approx(expected)
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(100):
+        found = scores(torch.randn(len(names), 8, generator=rng), torch.randn(5, 8, generator=rng))
+        assert all(found[direction] <= expected[direction] for direction in expected)
+
+
+def test_eval_prints_the_ceiling(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("png", encoded(drawing(n)[0])), ("txt", b"same" if n < 3 else b"other"))
+    ]
+    shard = write_tar(tmp_path / "a.tar", members)
+    result = evaluate_model(str(model_folder), [str(shard)], EvalOptions())
+    assert result["ceiling"] == {"image_to_text": {"R@1": 0.25}, "text_to_image": {"R@1": 0.5}}
+    assert "no model can exceed an R@1 of image→text 25.0 %, text→image 50.0 %" in capsys.readouterr().out
+    assert "no model can exceed" not in ceiling_note({"ceiling": {"text_to_image": {"R@1": 1.0}}})
 
 
 def test_a_query_is_not_its_own_positive() -> None:
@@ -182,7 +227,7 @@ def test_classification_equals_clip_benchmarks(model_folder: Path, encoder: Bund
 def test_labels_out_of_range_are_bad_samples(encoder: Bundle, tmp_path: Path) -> None:
     members = [m for n, label in enumerate(["0", "3", "4", "-1", "red"]) for m in labelled_members(n, label)]
     one = open_set(str(write_tar(tmp_path / "a.tar", members)), read_classes_of(tmp_path, CLASSES))
-    found = embed_labelled(one.reader, encoder.model, encoder.image_spec, 4)
+    found = embed_labelled(one.reader, encoder, 4)
     assert found.label_N.tolist() == [0, 3]
     assert [problem.kind for problem in found.bad] == ["no class from 0 to 3"] * 3
 
@@ -195,7 +240,7 @@ def read_classes_of(folder: Path, names: Sequence[str]) -> zeroshot.Classes:
 def test_with_a_single_class_accuracy_is_1(encoder: Bundle, tmp_path: Path) -> None:
     classes = read_classes_of(tmp_path, ["thing"])
     found = zeroshot.LabelledImages(torch.randn(3, 16), torch.zeros(3, dtype=torch.int64), [])
-    vectors = class_embeddings(classes, encoder.model, encoder.tokenise, [16])
+    vectors = class_embeddings(classes, encoder, [16])
     assert score_classification(found, vectors)["dims"]["16"]["classification"]["top1"] == 1
 
 
@@ -217,7 +262,7 @@ def test_clip_benchmark_captions_are_one_per_line(encoder: Bundle, tmp_path: Pat
     write_tar(tmp_path / "test" / "0.tar", [*members, ("b.txt", b"four")])
     (tmp_path / "dataset_type.txt").write_text("retrieval")
     one = open_set(str(tmp_path))
-    found = sets.embed(one.reader, encoder.model, encoder.image_spec, encoder.tokenise)
+    found = sets.embed(one.reader, encoder)
     assert found.captions == ["one", "two", "three", "four"]
     assert found.image_of_text_M.tolist() == [0, 0, 0, 1]
 
@@ -267,7 +312,7 @@ def test_training_scores_a_subsampled_set_like_mmrl_eval(write_config: Callable[
     reader = draw_shards(open_reader(config.evaluation.sets["val"].shards), 12)
     assert found["drawn"] == {"samples": len(reader), "of": 48}
     last = bundle.load(folder / "checkpoints" / "last")
-    embedded = sets.embed(reader, last.model, last.image_spec, last.tokenise, captions=1)
+    embedded = sets.embed(reader, last, captions=1)
     again = sets.score(embedded, [16, 4, 8])
     assert found["dims"].keys() == again["dims"].keys()
     for dim, ways in again["dims"].items():

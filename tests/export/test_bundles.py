@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY_MODEL
-from helpers.encoders import IMAGES, TEXTS, prefix, save_random_encoder
+from helpers.encoders import IMAGES, TEXTS, export_bundle, prefix, save_random_encoder
 
 import mmrl
 from mmrl.errors import InputError
-from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle, layouts
 
 

@@ -1,10 +1,12 @@
 """Each format, opened by the tool that it is for: its embeddings equal the prefix of the source's."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL
-from helpers.encoders import IMAGES, TEXTS, prefix, save_random_encoder
+from conftest import TINY_MODEL, drawing, encoded
+from helpers.encoders import IMAGES, TEXTS, export_bundle, prefix, save_random_encoder
+from PIL import Image
 
 import mmrl
 from mmrl.errors import InputError, RunStopped
@@ -171,6 +174,34 @@ def test_mmrl_load_opens_graphs_without_torch(graphs: Path, tmp_path: Path) -> N
     subprocess.run([sys.executable, "-c", _FIRST_VECTOR, str(graphs), str(tmp_path / "a.png")], check=True)
 
 
+def test_graphs_and_torch_read_difficult_images_alike(source: Path, graphs: Path, tmp_path: Path) -> None:
+    images = [drawing(1)[0].convert("RGBA"), Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64)]
+    images[0].putalpha(images[0].convert("L"))
+    data = [encoded(image) for image in images]
+    torch_vectors = mmrl.load(source, dim=8).encode_images([*data, *images])
+    onnx_vectors = mmrl.load(graphs, variant="fp32").encode_images([*data, *images])
+    np.testing.assert_allclose(onnx_vectors, torch_vectors, atol=1e-5)
+    np.testing.assert_array_equal(torch_vectors[:2], torch_vectors[2:])
+    # A bundle of an earlier version, without a background in its manifest, drops alpha as it did.
+    for folder in (source, graphs):
+        old = tmp_path / folder.name
+        shutil.copytree(folder, old)
+        manifest = json.loads((old / "manifest.json").read_text())
+        assert manifest["image"].pop("background") == [255, 255, 255]
+        (old / "manifest.json").write_text(json.dumps(manifest))
+        encoder = mmrl.load(old, dim=8, variant="fp32" if folder == graphs else None)
+        vectors = encoder.encode_images([data[0], drawing(1)[0]])
+        np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+        assert np.abs(vectors[0] - torch_vectors[0]).max() > 1e-3
+    wrong = Image.fromarray(np.array([[-1.0]], np.float32))
+    for folder in (source, graphs):
+        cut = Image.open(io.BytesIO(encoded(drawing(1)[0])[:500]))  # opened, not decoded yet
+        with pytest.raises(InputError, match=r"image <PIL"):
+            mmrl.load(folder).encode_images([cut])
+        with pytest.raises(InputError, match=r"grey values from -1 to -1"):
+            mmrl.load(folder).encode_images([wrong])
+
+
 def test_graphs_take_any_batch_and_any_dim(graphs: Path, expected: dict[str, np.ndarray]) -> None:
     whole, short = mmrl.load(graphs, variant="fp32"), mmrl.load(graphs, dim=4, variant="fp32")
     assert_prefix(whole.encode_images(IMAGES), expected["images"], 8, atol=0.05)
@@ -190,6 +221,14 @@ def test_a_word_may_have_the_padding_id(source: Path, graphs: Path) -> None:
     assert (tokens[0, :8] == 0).sum() == 3  # "!" within a word has open_clip's padding id
     assert_prefix(mmrl.load(graphs, variant="fp32").encode_texts(texts), expected, 8)
     assert_prefix(base.get_format("onnx").reopen(graphs, "fp32").tokens(tokens), expected, 8)
+
+
+def test_long_texts_are_read_alike_with_and_without_torch(source: Path, graphs: Path) -> None:
+    texts = ["abc" * 15_000, "a red shoe " * 5000, "犬😂" * 20_000]
+    began = time.process_time()
+    expected = mmrl.load(source).encode_texts(texts)
+    assert_prefix(mmrl.load(graphs, variant="fp32").encode_texts(texts), expected, 8)
+    assert time.process_time() - began < 10
 
 
 def test_the_default_variant_is_chosen_by_recall_loss(graphs: Path, expected: dict[str, np.ndarray]) -> None:
@@ -239,7 +278,7 @@ def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bad.jpg: no picture in a known format"):
         mmrl.load(tmp_path / "online").encode_images([tmp_path / "bad.jpg"])
     with pytest.raises(InputError, match="holds ONNX graphs, which have no weights"):
-        bundles.export_bundle(str(tmp_path / "online"), tmp_path / "out", 4)
+        export_bundle(str(tmp_path / "online"), tmp_path / "out", 4)
     for variant, name in (("int8", "text.int8.onnx.data"), ("fp32", "text.onnx.data"), ("fp32", "text.onnx")):
         with (tmp_path / "online" / name).open("ab") as file:
             file.write(b"x")
@@ -304,7 +343,7 @@ def test_an_encoder_beyond_the_tolerance_is_not_written(
 
     monkeypatch.setattr("mmrl.export.bundles.base.get_format", lambda _: replace(real, reopen=reopen_with_error))
     with pytest.raises(RunStopped, match=r"differ from the source's prefix by .* nothing was written"):
-        bundles.export_bundle(str(source), tmp_path / "out", 8)
+        export_bundle(str(source), tmp_path / "out", 8)
     assert not list(tmp_path.iterdir())
 
 

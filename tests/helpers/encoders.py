@@ -1,11 +1,13 @@
 """Encoders with random weights, for tests of export and rotation."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from conftest import drawing
 
+from mmrl.export.bundles import export
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
@@ -24,6 +26,11 @@ def save_random_encoder(name: str, folder: Path, per_dim: bool = False) -> Path:
     one = bundle.make_bundle(model, built, (4, 8, 16))
     bundle.save(one, folder, one.state(), {"step": 5})
     return folder
+
+
+def export_bundle(model: str, out: Path, dim: int) -> dict[str, Any]:
+    """Exports one dim in the bundle format; returns the manifest."""
+    return export(model, out, [dim])[str(dim)]
 
 
 def prefix(vectors: np.ndarray, dim: int) -> np.ndarray:

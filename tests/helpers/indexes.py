@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig
 from mmrl.search import embed
 from mmrl.search.build import write_index
-from mmrl.search.columns import columns_of
 from mmrl.search.embed import embed_images
-from mmrl.search.table import image_schema, text_schema, vector_array
+from mmrl.search.table import columns_of, image_schema, text_schema, vector_array
 
 COUNT = 24
 
@@ -45,7 +45,7 @@ def indexed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = [member for number in range(COUNT) for member in sample_members(number)]
     members += [("large.jpg", encoded(drawing(50, 300)[0], "JPEG")), ("large.txt", b"a [red] large one")]
     members += [("broken.png", b"no picture"), ("broken.txt", b"x")]
-    members += [("silent.png", encoded(drawing(0)[0]))]
+    members += [("latin.png", encoded(drawing(0)[0])), ("latin.txt", "é".encode("latin-1"))]
     members += [*sample_members(3)]  # a duplicate key
     write_tar(folder / "images.tar", members)
     embed_images(str(folder / "model"), str(folder / "images.tar"), folder / "embeddings", batch_size=7, quiet=True)
@@ -91,7 +91,7 @@ def generated_embeddings(
         "origin_sha256": "generated",
         "dim": vectors.shape[1],
         "nested_dims": [16, 32, vectors.shape[1]],
-        "columns": [column.to_json() for column in columns],
+        "columns": [asdict(column) for column in columns],
     }
     keys = keys or [f"shard/{number:05}" for number in range(len(vectors))]
     groups = [number % 3 for number in range(len(vectors))]

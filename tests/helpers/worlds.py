@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+_INHERITED: list[object] = []
+
 
 def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_method: str = "fork") -> None:
     """Runs work(folder) on `size` processes. Forked ones start at once; those that go backward are spawned,
@@ -19,8 +21,11 @@ def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_me
 
 def _child(rank: int, size: int, work: Callable[[Path], None], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    if dist.is_initialized():  # inherited, where another test of this process has trained
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        # Inherited, where another test of this process has trained. Its destructor would wait for threads that a fork
+        # does not have, so a reference is kept.
+        _INHERITED.append(dist.group.WORLD)
+        dist.distributed_c10d._update_default_pg(None)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     try:
         work(folder)

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,15 @@ def test_preprocessing_equals_open_clips_within_rounding(
 
 
 def test_a_spec_is_equal_after_json() -> None:
-    spec = ImageSpec(height=32, width=48, mean=MEAN, std=STD, resize_mode="longest", fill_color=255)
-    assert ImageSpec.from_json(spec.to_json()) == spec
+    for background in ((1, 2, 3), None):
+        spec = ImageSpec(height=32, width=48, mean=MEAN, std=STD, resize_mode="longest", background=background)
+        assert ImageSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_spec_of_an_earlier_version_has_no_background() -> None:
+    values = ImageSpec(height=32, width=32, mean=MEAN, std=STD).to_json()
+    assert values.pop("background") == [255, 255, 255]
+    assert ImageSpec.from_json(values).background is None
 
 
 def test_decode_gives_upright_rgb_images() -> None:
@@ -81,6 +89,6 @@ def test_other_files_and_too_large_images_raise_value_error(monkeypatch: pytest.
             decode(data)
     with pytest.raises(ValueError, match="no picture in a known format"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    monkeypatch.setattr("mmrl.images.decode.MAX_PIXELS", 1000)
+    monkeypatch.setattr("mmrl.images.upright.MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="32x32 pixels, more than the 1,000"):
         decode(good)

@@ -19,11 +19,11 @@ GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2]).repeat(10)[:80]
 
 
 @pytest.mark.parametrize("tile", [(80, 80), (70, 33)], ids=str)
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("keys", [0, 1, 2])
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_value_and_gradients_equal_those_of_pytorch_operations(
-    tile: tuple[int, int], grouped: bool, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tile: tuple[int, int], keys: int, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "tile_shape", lambda *_: tile)
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,8 @@ def test_value_and_gradients_equal_those_of_pytorch_operations(
     text_BD = text_BD + 0.5 * torch.randn(80, 24, generator=generator)
     image_BD, text_BD = (x.to(DEVICE, dtype).requires_grad_() for x in (image_BD, text_BD))
     scale_1 = torch.tensor([scale], device=DEVICE, requires_grad=True)
-    groups = GROUPS.to(DEVICE) if grouped else None
+    two_keys = torch.stack([GROUPS, GROUPS.roll(7)], 1).to(DEVICE)
+    groups = (None, two_keys[:, 0], two_keys)[keys]
     results = []
     for kernels in ("triton", "torch"):
         options = InfoNCEOptions(kernels=kernels)
@@ -93,13 +94,13 @@ floats = {name: "*fp32" for name in (
     "row_lse column_lse row_norm_grad column_norm_grad").split()}
 integers = {name: "i32" for name in (
     "I J diagonal product_stride out_stride row_factor_stride column_factor_stride row_lse_stride column_lse_stride "
-    "row_norm_grad_stride column_norm_grad_stride").split()}
+    "row_norm_grad_stride column_norm_grad_stride row_group_stride column_group_stride").split()}
 types = floats | integers | {"shift": "fp32", "row_group": "*i64", "column_group": "*i64"}
 for capability in (80, 90):
     for shared in (True, False):
-        for masked in (True, False):
+        for keys in (0, 1, 2):
             for kernel in (kernels._exp_sums_kernel, kernels._product_grads_kernel):
-                constants = {"SHARED": shared, "MASKED": masked, "BLOCK": kernels._BLOCK, "K": 5}
+                constants = {"SHARED": shared, "KEYS": keys, "BLOCK": kernels._BLOCK, "K": 5}
                 names = kernel.arg_names
                 signature = {name: types.get(name, "constexpr") for name in names}
                 fixed = {(i,): constants[name] for i, name in enumerate(names) if name in constants}

@@ -18,6 +18,17 @@ pytestmark = pytest.mark.usefixtures("bf16_grad_products")
 
 GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2])
 TEXT_GROUPS = torch.tensor([3, 3, -1, 7, 5, -1, 7, 1, 1])
+# A second key: with rows that are equal in one column only, in both, and through a third row.
+CAPTIONS = torch.tensor([5, 5, 5, -1, 8, 8, 2, 2, -1])
+TWO_KEYS = torch.stack([GROUPS, CAPTIONS], 1)
+ALL_GROUPS = {
+    "-": None,
+    "groups": GROUPS,
+    "pair": (GROUPS, TEXT_GROUPS),
+    "two keys": TWO_KEYS,
+    "pair of two keys": (TWO_KEYS, torch.stack([TEXT_GROUPS, CAPTIONS.flip(0)], 1)),
+}
+with_groups = pytest.mark.parametrize("groups", ALL_GROUPS.values(), ids=ALL_GROUPS)
 OPTIONS = [
     InfoNCEOptions(same_group=same_group, label_smoothing=smoothing, distillation=distillation)  # pyright: ignore[reportArgumentType]
     for same_group, smoothing, distillation in itertools.product(("mask", "positive"), (0.0, 0.1), (0.0, 0.7))
@@ -57,7 +68,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("groups", [None, GROUPS, (GROUPS, TEXT_GROUPS)], ids=["-", "groups", "pair"])
+@with_groups
 @pytest.mark.parametrize("scale", [torch.tensor(14.0), torch.tensor([100.0]), torch.tensor([1.0, 20.0, 50.0])])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0]])
 def test_value_and_gradients_equal_the_plain_formula(
@@ -78,7 +89,7 @@ def test_value_and_gradients_equal_the_plain_formula(
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("groups", [None, GROUPS, (GROUPS, TEXT_GROUPS)], ids=["-", "groups", "pair"])
+@with_groups
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("scale", [10.0, 100.0])
 def test_options_equal_the_plain_formula(
@@ -238,6 +249,29 @@ def test_negative_groups_are_no_group() -> None:
     assert torch.equal(loss.total, clamped.total)
 
 
+def test_two_keys_mask_the_pairs_that_either_masks_and_no_others() -> None:
+    """Rows 0 and 1 share a caption, 1 and 2 a group: 0 and 2 stay each other's negatives."""
+    keys = torch.tensor([[-1, 4], [6, 4], [6, -1]])
+    image_BD, text_BD = (x.detach()[:3].requires_grad_() for x in embeddings(torch.float64))
+    logits_BB = 5 * torch.nn.functional.normalize(image_BD) @ torch.nn.functional.normalize(text_BD).T
+    masked_BB = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]], dtype=torch.bool)
+    logits_BB, labels = logits_BB.masked_fill(masked_BB, -torch.inf), torch.arange(3)
+    expected = (torch.nn.functional.cross_entropy(x, labels) for x in (logits_BB, logits_BB.T))
+    total = nested_info_nce(image_BD, text_BD, 5.0, [16], groups=keys).total
+    torch.testing.assert_close(total, sum(expected) / 2)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_second_key_that_is_equal_to_the_first_or_empty_changes_nothing(column: int) -> None:
+    image_BD, text_BD = embeddings(torch.float64)
+    for other in (torch.full_like(GROUPS, -1), GROUPS):
+        keys = torch.stack([GROUPS, other] if column == 0 else [other, GROUPS], 1)
+        for options in OPTIONS:
+            one = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=GROUPS, options=options)
+            two = nested_info_nce(image_BD, text_BD, 20.0, [4, 16], groups=keys, options=options)
+            torch.testing.assert_close(two.total, one.total)
+
+
 def test_a_small_loss_of_large_logits_is_exact() -> None:
     """Nearly aligned pairs at scale 100: the loss is a small difference of logits near 100."""
     image_BD, noise_BD = embeddings(torch.float32, rows=256, width=32)
@@ -362,8 +396,10 @@ def test_temporaries_grow_linearly_with_the_batch(monkeypatch: pytest.MonkeyPatc
         ({"weights": [1.0, 1.0]}, "2 given for 1 dims"),
         (
             {"groups": torch.zeros(4, dtype=torch.int64)},
-            r"groups: torch.int64 of shape \(4,\); expected int64 of shape \(9,\)",
+            r"groups: torch.int64 of shape \(4,\); expected int64 of shape \(9,\) or \(9, 2\)",
         ),
+        ({"groups": torch.zeros(9, 3, dtype=torch.int64)}, r"groups: torch.int64 of shape \(9, 3\)"),
+        ({"groups": (GROUPS, TWO_KEYS)}, r"groups: shapes \(9,\) and \(9, 2\) of images and texts differ"),
         ({"groups": torch.zeros(9)}, "groups: torch.float32"),
         ({"groups": [1] * 9}, "groups: list; expected int64"),
         ({"groups": (GROUPS, GROUPS, GROUPS)}, "groups: a tuple of 3; expected int64"),

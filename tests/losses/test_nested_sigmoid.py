@@ -30,7 +30,11 @@ def arguments(dtype: torch.dtype, per_dim: bool = False) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tile", [None, (4, 2), (3, 5)])
 @pytest.mark.parametrize("per_dim", [False, True])
-@pytest.mark.parametrize("groups", [None, GROUPS, (GROUPS, TEXT_GROUPS)], ids=["-", "groups", "pair"])
+@pytest.mark.parametrize(
+    "groups",
+    [None, GROUPS, (GROUPS, TEXT_GROUPS), torch.stack([GROUPS, TEXT_GROUPS], 1)],
+    ids=["-", "groups", "pair", "two keys"],
+)
 @pytest.mark.parametrize("same_group", ["mask", "positive"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_value_and_gradients_equal_the_plain_formula(

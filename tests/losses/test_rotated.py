@@ -15,7 +15,7 @@ from mmrl.losses.rotated import rotated_nested_info_nce
 from mmrl.model.rotation import NestedRotation
 
 DIMS, WEIGHTS = [4, 16, 8], [1.0, 3.0, 0.5]
-GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2])
+GROUPS = torch.tensor([[3, 5], [-1, 5], [3, -1], [7, -1], [-1, 8], [7, 8], [7, 2], [1, 2], [2, -1]])
 CLOSE: dict[torch.dtype, dict[str, Any]] = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-12},
     torch.float32: {"rtol": 1e-3, "atol": 1e-5},

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import IMAGES, TEXTS, save_random_encoder
+from helpers.encoders import IMAGES, TEXTS, export_bundle, save_random_encoder
 from safetensors.torch import save_file
 
 import mmrl
@@ -80,7 +80,7 @@ def test_a_local_dir_opens_like_the_export_in_it(encoder: Path, tmp_path: Path) 
     np.testing.assert_allclose(opened.encode_texts(TEXTS), expected.encode_texts(TEXTS), atol=1e-6)
     np.testing.assert_allclose(opened.encode_images(IMAGES), expected.encode_images(IMAGES), atol=1e-6)
     assert open_encoder(model).dim == 8
-    manifest = bundles.export_bundle(model, tmp_path / "again", 4)
+    manifest = export_bundle(model, tmp_path / "again", 4)
     assert manifest["source"]["dim"] == 8
 
 

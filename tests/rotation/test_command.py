@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, drawing, sample_members, write_tar
-from helpers.encoders import save_random_encoder
+from helpers.encoders import export_bundle, save_random_encoder
 from rich.console import Console
 from sklearn.decomposition import TruncatedSVD
 
@@ -19,7 +19,6 @@ from mmrl.config import load_config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import EvalOptions, evaluate_model
-from mmrl.export.bundles import export_bundle
 from mmrl.inference.base import LoadedEncoder
 from mmrl.model import bundle
 from mmrl.rotation import learned, moments

@@ -118,8 +118,8 @@ def test_shortlists_are_as_short_as_possible(compressed: Path) -> None:
 
     assert index.funnel is not None
     perfect = Perfect("fp32", DIM, index.funnel.codes, None)
-    found, measured = calibrate.calibrate(perfect, index.vectors_ND, Queries(queries, np.full(len(queries), -1)))
-    assert (found.first, found.second) == (calibrate._FIRST[0], calibrate._SECOND[0])
+    measured = calibrate.calibrate(perfect, index.vectors_ND, Queries(queries, np.full(len(queries), -1)))
+    assert measured["shortlists"] == {"first": calibrate._FIRST[0], "second": calibrate._SECOND[0]}
     assert measured["recall@10"] == {"text": 1.0}
 
 
@@ -192,15 +192,15 @@ def test_adding_replaces_equal_keys(embeddings: Path, tmp_path: Path, code: str)
     manifest = add_to_index(more, tmp_path / "i", quiet=True)
     assert manifest["count"] == COUNT - 1 - 10 + 30
     index = open_index(tmp_path / "i")
-    found = [item.key for item in index.take(np.arange(len(index)))]
+    found = [item.key for item in index.items.take(np.arange(len(index)))]
     assert found == [f"shard/{number:05}" for number in range(1, 3020)]
     np.testing.assert_allclose(index.vectors_ND[-30:], new, atol=1e-6)
     np.testing.assert_array_equal(index.vectors_ND[:2989], before.vectors_ND[1:2990])
     row = index.nearest(new[5], DIM, 1)[0][0]
-    assert index.take(np.array([row]))[0].key == "shard/02995"
+    assert index.items.take(np.array([row]))[0].key == "shard/02995"
     assert [path.name for path in (tmp_path / "i").iterdir() if path.is_dir()] == [manifest["data"]]
     # An index opened before the change still reads the old files.
-    assert before.take(np.array([0]))[0].key == "shard/00000"
+    assert before.items.take(np.array([0]))[0].key == "shard/00000"
     assert len(before.nearest(new[0], DIM, 5)[0]) == 5
     if code == "pq":
         assert manifest["search"]["recall@10"]["text"] >= 0.98
@@ -213,7 +213,7 @@ def test_deleted_images_are_not_found(embeddings: Path, tmp_path: Path, code: st
     query = clustered(1, DIM, 15)[0]
     first = open_index(tmp_path / "i")
     nearest = np.argsort(-brute_force(query, first.vectors_ND, DIM))
-    gone = [item.key for item in first.take(nearest[:7])]
+    gone = [item.key for item in first.items.take(nearest[:7])]
     manifest = delete_from_index(tmp_path / "i", gone, quiet=True)
     assert manifest["count"] == len(open_index(tmp_path / "i")) == COUNT - 7
     rows, _ = open_index(tmp_path / "i").nearest(query, DIM, 10)
@@ -227,8 +227,8 @@ def test_deleted_images_are_not_found(embeddings: Path, tmp_path: Path, code: st
     assert (manifest["rows"], len(index.deleted)) == (COUNT - 7, 0)
     assert sum(path.stat().st_size for path in (tmp_path / "i").rglob("*")) < held
     assert not index.items.rows_of(gone)[0].size
-    kept = [item.key for item in index.take(index.nearest(query, DIM, 10)[0])]
-    assert set(kept) == {item.key for item in first.take(nearest[7:17])}
+    kept = [item.key for item in index.items.take(index.nearest(query, DIM, 10)[0])]
+    assert set(kept) == {item.key for item in first.items.take(nearest[7:17])}
 
 
 def test_a_crash_leaves_the_index_as_it_was(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,4 +165,4 @@ def test_the_printed_commands_build_what_was_measured(
             assert built["columns"] == [{"name": "embedding", "dim": option.dim, "precision": option.precision}]
             got = ranks_in_columns(folder["EMBEDDINGS"], task, option.dim, option.precision)
             expected = option.rank_Q.numpy()
-        assert (got == expected).mean() >= 0.97, option.name  # one of 49 queries may have nearly equal scores
+        assert (got == expected).mean() >= 0.97, printed  # one of 49 queries may have nearly equal scores

@@ -19,6 +19,7 @@ from PIL import Image
 import mmrl
 from mmrl.data.samples import NO_GROUP, group_id
 from mmrl.errors import InputError
+from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.model import bundle
 from mmrl.search import embed, embeddings
 from mmrl.search.build import write_index
@@ -100,7 +101,7 @@ def test_the_chunk_size_does_not_change_the_rows(
     small, whole = open_index(tmp_path / "i"), open_index(indexed / "index")
     np.testing.assert_allclose(small.vectors_ND, whole.vectors_ND, atol=1e-6)
     order = np.array([24, 0, 13, 4, 5])
-    assert small.take(order) == whole.take(order)
+    assert small.items.take(order) == whole.items.take(order)
 
 
 def test_bad_samples_are_counted_listed_and_shown(
@@ -109,10 +110,50 @@ def test_bad_samples_are_counted_listed_and_shown(
     result = embed_images(str(indexed / "model"), str(indexed / "images.tar"), tmp_path / "e")
     assert (result["count"], result["bad"]) == (COUNT + 1, 3)
     lines = [json.loads(line) for line in (tmp_path / "e" / embed.BAD_SAMPLES).read_text().splitlines()]
-    assert {line["key"] for line in lines} == {"00003", "broken", "silent"}
+    assert {line["key"] for line in lines} == {"00003", "broken", "latin"}
     shown = capsys.readouterr().out
     assert f"{COUNT + 1} images, 16-d" in shown
     assert "Skipped 3 bad samples, listed in" in shown
+
+
+def test_images_need_no_captions(indexed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [encoded(drawing(number)[0]) for number in range(6)]
+    members = [(f"{number}.png", image) for number, image in enumerate(images)]
+    captioned = [member for number in (0, 3) for member in (members[number], (f"{number}.txt", b"a caption"))]
+    sets = {
+        "bare": members,
+        "labelled": [one for number in range(6) for one in (members[number], (f"{number}.cls", b"1"))],
+        "half": [*captioned, *(members[number] for number in (1, 2, 4, 5))],
+        "blank": [one for number in range(6) for one in (members[number], (f"{number}.txt", b" "))],
+    }
+    for name, content in sets.items():
+        path, out = write_tar(tmp_path / f"{name}.tar", content), tmp_path / name
+        result = embed_images(str(indexed / "model"), str(path), out, texts=True, npy=True)
+        captions = 2 if name == "half" else 0
+        assert (result["count"], result["texts"], result["bad"]) == (6, captions, 0)
+        assert (
+            sorted(map(bool, (row["captions"] for row in rows_of(out)))) == [False] * (6 - captions) + [True] * captions
+        )
+        write_index(out, tmp_path / f"{name}-index", quiet=True)
+        index = open_index(tmp_path / f"{name}-index")
+        found = search_index(tmp_path / f"{name}-index", "a red square", k=9, quiet=True)
+        assert len(index) == len(found["results"]) == 6
+    assert "6 members that no field uses: .cls 6." in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_escaped(indexed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sh\udce9"
+    members = [
+        (name.replace("0000", "caf\udce9"), data) for number in range(3) for name, data in sample_members(number)
+    ]
+    write_tar(folder / "sh\udce9.tar", [*members, ("bad\udce9.png", b"no picture")])
+    embed_images(str(indexed / "model"), str(folder), tmp_path / "e", texts=True, quiet=True)
+    assert [row["key"] for row in rows_of(tmp_path / "e")] == [f"sh\\xe9.tar/caf\\xe9{number}" for number in range(3)]
+    write_index(tmp_path / "e", tmp_path / "index", quiet=True)
+    assert open_index(tmp_path / "index").items.take(np.array([0]))[0].key == "sh\\xe9.tar/caf\\xe90"
+    scored = evaluate_model(str(indexed / "model"), [str(folder)], EvalOptions(), tmp_path / "scored", quiet=True)
+    assert scored["num_images"] == 3
+    assert "sh\\xe9" in (tmp_path / "scored" / "report" / "index.html").read_text()
 
 
 def test_without_usable_images_no_embeddings_are_written(indexed: Path, tmp_path: Path) -> None:

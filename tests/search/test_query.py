@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import drawing
+from helpers.encoders import export_bundle
 from helpers.indexes import COUNT, brute_force, indexed
 from PIL import Image
 
 import mmrl
 from mmrl.errors import InputError
-from mmrl.export.bundles import export_bundle
 from mmrl.images import contact_sheet
 from mmrl.model import bundle, towers, two_tower
 from mmrl.search import index as index_module

@@ -48,7 +48,7 @@ def take_steps(trainer: Trainer, steps: int) -> None:
 
 
 def similarities(encoder: bundle.Bundle, shards: Path) -> torch.Tensor:
-    found = sets.embed(open_reader(str(shards)), encoder.model, encoder.image_spec, encoder.tokenise)
+    found = sets.embed(open_reader(str(shards)), encoder)
     image_ND, text_ND = (F.normalize(rows.double(), dim=-1) for rows in (found.image_ND, found.text_MD))
     return image_ND @ text_ND.T
 
@@ -126,7 +126,7 @@ def test_the_encoder_is_the_trained_model_with_the_rotation_folded_in(
 
 
 def test_a_truncated_export_has_the_scale_of_its_dim(write_config: WriteConfig, tmp_path: Path) -> None:
-    from mmrl.export.bundles import export_bundle
+    from helpers.encoders import export_bundle
 
     folder = train(load_config(write_config(evaluation={}), ["optim.lr_logit_scale=0.1"]))
     scales = metrics(folder)[-1]["logit_scale"]

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from conftest import sample_members, start_training, write_tar
+from helpers.encoders import export_bundle
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ from mmrl.config import config_differences, load_config
 from mmrl.distributed import comm
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import EvalOptions, evaluate_model
-from mmrl.export.bundles import export_bundle
 from mmrl.model import bundle
 from mmrl.model.footprint import model_flops
 from mmrl.train.preflight import prepare
@@ -189,30 +189,46 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConf
 
 
 _WITH_A_KILLED_LOADER = """
-import os, signal, sys
+import os, signal, sys, threading
 from mmrl import cli
 from mmrl.train.trainer import Trainer
-step = Trainer.step
+step, number = Trainer.step, int(sys.argv.pop())
 def killing(self, micro_batches):
-    if self.step_done == 2:
-        os.kill(self.stream._loader._iterator._workers[0].pid, signal.SIGKILL)
+    if self.step_done == 2 and self.world.is_rank_0:
+        os.kill(self.stream._loader._iterator._workers[0].pid, number)
+        if number == signal.SIGSTOP:  # SIGTERM comes while the lost batch is awaited
+            threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     return step(self, micro_batches)
 Trainer.step = killing
 cli.main()
 """
 
 
-def test_a_killed_loader_process_is_one_sentence_and_no_hang(write_config: WriteConfig, tmp_path: Path) -> None:
-    """In a process of its own: DataLoader tells of it at whatever line the main process is."""
+@pytest.mark.parametrize(
+    ("number", "processes", "says"),
+    [
+        (signal.SIGKILL, 1, "mmrl: data: a DataLoader worker was killed ("),
+        (signal.SIGSTOP, 1, "mmrl: data: a batch was lost: for 5 s no DataLoader worker has loaded a sample"),
+        pytest.param(signal.SIGSTOP, 2, "mmrl: data: a batch was lost: for 5 s no", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_loader_process_is_one_sentence_and_no_hang(
+    write_config: WriteConfig, tmp_path: Path, number: int, processes: int, says: str
+) -> None:
+    """In a process of its own: DataLoader would raise its error at whatever line the main process is."""
     script = tmp_path / "killed_loader.py"
     script.write_text(_WITH_A_KILLED_LOADER)
-    path = write_config(evaluation={}, data={"train": str(tmp_path), "workers": 2})
-    write_tar(tmp_path / "a.tar", [m for number in range(48) for m in sample_members(number)])
-    command = [sys.executable, str(script), "train", str(path), "train.duration=500", "checkpoint.every=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    path = write_config(evaluation={}, data={"train": str(tmp_path), "workers": 2}, engine={"lost_after_seconds": 5})
+    write_tar(tmp_path / "a.tar", [m for n in range(48) for m in sample_members(n)])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
+    options = ["train", str(path), "train.duration=500", "checkpoint.every=1", str(int(number))]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), *options], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
-    assert "mmrl: data: a DataLoader worker was killed (" in done.stderr
+    assert says in done.stderr
     assert "engine/checkpoint.py" not in done.stderr
+    assert processes > 1 or "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("has_products", "precision"), [(True, "bf16"), (False, "fp32")])

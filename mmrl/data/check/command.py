@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from mmrl.data.check import report
-from mmrl.data.check.findings import CheckResult, Findings, RunEstimate, SetFacts, find_duplicates
+from mmrl.data.check.findings import CheckResult, Findings, RunEstimate, SetFacts, find_duplicates, find_overlap
 from mmrl.data.check.report import counted
 from mmrl.data.check.shard import CUT_SHORT, CheckOptions, ShardFacts, TokenCounter, check_shard
 from mmrl.data.index import Problem, summarise_problems
@@ -45,6 +45,7 @@ def check_shards(
     index: bool = False,
     list_file: Path | None = None,
     sheet_file: Path | None = None,
+    against: str | None = None,
     quiet: bool = False,
 ) -> CheckResult:
     """Reads all samples of a set of shards, prints and returns the problems found.
@@ -61,6 +62,8 @@ def check_shards(
         index: write the index of each local shard next to it; else all indexes go into the cache folder.
         list_file: receives every problem, one JSON object per line, in the format of bad_samples.jsonl.
         sheet_file: receives an image of random samples with their captions.
+        against: shards of another set, e.g. for validation. Its images that the checked set has too, or that look like
+            one of them, are counted; nothing else of it is checked.
 
     Raises:
         InputError: no such shards, a batch size that the ranks do not divide, a file that cannot be written.
@@ -71,18 +74,30 @@ def check_shards(
     sources = named_sources(config)
     locations = [expand(one.shards, config.allow_pipe, keep_missing=True) for one in sources]
     _check_writable(locations, index, list_file, sheet_file)
+    if against is not None and not decode:
+        raise InputError("against: how images look is compared, which needs them decoded; remove --no-decode.")
+    other_tasks = [] if against is None else [(x, config.fields) for x in expand(against, config.allow_pipe)]
     cache = ShardCache(config.remote)
     tasks = [(x, one.fields or config.fields) for one, some in zip(sources, locations, strict=True) for x in some]
     workers = max(1, min(usable_cores() if workers is None else workers, len(tasks)))
-    findings = Findings([len(some) for some in locations], list_file)
-    work = partial(_check_task, options=CheckOptions(cache, decode, tokens, index))
+    findings = Findings([len(some) for some in locations], [one.repeat for one in sources], list_file)
+    work = partial(_check_task, options=CheckOptions(cache, decode, tokens, index, against is not None))
     with (
         WorkerPool(work, workers, preload=check_shard.__module__) as pool,
-        report.check_progress(len(tasks), quiet) as advance,
+        report.check_progress(len(tasks) + len(other_tasks), quiet) as advance,
     ):
         for facts in pool.map(tasks):
             findings.add(facts)
             advance(facts.size)
+        others = []
+        for facts in pool.map(other_tasks):
+            others.append(facts)
+            advance(facts.size)
+    checked = [facts for some in findings.of_set for facts in some]
+    overlap = None
+    if against is not None:
+        with report.comparison_progress(sum(facts.samples for facts in others), quiet) as advance:
+            overlap = find_overlap(against, others, checked, cache, advance)
     stops = _data_errors(findings, config.max_bad_fraction)
     reader, stream, start_errors = _open_as_training(config, sources, findings, cache, run)
     result = CheckResult(
@@ -91,7 +106,8 @@ def check_shards(
             SetFacts.of(one.name or "", facts, tally, least_side, tokens)
             for one, facts, tally in zip(sources, findings.of_set, findings.tallies, strict=True)
         ],
-        duplicates=find_duplicates([facts for some in findings.of_set for facts in some], cache),
+        duplicates=find_duplicates(checked, cache),
+        overlap=overlap,
         problems=dict(findings.kinds.most_common()),
         examples=findings.examples,
         bad_samples=findings.bad.total(),
@@ -99,7 +115,7 @@ def check_shards(
         max_bad_fraction=config.max_bad_fraction,
         plan=None if stream is None or run is None else _estimate(stream, run, len(tasks)),
         stops=[*stops, *start_errors],
-        notes=_notes(tasks, index, decode),
+        notes=[*_notes(tasks, index, decode), *(reader.notes if reader is not None else ())],
     )
     report.print_result(result, quiet)
     if sheet_file is not None:

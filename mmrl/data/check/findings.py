@@ -5,7 +5,7 @@ The fields of CheckResult and of all that it holds are the keys of `--json`.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mmrl.data.opening import open_shards
 from mmrl.data.samples import NO_GROUP
 from mmrl.data.stores import ShardCache
 from mmrl.errors import InputError
+from mmrl.images.perceptual_hash import most_similar
 
 # Problems named per kind, and pairs of duplicates.
 _EXAMPLES = 3
@@ -52,6 +53,10 @@ class TokenFacts:
     """Tokens that the model reads."""
     cut: int
     """Captions that are longer, and are truncated."""
+    max_characters: int | None
+    """Characters of a caption that are tokenised; None for all."""
+    beyond: int
+    """Captions that are longer; their tokens are counted up to there."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,11 @@ class SetFacts:
         ranked = sorted(usable, key=lambda facts: facts.samples)
         groups = np.concatenate([facts.group_N for facts in shards])
         groups = groups[groups != NO_GROUP]
-        cut = sum(count for length, count in tally.tokens.items() if tokens and length > tokens.context_length)
+        cut = beyond = 0
+        if tokens:
+            cut = sum(count for length, count in tally.tokens.items() if length > tokens.context_length)
+        if tokens and (most := tokens.max_characters) is not None:
+            beyond = sum(count for length, count in tally.characters.items() if length > most)
         return cls(
             name=name,
             shards=len(shards),
@@ -114,7 +123,9 @@ class SetFacts:
             captions=tally.characters.total(),
             captions_of_sample=Spread.of(tally.captions_of_sample),
             characters=Spread.of(tally.characters),
-            tokens=TokenFacts(Spread.of(tally.tokens), tokens.context_length, cut) if tokens else None,
+            tokens=TokenFacts(Spread.of(tally.tokens), tokens.context_length, cut, tokens.max_characters, beyond)
+            if tokens
+            else None,
             decoded=tally.shorter_sides.total(),
             shorter_side=Spread.of(tally.shorter_sides),
             smallest_picture=tally.smallest,
@@ -136,6 +147,27 @@ class Duplicates:
     pictures_apart: int
     """Those that share no group with it: in one batch they are each other's negatives."""
     picture_examples: list[list[str]]
+    captions_apart: int
+    """Samples with a caption of another sample that shares no group with them."""
+    caption_examples: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The samples of another set, e.g. for validation, whose image the checked set has too."""
+
+    against: str
+    """The other set."""
+    samples: int
+    """Of the other set."""
+    bad: int
+    """Samples of it that could not be compared."""
+    identical: int
+    """Those whose image has the same bytes as one of the checked set."""
+    identical_examples: list[list[str]]
+    alike: int
+    """Those whose image looks like one of the checked set: resized, re-encoded or slightly cropped or brightened."""
+    alike_examples: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -164,6 +196,8 @@ class CheckResult:
     ok: bool
     sets: list[SetFacts]
     duplicates: Duplicates
+    overlap: Overlap | None
+    """Only with `--against`."""
     problems: dict[str, int]
     """Kind -> number of problems."""
     examples: list[Problem]
@@ -183,9 +217,10 @@ class CheckResult:
 
 
 class Findings:
-    """Accumulates the results of the shards. Memory: 32 bytes per sample."""
+    """Accumulates the results of the shards. Memory: 32 bytes per sample and 16 per caption."""
 
-    def __init__(self, shards_of_set: Sequence[int], list_file: Path | None) -> None:
+    def __init__(self, shards_of_set: Sequence[int], repeats: Sequence[float], list_file: Path | None) -> None:
+        self._repeats = list(repeats)
         self.of_set: list[list[ShardFacts]] = [[] for _ in shards_of_set]
         self.tallies = [Tally() for _ in shards_of_set]
         self.kinds: Counter[str] = Counter()
@@ -213,10 +248,14 @@ class Findings:
 
     @property
     def bad_share(self) -> float:
-        """Bad samples as a fraction of all, including those that the index leaves out."""
-        samples = sum(facts.samples for some in self.of_set for facts in some)
-        samples += sum(self.bad[kind] for kind in NOT_INDEXED)
-        return self.bad.total() / max(samples, 1)
+        """Bad samples as a fraction of all, including those that the index leaves out. A set counts as often as an
+        epoch repeats it."""
+        bad = samples = 0.0
+        for repeat, facts_of_shards, tally in zip(self._repeats, self.of_set, self.tallies, strict=True):
+            not_indexed = sum(tally.bad[kind] for kind in NOT_INDEXED)
+            bad += repeat * tally.bad.total()
+            samples += repeat * (sum(facts.samples for facts in facts_of_shards) + not_indexed)
+        return bad / samples if samples else 0.0
 
 
 def find_duplicates(shards: Sequence[ShardFacts], cache: ShardCache) -> Duplicates:
@@ -236,12 +275,73 @@ def find_duplicates(shards: Sequence[ShardFacts], cache: ShardCache) -> Duplicat
     # Examples without a common group come first, in the order of the shards.
     ranked = np.lexsort((image, ~apart))
     keys_ranked = np.argsort(first, kind="stable")
+    captions_apart, caption_examples = _shared_captions(shards)
     return Duplicates(
         keys=len(repeat),
         key_examples=[[name(int(first[i])), name(int(repeat[i]))] for i in keys_ranked[:_EXAMPLES]],
         pictures=len(copy),
         pictures_apart=int(apart.sum()),
         picture_examples=[[name(int(image[i])), name(int(copy[i]))] for i in ranked[:_EXAMPLES]],
+        captions_apart=captions_apart,
+        caption_examples=[[name(row) for row in rows] for rows in caption_examples],
+    )
+
+
+def _shared_captions(shards: Sequence[ShardFacts]) -> tuple[int, list[tuple[int, int]]]:
+    """How many samples have a caption of another sample without a common group, and pairs of their rows as examples."""
+    first_rows = np.cumsum([0, *(facts.samples for facts in shards)])
+    rows = [facts.caption_C2[:, 0] + first for facts, first in zip(shards, first_rows, strict=False)]
+    row_C, id_C = np.concatenate(rows), np.concatenate([facts.caption_C2[:, 1] for facts in shards])
+    group_C = np.concatenate([facts.group_N for facts in shards])[row_C]
+    item_C = np.where(group_C == NO_GROUP, -2 - row_C, group_C)  # a sample without a group is an item of its own
+    order = np.lexsort((row_C, item_C, id_C))
+    row_C, item_C, id_C = row_C[order], item_C[order], id_C[order]
+    starts = np.flatnonzero(np.append(True, id_C[1:] != id_C[:-1]))[: len(id_C)]
+    ends = np.append(starts, len(id_C))[1:]
+    several = item_C[starts] != item_C[ends - 1]
+    is_shared_C = np.repeat(several, ends - starts)
+    pairs = sorted(
+        (min(pair), max(pair)) for pair in zip(row_C[starts[several]], row_C[ends[several] - 1], strict=True)
+    )
+    return len(np.unique(row_C[is_shared_C])), [(int(one), int(other)) for one, other in pairs[:_EXAMPLES]]
+
+
+def find_overlap(
+    against: str,
+    others: Sequence[ShardFacts],
+    shards: Sequence[ShardFacts],
+    cache: ShardCache,
+    on_rows: Callable[[int], None],
+) -> Overlap:
+    """Compares the images of another set with those of the checked shards, by their bytes and by how they look.
+
+    `on_rows` is called with numbers of finished samples of the other set, for a progress bar.
+    """
+    name, name_of_other = _SampleNames(shards, cache), _SampleNames(others, cache)
+    image_N2, image_M2 = (np.concatenate([facts.image_N2 for facts in some]) for some in (others, shards))
+    order = np.argsort(image_M2[:, 0], kind="stable")
+    found = np.searchsorted(image_M2[order, 0], image_N2[:, 0]).clip(max=max(len(order) - 1, 0))
+    is_usable = image_N2.any(axis=1)
+    same = np.full(len(image_N2), -1)
+    if len(order):
+        same = np.where((image_M2[order[found]] == image_N2).all(axis=1) & is_usable, order[found], -1)
+    look_N8, look_M8 = (
+        np.concatenate([facts.look_N8 for facts in some if facts.look_N8 is not None] or [np.empty((0, 8), np.uint64)])
+        for some in (others, shards)
+    )
+    rest, to = np.flatnonzero(look_N8.any(axis=1) & (same < 0)), np.flatnonzero(look_M8.any(axis=1))
+    on_rows(len(image_N2) - len(rest))
+    nearest = most_similar(look_N8[rest], look_M8[to], on_rows)
+    alike = [(int(row), int(to[other])) for row, other in zip(rest, nearest, strict=True) if other >= 0]
+    identical = [(int(row), int(same[row])) for row in np.flatnonzero(same >= 0)]
+    return Overlap(
+        against=against,
+        samples=len(image_N2),
+        bad=int((~is_usable).sum()),
+        identical=len(identical),
+        identical_examples=[[name_of_other(one), name(other)] for one, other in identical[:_EXAMPLES]],
+        alike=len(alike),
+        alike_examples=[[name_of_other(one), name(other)] for one, other in alike[:_EXAMPLES]],
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import TextColumn
 
-from mmrl.data.check.findings import CheckResult, Duplicates, RunEstimate, SetFacts, Spread
+from mmrl.data.check.findings import CheckResult, Duplicates, Overlap, RunEstimate, SetFacts, Spread
 from mmrl.data.samples import BadSample, SampleReader
 from mmrl.images import contact_sheet
 from mmrl.images.contact_sheet import Tile
@@ -36,6 +36,14 @@ def check_progress(shards: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     _print(console, f"Read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {read / 1e6 / seconds:,.0f} MB/s")
 
 
+@contextmanager
+def comparison_progress(samples: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar over the samples of another set. Yields a function to call with numbers of finished ones."""
+    with progress_bar(Console(quiet=quiet)) as bar:
+        task = bar.add_task("comparing", total=samples)
+        yield lambda count: bar.advance(task, count)
+
+
 def print_result(result: CheckResult, quiet: bool) -> None:
     """Prints the result."""
     _print(Console(quiet=quiet), *result_lines(result))
@@ -46,6 +54,7 @@ def result_lines(result: CheckResult) -> list[str]:
     return [
         *(line for one in result.sets for line in _set_lines(one)),
         *_duplicate_lines(result.duplicates),
+        *([] if result.overlap is None else _overlap_lines(result.overlap)),
         *_problem_lines(result),
         *([] if result.plan is None else _estimate_lines(result.plan)),
         *(f"note        {note}" for note in result.notes),
@@ -81,6 +90,11 @@ def _set_lines(facts: SetFacts) -> list[str]:
             f"  tokens    {_spread(facts.tokens.lengths, 'per caption')}; {facts.tokens.cut:,} captions are truncated "
             f"to the model's context length of {facts.tokens.context_length}"
         )
+        if facts.tokens.beyond:
+            lines[-1] += (
+                f"; {counted(facts.tokens.beyond, 'caption')} of more than {facts.tokens.max_characters:,} characters, "
+                "of which the rest is not read"
+            )
     lines.append(f"  groups    {facts.groups:,}; {counted(facts.grouped_samples, 'sample')} with a group")
     return lines
 
@@ -93,6 +107,12 @@ def _duplicate_lines(found: Duplicates) -> list[str]:
             f"{found.pictures_apart:,} without a common group, and so each other's negatives"
         )
         lines += [f"            {one} = {other}" for one, other in found.picture_examples]
+    if found.captions_apart:
+        lines.append(
+            f"duplicates  {counted(found.captions_apart, 'sample')} with a caption of another one and no common group; "
+            "no negatives of each other with data.mask_equal_captions, but wrong answers in an evaluation"
+        )
+        lines += [f"            {one} = {other}" for one, other in found.caption_examples]
     if found.keys:
         lines.append(
             f"duplicates  {counted(found.keys, 'sample')} with a key that an earlier shard has too; harmless, sample "
@@ -100,6 +120,16 @@ def _duplicate_lines(found: Duplicates) -> list[str]:
         )
         lines += [f"            {one} = {other}" for one, other in found.key_examples]
     return lines
+
+
+def _overlap_lines(found: Overlap) -> list[str]:
+    bad = f"; {counted(found.bad, 'bad sample')} not compared" if found.bad else ""
+    return [
+        f"overlap     of {counted(found.samples, 'sample')} in {found.against}, {found.identical:,} have an image of "
+        f"this set, and {found.alike:,} one that looks like it{bad}",
+        *(f"            {one} = {other}" for one, other in found.identical_examples),
+        *(f"            {one} ~ {other}" for one, other in found.alike_examples),
+    ]
 
 
 def _problem_lines(result: CheckResult) -> list[str]:

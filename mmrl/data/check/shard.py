@@ -1,7 +1,7 @@
 """Checks one shard: reads every member once, in the order of the tar, by the rules of training.
 
-This runs in worker processes. What they return is small: counts, lengths, and 32 bytes per sample (hashes of its key,
-image and group) to find duplicates over the whole set.
+This runs in worker processes. What they return is small: counts, lengths, and hashes to find duplicates over the whole
+set, 32 bytes per sample (key, image and group), 16 per caption and, if asked for, 64 per image (its look).
 """
 
 import hashlib
@@ -14,33 +14,34 @@ from typing import IO
 
 import numpy as np
 
+from mmrl.data.captions import caption_id
+from mmrl.data.fields import FieldsConfig, merged_names
 from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
 from mmrl.data.opening import store_index
-from mmrl.data.samples import NO_GROUP, SAMPLE_ERRORS, FieldsConfig, group_id, parse, reason_of
+from mmrl.data.samples import NO_GROUP, SAMPLE_ERRORS, group_id, parse, reason_of
 from mmrl.data.stores import ShardCache
 from mmrl.images.decode import decode_pixels
+from mmrl.images.perceptual_hash import NO_HASH, perceptual_hash
+from mmrl.images.upright import format_of
 
 # Kinds of problems that command.py treats in a special way.
 NO_SAMPLE, CUT_SHORT = "no sample in this shard", ("truncated tar", "damaged tar")
 # Kinds of problems of samples that the index leaves out.
-NOT_INDEXED = ("duplicate key", "cut sample")
+NOT_INDEXED = ("duplicate key", "cut sample", "merged names")
 _PIECE = 1 << 20
 _TEXT_BATCH = 512
 """Captions per call of the tokenizer."""
 _NO_IMAGE = bytes(16)
-# First bytes of a file -> the format, by Pillow's name for it.
-_MAGIC = (
-    (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TokenCounter:
-    """A tokenizer's function texts -> numbers of tokens, and the model's context length."""
+    """A tokenizer's function texts -> numbers of tokens, the model's context length, and the characters tokenised."""
 
     lengths: Callable[[list[str]], list[int]]
     context_length: int
+    max_characters: int | None = None
+    """Characters of a caption that are tokenised; None for all."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class CheckOptions:
     decode: bool
     tokens: TokenCounter | None
     index_next_to_shard: bool
+    looks: bool = False
+    """Compute the perceptual hashes of the images."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,10 @@ class ShardFacts:
     image_N2: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     """128 bits of the image's bytes, zeros if there is none."""
     group_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    caption_C2: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """The sample's row and the id of each caption."""
+    look_N8: np.ndarray | None = None
+    """The perceptual hashes, NO_HASH if there is none."""
 
     def add_problem(self, key: str, reason: str) -> None:
         """Lists a problem of a sample, or of the shard if `key` is empty."""
@@ -130,8 +137,10 @@ def check_shard(location: str, fields: FieldsConfig, options: CheckOptions) -> S
             facts.samples, facts.size = len(index), os.fstat(raw.fileno()).st_size
             for key, reason in index.problems:
                 facts.add_problem(key, reason)
+            for key, reason in merged_names(index, fields):
+                facts.add_problem(key, reason)
             facts.tally.bad.update(problem.kind for problem in facts.problems if problem.kind in NOT_INDEXED)
-            facts.tally.extensions.update(_count_extensions(index))
+            facts.tally.extensions.update(index.count_extensions())
             _ShardScan(facts, fields, options, raw, index).run()
     except NotATar as error:
         facts.add_problem("", error.reason)
@@ -156,12 +165,6 @@ def _read_ahead(file: int) -> None:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _count_extensions(index: ShardIndex) -> dict[str, int]:
-    """The number of samples with each extension; a sample has each extension at most once."""
-    counts = np.bincount(index.kind, minlength=len(index.extensions)).tolist()
-    return dict(zip(index.extensions, counts, strict=True))
-
-
 class _ShardScan:
     """One pass over the samples of a shard."""
 
@@ -171,6 +174,8 @@ class _ShardScan:
         self._facts, self._tally, self._fields, self._options = facts, facts.tally, fields, options
         self._file, self._index = raw.fileno(), index
         self._texts: list[str] = []
+        self._captions: list[tuple[int, int]] = []
+        self._looks = [NO_HASH] * len(index) if options.looks else []
 
     def run(self) -> None:
         """Fills in the facts."""
@@ -185,6 +190,8 @@ class _ShardScan:
         self._facts.key_N = np.frombuffer(b"".join(keys), np.uint64)
         self._facts.image_N2 = np.frombuffer(b"".join(images), np.uint64).reshape(-1, 2)
         self._facts.group_N = np.array(groups, np.int64)
+        self._facts.caption_C2 = np.array(self._captions, np.int64).reshape(-1, 2)
+        self._facts.look_N8 = np.stack(self._looks) if self._looks else None
 
     def _scan_sample(self, row: int, key: str) -> tuple[bytes, int]:
         """The image's hash, zeros if training skips the sample, and the id of the group."""
@@ -199,9 +206,13 @@ class _ShardScan:
             group = NO_GROUP if parsed.group is None else group_id(parsed.group)
             self._count_captions(parsed.captions)
             if self._options.decode:
-                height, width = decode_pixels(parsed.image).shape[1:]
+                pixels_CHW = decode_pixels(parsed.image)
+                height, width = pixels_CHW.shape[1:]
+                if self._options.looks:
+                    self._looks[row] = perceptual_hash(pixels_CHW)
                 self._tally.shorter_sides[min(height, width)] += 1
                 self._tally.add_size(ImageSize(width, height, self._facts.location, key))
+            self._captions += [(row, caption_id(caption)) for caption in parsed.captions]
         except SAMPLE_ERRORS as error:
             usable = False
             self._facts.add_problem(key, reason_of(error))
@@ -211,14 +222,14 @@ class _ShardScan:
 
     def _scan_members(self, members: dict[str, tuple[int, int]], done: dict[str, bytes], key: str) -> bytes:
         """Reads the members that `parse` did not, to find disk errors; returns the hash of the image."""
-        image = next((kind for kind in self._fields.image if kind in members), None)
+        image = next((kind for kind in self._fields.image_extensions if kind in members), None)
         digest = _NO_IMAGE
         try:
             for kind, (offset, size) in members.items():
                 if kind == image:
                     data = done[kind] if kind in done else self._read(offset, size)
                     digest = hashlib.blake2b(data, digest_size=16).digest()
-                    self._tally.formats[_format_of(data)] += 1
+                    self._tally.formats[format_of(data) or "unknown"] += 1
                 elif kind not in done:
                     for start in range(offset, offset + size, _PIECE):
                         self._read(start, min(_PIECE, offset + size - start))
@@ -246,10 +257,3 @@ class _ShardScan:
         if self._options.tokens is not None and self._texts:
             self._tally.tokens.update(self._options.tokens.lengths(self._texts))
             self._texts = []
-
-
-def _format_of(data: bytes) -> str:
-    """The format of an image file, by its first bytes."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    return next((name for magic, name in _MAGIC if data.startswith(magic)), "unknown")

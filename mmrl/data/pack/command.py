@@ -5,17 +5,22 @@
         shard-000000.tar.index …  the offsets of its samples, see data/index.py
         bad_samples.jsonl         the pairs that were skipped, one JSON object per line; absent if there are none
 
+With a holdout, OUT/train and OUT/val have the shards of each part.
+
 The shards are moved into OUT together at the end: either all of them are there or none. Their bytes depend only on the
 source (and on what its URLs return), not on the machine, the time, the number of workers or on interruptions; where
 images are re-encoded, also on Pillow's version.
 
     pairs.py        source → pairs: a table's rows, or the images of data/folder.py
     tables.py       reads CSV, TSV, JSON Lines and Parquet
+    hub.py          reads Hugging Face data sets
+    holdout.py      divides the pairs into train and val
     prepare.py      pair → the members of its sample, in worker processes; downloads by data/fetch.py
     writer.py       samples → shards; resumes an interrupted pack
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,10 +31,14 @@ from rich.console import Console
 from mmrl.data.folder import CAPTION_KEYS, ImageFolder
 from mmrl.data.index import Problem
 from mmrl.data.pack import prepare, writer
+from mmrl.data.pack.holdout import HeldOutPairs
+from mmrl.data.pack.hub import HubTable
 from mmrl.data.pack.pairs import FolderPairs, Pair, TablePairs
-from mmrl.data.pack.tables import KINDS, Table
+from mmrl.data.pack.tables import KINDS, Table, parquet_files
+from mmrl.data.shards import HUB
 from mmrl.data.workers import WorkerPool
 from mmrl.errors import InputError, RunStopped
+from mmrl.output.console import print_line
 from mmrl.output.progress import progress_bar
 
 
@@ -43,14 +52,17 @@ def pack_shards(
     samples_per_shard: int = 1000,
     max_side: int | None = None,
     dedup: bool = False,
+    holdout: str | None = None,
+    holdout_seed: int = 0,
     workers: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Packs image-text pairs into shards; returns what `--json` prints. Resumes an interrupted pack in OUT.
 
     Args:
-        source: a folder of images with NAME.txt and/or NAME.json (see data/folder.py), or a table with a column of
-            image paths, relative to the table's folder, or of http(s) URLs.
+        source: a folder of images with NAME.txt and/or NAME.json (see data/folder.py); a table with a column of image
+            paths, relative to the table's folder, of http(s) URLs, or of images as `datasets` stores them; a folder or
+            a pattern of Parquet tables; or a Hugging Face data set, `hf:NAME:SPLIT` (see hub.py).
         image_column: the table's column of paths; default: the first of IMAGE_COLUMNS that it has. URLs are fetched
             only if the column is named.
         caption_columns: columns of captions or of lists of captions, in the order in which a sample gets them;
@@ -60,6 +72,9 @@ def pack_shards(
             default: `group`.
         max_side: pixels; larger images are shrunk to it and stored as JPEG. All others keep their bytes.
         dedup: of pairs whose images have identical bytes, keep the first one only.
+        holdout: the share of the pairs, such as 5%, or their number, that goes into OUT/val; all others go into
+            OUT/train. The two share no group, no caption and no image file.
+        holdout_seed: chooses among the pairs that can be held out.
         workers: processes that read, fetch and check the images. A script that uses more than 1 needs the guard
             `if __name__ == "__main__":`.
 
@@ -72,18 +87,28 @@ def pack_shards(
         if number is not None and number < 1:
             raise InputError(f"{name}: {number} is too small; give at least 1.")
     pairs = _open_pairs(source, image_column, caption_columns, group_column)
+    if holdout is not None:
+        pairs = HeldOutPairs(pairs, holdout, holdout_seed)
+        if not quiet and pairs.held_out < 0.9 * pairs.wanted:
+            print_line(
+                Console(),
+                f"Held out are {pairs.held_out:,} pairs instead of {pairs.wanted:,}: all others are linked by groups, "
+                "captions or images.",
+            )
+    held_out = pairs.held_out if isinstance(pairs, HeldOutPairs) else None
     arguments = {
-        "source": str(source.resolve()),
+        "source": str(source if str(source).startswith(HUB) else source.resolve()),
         "image-column": image_column,
         "caption-column": list(caption_columns),
         "group-column": group_column,
         "samples-per-shard": samples_per_shard,
         "max-side": max_side,
         "dedup": dedup,
+        "holdout": None,
         **pairs.fingerprint(),
     }
     console = Console(quiet=quiet)
-    with writer.open_writer(out, arguments, samples_per_shard, dedup=dedup) as packer:
+    with writer.open_writer(out, arguments, samples_per_shard, dedup=dedup, held_out=held_out) as packer:
         try:
             _pack_all(packer, pairs, max_side, workers, console)
             shards = packer.finish(source)
@@ -102,6 +127,7 @@ def pack_shards(
     return {
         "shards": [str(shard) for shard in shards],
         "samples": progress.samples,
+        **({} if held_out is None else {"held_out": asdict(progress.held_out)}),
         "bad": dict(progress.bad),
         "bad_samples": str(out / writer.BAD_SAMPLES) if progress.bad else None,
         "columns": pairs.columns,
@@ -111,6 +137,10 @@ def pack_shards(
 def _open_pairs(
     source: Path, image_column: str | None, caption_columns: Sequence[str], group_column: str | None
 ) -> FolderPairs | TablePairs:
+    if str(source).startswith(HUB):
+        return TablePairs(HubTable(str(source)), image_column, caption_columns, group_column)
+    if files := parquet_files(source):
+        return TablePairs(Table(source, files), image_column, caption_columns, group_column)
     if source.is_dir():
         if image_column is not None:
             raise InputError(f"image-column: {source} is a folder; only a table has columns of paths.")
@@ -122,7 +152,11 @@ def _open_pairs(
 
 
 def _pack_all(
-    packer: writer.PackWriter, pairs: FolderPairs | TablePairs, max_side: int | None, workers: int, console: Console
+    packer: writer.PackWriter,
+    pairs: FolderPairs | TablePairs | HeldOutPairs,
+    max_side: int | None,
+    workers: int,
+    console: Console,
 ) -> None:
     """Packs all pairs that the writer does not have yet."""
     start, total = packer.progress.position, len(pairs)
@@ -149,8 +183,18 @@ def _chunked(pairs: Iterable[Pair | Problem]) -> Iterator[list[Pair | Problem]]:
 
 def _print_summary(console: Console, source: Path, packer: writer.PackWriter, shards: list[Path]) -> None:
     size = sum(shard.stat().st_size for shard in shards) / 1e6
-    last = f" … {shards[-1].name}" if len(shards) > 1 else ""
+    base = shards[0].parent.parent if packer.progress.held_out.shards else shards[0].parent
+    last = f" … {shards[-1].relative_to(base)}" if len(shards) > 1 else ""
     lines = [f"{source}: {packer.progress.samples:,} samples, {size:,.1f} MB in {shards[0]}{last}"]
+    held_out = packer.progress.held_out
+    if held_out.shards:
+        others = f"the other {packer.progress.samples - held_out.samples:,} are in {shards[-1].parent}"
+        lines.append(f"Held out: {held_out.samples:,} samples in {shards[0].parent}; {others}")
+        if held_out.images_in_train:
+            lines.append(
+                f"Samples of {shards[-1].parent} with the same image as one held out: {held_out.images_in_train:,}. "
+                "Leave them out with --dedup."
+            )
     if packer.progress.bad:
         lines.append(f"Skipped: {packer.bad_summary()}")
     if packer.progress.repeated:

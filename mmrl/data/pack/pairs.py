@@ -1,23 +1,35 @@
 """The image-text pairs of a folder or a table: where each image is, its captions, its group, its name in a shard."""
 
+import ast
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mmrl.data.fetch import is_url
-from mmrl.data.folder import ImageFolder, caption_list, group_name
+from mmrl.data.folder import NO_CAPTION, ImageFolder, Unusable
 from mmrl.data.index import Problem
+from mmrl.data.pack.hub import HubTable
 from mmrl.data.pack.tables import Row, Table
 from mmrl.data.samples import BadSample
+from mmrl.data.texts import caption_list, group_name, strip_blank
 from mmrl.errors import InputError, did_you_mean
 
-IMAGE_COLUMNS = ("image", "image_path", "path", "filename", "file")
+IMAGE_COLUMNS = ("image", "image_path", "path", "filename", "file", "file_name", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 """The names of `folder.CAPTION_KEYS`. The order differs from theirs: shards that were packed before must stay equal."""
+MISSING = frozenset(
+    ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+     "NaN", "None", "n/a", "nan", "null", "\\N")
+)  # fmt: skip
+"""Texts that stand for a missing caption or group in tables: those that pandas reads as missing, and MySQL's."""
+_LISTED_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+_TEXT_LIST = re.compile(rf"\[\s*(?:{_LISTED_TEXT.pattern})(?:[\s,]+(?:{_LISTED_TEXT.pattern}))*\s*\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -30,8 +42,8 @@ class Pair:
     """Its key in bad_samples.jsonl."""
     key: str
     """Its name in a shard, before -2, -3, … is appended to equal ones."""
-    image: Path | str
-    """A file, or an http(s) URL as a string."""
+    image: Path | str | bytes
+    """A file, an http(s) URL as a string, or the image file's bytes."""
     captions: list[str]
     group: str | None
 
@@ -63,7 +75,7 @@ class FolderPairs:
             except BadSample as error:
                 yield error.problem
                 continue
-            key = _key_of_path(file.path.relative_to(self._folder.folder))
+            key = safe_key(_name_of_path(file.path.relative_to(self._folder.folder)))
             yield Pair(str(self._folder.folder), file.key, key, file.path, file.captions, file.group)
         yield from self._folder.problems[max(0, position - len(self._folder)) :]
 
@@ -71,7 +83,7 @@ class FolderPairs:
 class TablePairs:
     """The rows of a table, in its order."""
 
-    def __init__(self, table: Table, image: str | None, captions: Sequence[str], group: str | None) -> None:
+    def __init__(self, table: Table | HubTable, image: str | None, captions: Sequence[str], group: str | None) -> None:
         """`image`, `captions` and `group` are the columns that the user named.
 
         Raises:
@@ -91,7 +103,11 @@ class TablePairs:
         for name in named:
             if name not in columns:
                 raise InputError(f"{option}: {path} has no column {name!r}.{did_you_mean(name, columns)}")
-        chosen = list(named) or [name for name in defaults if name in columns]
+        in_lower_case = {name.lower(): name for name in reversed(columns)}
+        chosen = list(named) or [in_lower_case[name] for name in defaults if name in in_lower_case]
+        for name in chosen:
+            if columns.count(name) > 1:
+                raise InputError(f"{option}: {path} has {columns.count(name)} columns {name!r}; rename all but one.")
         if not chosen:
             raise InputError(
                 f"{option}: {path} has none of the columns {', '.join(defaults)}; name one of {', '.join(columns)}."
@@ -103,8 +119,7 @@ class TablePairs:
 
     def fingerprint(self) -> dict[str, Any]:
         """Facts by which a resumed pack recognises its source."""
-        status = self._table.path.stat()
-        return {"size of the table": status.st_size, "time of the table": status.st_mtime_ns}
+        return self._table.fingerprint()
 
     def after(self, position: int) -> Iterator[Pair | Problem]:
         """All but the first `position` pairs."""
@@ -114,36 +129,101 @@ class TablePairs:
                 yield self._pair(row)
 
     def _pair(self, row: Row) -> Pair | Problem:
-        origin, listed_as = str(self._table.path), f"row {row.number}"
+        origin, listed_as = str(row.file), f"row {row.number}"
         if row.broken:
             return Problem(origin, listed_as, f"broken row: {row.broken}")
-        image = row.values.get(self._image)
-        if image is None or image == "":
-            return Problem(origin, listed_as, f"missing image: {self._image} is empty")
-        if not isinstance(image, str):
-            kind = type(image).__name__
-            return Problem(origin, listed_as, f"missing image: {self._image} holds a value of type {kind}, not a path")
-        if "://" in image:
-            image = image.strip()
-            if not is_url(image):
-                return Problem(origin, listed_as, f"missing image: {image} is neither a path nor an http(s) URL")
-            if not self._may_fetch:
-                reason = f"missing image: {image} is a URL; name its column with --image-column to fetch it"
-                return Problem(origin, listed_as, reason)
-        captions = [caption for column in self._captions for caption in caption_list(row.values.get(column))]
-        group = group_name(row.values.get(self._group)) if self._group else None
-        if is_url(image):
-            key, location = _key_of_url(image), image
-        else:
-            key, location = self._key(Path(image)), self._table.path.parent / image
-        return Pair(origin, key, key, location, captions, group)
+        try:
+            name, image = self._image_of(row)
+            captions = self._captions_of(row)
+            group = group_name(row.values.get(self._group)) if self._group else None
+        except UnicodeDecodeError:
+            return Problem(origin, listed_as, "unreadable text: bytes that are not UTF-8")
+        except Unusable as error:
+            return Problem(origin, listed_as, str(error))
+        if any(_UNDECODED.search(text) for text in (*captions, group or "")):
+            return Problem(origin, listed_as, "unreadable text: not UTF-8; save the table as UTF-8")
+        key = safe_key(name)
+        return Pair(origin, key, key, image, captions, None if group in MISSING else group)
 
-    def _key(self, image: Path) -> str:
-        """The key of a path relative to the table's folder; of the file name alone if the image is elsewhere."""
-        folder = self._table.path.parent.absolute()
+    def _image_of(self, row: Row) -> tuple[str, Path | str | bytes]:
+        """The image's name and the image, as in Pair.
+
+        Raises:
+            Unusable: there is none.
+        """
+        image, name, column = row.values.get(self._image), f"{row.file.stem}-{row.number}", self._image
+        if isinstance(image, dict) and image.keys() & {"bytes", "path"}:  # as the library `datasets` stores images
+            path = image.get("path")
+            name = _name_of_path(Path(path)) if isinstance(path, str) and strip_blank(path) else name
+            if image.get("bytes"):
+                return name, image["bytes"]
+            image = path
+        if isinstance(image, bytes) and image:
+            if not _is_text(image):  # no path
+                return name, image
+            image = image.decode()
+        if image is None or image in ("", b""):
+            raise Unusable(f"missing image: {column} is empty")
+        if not isinstance(image, str):
+            raise Unusable(f"missing image: {column} holds a value of type {type(image).__name__}, not a path")
+        if "://" not in image:
+            return self._name_in(row.file.parent, Path(image)), row.file.parent / image
+        image = strip_blank(image)
+        if not is_url(image):
+            raise Unusable(f"missing image: {image} is neither a path nor an http(s) URL")
+        if not self._may_fetch:
+            raise Unusable(f"missing image: {image} is a URL; name its column with --image-column to fetch it")
+        return _name_of_url(image), image
+
+    def _captions_of(self, row: Row) -> list[str]:
+        """The captions; a list of texts that was written as text is read as the list.
+
+        Raises:
+            Unusable: "no caption: …", with the reason if there is a value.
+        """
+        values = [row.values.get(column) for column in self._captions]
+        found = [text for value in values for text in caption_list(value)]
+        captions = [text for one in found for text in _listed_texts(one) if strip_blank(text) not in MISSING]
+        if captions and any(map(strip_blank, captions)):
+            return captions
+        for column, value in zip(self._captions, values, strict=True):
+            if found and strip_blank(found[0]):
+                raise Unusable(f"no caption: {column} holds {found[0]!r}, which stands for a missing value")
+            if value is not None and value == value and not caption_list(value) and value != []:
+                raise Unusable(f"no caption: {column} holds a value of type {type(value).__name__}, not text")
+        raise Unusable(NO_CAPTION)
+
+    @staticmethod
+    def _name_in(folder: Path, image: Path) -> str:
+        """The name of a path relative to the table's folder; of the file name alone if the image is elsewhere."""
+        folder = folder.absolute()
         if image.is_absolute():
             image = image.relative_to(folder) if image.is_relative_to(folder) else Path(image.name)
-        return _key_of_path(image)
+        return _name_of_path(image)
+
+
+# What `tables` makes of a byte that is not UTF-8.
+_UNDECODED = re.compile("[\udc80-\udcff]")
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return b"\0" not in data and bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _listed_texts(text: str) -> list[str]:
+    """The texts of a list that pandas or NumPy wrote into a cell, as "['one', 'two']"; else the text itself."""
+    stripped = strip_blank(text)
+    if not _TEXT_LIST.fullmatch(stripped):
+        return [text]
+    with suppress(ValueError):
+        return [one for one in json.loads(stripped) if isinstance(one, str)]
+    try:
+        return [str(ast.literal_eval(one)) for one in _LISTED_TEXT.findall(stripped)]
+    except (ValueError, SyntaxError):
+        return [text]
 
 
 def safe_key(name: str) -> str:
@@ -151,13 +231,14 @@ def safe_key(name: str) -> str:
     return re.sub(r"[^\w-]", "_", unicodedata.normalize("NFC", name)) or "_"
 
 
-def _key_of_url(url: str) -> str:
+def _name_of_url(url: str) -> str:
     try:
-        return _key_of_path(PurePosixPath(unquote(urlsplit(url).path)))
+        return _name_of_path(PurePosixPath(unquote(urlsplit(url).path)))
     except ValueError:  # an unbalanced bracket in the host; the URL will be listed as bad
-        return safe_key(url)
+        return url
 
 
-def _key_of_path(path: PurePath) -> str:
+def _name_of_path(path: PurePath) -> str:
+    """A path without its extension and without what leads out of its folder."""
     parts = [*path.parts[:-1], path.stem]
-    return safe_key("/".join(part for part in parts if part not in (path.anchor, "..")))
+    return "/".join(part for part in parts if part not in (path.anchor, ".."))

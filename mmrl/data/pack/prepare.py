@@ -15,16 +15,18 @@ from typing import Any
 from PIL import Image
 
 from mmrl.data.fetch import FetchError, fetch
-from mmrl.data.folder import NO_CAPTION, Unusable, clean_captions, decode_image, read_image_file
+from mmrl.data.folder import NO_CAPTION, Unusable, decode_image, read_image_file
 from mmrl.data.index import Problem
 from mmrl.data.pack.pairs import Pair
 from mmrl.data.samples import FieldsConfig
-from mmrl.images.decode import to_pil
+from mmrl.data.texts import clean_captions
+from mmrl.images.decode import with_alpha
+from mmrl.images.upright import format_of
 
 CHUNK = 32
 """Pairs that one worker prepares at a time: enough downloads at once, few enough images in memory."""
 _SHARD_EXTENSIONS = FieldsConfig().image
-_EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_EXTENSION_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _JPEG_QUALITY = 92
 
 
@@ -43,7 +45,8 @@ def prepare(pairs: Sequence[Pair | Problem], max_side: int | None) -> list[Prepa
     """The samples of these pairs, in their order; a Problem in place of each that cannot be used.
 
     Args:
-        max_side: pixels; larger images are shrunk to it and stored as JPEG. All others keep their bytes.
+        max_side: pixels; larger images are shrunk to it and stored as JPEG, or as PNG if a pixel is transparent. All
+            others keep their bytes.
     """
     prepared = []
     for pair, data in zip(pairs, _read_images(pairs), strict=True):
@@ -87,6 +90,8 @@ def _read_image(pair: Pair | Problem) -> bytes | Unusable:
     if isinstance(pair, Problem):
         return b""
     try:
+        if isinstance(pair.image, bytes):
+            return pair.image
         return fetch(pair.image) if isinstance(pair.image, str) else read_image_file(pair.image)
     except FetchError as error:
         return Unusable(f"missing image: {pair.image} cannot be fetched ({error})")
@@ -125,18 +130,20 @@ def _text_members(pair: Pair) -> dict[str, bytes]:
     return members
 
 
-def _stored_image(image: Path | str, data: bytes, max_side: int | None) -> tuple[str, bytes]:
+def _stored_image(image: Path | str | bytes, data: bytes, max_side: int | None) -> tuple[str, bytes]:
     """An image's extension and bytes in the shard: unchanged unless it is too large or its format is not for shards."""
-    pixels_CHW = decode_image(data, image)
+    pixels_CHW = decode_image(data, "its bytes" if isinstance(image, bytes) else image)
     if max_side is not None and max(pixels_CHW.shape[1:]) > max_side:
-        shrunk = to_pil(pixels_CHW)
+        shrunk = with_alpha(pixels_CHW)
         shrunk.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        if shrunk.mode == "RGBA":
+            return "png", _encode(shrunk, "PNG")
         return "jpg", _encode(shrunk, "JPEG", quality=_JPEG_QUALITY)
     # A URL's extension need not be that of the image it returns.
-    extension = "" if isinstance(image, str) else image.suffix[1:].lower()
+    extension = image.suffix[1:].lower() if isinstance(image, Path) else ""
     if extension not in _SHARD_EXTENSIONS:
-        extension = _EXTENSION_OF_FORMAT.get(Image.open(io.BytesIO(data)).format or "", "")
-    return (extension, data) if extension else ("png", _encode(to_pil(pixels_CHW), "PNG"))
+        extension = _EXTENSION_OF_FORMAT.get(format_of(data), "")
+    return (extension, data) if extension else ("png", _encode(with_alpha(pixels_CHW), "PNG"))
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,17 @@ from mmrl.data.pack.prepare import Prepared
 from mmrl.errors import InputError
 
 _PARTIAL, _NAMES, _PROGRESS = ".partial", "names.txt", "progress.json"
+
+
+@dataclass
+class HeldOut:
+    """What a pack with a holdout has held out so far."""
+
+    shards: int = 0
+    """The first ones."""
+    samples: int = 0
+    images_in_train: int = 0
+    """Samples of the training part whose image has the same bytes as a held-out one."""
 
 
 @dataclass
@@ -44,13 +56,18 @@ class PackProgress:
     first_bad: str = ""
     length_of_names: int = 0
     length_of_bad_samples: int = 0
+    held_out: HeldOut = field(default_factory=HeldOut)
     is_whole: bool = False
     """All shards are finished and only have to be moved into OUT."""
 
 
 @contextmanager
-def open_writer(out: Path, arguments: dict[str, Any], samples_per_shard: int, *, dedup: bool) -> Iterator["PackWriter"]:
+def open_writer(
+    out: Path, arguments: dict[str, Any], samples_per_shard: int, *, dedup: bool, held_out: int | None = None
+) -> Iterator["PackWriter"]:
     """Yields a writer for OUT: a new one, or one that resumes a pack with the same arguments.
+
+    With `held_out`, that many pairs come first and go into OUT/val, all others into OUT/train.
 
     Raises:
         InputError: OUT cannot be written, is not empty, is being written by another process, or was started with other
@@ -66,7 +83,7 @@ def open_writer(out: Path, arguments: dict[str, Any], samples_per_shard: int, *,
         try:
             if others and not progress.is_whole:
                 raise InputError(_not_empty(out, others))
-            writer = PackWriter(out, folder, progress, samples_per_shard, dedup)
+            writer = PackWriter(out, folder, progress, samples_per_shard, dedup, held_out)
             yield writer
         finally:
             if writer is not None:
@@ -110,7 +127,8 @@ def _load_progress(partial: Path, arguments: dict[str, Any]) -> PackProgress:
     remedy = f"or delete {partial} to start over."
     try:
         saved = json.loads((partial / _PROGRESS).read_text())
-        progress = PackProgress(**{**saved, "bad": Counter(saved["bad"])})
+        held_out = HeldOut(**saved.get("held_out", {}))
+        progress = PackProgress(**{**saved, "bad": Counter(saved["bad"]), "held_out": held_out})
     except FileNotFoundError:
         for path in partial.iterdir():
             path.unlink()
@@ -142,11 +160,24 @@ def _partial_name(number: int) -> str:
     return f"shard-{number:06d}.tar.partial"
 
 
+def _index_name(number: int) -> str:
+    return f"shard-{number:06d}.tar{SUFFIX}"
+
+
 class PackWriter:
     """Writes samples into shards. `folder` is the open file descriptor of OUT/.partial."""
 
-    def __init__(self, out: Path, folder: int, progress: PackProgress, samples_per_shard: int, dedup: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        folder: int,
+        progress: PackProgress,
+        samples_per_shard: int,
+        dedup: bool,
+        held_out: int | None = None,
+    ) -> None:
         self.progress = progress
+        self._held_out, self._samples_in_shard = held_out, 0
         self._out, self._partial, self._folder = out, out / _PARTIAL, folder
         self._samples_per_shard, self._dedup = samples_per_shard, dedup
         self._used: dict[str, int] = {}
@@ -161,6 +192,7 @@ class PackWriter:
                 for line in file:
                     digest, key = line.rstrip("\n").split(" ")
                     self._remember(bytes.fromhex(digest), key)
+        self._held_out_keys = set(islice(self._used, progress.held_out.samples))
 
     def _open_list(self, name: str, length: int) -> IO[bytes]:
         """Opens a list to append to, truncated to its length after the last finished shard."""
@@ -180,6 +212,8 @@ class PackWriter:
 
     def add(self, sample: Prepared | Problem) -> None:
         """Writes the next sample of the source, or lists it as bad."""
+        if self.progress.position == self._held_out:
+            self._end_held_out()
         self.progress.position += 1
         if isinstance(sample, Problem):
             self._add_bad(sample)
@@ -195,19 +229,35 @@ class PackWriter:
         self._names.write(f"{sample.digest.hex()} {key}\n".encode())
         self._remember(sample.digest, key)
         self.progress.samples += 1
+        self._samples_in_shard += 1
         self.progress.repeated += first is not None and sample.pair.group is None
-        if self.progress.samples % self._samples_per_shard == 0:
+        if self.progress.held_out.shards and first in self._held_out_keys:
+            self.progress.held_out.images_in_train += 1
+        if self._samples_in_shard == self._samples_per_shard:
             self._finish_shard()
+
+    def _end_held_out(self) -> None:
+        """Ends the last shard of the held-out part."""
+        if self._tar is not None:
+            self._finish_shard()
+        self.progress.held_out = HeldOut(self.progress.shards, self.progress.samples)
+        self._held_out_keys = set(self._used)
 
     def finish(self, source: Path) -> list[Path]:
         """Moves the shards, their indexes and the list of bad samples into OUT; removes OUT/.partial.
 
         Raises:
-            InputError: there is no shard, because every pair was bad.
+            InputError: there is no shard, or none of one part, because every pair was bad.
         """
         progress = self.progress
         if self._tar is not None:
             self._finish_shard()
+        if progress.shards and self._held_out is not None and progress.held_out.shards in (0, progress.shards):
+            part = "training" if progress.held_out.shards else "held-out"
+            raise InputError(
+                f"holdout: no {part} pair in {source} can be packed: {self.bad_summary()} Choose another --holdout or "
+                f"--holdout-seed, and delete {self._partial}."
+            )
         if not progress.samples:
             self._bad_samples.flush()
             (self._partial / BAD_SAMPLES).rename(self._out / BAD_SAMPLES)
@@ -216,7 +266,13 @@ class PackWriter:
             progress.is_whole = True
             self._save_progress()
         shards = [self._out / f"shard-{number:06d}.tar" for number in range(progress.shards)]
-        moves = {shard.name + SUFFIX: shard.with_name(shard.name + SUFFIX) for shard in shards}
+        if self._held_out is not None:
+            count = progress.held_out.shards
+            val, train = self._out / "val", self._out / "train"
+            shards = [*(val / shard.name for shard in shards[:count]), *(train / one.name for one in shards[:-count])]
+            val.mkdir(exist_ok=True)
+            train.mkdir(exist_ok=True)
+        moves = {_index_name(number): shard.with_name(shard.name + SUFFIX) for number, shard in enumerate(shards)}
         moves |= {_partial_name(number): shard for number, shard in enumerate(shards)}
         if progress.bad:
             moves[BAD_SAMPLES] = self._out / BAD_SAMPLES
@@ -266,11 +322,12 @@ class PackWriter:
     def _finish_shard(self) -> None:
         self._tar.close()
         self._tar = None
+        self._samples_in_shard = 0
         _flush_to_disk(self._file)
         self._file.close()
         self._files.remove(self._file)
         shard = self._partial / _partial_name(self.progress.shards)
-        save_index(index_shard(shard), shard.with_name(shard.stem + SUFFIX))
+        save_index(index_shard(shard), shard.with_name(_index_name(self.progress.shards)))
         self.progress.shards += 1
         self._save_progress()
 
@@ -283,7 +340,7 @@ class PackWriter:
         progress.length_of_names, progress.length_of_bad_samples = self._names.tell(), self._bad_samples.tell()
         new = self._partial / f"{_PROGRESS}.new"
         with new.open("wb") as file:
-            file.write(json.dumps(vars(progress)).encode())
+            file.write(json.dumps({**vars(progress), "held_out": vars(progress.held_out)}).encode())
             _flush_to_disk(file)
         new.replace(self._partial / _PROGRESS)
 

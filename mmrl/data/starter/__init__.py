@@ -13,7 +13,7 @@ A sample is KEY.webp, KEY.txt (the name) and KEY.json; KEY is ARTIST_CODEPOINT, 
 `captions` (the name, and the name with its keywords if there are any), `tags` (the keywords), `group` (the concept's
 code point), `category` (e.g. "food-drink") and `artist`. The two fluent artists share their drawings, so val-pictures
 has none of theirs. Choose recipes and checkpoints on the val splits and use the test splits once, at the end. Sources
-and licences: NOTICE. Builder: build.py.
+and licences: NOTICE. Builder: tests/benchmarks/starter.py in the repository.
 """
 
 from pathlib import Path

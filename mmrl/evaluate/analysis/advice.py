@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmrl.codecs.table import build_commands
 from mmrl.errors import InputError
@@ -56,9 +55,11 @@ class Budget:
         """Unit of the loss."""
         return "%" if self.relative else "points"
 
-    def lost(self, bootstrap: Bootstrap, full_Q: Tensor, other_QS: Tensor) -> list[Interval]:
-        """The loss of each column of ranks compared with the full vector's, as a fraction in the budget's unit."""
-        return bootstrap.differences(full_Q[:, None] <= self.k, other_QS <= self.k, relative=self.relative)
+    def lost(self, bootstrap: Bootstrap, options: Sequence[Option]) -> list[Interval]:
+        """The loss of each option compared with the full vector in fp32, as a fraction in the budget's unit."""
+        full_Q1 = full_option(options).rank_Q[:, None]
+        rank_QS = torch.stack([option.rank_Q for option in options], dim=1)
+        return bootstrap.differences(full_Q1 <= self.k, rank_QS <= self.k, relative=self.relative)
 
 
 def parse_budget(text: str) -> Budget:
@@ -130,28 +131,19 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
         vectors, and the commands that build it. The full vector in fp32 is among the options, so the first two always
         exist.
     """
-    full_dim = max(option.dim for option in options)
-    full = next(o for o in options if (o.dim, o.precision, o.candidates) == (full_dim, "fp32", 0))
-    rank_QS = torch.stack([option.rank_Q for option in options], dim=1)
-    losses = list(zip(options, budget.lost(bootstrap, full.rank_Q, rank_QS), strict=True))
+    full = full_option(options)
+    losses = list(zip(options, budget.lost(bootstrap, options), strict=True))
     single = [(o, lost) for o, lost in losses if not o.candidates]
 
     def to_json(option: Option, lost: Interval) -> dict[str, Any]:
         recall = bootstrap.intervals((option.rank_Q <= budget.k).double()[:, None])[0]
         of_texts = budget.direction == "image_to_text"
-        return {
-            "dim": option.dim,
-            "precision": option.precision,
-            "candidates": option.candidates,
-            "bytes": option.bytes,
-            "rerank_bytes": option.rerank_bytes,
-            "recall": recall.as_json(),
-            "lost": lost.as_json(),
+        return option.as_json(recall, lost) | {
             "within_budget_surely": lost.high <= budget.drop + _ROUNDING,
             "memory": option.bytes * vectors,
             "saved": (full.bytes - option.bytes) * vectors,
             "times_smaller": full.bytes / option.bytes,
-            "commands": build_commands(full_dim, option.dim, option.precision, option.candidates, of_texts),
+            "commands": build_commands(full.dim, option.dim, option.precision, option.candidates, of_texts),
         }
 
     def smallest(measured: Sequence[tuple[Option, Interval]], bound: str = "value") -> dict[str, Any] | None:
@@ -177,6 +169,12 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
         "sure": smallest([(o, lost) for o, lost in single if o is not full], "high"),
         "two_stage": smallest([(o, lost) for o, lost in losses if o.candidates]),
     }
+
+
+def full_option(options: Sequence[Option]) -> Option:
+    """The full vector in fp32, in one stage."""
+    full_dim = max(option.dim for option in options)
+    return next(o for o in options if (o.dim, o.precision, o.candidates) == (full_dim, "fp32", 0))
 
 
 def _down_to(

@@ -3,13 +3,14 @@
 - `pca`: the first d principal components of the full vector. Each side is centred by its own mean; the components are
   those of the mean of both sides' covariances. It was the strongest of the PCA variants measured
   (tests/benchmarks/LOG.md).
-- `best_dims`: the d single dims with the highest d' (`mmrl.evaluate.analysis.blocks.dim_signal`).
+- `best_dims`: the d single dims with the highest d' (`dim_signal`).
 - `random_dims`: d random dims, the mean of three draws.
 
 PCA and best dims are fitted on half of the items and scored on the queries of the other half, both ways; the gallery is
 always whole. Each baseline is ranked once for all dims.
 
-Shapes: N rows (queries or gallery), Q queries, G gallery rows, D the embedding's width, d one dim.
+Shapes: N rows (queries or gallery), Q queries, G gallery rows, q and g some of them, n groups, D the embedding's width,
+d one dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mmrl.evaluate.analysis.blocks import dim_signal
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.nesting import truncate
@@ -38,7 +38,7 @@ def label(method: str) -> str:
 
 def baseline_ranks(task: Task, dims: Sequence[int]) -> dict[str, dict[int, list[Tensor]]]:
     """{baseline: {dim: rank_Q of each of its draws}}. All queries of `task` must have a positive."""
-    result = {"pca": pca_ranks(task, dims), "best_dims": _cross_fitted(task, dims, _fit_best_dims)}
+    result = {"pca": pca_ranks(task, dims), "best_dims": best_dims_ranks(task, dims)}
     draws = [_ranks(task, _permutation(task.dim, seed), dims) for seed in range(_RANDOM_DRAWS)]
     result["random_dims"] = {dim: [ranks[dim] for ranks in draws] for dim in dims}
     return result
@@ -47,6 +47,11 @@ def baseline_ranks(task: Task, dims: Sequence[int]) -> dict[str, dict[int, list[
 def pca_ranks(task: Task, dims: Sequence[int]) -> dict[int, list[Tensor]]:
     """{dim: [rank_Q]} of the PCA baseline."""
     return _cross_fitted(task, dims, _fit_pca)
+
+
+def best_dims_ranks(task: Task, dims: Sequence[int]) -> dict[int, list[Tensor]]:
+    """{dim: [rank_Q]} of the best-dims baseline."""
+    return _cross_fitted(task, dims, _fit_best_dims)
 
 
 Transform = Callable[[Tensor, bool], Tensor]
@@ -94,6 +99,28 @@ def _fit_best_dims(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Transform:
     """The dims in descending order of their d' on these queries and gallery rows."""
     order_D = dim_signal(task, query_Q, gallery_G).argsort(descending=True, stable=True)
     return lambda rows_ND, _: rows_ND[:, order_D]
+
+
+def dim_signal(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Tensor:
+    """How well each dim alone separates positives from all pairs, on the queries and gallery rows of two masks: (D,).
+
+    It is d' of signal detection: the mean of the products x_j y_j of positive pairs minus that of all pairs, over the
+    standard deviation of all pairs. Each query is paired with the mean of its positives.
+    """
+    query_qD = truncate(task.query_QD[query_Q], task.dim).double()
+    gallery_gD = truncate(task.gallery_GD[gallery_G], task.dim).double()
+    groups, member_g = task.gallery_group_G[gallery_G].unique(return_inverse=True)
+    mean_nD = torch.zeros(len(groups), task.dim, dtype=torch.float64).index_add_(0, member_g, gallery_gD)
+    mean_nD /= torch.bincount(member_g, minlength=len(groups))[:, None]
+    group_q = task.query_group_Q[query_Q]
+    index_q = torch.searchsorted(groups, group_q).clamp_(max=len(groups) - 1)
+    has_positive_q = groups[index_q] == group_q
+    if not has_positive_q.any():
+        return torch.zeros(task.dim, dtype=torch.float64)
+    positive_D = (query_qD[has_positive_q] * mean_nD[index_q[has_positive_q]]).mean(0)
+    all_D = query_qD.mean(0) * gallery_gD.mean(0)
+    spread_D = (query_qD.square().mean(0) * gallery_gD.square().mean(0) - all_D.square()).clamp_(min=0).sqrt()
+    return torch.where(spread_D > 1e-12, (positive_D - all_D) / spread_D.clamp(min=1e-12), 0.0)
 
 
 def _permutation(dim: int, seed: int) -> Transform:

@@ -4,8 +4,7 @@ A block is the dims between two consecutive evaluated dims. Reported per block: 
 prefix, the recall of the block alone, the recall lost by the full vector without it, its share of the energy (squared
 length), and the effective rank of its covariance (Roy and Vetterli 2007).
 
-Shapes: N rows (queries or gallery), Q queries, q and g some of the queries and gallery rows, n groups, D the
-embedding's width, d one dim.
+Shapes: N rows (queries or gallery), Q queries, D the embedding's width, d one dim.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.evaluate.analysis.baselines import best_dims_ranks, dim_signal
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.ranking.ranks import rank_queries
-from mmrl.nesting import truncate
+from mmrl.nesting import effective_rank, truncate
 
 _DROP_STEPS = 16
 # Enough rows for the covariance of some hundred dims.
@@ -77,22 +77,7 @@ def droppable_dims(task: Task, full: int, bootstrap: Bootstrap, max_loss: float 
     """
     steps = sorted({max(1, round(full * n / _DROP_STEPS)) for n in range(1, _DROP_STEPS + 1)})
     whole = task.with_vectors(truncate(task.query_QD, full), truncate(task.gallery_GD, full))
-    hit_of = {kept: torch.zeros(len(task.query_QD), dtype=torch.float64) for kept in steps}
-    for half in (True, False):
-        scored_Q = whole.half_Q == half
-        if not scored_Q.any():
-            continue
-        order_D = dim_signal(whole, ~scored_Q, whole.half_G != half).argsort(descending=True, stable=True)
-        scored = whole.select_queries(scored_Q.nonzero()[:, 0])
-        ranked = rank_queries(
-            scored.query_QD[:, order_D],
-            scored.gallery_GD[:, order_D],
-            scored.query_group_Q,
-            scored.gallery_group_G,
-            steps,
-        )
-        for kept in steps:
-            hit_of[kept][scored_Q] = (ranked[kept].rank_Q <= k).double()
+    hit_of = {kept: (rank_Q <= k).double() for kept, (rank_Q,) in best_dims_ranks(whole, steps).items()}
     fewest = full
     for kept in reversed(steps):
         if bootstrap.difference(hit_of[full], hit_of[kept], relative=True).value > max_loss:
@@ -110,28 +95,6 @@ def droppable_dims(task: Task, full: int, bootstrap: Bootstrap, max_loss: float 
     }
 
 
-def dim_signal(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Tensor:
-    """How well each dim alone separates positives from all pairs, on the queries and gallery rows of two masks: (D,).
-
-    It is d' of signal detection: the mean of the products x_j y_j of positive pairs minus that of all pairs, over the
-    standard deviation of all pairs. Each query is paired with the mean of its positives.
-    """
-    query_qD = truncate(task.query_QD[query_Q], task.dim).double()
-    gallery_gD = truncate(task.gallery_GD[gallery_G], task.dim).double()
-    groups, member_g = task.gallery_group_G[gallery_G].unique(return_inverse=True)
-    mean_nD = torch.zeros(len(groups), task.dim, dtype=torch.float64).index_add_(0, member_g, gallery_gD)
-    mean_nD /= torch.bincount(member_g, minlength=len(groups))[:, None]
-    group_q = task.query_group_Q[query_Q]
-    index_q = torch.searchsorted(groups, group_q).clamp_(max=len(groups) - 1)
-    has_positive_q = groups[index_q] == group_q
-    if not has_positive_q.any():
-        return torch.zeros(task.dim, dtype=torch.float64)
-    positive_D = (query_qD[has_positive_q] * mean_nD[index_q[has_positive_q]]).mean(0)
-    all_D = query_qD.mean(0) * gallery_gD.mean(0)
-    spread_D = (query_qD.square().mean(0) * gallery_gD.square().mean(0) - all_D.square()).clamp_(min=0).sqrt()
-    return torch.where(spread_D > 1e-12, (positive_D - all_D) / spread_D.clamp(min=1e-12), 0.0)
-
-
 def covariance_effective_rank(rows_ND: Tensor) -> float:
     """The effective rank of the rows' covariance: exp of the entropy of its normalised eigenvalues, from 1 to D.
 
@@ -139,11 +102,8 @@ def covariance_effective_rank(rows_ND: Tensor) -> float:
     """
     some_ND = rows_ND[:: max(1, len(rows_ND) // _COVARIANCE_ROWS)].double()
     centred_ND = some_ND - some_ND.mean(0)
-    share_D = torch.linalg.eigvalsh(centred_ND.T @ centred_ND).clamp(min=0)
-    if not share_D.sum() > 0:
-        return 1.0
-    share_D = share_D / share_D.sum()
-    return float(torch.exp(-torch.special.xlogy(share_D, share_D).sum()))
+    covariance_DD = centred_ND.T @ centred_ND
+    return effective_rank(covariance_DD) if covariance_DD.trace() > 0 else 1.0
 
 
 def found_from(rank_of: Mapping[int, Tensor], k: int = 10) -> Tensor:

@@ -13,6 +13,7 @@ Shapes: Q queries that have a positive, G gallery rows, D the full dim, d one di
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from torch import Tensor
 from mmrl.codecs.code_index import CodeIndex, training_rows
 from mmrl.codecs.table import CODECS, PRECISIONS, Code, Precision, decode, encode
 from mmrl.distributed import comm
+from mmrl.evaluate.analysis.bootstrap import Interval
 from mmrl.evaluate.analysis.task import Task
+from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.nesting import truncate
 
 CANDIDATES = (10, 20, 50, 100, 200)
@@ -58,10 +61,17 @@ class Option:
         """Bytes per full vector that ranks the candidates; may be on disk."""
         return CODECS["fp32"].bytes(self.rerank_dim) if self.candidates else 0
 
-    @property
-    def name(self) -> str:
-        """For tables: "64-d int8" or "64-d binary, 50 reranked"."""
-        return f"{self.dim}-d {self.precision}" + (f", {self.candidates} reranked" if self.candidates else "")
+    def as_json(self, recall: Interval, lost: Interval) -> dict[str, Any]:
+        """The form of retrieval.json, with its recall and its loss compared with the full vector."""
+        return {
+            "dim": self.dim,
+            "precision": self.precision,
+            "candidates": self.candidates,
+            "bytes": self.bytes,
+            "rerank_bytes": self.rerank_bytes,
+            "recall": recall.as_json(),
+            "lost": lost.as_json(),
+        }
 
 
 def not_measured(gallery: int) -> dict[str, str]:
@@ -84,7 +94,7 @@ def measure(task: Task, dims: Sequence[int], k: int = 10) -> list[Option]:
     skipped = not_measured(gallery)
     options = []
     for dim in sorted(dims, reverse=True):
-        options += [Option(dim, one, _ranks(task, *as_stored(task, dim, one))) for one in PRECISIONS]
+        options += [Option(dim, precision, _ranks_as_stored(task, dim, precision)) for precision in PRECISIONS]
         for code in SHORTLIST_CODES if lengths and task.name == "text_to_image" else ():
             if code in skipped or dim % CODECS[code].dim_multiple or (code == "sq8" and dim == full):
                 continue
@@ -93,10 +103,11 @@ def measure(task: Task, dims: Sequence[int], k: int = 10) -> list[Option]:
     return options
 
 
-def as_stored(task: Task, dim: int, precision: Precision) -> tuple[Tensor, Tensor]:
-    """What a search of stored vectors compares by inner product: queries (Q, d) and gallery (G, d), float32."""
-    query_Qd, gallery_Gd = truncate(task.query_QD, dim), truncate(task.gallery_GD, dim)
-    return (_coded(query_Qd, precision) if precision == "binary" else query_Qd), _coded(gallery_Gd, precision)
+def _ranks_as_stored(task: Task, dim: int, precision: Precision) -> Tensor:
+    """rank_Q of a search of stored vectors. Decoded, they all have one length, so the order is that of the cosines."""
+    query_Qd, gallery_Gd = truncate(task.query_QD, dim), _coded(truncate(task.gallery_GD, dim), precision)
+    query_Qd = _coded(query_Qd, precision) if precision == "binary" else query_Qd
+    return rank_queries(query_Qd, gallery_Gd, task.query_group_Q, task.gallery_group_G, [dim])[dim].rank_Q
 
 
 def _coded(rows_Nd: Tensor, precision: Precision) -> Tensor:
@@ -123,30 +134,18 @@ def shortlists(task: Task, dim: int, code: Code, lengths: Sequence[int]) -> dict
     return {length: longest_QC[:, :length] for length in lengths}
 
 
-def _ranks(task: Task, query_Qd: Tensor, gallery_Gd: Tensor) -> Tensor:
-    ranks = []
-    for rows in _chunks(len(query_Qd), _CHUNK_ELEMENTS // len(gallery_Gd)):
-        positive_qG = task.query_group_Q[rows, None] == task.gallery_group_G
-        ranks.append(_best_rank(query_Qd[rows] @ gallery_Gd.T, positive_qG))
-    return torch.cat(ranks).cpu()
-
-
 def _reranked(task: Task, candidate_QC: Tensor, full: int) -> Tensor:
-    """rank_Q when the candidates are ranked by their full vectors."""
+    """rank_Q when the candidates are ranked by their full vectors, ties against it; infinite where none is positive."""
     query_QD, gallery_GD = truncate(task.query_QD, full), truncate(task.gallery_GD, full)
     ranks = []
     for rows in _chunks(len(query_QD), _CHUNK_CANDIDATES // (candidate_QC.shape[1] * full)):
         candidate_qC = candidate_QC[rows]
         score_qC = torch.einsum("qd,qcd->qc", query_QD[rows], gallery_GD[candidate_qC])
-        ranks.append(_best_rank(score_qC, task.query_group_Q[rows, None] == task.gallery_group_G[candidate_qC]))
+        positive_qC = task.query_group_Q[rows, None] == task.gallery_group_G[candidate_qC]
+        best_q = score_qC.masked_fill(~positive_qC, -torch.inf).amax(1)
+        above_q = (score_qC.masked_fill(positive_qC, -torch.inf) >= best_q[:, None]).sum(1)
+        ranks.append(torch.where(positive_qC.any(1), 1.0 + above_q.double(), torch.inf))
     return torch.cat(ranks).cpu()
-
-
-def _best_rank(score_qG: Tensor, positive_qG: Tensor) -> Tensor:
-    """The rank of the best positive, ties against it; infinite where there is no positive: float64 (q,)."""
-    best_q = score_qG.masked_fill(~positive_qG, -torch.inf).amax(1)
-    above_q = (score_qG.masked_fill(positive_qG, -torch.inf) >= best_q[:, None]).sum(1)
-    return torch.where(positive_qG.any(1), 1.0 + above_q.double(), torch.inf)
 
 
 def _chunks(rows: int, size: int) -> Iterator[slice]:

@@ -126,11 +126,15 @@ def _hits(rank_Q: Tensor, ks: Sequence[int]) -> Tensor:
     return torch.stack([rank_Q <= k for k in ks], dim=1).double()
 
 
+def _mean_hits(draws: Sequence[Tensor], ks: Sequence[int]) -> Tensor:
+    """`_hits` averaged over several draws of ranks."""
+    return torch.stack([_hits(rank_Q, ks) for rank_Q in draws]).mean(0)
+
+
 def _scores(bootstrap: Bootstrap, draws_of: Mapping[int, Sequence[Tensor]], ks: Sequence[int]) -> dict[str, Any]:
     """{dim: {"R@1": {value, low, high}, …}}, the widest dim first. Several draws of ranks are averaged per query."""
     dims = sorted(draws_of, reverse=True)
-    hits = [torch.stack([_hits(rank_Q, ks) for rank_Q in draws_of[dim]]).mean(0) for dim in dims]
-    flat = iter(bootstrap.intervals(torch.cat(hits, dim=1)))
+    flat = iter(bootstrap.intervals(torch.cat([_mean_hits(draws_of[dim], ks) for dim in dims], dim=1)))
     return {str(dim): {f"R@{k}": next(flat).as_json() for k in ks} for dim in dims}
 
 
@@ -180,10 +184,8 @@ def _paired_differences(
 ) -> dict[str, Any]:
     """R@k of the evaluated model minus that of a baseline, at each dim, over the same queries."""
     dims = sorted(draws_of, reverse=True)
-    model_QS = torch.stack([ranks[dim] <= k for dim in dims], dim=1).double()
-    baseline_QS = torch.stack(
-        [torch.stack([(rank_Q <= k).double() for rank_Q in draws_of[dim]]).mean(0) for dim in dims], dim=1
-    )
+    model_QS = torch.cat([_hits(ranks[dim], [k]) for dim in dims], dim=1)
+    baseline_QS = torch.cat([_mean_hits(draws_of[dim], [k]) for dim in dims], dim=1)
     differences = bootstrap.differences(model_QS, baseline_QS)
     return {
         str(dim): {"lead": difference.as_json(), "p": bootstrap.paired_p(model_QS[:, s], baseline_QS[:, s])}
@@ -209,28 +211,14 @@ def _compression(result: Analysis, dims: Sequence[int], budget: Budget, vectors:
     task, bootstrap = sample.task, sample.bootstrap
     options = compression.measure(task, dims, budget.k)
     missing = compression.not_measured(len(task.gallery_GD))
-    full = next(o for o in options if (o.dim, o.precision, o.candidates) == (max(dims), "fp32", 0))
-    rank_QS = torch.stack([option.rank_Q for option in options], dim=1)
-    recalls = bootstrap.intervals((rank_QS <= budget.k).double())
-    lost = budget.lost(bootstrap, full.rank_Q, rank_QS)
+    recalls = bootstrap.intervals(torch.stack([option.rank_Q <= budget.k for option in options], dim=1).double())
+    lost = budget.lost(bootstrap, options)
     on_front = set()
     for staged in (False, True):
         indices = [n for n, o in enumerate(options) if bool(o.candidates) == staged]
         points = [(options[n].bytes, recalls[n].value) for n in indices]
         on_front |= {indices[n] for n in compression.front(points)}
-    listed = [
-        {
-            "dim": option.dim,
-            "precision": option.precision,
-            "candidates": option.candidates,
-            "bytes": option.bytes,
-            "rerank_bytes": option.rerank_bytes,
-            "recall": recalls[n].as_json(),
-            "lost": lost[n].as_json(),
-            "front": n in on_front,
-        }
-        for n, option in enumerate(options)
-    ]
+    listed = [option.as_json(recalls[n], lost[n]) | {"front": n in on_front} for n, option in enumerate(options)]
     return {
         "compression": {
             "direction": budget.direction,

@@ -93,14 +93,11 @@ def rank_queries(
         InputError: no query has a positive; dims out of range.
     """
     check_dims(dims, query_QD.shape[1])
-    ascending = sorted(dims)
-    device = comm.world().device
+    ascending, device = sorted(dims), comm.world().device
     queries = SortedEmbeddings(query_QD, query_group_Q, ascending, device)
     gallery = queries if same_rows else SortedEmbeddings(gallery_GD, gallery_group_G, ascending, device, columns=True)
-    direction = Direction(queries, gallery, same_rows, queries.rows(0))
-    progress = _Progress(on_rows)
-    _count(queries, gallery, direction, direction if same_rows else None, progress, over_ranks)
-    return _per_query(direction, dims, over_ranks, progress)
+    direction = Direction(queries, gallery, same_rows)
+    return _rank(direction, direction if same_rows else None, ascending, on_rows, over_ranks)[0]
 
 
 def rank_both(
@@ -118,15 +115,11 @@ def rank_both(
     `on_rows` is called with numbers of queries that add up to N + M. Raises as `rank_queries`.
     """
     check_dims(dims, image_ND.shape[1])
-    ascending = sorted(dims)
-    device = comm.world().device
+    ascending, device = sorted(dims), comm.world().device
     image = SortedEmbeddings(image_ND, image_group_N, ascending, device)
     text = SortedEmbeddings(text_MD, text_group_M, ascending, device, columns=True)
-    like = image.rows(0)
-    by_image, by_text = Direction(image, text, False, like), Direction(text, image, False, like)
-    progress = _Progress(on_rows)
-    _count(image, text, by_image, by_text, progress, over_ranks)
-    return _per_query(by_image, dims, over_ranks, progress), _per_query(by_text, dims, over_ranks, progress)
+    by_image, by_text = _rank(Direction(image, text), Direction(text, image), ascending, on_rows, over_ranks)
+    return by_image, by_text
 
 
 class _Progress:
@@ -145,36 +138,23 @@ class _Progress:
             self._reported = reached
 
 
-def _count(
-    rows: SortedEmbeddings,
-    columns: SortedEmbeddings,
-    by_row: Direction,
-    by_column: Direction | None,
-    progress: _Progress,
-    over_ranks: bool,
-) -> None:
-    """Fills the counts of the queries that have at most MANY positives."""
+def _rank(
+    by_row: Direction, by_column: Direction | None, dims: Sequence[int], on_rows: OnRows | None, over_ranks: bool
+) -> list[dict[int, PerQuery]]:
+    """The metrics in each of the distinct directions; the arguments are those of `count_at_least`."""
     directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
+    progress = _Progress(on_rows)
     few = sum(len(one.queries) - int(one.many_N.sum()) for one in directions)
-    if not any(one.has_few for one in directions):
+    if any(one.has_few for one in directions):
+        count_at_least(by_row, by_column, over_ranks, lambda fraction: progress.add(fraction * few))
+    else:
         progress.add(few)
-        return
-    world = comm.world() if over_ranks else World()
-    count_at_least(
-        rows,
-        columns,
-        by_row,
-        by_column,
-        rank=world.rank,
-        world_size=world.size,
-        all_reduce=comm.all_reduce_sum if over_ranks else lambda values: values,
-        on_fraction=lambda fraction: progress.add(fraction * few),
-    )
+    return [_per_query(direction, dims, over_ranks, progress) for direction in directions]
 
 
 def _per_query(direction: Direction, dims: Sequence[int], over_ranks: bool, progress: _Progress) -> dict[int, PerQuery]:
-    """The metrics of the queries that have a positive, in the order of their rows."""
-    ascending, queries = sorted(dims), direction.queries
+    """The metrics of the queries that have a positive, in the order of their rows; `dims` ascend."""
+    queries = direction.queries
     # Rank, average precision, R-precision and nDCG of each sorted query, at each dim.
     metric_K4N = torch.zeros(len(dims), 4, len(queries), dtype=torch.float64)
     positives_N = direction.count_N - int(direction.same_rows)
@@ -197,7 +177,8 @@ def _per_query(direction: Direction, dims: Sequence[int], over_ranks: bool, prog
     if not has_positive_N.any():
         raise InputError(NO_POSITIVE)
     query_Q, order_Q = queries.order_N[has_positive_N].sort()
-    return {dim: PerQuery(query_Q, *metric_K4N[ascending.index(dim)][:, has_positive_N][:, order_Q]) for dim in dims}
+    metric_K4Q = metric_K4N[:, :, has_positive_N][:, :, order_Q]
+    return {dim: PerQuery(query_Q, *metric_K4Q[k]) for k, dim in enumerate(dims)}
 
 
 def _metrics(threshold_KqP: Tensor, at_least_KqP: Tensor, count_q: Tensor) -> Tensor:

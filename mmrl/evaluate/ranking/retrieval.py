@@ -4,7 +4,6 @@ Shapes: N images, M texts, D the embedding's width; Q queries and G gallery rows
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -192,8 +191,3 @@ def chance(
         miss_u = np.prod(np.clip((total - count_u.numpy()[:, None] - drawn) / (total - drawn), 0, 1), axis=1)
         scores[f"R@{k}"] = float(1 - np.average(miss_u, weights=queries_u.numpy()))
     return scores
-
-
-def as_json(scores: dict[int, dict[str, Scores]]) -> dict[str, Any]:
-    """The scores with string keys, as in retrieval.json."""
-    return {str(dim): directions for dim, directions in scores.items()}

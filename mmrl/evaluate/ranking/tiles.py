@@ -24,6 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mmrl.distributed import comm
+from mmrl.distributed.comm import World
 from mmrl.evaluate.ranking.counting import Counter, ListingBackoff, TileQueries, slightly_below
 
 # Queries with more positives than this are ranked by sorting their scores, not by one comparison per positive.
@@ -135,9 +137,10 @@ class Direction:
     """The queries of one side against the gallery of the other, with thresholds and counts for those that have at most
     MANY positives."""
 
-    def __init__(self, queries: SortedEmbeddings, gallery: SortedEmbeddings, same_rows: bool, like: Tensor) -> None:
-        """Args: like: gives the dtype and the device of the thresholds."""
+    def __init__(self, queries: SortedEmbeddings, gallery: SortedEmbeddings, same_rows: bool = False) -> None:
+        """Args: same_rows: the gallery is the queries, each of which is left out of its own gallery."""
         self.queries, self.gallery, self.same_rows = queries, gallery, same_rows
+        like = queries.rows(0)  # the dtype and the device of the thresholds
         self.first_N = torch.searchsorted(gallery.group_N, queries.group_N)
         self.count_N = torch.searchsorted(gallery.group_N, queries.group_N, right=True) - self.first_N
         """Number of positives of each sorted query, itself included with `same_rows`."""
@@ -201,27 +204,24 @@ class Direction:
 
 
 def count_at_least(
-    rows: SortedEmbeddings,
-    columns: SortedEmbeddings,
-    by_row: Direction,
-    by_column: Direction | None,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce: Callable[[Tensor], Tensor] = lambda values: values,
-    on_fraction: Callable[[float], None] | None = None,
+    by_row: Direction, by_column: Direction | None, over_ranks: bool, on_fraction: Callable[[float], None]
 ) -> None:
-    """Fills `at_least_KPn` of the given directions.
+    """Fills `at_least_KPn` of the given directions, for the queries that have at most MANY positives.
 
     Args:
+        by_row: its queries are the rows of the tiles, its gallery the columns.
         by_column: None if columns are not queries; `by_row` itself if rows and columns are the same embeddings, and
             then half of the tiles serve both.
+        over_ranks: divide the work over all processes.
         on_fraction: called with fractions of the work that add up to 1.
     """
+    rows, columns = by_row.queries, by_row.gallery
     directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
+    world = comm.world() if over_ranks else World()
+    all_reduce = comm.all_reduce_sum if over_ranks else lambda values: values
     tasks = [
         (r, chunk[start : start + _TILES_PER_TASK])
-        for r in rows.strips[rank::world_size]
+        for r in rows.strips[world.rank :: world.size]
         for chunk in (columns.strips[r if by_column is by_row else 0 :],)
         for start in range(0, len(chunk), _TILES_PER_TASK)
     ]
@@ -230,7 +230,7 @@ def count_at_least(
 
     def run_task(method: Callable[[_TileWorker, int, Sequence[int]], None], task: tuple[int, Sequence[int]]) -> int:
         if not hasattr(local, "worker"):
-            local.worker = _TileWorker(rows, columns, by_row, by_column)
+            local.worker = _TileWorker(by_row, by_column)
         with torch.inference_mode(), exact_products(device):
             method(local.worker, *task)
         return len(task[1])
@@ -241,8 +241,7 @@ def count_at_least(
         for direction in directions:
             direction.finish_thresholds(all_reduce)
         for done in map_tasks(partial(run_task, _TileWorker.count), tasks):
-            if on_fraction:
-                on_fraction(done / tiles)
+            on_fraction(done / tiles)
     for direction in directions:
         for strip in direction.strips:
             strip.at_least_KPn.copy_(all_reduce(strip.at_least_KPn))
@@ -270,11 +269,9 @@ def _thread_map(device: torch.device) -> Iterator[Callable[..., Iterator[int]]]:
 class _TileWorker:
     """Computes the tiles of a strip of rows, for one thread."""
 
-    def __init__(
-        self, rows: SortedEmbeddings, columns: SortedEmbeddings, by_row: Direction, by_column: Direction | None
-    ) -> None:
-        self.rows, self.columns, self.by_row, self.by_column = rows, columns, by_row, by_column
-        self.product_IJ = rows.rows(0).new_empty(rows.length, columns.length)
+    def __init__(self, by_row: Direction, by_column: Direction | None) -> None:
+        self.rows, self.columns, self.by_row, self.by_column = by_row.queries, by_row.gallery, by_row, by_column
+        self.product_IJ = self.rows.rows(0).new_empty(self.rows.length, self.columns.length)
         self._counter = Counter(self.product_IJ)
 
     def collect_thresholds(self, r: int, columns: Sequence[int]) -> None:

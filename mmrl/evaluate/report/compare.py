@@ -17,10 +17,11 @@ from mmrl.errors import InputError
 from mmrl.evaluate.analysis.bootstrap import RESAMPLES, Bootstrap
 from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 from mmrl.evaluate.ranking.ranks import is_better_lower
-from mmrl.evaluate.report.html import format_points, format_score, html_figure, html_page, html_table
+from mmrl.evaluate.report.html import format_points, format_score, html_figure, html_page, html_table, tone_of
 from mmrl.evaluate.report.plots import Curve, recall_by_dim
 from mmrl.evaluate.report.stored_ranks import StoredRanks, read_ranks
 from mmrl.evaluate.report.tables import markdown_table
+from mmrl.output.console import print_line
 from mmrl.output.files import write_atomic
 
 _COLOURS = ("model", "pca", "other", "best_dims", "other_pca", "random_dims")
@@ -79,12 +80,10 @@ def compare_runs(
             by_dim = result["sets"][set_name][direction]
             for metric in metrics:
                 console.print(_terminal_table(by_dim, opened, f"{set_name}, {ARROWS[direction]}", metric))
-    unpaired = [name for name in common if not _all_paired(opened, name)]
-    for name in unpaired:
-        console.print(f"{name}: {_why_unpaired(opened, name)}", highlight=False, soft_wrap=True)
+    for name in (name for name in common if not _all_paired(opened, name)):
+        print_line(console, f"{name}: {_why_unpaired(opened, name)}")
     if out is not None:
-        page = _write(out, opened, result, metrics)
-        console.print(f"Written: {page}", highlight=False, soft_wrap=True)
+        print_line(console, f"Written: {_write(out, opened, result, metrics)}")
     return result
 
 
@@ -144,10 +143,8 @@ def _cells(
         if scores is None:
             continue
         cells[run.name] = {"value": scores[direction][metric]}
-        if pairs and run is not runs[0]:
-            cells[run.name] |= pairs.difference(run.name, dim, metric)
         if pairs:
-            cells[run.name] |= pairs.interval(run.name, dim, metric)
+            cells[run.name] |= pairs.statistics(run.name, dim, metric)
     return cells
 
 
@@ -159,24 +156,21 @@ class _PairedRanks:
     ranks: Mapping[str, StoredRanks]
     bootstrap: Bootstrap
 
-    def difference(self, name: str, dim: int, metric: str) -> dict[str, Any]:
-        """A run's paired difference to the first run, with interval and p-value; empty if the metric is not recall or a
-        run lacks the dim."""
+    def statistics(self, name: str, dim: int, metric: str) -> dict[str, Any]:
+        """The interval of a run's score, and its paired difference to the first run with interval and p-value; empty if
+        the metric is not recall or the run lacks the dim."""
         rank_Q, first_rank_Q = self.ranks[name].rank_of.get(dim), self.ranks[self.first].rank_of.get(dim)
-        if rank_Q is None or first_rank_Q is None or not metric.startswith("R@"):
-            return {}
-        k = int(metric[2:])
-        hit_Q, first_hit_Q = (rank_Q <= k).double(), (first_rank_Q <= k).double()
-        difference = self.bootstrap.difference(hit_Q, first_hit_Q)
-        return {"lead": difference.as_json(), "p": self.bootstrap.paired_p(hit_Q, first_hit_Q)}
-
-    def interval(self, name: str, dim: int, metric: str) -> dict[str, Any]:
-        """The interval of a run's score; empty if the metric is not recall or the run lacks the dim."""
-        rank_Q = self.ranks[name].rank_of.get(dim)
         if rank_Q is None or not metric.startswith("R@"):
             return {}
-        interval = self.bootstrap.intervals((rank_Q <= int(metric[2:])).double()[:, None])[0]
-        return {"low": interval.low, "high": interval.high}
+        k = int(metric[2:])
+        hit_Q = (rank_Q <= k).double()
+        interval = self.bootstrap.intervals(hit_Q[:, None])[0]
+        found: dict[str, Any] = {"low": interval.low, "high": interval.high}
+        if name != self.first and first_rank_Q is not None:
+            first_hit_Q = (first_rank_Q <= k).double()
+            found["lead"] = self.bootstrap.difference(hit_Q, first_hit_Q).as_json()
+            found["p"] = self.bootstrap.paired_p(hit_Q, first_hit_Q)
+        return found
 
 
 def _all_paired(runs: Sequence[EvaluatedRun], set_name: str) -> bool:
@@ -200,35 +194,15 @@ def _paired_ranks(runs: Sequence[EvaluatedRun], set_name: str, direction: str) -
     return _PairedRanks(runs[0].name, ranks, Bootstrap(first.item_Q))
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """One run's formatted score at one dim."""
-
-    value: str = ""
-    difference: tuple[str, str, str] | None = None
-    """To the first run, in points: value, low, high."""
-    tone: str = ""
-    """"better" or "worse" if p < 0.05."""
+def _rows(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> list[tuple[str, list[Any]]]:
+    """(dim, one cell per run), for the terminal, the page and Markdown; the cell of a run without the dim is empty."""
+    return [(dim, [scores[metric].get(run.name, {}) for run in runs]) for dim, scores in by_dim.items()]
 
 
-def _rows(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> list[tuple[str, list[_Cell]]]:
-    """(dim, one cell per run), for the terminal, the page and Markdown."""
-    rows = []
-    for dim, scores in by_dim.items():
-        cells = []
-        for run in runs:
-            cell = scores[metric].get(run.name)
-            if cell is None:
-                cells.append(_Cell())
-            elif "lead" not in cell:
-                cells.append(_Cell(format_score(cell["value"], metric)))
-            else:
-                value, low, high = (cell["lead"][key] for key in ("value", "low", "high"))
-                tone = "" if cell["p"] >= 0.05 else "better" if value > 0 else "worse"
-                difference = (format_points(value), format_points(low), format_points(high))
-                cells.append(_Cell(format_score(cell["value"], metric), difference, tone))
-        rows.append((dim, cells))
-    return rows
+def _formatted(cell: Mapping[str, Any], metric: str) -> tuple[str, list[str]]:
+    """The score, and its difference to the first run in points, if there is one: value, low, high."""
+    value = format_score(cell["value"], metric) if cell else ""
+    return value, [format_points(cell["lead"][key]) for key in ("value", "low", "high")] if "lead" in cell else []
 
 
 def _terminal_table(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], title: str, metric: str) -> Table:
@@ -238,19 +212,21 @@ def _terminal_table(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], tit
         shown.add_column(run.name, justify="right", overflow="fold")
     rows = _rows(by_dim, runs, metric)
     for dim, cells in rows:
-        shown.add_row(dim, *(_as_text(cell) + ("*" if cell.tone else "") for cell in cells))
-    if any(cell.difference for _, cells in rows for cell in cells):
+        shown.add_row(dim, *(_as_text(cell, metric) + ("*" if tone_of(cell) else "") for cell in cells))
+    if any("lead" in cell for _, cells in rows for cell in cells):
         shown.caption = "in brackets: difference to the first run in points, with its 95 % interval; * where p < 0.05"
     return shown
 
 
 def _markdown(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> str:
     header = [["dim", *(run.name for run in runs)], ["---:"] * (1 + len(runs))]
-    return markdown_table(header + [[dim, *map(_as_text, cells)] for dim, cells in _rows(by_dim, runs, metric)])
+    rows = [[dim, *(_as_text(cell, metric) for cell in cells)] for dim, cells in _rows(by_dim, runs, metric)]
+    return markdown_table(header + rows)
 
 
-def _as_text(cell: _Cell) -> str:
-    return cell.value + (" ({}; {} to {})".format(*cell.difference) if cell.difference else "")
+def _as_text(cell: Mapping[str, Any], metric: str) -> str:
+    value, difference = _formatted(cell, metric)
+    return value + (" ({}; {} to {})".format(*difference) if difference else "")
 
 
 def _write(out: Path, runs: Sequence[EvaluatedRun], result: Mapping[str, Any], metrics: Sequence[str]) -> Path:
@@ -294,18 +270,17 @@ def _card(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], name: str, di
             curves.append(Curve(run.name, _COLOURS[index % len(_COLOURS)], values, dashed=index >= len(_COLOURS)))
         svg = recall_by_dim(curves, None, metric, name=f"compare-{name}-{metric}", legend=True)
         plot = html_figure(svg, f"{metric} of each run by dim; the values are in the table below")
-    rows = []
-    for dim, cells in _rows(by_dim, runs, metric):
-        rows.append([dim, *map(_as_html, cells)])
+    rows = [[dim, *(_as_html(cell, metric) for cell in cells)] for dim, cells in _rows(by_dim, runs, metric)]
     header = ["dim", *(escape(run.name) for run in runs)]
     return f'<div class="card plot"><h4>{ARROWS[direction]}, {metric}</h4>{plot}{html_table(header, rows)}</div>'
 
 
-def _as_html(cell: _Cell) -> str:
-    if cell.difference is None:
-        return cell.value
-    value, low, high = cell.difference
-    return f'{cell.value}<small><span class="{cell.tone}">{value}</span>; {low} to {high}</small>'
+def _as_html(cell: Mapping[str, Any], metric: str) -> str:
+    value, difference = _formatted(cell, metric)
+    if not difference:
+        return value
+    lead, low, high = difference
+    return f'{value}<small><span class="{tone_of(cell)}">{lead}</span>; {low} to {high}</small>'
 
 
 def _is_share(metric: str) -> bool:

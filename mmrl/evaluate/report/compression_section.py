@@ -5,7 +5,7 @@ from typing import Any
 
 from mmrl.evaluate.analysis.advice import budget_of
 from mmrl.evaluate.directions import ARROWS
-from mmrl.evaluate.report.html import anchor, format_points, html_figure, html_table, with_interval
+from mmrl.evaluate.report.html import anchor, html_figure, html_table, points_with_interval
 from mmrl.evaluate.report.plots import bytes_against_recall
 
 # Options on the front that lose more than this are only in the plot and in the list of all options.
@@ -73,7 +73,7 @@ def _options(options: Sequence[Mapping[str, Any]], unit: str) -> str:
                 _option_name(option),
                 f"{option['bytes']:,}{extra}",
                 f"{100 * option['recall']['value']:.1f}",
-                with_interval(*(format_points(option["lost"][key]) for key in ("value", "low", "high"))),
+                points_with_interval(option["lost"]),
             ]
         )
     return html_table(["code", "bytes per vector", "recall, %", f"lost, {unit}"], rows)

@@ -30,7 +30,6 @@ class RankedImage:
     """One image of a result list."""
 
     row: int
-    score: float
     is_positive: bool
 
 
@@ -87,12 +86,9 @@ def choose_examples(
 
 
 def _results(task: Task, row: int, dim: int, rank: int) -> ResultList:
-    rows, scores = nearest(task.query_QD[row : row + 1], task.gallery_GD, dim, SHOWN)
+    rows, _ = nearest(task.query_QD[row : row + 1], task.gallery_GD, dim, SHOWN)
     group = task.query_group_Q[row]
-    images = [
-        RankedImage(image, score, bool(task.gallery_group_G[image] == group))
-        for image, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
-    ]
+    images = [RankedImage(image, bool(task.gallery_group_G[image] == group)) for image in rows[0].tolist()]
     return ResultList(dim, rank, images)
 
 

@@ -1,8 +1,9 @@
 """Building blocks of the HTML pages: page frame, tables, figures, formatted values. Cells are HTML already."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from mmrl.evaluate.ranking.ranks import is_better_lower
 from mmrl.evaluate.report.plots import COLOURS
@@ -19,9 +20,14 @@ def html_page(title: str, below_title: str, body: str) -> str:
     )
 
 
+def read_asset(name: str) -> str:
+    """A text file of this folder."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
 def stylesheet() -> str:
     """page.css with the plots' colours of the light and the dark theme."""
-    css = files("mmrl.evaluate.report").joinpath("page.css").read_text(encoding="utf-8")
+    css = read_asset("page.css")
     for theme, mark in enumerate(("/*LIGHT*/", "/*DARK*/")):
         css = css.replace(mark, " ".join(f"--{name}: {pair[theme]};" for name, pair in COLOURS.items()))
     return css
@@ -55,9 +61,15 @@ def format_points(share: float) -> str:
     return f"{round(100 * share, 1) + 0.0:.1f}".replace("-", "−")
 
 
-def with_interval(value: str, low: str, high: str, tone: str = "") -> str:
-    """A value with its interval in small print; `tone` is a CSS class."""
+def points_with_interval(interval: Mapping[str, float], tone: str = "") -> str:
+    """A share in percentage points, with its interval in small print; `tone` is a CSS class."""
+    value, low, high = (format_points(interval[key]) for key in ("value", "low", "high"))
     return f'<span class="{tone}">{value}</span><small>{low} to {high}</small>'
+
+
+def tone_of(paired: Mapping[str, Any]) -> str:
+    """The CSS class of a paired difference: "better" or "worse" if p < 0.05. Empty without a difference."""
+    return "" if paired.get("p", 1) >= 0.05 else "better" if paired["lead"]["value"] > 0 else "worse"
 
 
 def anchor(name: str) -> str:

@@ -108,12 +108,7 @@ def recall_by_dim(
             axes.plot(x, values, dash, color=colour, linewidth=width, marker="o", markersize=size, label=curve.name)
         if chance is not None:
             axes.axhline(100 * chance, color=COLOURS["faint"][0], linestyle=":", linewidth=1.2, label="chance")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(dims, [str(dim) for dim in dims])
-        axes.minorticks_off()
-        axes.set_ylim(0, None)
-        axes.set_xlabel("dim: length of the prefix")
-        axes.set_ylabel(f"{metric}, %")
+        _label_axes(axes, dims, "dim: length of the prefix", f"{metric}, %")
         if legend:
             handles, labels = axes.get_legend_handles_labels()
             axes.legend(handles[::-1], labels[::-1], fontsize=_TEXT - 1, loc="lower right")
@@ -156,16 +151,21 @@ def bytes_against_recall(
             axes.axhline(
                 100 * budget_line, color=COLOURS["good"][0], linestyle=":", linewidth=1.3, label="limit of the budget"
             )
-        axes.set_xscale("log", base=2)
         sizes = sorted({o["bytes"] for o in options})
         ticks = [2**n for n in range(0, 20, 2) if sizes[0] <= 2**n <= sizes[-1]]
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_ylim(0, None)
-        axes.set_xlabel("bytes per vector read by every search")
-        axes.set_ylabel(f"{metric}, %")
+        _label_axes(axes, ticks, "bytes per vector read by every search", f"{metric}, %")
         axes.legend(fontsize=_TEXT - 1.5, loc="lower right", ncols=2, handletextpad=0.4, columnspacing=1)
         return _as_svg(figure, name, path)
+
+
+def _label_axes(axes: Any, ticks: Sequence[int], x_label: str, y_label: str) -> None:
+    """A logarithmic x axis with these ticks, and a y axis from 0."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0, None)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
 
 
 def save_recall_png(path: Path, scores_of_set: Mapping[str, Mapping[str, Any]]) -> None:
@@ -197,12 +197,8 @@ def _recall_panel(axes: Any, result: Mapping[str, Any]) -> None:
                 textcoords="offset points",
                 va="center",
             )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(dims, [str(dim) for dim in dims])
-    axes.minorticks_off()
+    _label_axes(axes, dims, "dim: length of the prefix", "zero-shot accuracy, %" if labelled else "recall, %")
     axes.set_xlim(min(dims) * 0.85, max(dims) * 1.6)
-    axes.set_xlabel("dim: length of the prefix")
-    axes.set_ylabel("zero-shot accuracy, %" if labelled else "recall, %")
     axes.set_title(f"{axes.get_title()} ({result['num_images']:,} images)", fontsize=10)
     for direction, dash in dash_of.items():
         axes.plot([], [], f"k{dash}", label=ARROWS.get(direction, "accuracy"))

@@ -7,12 +7,13 @@ from typing import Any
 
 from mmrl.evaluate.analysis.advice import budget_of, format_bytes, format_count, summarise, summarise_other_direction
 from mmrl.evaluate.analysis.baselines import NAMES, label
-from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL
+from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 from mmrl.evaluate.report import plots
 from mmrl.evaluate.report.compression_section import compression_section
 from mmrl.evaluate.report.examples import SHOWN, Example
-from mmrl.evaluate.report.html import anchor, format_points, format_score, html_figure, html_table, with_interval
+from mmrl.evaluate.report.html import anchor, format_score, html_figure, html_table, points_with_interval, tone_of
 from mmrl.evaluate.report.plots import Curve
+from mmrl.evaluate.report.tables import accuracy_rows, degraded_rows
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,7 @@ def _paired_differences(report: SetReport) -> str:
 
 
 def _difference(entry: Mapping[str, Any]) -> str:
-    value, low, high = (entry["lead"][key] for key in ("value", "low", "high"))
-    tone = "" if entry["p"] >= 0.05 else "better" if value > 0 else "worse"
-    return with_interval(format_points(value), format_points(low), format_points(high), tone)
+    return points_with_interval(entry["lead"], tone_of(entry))
 
 
 def blocks(report: SetReport) -> str:
@@ -174,10 +173,7 @@ def blocks(report: SetReport) -> str:
     most = max(block["energy_gallery"] for block in found)
     rows = []
     for block in found:
-        adds, lost = (
-            with_interval(*(format_points(block[key][end]) for end in ("value", "low", "high")))
-            for key in ("adds", "lost_without")
-        )
+        adds, lost = points_with_interval(block["adds"]), points_with_interval(block["lost_without"])
         bar = f'<span class="bar" style="width: {50 * block["energy_gallery"] / most:.0f}px"></span>'
         rows.append(
             [
@@ -305,29 +301,16 @@ def degraded(report: SetReport) -> str:
     found = report.result.get("degraded")
     if not found:
         return ""
-    kinds = {kind: one["severities"] for kind, one in found.items() if kind != "num_queries"}
-    dims = list(next(iter(next(iter(kinds.values())).values())))
-    rows = []
-    for kind, severities in kinds.items():
-        for severity, by_dim in severities.items():
-            first = next(iter(by_dim[dims[0]]))
-            rows.append([f"{escape(kind)} {escape(severity)}", *(f"{100 * by_dim[dim][first]:.1f}" for dim in dims)])
+    header, *rows = degraded_rows(found)
     return (
         f'<h3>Degraded images</h3><div class="card"><p class="note">{found["num_queries"]:,} images per degradation '
-        f"as queries for their originals; R@1 in %.</p>"
-        f"{html_table(['degradation', *(f'{dim}-d' for dim in dims)], rows)}</div>"
+        f"as queries for their originals; R@1 in %.</p>{html_table(header, rows)}</div>"
     )
 
 
 def classification_section(name: str, result: Mapping[str, Any]) -> str:
     """The section of a zero-shot classification set: its accuracy at every dim."""
-    chance = result["chance"][CLASSIFICATION]
-    rows = [
-        [dim, *(f"{100 * scores_of_dim[CLASSIFICATION][metric]:.1f}" for metric in chance)]
-        for dim, scores_of_dim in result["dims"].items()
-    ]
-    rows.append(["chance", *(f"{100 * value:.1f}" for value in chance.values())])
-    header = ["dim", *(metric.replace("_", " ") for metric in chance)]
+    header, *rows = accuracy_rows(result)
     return (
         f'<section class="set" id="{anchor(name)}"><h2>{escape(name)}</h2><p class="faint">{result["num_images"]:,} '
         f'images, {result["num_classes"]:,} classes</p><h3>Zero-shot classification</h3><div class="card">'

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,26 +63,18 @@ def read_ranks(folder: Path) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
     path = folder / RANKS_FILE
     if not path.is_file():
         return {}
-    result = {}
+    result: dict[str, tuple[str, dict[str, StoredRanks]]] = {}
+    tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            for set_name, set_digest in (file.metadata() or {}).items():
-                directions = {}
-                for name in names:
-                    inner = name.removeprefix(f"{set_name}/")
-                    if inner == name or not inner.endswith("/query"):
-                        continue
-                    direction = inner.removesuffix("/query")
-                    start = f"{set_name}/{direction}/"
-                    dims = [
-                        int(n.removeprefix(start)) for n in names if n.startswith(start) and n[len(start) :].isdigit()
-                    ]
-                    rank_of = {dim: file.get_tensor(f"{start}{dim}").to(torch.float64) for dim in dims}
-                    directions[direction] = StoredRanks(
-                        file.get_tensor(f"{start}query"), file.get_tensor(f"{start}item"), rank_of
-                    )
-                result[set_name] = (set_digest, directions)
-    except (SafetensorError, OSError) as error:
+            result = {name: (set_digest, {}) for name, set_digest in (file.metadata() or {}).items()}
+            for name in list(file.keys()):
+                set_name, direction, kind = name.rsplit("/", 2)
+                tensors.setdefault((set_name, direction), {})[kind] = file.get_tensor(name)
+        for (set_name, direction), one in tensors.items():
+            query_Q, item_Q = one.pop("query"), one.pop("item")
+            rank_of = {int(dim): rank_Q.double() for dim, rank_Q in one.items()}
+            result[set_name][1][direction] = StoredRanks(query_Q, item_Q, rank_of)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"compare: {path} cannot be read ({error}); run mmrl eval --out again.") from None
     return result

@@ -23,6 +23,7 @@ from mmrl.evaluate.sets import Embedded
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
 from mmrl.model.manifest import read_manifest
 from mmrl.model.source import OpenClipModel, parse_model
+from mmrl.output.console import print_line
 from mmrl.version import __version__
 
 _VECTORS = "1M"
@@ -75,7 +76,7 @@ class Study:
         models; rank 0 analyses."""
         others = {}
         for label, other in self.others.items():
-            others[label] = sets.embed(reader, other.model, other.image_spec, other.tokenise, captions=captions)
+            others[label] = sets.embed(reader, other, captions=captions)
             on_step(1)
         if not comm.world().is_rank_0:
             return
@@ -88,11 +89,9 @@ class Study:
         """Prints the advice for each set."""
         for report in self.reports:
             lines = summarise(report.analysis["advice"]).lines
-            console.print(
-                f"{report.name}, budget: lose at most {self.budget.label}: {lines[0]}", style="bold", highlight=False
-            )
+            print_line(console, f"{report.name}, budget: lose at most {self.budget.label}: {lines[0]}", style="bold")
             for line in (*lines[1:], summarise_other_direction(report.analysis)):
-                console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+                print_line(console, f"  {line}")
 
     def write_report(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
         """Writes the report of all sets in `results`; returns the page's path, or None if no set was analysed."""

@@ -12,7 +12,7 @@ def result_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
     """The terminal tables of one set's entry in retrieval.json."""
     counts = _counts(result)
     if is_classification(result):
-        header, *body, by_chance = _accuracy_rows(result)
+        header, *body, by_chance = accuracy_rows(result)
         return [_table(f"{name}: {counts}; accuracy in %", header, body, by_chance)]
     if "folds" in result:
         counts += f", mean of {result['folds']} folds"
@@ -20,14 +20,18 @@ def result_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
     # Two directions per table: more columns do not fit into a terminal.
     pairs = [directions[start : start + 2] for start in range(0, len(directions), 2)]
     tables = [_recall_table(f"{name}: {counts}; recall in %", result, pair) for pair in pairs]
-    return [*tables, *([_degraded_table(name, result["degraded"])] if "degraded" in result else [])]
+    if "degraded" in result:
+        header, *body = degraded_rows(result["degraded"])
+        count = f"{result['degraded']['num_queries']:,}"
+        tables.append(_table(f"{name}: {count} degraded images as queries for their originals; R@1 in %", header, body))
+    return tables
 
 
 def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
     """A Markdown section with one set's table, for report.md and model cards: recall of both cross-modal directions, or
     zero-shot accuracy."""
     labelled = is_classification(result)
-    header, *body = _accuracy_rows(result) if labelled else _recall_rows(result, CROSS_MODAL)
+    header, *body = accuracy_rows(result) if labelled else _recall_rows(result, CROSS_MODAL)
     counts = f"{_counts(result)}; {'zero-shot accuracy' if labelled else 'recall'} in %."
     return f"### {name}\n\n{counts}\n\n{markdown_table([header, ['---:'] * len(header), *body])}\n"
 
@@ -38,6 +42,15 @@ def one_line(result: Mapping[str, Any]) -> str:
     label = "zero-shot accuracy" if is_classification(result) else f"{ARROWS[direction]} {metric}"
     values = "  ".join(f"{dim}d {100 * scores[direction][metric]:.1f}" for dim, scores in result["dims"].items())
     return f"{label}: {values}" + (f"  ({result['num_bad']:,} bad samples left out)" if result["num_bad"] else "")
+
+
+def ceiling_note(result: Mapping[str, Any]) -> str:
+    """A sentence on the R@1 that equal captions leave to any model; empty if they leave all."""
+    shares = {ARROWS[one]: scores["R@1"] for one, scores in result.get("ceiling", {}).items() if scores["R@1"] < 1}
+    if not shares:
+        return ""
+    values = ", ".join(f"{arrow} {100 * share:.1f} %" for arrow, share in shares.items())
+    return f"no model can exceed an R@1 of {values}, because items without a common group have equal captions."
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -64,7 +77,7 @@ def _recall_table(title: str, result: Mapping[str, Any], directions: Sequence[st
     return _table(title, header, body, by_chance)
 
 
-def _accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
+def accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Header, one row per dim from the widest, and chance; accuracy in %."""
     metrics = list(result["chance"][CLASSIFICATION])
     rows = [
@@ -79,17 +92,16 @@ def _counts(result: Mapping[str, Any]) -> str:
     return f"{result['num_images']:,} images, {result[f'num_{others}']:,} {others}"
 
 
-def _degraded_table(name: str, degraded: Mapping[str, Any]) -> Table:
-    """The lowest K's recall, one row per kind and severity, one column per dim."""
+def degraded_rows(degraded: Mapping[str, Any]) -> list[list[str]]:
+    """Header, and one row per kind and severity: the lowest K's recall at each dim, in %."""
     kinds = {kind: one for kind, one in degraded.items() if kind != "num_queries"}
     dims = list(next(iter(next(iter(kinds.values()))["severities"].values())))
-    rows = []
+    rows = [["degradation", *(f"{dim}-d" for dim in dims)]]
     for kind, one in kinds.items():
         for severity, scores in one["severities"].items():
             first = next(iter(scores[dims[0]]))
             rows.append([f"{kind} {severity}", *(f"{100 * scores[dim][first]:.1f}" for dim in dims)])
-    title = f"{name}: {degraded['num_queries']:,} degraded images as queries for their originals; R@1 in %"
-    return _table(title, ["degradation", *(f"{dim}d" for dim in dims)], rows)
+    return rows
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[str] | None = None) -> Table:

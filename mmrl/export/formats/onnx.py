@@ -1,7 +1,7 @@
 """`onnx`: graphs image.onnx and text.onnx from pixels and token ids to unit vectors, each with its weights in
 NAME.onnx.data, a tokenizer.json, and an encoder.py that needs neither torch nor mmrl."""
 
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Format, Truncated
 from mmrl.model.bundle import Bundle
 
-_STANDALONE = Path(__file__).parents[2] / "inference" / "standalone.py"
+_PACKAGE = Path(__file__).parents[2]
 
 
 def _check(full: Bundle) -> None:
@@ -21,12 +21,20 @@ def _check(full: Bundle) -> None:
 
 
 def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
-    shutil.copyfile(_STANDALONE, folder / "encoder.py")
+    (folder / "encoder.py").write_text(_encoder_source())
     files = {
         modality: {"fp32": f"{modality}.onnx", **{variant: f"{modality}.{variant}.onnx" for variant in variants}}
         for modality in ("image", "text")
     }
     return write_graphs(truncated, folder, files, raw=True, inputs=("pixels", "input_ids"), external=True)
+
+
+def _encoder_source() -> str:
+    """The source of encoder.py: standalone.py with upright.py in place of its import."""
+    source = (_PACKAGE / "inference" / "standalone.py").read_text()
+    before, line, after = re.split(r"^(from mmrl\.images\.upright import .*\n)", source, flags=re.MULTILINE)
+    assert line
+    return before + (_PACKAGE / "images" / "upright.py").read_text() + after
 
 
 def write_graphs(

@@ -25,6 +25,7 @@ from mmrl.data.stores import RemoteConfig
 from mmrl.data.stream import Stream
 from mmrl.errors import InputError, RunStopped
 from mmrl.model import towers
+from mmrl.model.tokenizer import BPE_CHARACTERS
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -369,7 +370,7 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path, run: Command) -
     assert code == 1
     assert "\x1b" not in out
     assert r"a\x1b[2J: no image" in out
-    assert r"\udcff: no image" in out
+    assert r"\xff: no image" in out
 
 
 def test_members_that_training_does_not_use_are_read_too(
@@ -405,3 +406,11 @@ def test_a_set_without_a_usable_shard(tmp_path: Path) -> None:
     assert not result.ok
     assert "  members   none" in report.result_lines(result)
     assert check_shards(tmp_path, workers=1, batch_size=2, quiet=True).plan is None
+
+
+def test_captions_of_which_the_end_is_not_read_are_told(tmp_path: Path, run: Command, tiny_model: Path) -> None:
+    image, limit = encoded(drawing(0)[0]), 12 * BPE_CHARACTERS
+    captions = ("a red square", "x" * limit, "x" * (limit + 1), "a red square " * 1000)
+    members = [m for n, text in enumerate(captions) for m in ((f"{n}.png", image), (f"{n}.txt", text.encode()))]
+    _, out, _ = run(write_tar(tmp_path / "a.tar", members), "--tokenizer", tiny_model)
+    assert "3 captions are truncated to the model's context length of 12; 2 captions of more than 768 char" in out

@@ -63,7 +63,7 @@ def test_best_dims_beat_random_dims_where_few_dims_are_useful() -> None:
     task = make_task()
     task = task.with_vectors(task.query_QD[:, shuffled], task.gallery_GD[:, shuffled])
     everything = torch.ones(300, dtype=torch.bool), torch.ones(150, dtype=torch.bool)
-    best = blocks.dim_signal(task, *everything).argsort(descending=True)[:6]
+    best = baselines.dim_signal(task, *everything).argsort(descending=True)[:6]
     assert set(best.tolist()) == set((shuffled < 6).nonzero()[:, 0].tolist())
     ranks = baseline_ranks(task, [6, 16])
     assert hit_rate(ranks["best_dims"][6]) > hit_rate(ranks["random_dims"][6]) + 0.2
@@ -76,7 +76,7 @@ def test_dim_signal_equals_its_formula() -> None:
     task = make_task(items=40)
     everything = torch.ones(80, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
     x, y = truncate(task.query_QD, 16).double().numpy(), truncate(task.gallery_GD, 16).double().numpy()
-    for d, got in enumerate(blocks.dim_signal(task, *everything).tolist()):
+    for d, got in enumerate(baselines.dim_signal(task, *everything).tolist()):
         every = np.array([[a * b for b in y[:, d]] for a in x[:, d]])
         right = np.array([x[q, d] * y[int(task.query_group_Q[q]), d] for q in range(80)])
         assert got == pytest.approx((right.mean() - every.mean()) / every.std(), rel=1e-6)

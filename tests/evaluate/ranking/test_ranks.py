@@ -162,7 +162,7 @@ def test_several_processes_give_the_result_of_one(tmp_path: Path, size: int) -> 
 def test_a_large_group_stores_no_thresholds() -> None:
     group = torch.zeros(1000, dtype=torch.int64)
     side = tiles.SortedEmbeddings(torch.randn(1000, 8), group, [4, 8], torch.device("cpu"))
-    direction = tiles.Direction(side, side, True, side.rows(0))
+    direction = tiles.Direction(side, side, True)
     assert bool(direction.many_N.all())
     assert sum(strip.threshold_KPn.numel() for strip in direction.strips) == 2 * 1024
 

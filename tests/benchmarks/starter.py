@@ -1,6 +1,6 @@
 """Rebuild the starter shards from the npm packages that hold the drawings and the words.
 
-    python -m mmrl.data.starter.build OUT
+    python tests/benchmarks/starter.py OUT
 
 Steps: download the pinned packages with npm (no code of theirs is run), read the concepts and their names, render each
 artist's drawings, encode them as 64 px WebP, split, write tars. Needs npm and resvg-py; takes a minute on one core.
@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmrl.data import starter
+from mmrl.data.starter import SPLITS
 from mmrl.errors import InputError
 
 
@@ -118,7 +118,7 @@ def fetch(package: Package, folder: Path) -> Path:
             )
         spec = f"{package.name}@{package.version}"
         command = [npm, "pack", spec, "--pack-destination", str(folder), "--ignore-scripts", "--silent"]
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 (pinned names)
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     if hashlib.sha256(archive.read_bytes()).hexdigest() != package.sha256:
         raise InputError(f"{archive} does not have the SHA-256 of {package.name} {package.version}; delete it.")
     return archive
@@ -250,7 +250,7 @@ def read_raster_images(archive: Path) -> dict[str, bytes]:
 
 def held_out_concepts() -> set[str]:
     """The code points of `test-concepts`: a stored list that never changes."""
-    lines = (starter.folder() / "held_out_concepts.txt").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parent / "held_out_concepts.txt").read_text(encoding="utf-8").splitlines()
     return {line.split()[0] for line in lines if line and not line.startswith("#")}
 
 
@@ -259,7 +259,7 @@ def split_keys(keys: Iterable[str], held_out: Collection[str]) -> dict[str, list
 
     Deterministic. The split of a concept depends on no other concept.
     """
-    splits: dict[str, list[str]] = {name: [] for name in starter.SPLITS}
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     rest: dict[str, list[str]] = defaultdict(list)
     for key in sorted(keys):
         artist, concept = artist_and_concept(key)
@@ -347,7 +347,7 @@ def build(out: Path, packages: Path) -> dict[str, int]:
     splits = split_keys(samples, held_out_concepts())
     out.mkdir(parents=True, exist_ok=True)
     for split, keys in splits.items():
-        names = starter.SPLITS[split]
+        names = SPLITS[split]
         for shard, name in enumerate(names):
             start, stop = (len(keys) * i // len(names) for i in (shard, shard + 1))
             write_shard(out / name, keys[start:stop], samples)
@@ -356,7 +356,7 @@ def build(out: Path, packages: Path) -> dict[str, int]:
 
 def main() -> None:
     """The command-line entry point."""
-    parser = argparse.ArgumentParser("python -m mmrl.data.starter.build", description="Rebuild the starter set.")
+    parser = argparse.ArgumentParser(description="Rebuild the starter set.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
     parser.add_argument("--packages", type=Path, help="folder that keeps the downloaded packages for reuse")
     arguments = parser.parse_args()

@@ -1,0 +1,224 @@
+"""Batches that no worker will deliver end in one sentence, slow ones do not; the shared memory that batches need."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import sample_members, write_tar
+from helpers.samples import SPEC
+
+from mmrl.config import load_config
+from mmrl.data.samples import SampleReader
+from mmrl.data.sources import open_reader
+from mmrl.data.stores import RemoteConfig, ShardCache, _locked
+from mmrl.data.stream import Stream
+from mmrl.data.workers import fitting_prefetch
+from mmrl.distributed.comm import World
+from mmrl.errors import InputError, RunStopped
+from mmrl.train.preflight import bytes_per_sample, prepare
+
+LOST_AFTER_S = 2.0
+
+
+@pytest.fixture
+def make_stream(tmp_path: Path) -> Callable[..., Stream]:
+    reader = open_reader(write_tar(tmp_path / "a.tar", [m for n in range(48) for m in sample_members(n)]))
+
+    def make(workers: int = 2, **options: object) -> Stream:
+        return Stream(reader, 4, image=SPEC, num_workers=workers, lost_after_s=LOST_AFTER_S, **options)  # pyright: ignore[reportArgumentType]
+
+    return make
+
+
+def workers_of(stream: Stream) -> list[int]:
+    return [worker.pid for worker in stream._loader._iterator._workers]  # pyright: ignore
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stopped_worker_is_one_sentence_in_time_and_ends(make_stream: Callable[..., Stream]) -> None:
+    """As one that waits for a file system that hangs; SIGTERM does not end it."""
+    stream = make_stream()
+    awaited = stream.forever()
+    next(awaited)
+    pids = workers_of(stream)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(
+        RunStopped, match=r"^data: a batch was lost: for 2 s no DataLoader worker has loaded a sample; "
+    ):
+        deque(awaited, maxlen=0)
+    assert time.monotonic() - began < LOST_AFTER_S + 1
+    while any(map(is_alive, pids)) and time.monotonic() < began + 10:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
+
+
+def test_a_read_that_hangs_and_a_batch_that_is_not_sent(
+    make_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(*_: object) -> None:
+        time.sleep(3600)
+
+    class Unsendable(list[str]):
+        def __reduce__(self) -> str:
+            raise OSError("cannot be sent")  # in the thread that sends batches, as for want of file descriptors
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleReader, "read_image", hang)
+        with pytest.raises(RunStopped, match="a batch was lost"):
+            next(iter(make_stream()))
+    with pytest.raises(RunStopped, match="a batch was lost"):
+        next(iter(make_stream(text=Unsendable)))
+
+
+def test_a_slow_worker_is_not_a_lost_one(make_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = SampleReader.read_image
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.8 * LOST_AFTER_S / 2)
+        return read(*arguments)  # pyright: ignore
+
+    monkeypatch.setattr(SampleReader, "read_image", slow)
+    assert len(next(iter(make_stream(workers=1))).keys) == 4
+
+
+def test_a_download_is_waited_for_while_bytes_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(RemoteConfig(folder=str(tmp_path), retries=1, timeout=1))
+    assert not cache.is_downloading()
+    cache.folder.mkdir(parents=True)
+    lock = cache.folder / "a.tar.lock"
+    with _locked(lock, wait=True):
+        assert cache.is_downloading()
+        os.utime(lock, (0, 0))
+        assert not cache.is_downloading()
+        (cache.folder / "a.tar.partial").write_bytes(b"some")
+        assert cache.is_downloading()
+    assert not cache.is_downloading()
+
+
+def test_a_full_shared_memory_is_told_at_once(
+    make_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = torch.Tensor.share_memory_
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() > 1000:
+            raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+        return share(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    began = time.monotonic()
+    with pytest.raises(RunStopped, match=r"does not fit into the shared memory, /dev/shm \(unable.*--shm-size=8g"):
+        next(iter(make_stream()))
+    assert time.monotonic() - began < LOST_AFTER_S
+
+
+def test_an_epoch_after_an_epoch_with_the_same_workers(make_stream: Callable[..., Stream]) -> None:
+    stream = make_stream()
+    assert sum(len(batch.keys) for _ in range(2) for batch in stream) == 96
+    assert threading.active_count() < 20
+
+
+def space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    """As if /dev/shm had this number of free bytes."""
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
+
+
+def test_the_prefetch_is_what_the_shared_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    megabyte = 1 << 20
+    for free, fitting in ((8, 1), (11, 1), (12, 2), (20, 4), (1000, 4)):
+        space(monkeypatch, free * megabyte)
+        assert fitting_prefetch(workers=2, batch_bytes=megabyte, in_use=2, processes=2) == fitting
+    space(monkeypatch, 64 * megabyte)
+    says = r"2 workers on each of 1 processes pass batches of 38\.5 MB .* needs 154 MB and has 67 MB free; .*=368m; "
+    with pytest.raises(InputError, match=says):
+        fitting_prefetch(workers=2, batch_bytes=256 * 3 * 224 * 224, in_use=2, processes=1)
+    assert fitting_prefetch(workers=0, batch_bytes=megabyte, in_use=2, processes=8) == 4
+
+
+def test_a_batch_takes_the_bytes_that_are_counted(make_stream: Callable[..., Stream]) -> None:
+    """A tensor in shared memory is a file; its size is torch's own account."""
+    batch = next(iter(make_stream(text=lambda texts: torch.zeros(len(texts), 77, dtype=torch.int64))))
+    tensors = [x for x in vars(batch).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) >= 3
+    assert all(x.is_shared() for x in tensors)
+    taken = sum(x.untyped_storage().nbytes() for x in tensors)
+    counted = len(batch.keys) * bytes_per_sample({"vision_cfg": {"image_size": [32, 32]}, "text_cfg": {}})
+    assert taken <= counted <= 1.01 * taken
+    assert bytes_per_sample({"vision_cfg": {}, "text_cfg": {"context_length": 64}}) == 3 * 224 * 224 + 64 * 8 + 32
+
+
+def test_too_little_shared_memory_is_refused_before_the_run(
+    write_config: Callable[..., Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(data={"train": str(shards), "workers": 2}, evaluation={}))
+    space(monkeypatch, 150_000)
+    with pytest.raises(InputError, match=r"^data.workers: 2 workers on each of 1 processes .* or train.micro_batch\.$"):
+        prepare(config, World())
+    assert not (tmp_path / "run").exists()
+    space(monkeypatch, 300_000)
+    prepared = prepare(config, World())
+    assert prepared.prefetch == 2
+    assert "memory has room for 2 of the 4 batches" in prepared.reader.notes[-1]
+
+
+_UNDER_64_MB = """
+import sys, time
+from mmrl.data.sources import DataConfig, SourceConfig, open_training_set
+from mmrl.data.stream import Stream
+from mmrl.data.workers import fitting_prefetch
+from mmrl.errors import InputError, RunStopped
+from mmrl.images.image_spec import ImageSpec
+from mmrl.train.preflight import bytes_per_sample
+spec = ImageSpec(height=224, width=224, mean=(0.5,) * 3, std=(0.5,) * 3)
+config = DataConfig(sources=[SourceConfig(shards=sys.argv[1], repeat=100)])
+row = bytes_per_sample({"vision_cfg": {}, "text_cfg": {}})
+def run(rows, prefetch, steps):
+    stream = Stream(open_training_set(config), rows, num_workers=2, image=spec, config=config, prefetch=prefetch)
+    batches = stream.forever()
+    for _ in range(steps):
+        next(batches)
+        time.sleep(1)  # the workers fill the shared memory meanwhile
+try:
+    fitting_prefetch(2, 256 * row, 2, 1)
+except InputError as error:
+    print("256:", error)
+run(64, fitting_prefetch(2, 64 * row, 2, 1), 5)
+print("64: fits")
+try:
+    run(64, 4, 60)
+except RunStopped as error:
+    print("64 x 4:", error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"]).returncode != 0, reason="namespaces are not allowed")
+def test_in_a_container_with_64_mb(tmp_path: Path) -> None:
+    """In a mount namespace with a /dev/shm of that size."""
+    path = write_tar(tmp_path / "a.tar", [m for n in range(48) for m in sample_members(n)])
+    mounted = f"mount -t tmpfs -o size=64m tmpfs /dev/shm && exec {sys.executable} - {path}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted], input=_UNDER_64_MB, capture_output=True, text=True, timeout=120
+    )
+    refused, fits, full = done.stdout.splitlines()
+    assert refused.startswith("256: data.workers: 2 workers on each of 1 processes pass batches of 38.7 MB")
+    assert fits == "64: fits"
+    assert full.startswith("64 x 4: data: a batch does not fit into the shared memory, /dev/shm (unable to allocate")
+    assert "Traceback" not in done.stderr
