@@ -190,8 +190,8 @@ class Stream:
 
 @contextlib.contextmanager
 def _sigchld_kept() -> Iterator[None]:
-    """Keeps the handler of SIGCHLD. DataLoader's raises wherever the main thread is when a worker dies, e.g. while it saves
-    a checkpoint. Without it, the next batch raises that error within 5 s."""
+    """Keeps the handler of SIGCHLD. DataLoader's raises wherever the main thread is when a worker dies, e.g. while it
+    saves a checkpoint. Without it, the next batch raises that error within 5 s."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread():
