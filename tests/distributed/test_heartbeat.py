@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from helpers.worlds import drop_inherited_group
 
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
@@ -37,8 +38,7 @@ def _fail() -> None:
 def _run(rank: int, size: int, folder: Path, faulty_rank: int, fault: Callable[[], None] | None) -> None:
     """One rank: two barriers, and between them the fault of the faulty rank."""
     sys.stderr = (folder / f"stderr{rank}").open("w")
-    if dist.is_initialized():  # inherited
-        dist.destroy_process_group()
+    drop_inherited_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     try:
         with Heartbeat(comm.world(), LOST_AFTER_S) as heartbeat:

@@ -19,13 +19,19 @@ def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_me
     )
 
 
-def _child(rank: int, size: int, work: Callable[[Path], None], folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+def drop_inherited_group() -> None:
+    """In a forked process: forgets the process group that it has if another test of its parent has trained.
+
+    The group's destructor would wait for threads that a fork does not have, so a reference is kept.
+    """
     if dist.is_initialized():
-        # Inherited, where another test of this process has trained. Its destructor would wait for threads that a fork
-        # does not have, so a reference is kept.
         _INHERITED.append(dist.group.WORLD)
         dist.distributed_c10d._update_default_pg(None)
+
+
+def _child(rank: int, size: int, work: Callable[[Path], None], folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    drop_inherited_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     try:
         work(folder)
