@@ -4,12 +4,9 @@ World size, rank, workers and the point of a resume only decide which process lo
 sample of the epoch; a worker needs only (epoch, position) to load its rows of a batch.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,9 +136,7 @@ class Stream:
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
         self._sampler.start(self.epoch, self.position, step, usable, epochs, self._micro_batches)
-        with _sigchld_kept():
-            batches = iter(self._loader)
-        for count, batch in enumerate(self._await_batches(batches), start=1):
+        for count, batch in enumerate(self._await_batches(iter(self._loader)), start=1):
             if count % self._micro_batches == 0:
                 self.position += step
             if self.position >= usable:
@@ -186,16 +181,6 @@ class Stream:
         if self._reader.is_remote and self._reader.cache.is_downloading():
             return None
         return int(self._dataset.progress or 0)
-
-
-@contextlib.contextmanager
-def _sigchld_kept() -> Iterator[None]:
-    """Keeps the handler of SIGCHLD. DataLoader's raises wherever the main thread is when a worker dies, e.g. while it
-    saves a checkpoint. Without it, the next batch raises that error within 5 s."""
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _start_new_session(_worker: int) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from mmrl.errors import InputError, RunStopped
@@ -158,6 +158,9 @@ class LostBatchWatch:
 
     def __enter__(self) -> Self:
         if self._workers:
+            handler = signal.getsignal(signal.SIGCHLD)
+            if callable(handler) and not isinstance(handler, _WhileAwaiting) and _in_main_thread():
+                signal.signal(signal.SIGCHLD, _WhileAwaiting(handler))
             threading.Thread(target=self._run, name="lost batches", daemon=True).start()
         return self
 
@@ -166,12 +169,15 @@ class LostBatchWatch:
 
     @contextmanager
     def awaiting(self) -> Iterator[None]:
-        """Within, a batch is awaited."""
-        self._is_awaiting = True
+        """Within, a batch is awaited. Raises DataLoader's RuntimeError if a worker has died."""
+        self._is_awaiting, _WhileAwaiting.is_on = True, _in_main_thread()
         try:
+            handler = signal.getsignal(signal.SIGCHLD)
+            if self._workers and isinstance(handler, _WhileAwaiting):
+                handler(signal.SIGCHLD, None)
             yield
         finally:
-            self._is_awaiting = False
+            self._is_awaiting = _WhileAwaiting.is_on = False
 
     def _run(self) -> None:
         before, since = self._progress(), time.monotonic()
@@ -188,6 +194,24 @@ class LostBatchWatch:
                 for worker in self._workers:
                     worker.kill()  # not terminate(): a process that hangs may not react to SIGTERM
                 return
+
+
+class _WhileAwaiting:
+    """DataLoader's handler of SIGCHLD, but only while a batch is awaited. It raises an error if a worker has died: at
+    any other line, e.g. of a checkpoint, that error could be lost or do harm."""
+
+    is_on = False
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.is_on:
+            self._handler(number, frame)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
