@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -354,9 +354,9 @@ def build(out: Path, packages: Path) -> dict[str, int]:
     return {split: len(keys) for split, keys in splits.items()}
 
 
-def main() -> None:
-    """The command-line entry point."""
-    parser = argparse.ArgumentParser(description="Rebuild the starter set.")
+def main(description: str, build_set: Callable[[Path, Path], dict[str, int]]) -> None:
+    """The command-line entry point of a program that builds a set from npm packages."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
     parser.add_argument("--packages", type=Path, help="folder that keeps the downloaded packages for reuse")
     arguments = parser.parse_args()
@@ -364,12 +364,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             packages = arguments.packages or Path(temporary)
             packages.mkdir(parents=True, exist_ok=True)
-            counts = build(arguments.out, packages.resolve())
+            counts = build_set(arguments.out, packages.resolve())
     except InputError as error:
         parser.exit(2, f"{error}\n")
     for split, count in counts.items():
-        print(f"{split:14} {count:5} samples")
+        print(f"{split:14} {count:6} samples")
 
 
 if __name__ == "__main__":
-    main()
+    main("Rebuild the starter set.", build)

@@ -22,11 +22,9 @@ Left out: brands and logos; outlined or filled variants of an icon that is there
 file (unlike the package's "Apache-2.0") forbids collections of its icons; OpenMoji, which is share-alike.
 """
 
-import argparse
 import hashlib
 import json
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,8 +33,6 @@ from typing import Any
 
 import starter
 from starter import Package
-
-from mmrl.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -393,22 +389,5 @@ def notice() -> str:
     return "\n".join([*lines, "", "Emoji, names and keywords: see the NOTICE of the starter set.", ""])
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Build the larger data set of the benchmarks.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
-    parser.add_argument("--packages", type=Path, help="folder to keep the fetched packages in, and to reuse")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            packages = arguments.packages or Path(temporary)
-            packages.mkdir(parents=True, exist_ok=True)
-            counts = build(arguments.out, packages.resolve())
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
-    for split, count in counts.items():
-        print(f"{split:14} {count:6} samples")
-
-
 if __name__ == "__main__":
-    main()
+    starter.main("Build the larger data set of the benchmarks.", build)
