@@ -94,8 +94,12 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         image: ImageTransform | None,
         text: Tokenise | None,
         config: DataConfig,
+        window: int,
+        lanes: int,
     ) -> None:
+        """`window` and `lanes`: as for EpochOrder."""
         self._reader, self._seed, self._config = reader, seed, config
+        self.window, self.lanes = window, lanes
         self._rows_of_micro_batch = (np.arange(batch_size) + rank * batch_size).reshape(micro_batches, -1)
         self._global_batch_size = batch_size * world_size
         self._image, self._text = image, text
@@ -103,7 +107,7 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         self._order: tuple[int, EpochOrder] | None = None
         self._min_size = self._augmentation.min_source_size() if self._augmentation and config.scaled_decode else None
         self._decoded: dict[int, _Loaded] = {}
-        self._prefetched: tuple[int, int] | None = None
+        self._prefetched: tuple[int, set[int]] = 0, set()
         self.progress: torch.Tensor | None = None
         """Shared by all workers, (1,): changes with each sample that one of them loads."""
 
@@ -157,11 +161,13 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         if not self._reader.is_remote:
             return
         order = self._epoch_order(epoch)
-        window = order.window_of(position)
-        if self._prefetched != (epoch, window):
-            self._prefetched = epoch, window
-            indices = order.prefetch_indices(position, self._config.remote.read_ahead)
+        if self._prefetched[0] != epoch:
+            self._prefetched = epoch, set()
+        windows = set(order.window_ids(position + self._rows_of_micro_batch.ravel()).tolist())
+        for window in sorted(windows - self._prefetched[1]):
+            indices = order.prefetch_indices(window, self._config.remote.read_ahead)
             self._reader.prefetch(indices % len(self._reader))
+        self._prefetched[1].update(windows)
 
     def _replacement_position(self, position: int, attempt: int, length: int) -> int:
         """The same row, `attempt` batches later, and later anywhere in the epoch; shifted by one per round through the
@@ -212,8 +218,8 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
 
     def _epoch_order(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order[0] != epoch:
-            window = self._config.shuffle_window
-            self._order = epoch, EpochOrder(self._reader.shares, self._seed, epoch, window)
+            shares, batch_size = self._reader.shares, self._global_batch_size
+            self._order = epoch, EpochOrder(shares, self._seed, epoch, self.window, batch_size, self.lanes)
         return self._order[1]
 
 

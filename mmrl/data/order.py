@@ -28,18 +28,31 @@ class SourceShare:
         return max(1, round(self.total * self.repeat))
 
 
+def lane_count(batch_size: int, samples: int, window: int, most: int) -> int:
+    """The number of lanes: the largest divisor of the global batch size that is at most `most`, such that a lane's
+    share of `samples` fills a shuffle window of `window`. A set of up to two windows has one lane."""
+    limit = max(1, min(most, samples // window))
+    return max(count for count in range(1, limit + 1) if batch_size % count == 0)
+
+
 class EpochOrder:
     """Maps the positions 0 … length-1 of one epoch to sample indices.
 
-    The shards of all sources are permuted and concatenated, and samples are shuffled within windows of `window`. The
-    result is shifted cyclically by a random offset, so that window edges and the incomplete last batch differ per
-    epoch. Any position is computed directly, so resuming or another split over workers costs nothing.
+    The shards of all sources are permuted and concatenated, and the sequence is divided into lanes, equal but for one
+    sample. Global batch t has the positions t * batch_size … (t + 1) * batch_size - 1, and each lane fills an equal
+    number of neighbouring rows of it. So a host that loads some rows of each batch needs the shards of its lanes only.
+    A lane's samples are shuffled within windows of window / lanes, and shifted cyclically by a random offset, so that
+    window edges and the samples of the incomplete last batch differ per epoch. Any position is computed directly, so
+    resuming or another split over workers costs nothing.
 
     The N samples are numbered in the order of the sources and their shards. With repeat > 1, copy c of a sample in an
     epoch has the index sample + c * N, so that each copy gets its own random numbers.
     """
 
-    def __init__(self, shares: Sequence[SourceShare], seed: int, epoch: int, window: int) -> None:
+    def __init__(
+        self, shares: Sequence[SourceShare], seed: int, epoch: int, window: int, batch_size: int = 1, lanes: int = 1
+    ) -> None:
+        """`window` and `batch_size` count samples of all lanes; `lanes` divides `batch_size`."""
         total, first, runs = sum(share.total for share in shares), 0, []
         for source, share in enumerate(shares):
             runs.append(_runs_of_source(share, first, total, seed, epoch, source))
@@ -49,39 +62,64 @@ class EpochOrder:
         self.length = int(length_of_run.sum())
         self._index_of_run = index_of_run[order]
         self._start_of_run = np.cumsum(length_of_run[order]) - length_of_run[order]
-        self._offset = int(draws.bits(seed, epoch, 2) % np.uint64(self.length))
-        self._window = window
+        self._batch_size, self._rows_of_lane = batch_size, batch_size // lanes
+        edges = np.arange(lanes + 1) * self.length // lanes
+        self._start_of_lane, self._length_of_lane = edges[:-1], np.diff(edges)
+        # With one lane, the keys of random numbers are those from before there were lanes.
+        self._lane_key = np.arange(lanes)[:, None] if lanes > 1 else np.empty((1, 0), np.int64)
+        self._offset = draws.bits(seed, epoch, 2, *self._lane_key.T) % self._length_of_lane.astype(np.uint64)
+        self._offset = np.broadcast_to(self._offset, lanes).astype(np.int64)
+        self._window = max(1, window // lanes)
+        self._windows_per_lane = -(-int(self._length_of_lane.max()) // self._window)
         self._window_key = (seed, epoch, 3)
-        # Batches move through one window at a time; those across an edge need two.
-        self._permutation = lru_cache(maxsize=4)(self._permute)
+        # Batches move through one window of each lane at a time; those across an edge need two.
+        self._permutation = lru_cache(maxsize=4 * lanes)(self._permute)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The indices sample + copy * N at these positions; positions beyond the end wrap around."""
-        shuffled = (positions + self._offset) % self.length
-        for window in np.unique(shuffled // self._window):
-            inside = shuffled // self._window == window
-            first = window * self._window
-            shuffled[inside] = first + self._permutation(int(window))[shuffled[inside] - first]
-        run = np.searchsorted(self._start_of_run, shuffled, side="right") - 1
+        """The indices sample + copy * N at these positions; positions beyond the end wrap around in their lanes."""
+        lane, shuffled = self._shuffled(positions)
+        window_id = lane * self._windows_per_lane + shuffled // self._window
+        for one in np.unique(window_id):
+            inside = window_id == one
+            first = one % self._windows_per_lane * self._window
+            shuffled[inside] = first + self._permutation(int(one))[shuffled[inside] - first]
+        shuffled += self._start_of_lane[lane]
+        run = self._run_at(shuffled)
         return shuffled - self._start_of_run[run] + self._index_of_run[run]
 
-    def window_of(self, position: int) -> int:
-        """The shuffle window that a position is in."""
-        return (position + self._offset) % self.length // self._window
+    def window_ids(self, positions: np.ndarray) -> np.ndarray:
+        """The ids of the shuffle windows that these positions are in, each once."""
+        lane, shuffled = self._shuffled(positions)
+        return np.unique(lane * self._windows_per_lane + shuffled // self._window)
 
-    def prefetch_indices(self, position: int, windows: int) -> np.ndarray:
-        """One index per run of neighbouring samples that is read in the window of `position` and in the `windows` after
-        it; windows beyond the end wrap around."""
-        first = self.window_of(position) * self._window
-        ends = np.array([first, min(first + (1 + windows) * self._window, first + self.length) - 1])
-        start, end = np.searchsorted(self._start_of_run, ends % self.length, side="right") - 1
-        if ends[1] < self.length:
-            return self._index_of_run[start : end + 1]
-        return np.concatenate([self._index_of_run[start:], self._index_of_run[: min(end + 1, start)]])
+    def prefetch_indices(self, window_id: int, ahead: int) -> np.ndarray:
+        """One index per run of neighbouring samples that its lane reads in this shuffle window and in the `ahead`
+        windows after it, and at least in the `ahead` runs after it; those beyond the lane's end wrap around."""
+        lane, window = divmod(window_id, self._windows_per_lane)
+        length, first = int(self._length_of_lane[lane]), window * self._window
+        last = np.minimum([first + self._window, first + (1 + ahead) * self._window], [length, first + length]) - 1
+        start, end_of_window, end, first_run, last_run = self._run_at(
+            self._start_of_lane[lane] + np.array([first, *(last % length), 0, length - 1])
+        )
+        runs = last_run - first_run + 1
+        beyond = end - start if last[1] < length else end - start + runs
+        count = min(max(beyond, end_of_window - start + ahead) + 1, runs)
+        return self._index_of_run[first_run + (start - first_run + np.arange(count)) % runs]
 
-    def _permute(self, window: int) -> np.ndarray:
-        length = min(self._window, self.length - window * self._window)
-        return draws.permutation(length, *self._window_key, window)
+    def _shuffled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(lane, position in the lane after the cyclic shift) of these positions."""
+        batch, row = np.divmod(positions, self._batch_size)
+        lane, row_of_lane = np.divmod(row, self._rows_of_lane)
+        return lane, (batch * self._rows_of_lane + row_of_lane + self._offset[lane]) % self._length_of_lane[lane]
+
+    def _run_at(self, places: np.ndarray) -> np.ndarray:
+        """The runs that these positions of the concatenated shards are in."""
+        return np.searchsorted(self._start_of_run, places, side="right") - 1
+
+    def _permute(self, window_id: int) -> np.ndarray:
+        lane, window = divmod(window_id, self._windows_per_lane)
+        length = min(self._window, int(self._length_of_lane[lane]) - window * self._window)
+        return draws.permutation(length, *self._window_key, *self._lane_key[lane].tolist(), window)
 
 
 def _runs_of_source(share: SourceShare, first: int, total: int, seed: int, epoch: int, source: int) -> np.ndarray:

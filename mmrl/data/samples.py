@@ -143,8 +143,8 @@ class Source:
         return _absolute(shard.location)[len(self.root) :]
 
 
-# Limits per process: samples of all loaded indexes, and open files. One shuffle window rarely needs more.
-_SAMPLES_INDEXED, _OPEN_FILES = 2_000_000, 64
+# Limits per process: samples of all loaded indexes, and open files. The shuffle windows of all lanes rarely need more.
+_SAMPLES_INDEXED, _OPEN_FILES = 2_000_000, 256
 
 
 class SampleReader:
@@ -237,6 +237,10 @@ class SampleReader:
     def is_remote(self) -> bool:
         """Whether any shard has to be downloaded."""
         return any(is_remote(shard.location) for shard in self._shards)
+
+    def shard_bytes(self) -> list[int]:
+        """The size of each shard."""
+        return [shard.tar.size for shard in self._shards]
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample."""

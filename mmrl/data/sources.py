@@ -53,8 +53,13 @@ class DataConfig(Settings):
     scaled_decode: bool = False
     """Decode JPEGs much larger than the model's input at 1/2, 1/4 or 1/8 of their size: several times faster for images
     of some megapixels. Pixels differ slightly from those of evaluation (PSNR 44 dB and above)."""
-    shuffle_window: int = Field(default=16384, ge=1)
-    """Samples per shuffle window; a window spans neighbouring shards of the epoch's shard order."""
+    shuffle_window: int | None = Field(default=None, ge=1)
+    """Samples among which a batch is drawn, from neighbouring shards of each lane (default: 16 global batches, and at
+    least 16,384)."""
+    lanes: int = Field(default=64, ge=1)
+    """The most parts that an epoch's shards are divided into. Each lane fills the same rows of every batch, so a host
+    downloads the shards of its rows' lanes only. The number is a divisor of the global batch, and smaller for sets of
+    fewer shuffle windows. 1 in runs that began before this key existed."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Training stops when more than this fraction of an epoch's samples is bad (or of a million, if an epoch has
     more)."""

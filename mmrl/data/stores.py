@@ -45,7 +45,8 @@ class RemoteConfig(Settings):
     timeout: float = machine_field(30.0, gt=0)
     """Seconds without a byte after which a connection is given up and retried."""
     read_ahead: int = machine_field(1, ge=0)
-    """Number of shuffle windows ahead whose shards are downloaded in the background."""
+    """How far ahead each lane's shards are downloaded in the background: so many shuffle windows, and at least so many
+    shards."""
 
 
 def is_remote(location: str) -> bool:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 
 from mmrl.data.batches import Batch, BatchDataset, ImageTransform, Tokenise
+from mmrl.data.order import lane_count
 from mmrl.data.samples import SampleReader
 from mmrl.data.shards import ShardSpec
 from mmrl.data.sources import DataConfig, open_training_set
@@ -23,6 +24,9 @@ from mmrl.data.workers import MAX_PREFETCH, LostBatchWatch
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
 from mmrl.settings import hyperparameters
+
+# The default shuffle window: this many global batches, and at least this many samples.
+_BATCHES_PER_WINDOW, _SMALLEST_WINDOW = 16, 16384
 
 
 class Stream:
@@ -65,14 +69,20 @@ class Stream:
         self._workers, self._pin_memory = num_workers, pin_memory
         self._micro_batches = batch_size // (micro_batch or batch_size)
         config = config or DataConfig()
-        self._data = f"{reader.fingerprint}-{_config_fingerprint(config)}"
+        window, lanes = window_and_lanes(config, self.global_batch_size, self.samples)
+        self._config = config
         self._dataset = BatchDataset(
-            reader, batch_size, self._micro_batches, rank, world_size, seed, image, text, config
+            reader, batch_size, self._micro_batches, rank, world_size, seed, image, text, config, window, lanes
         )
         self._reader, self._prefetch = reader, prefetch if num_workers else None
         self._lost_after_s = lost_after_s
         self._loader: DataLoader[Batch | InputError | RunStopped] | None = None
         self._sampler = _MicroBatchSampler()
+
+    @property
+    def _data(self) -> str:
+        """A fingerprint of the samples and of all settings that affect the contents of batches."""
+        return f"{self._reader.fingerprint}-{_config_fingerprint(self._config, self._dataset.window)}"
 
     @property
     def batches_per_epoch(self) -> int:
@@ -98,6 +108,7 @@ class Stream:
             "position": self.position,
             "samples": self.samples,
             "global_batch_size": self.global_batch_size,
+            "lanes": self._dataset.lanes,
             "data": self._data,
         }
 
@@ -107,11 +118,14 @@ class Stream:
         Raises:
             InputError: the state is of another seed, global batch size or set of samples, so the order would differ.
         """
-        for name in ("seed", "samples", "global_batch_size"):
-            if state[name] != getattr(self, name):
+        if "lanes" not in state:  # saved before there were lanes
+            state, self._loader = {**state, "lanes": 1}, None
+            self._dataset.lanes, self._dataset.window = 1, self._config.shuffle_window or _SMALLEST_WINDOW
+        for name, value in self.state_dict().items():
+            if name in ("seed", "samples", "global_batch_size", "lanes") and state[name] != value:
                 raise InputError(
-                    f"stream: {name} was {state[name]} when this state was saved and is {getattr(self, name)} now; "
-                    "resume with the same shards, seed and global batch size."
+                    f"stream: {name} was {state[name]} when this state was saved and is {value} now; resume with the "
+                    "same shards, seed, global batch size and lanes."
                 )
         if state["data"] != self._data:
             raise InputError(
@@ -190,11 +204,17 @@ def _start_new_session(_worker: int) -> None:
     os.setsid()
 
 
-def _config_fingerprint(config: DataConfig) -> str:
+def window_and_lanes(config: DataConfig, batch_size: int, samples: int) -> tuple[int, int]:
+    """(samples of a shuffle window, number of lanes) of a stream of global batches over so many samples per epoch."""
+    window = config.shuffle_window or max(_SMALLEST_WINDOW, _BATCHES_PER_WINDOW * batch_size)
+    return window, lane_count(batch_size, samples, window, config.lanes)
+
+
+def _config_fingerprint(config: DataConfig, window: int) -> str:
     """A hash of all settings that affect the contents of batches."""
-    values = hyperparameters(config)
-    # `train` and `sources` are part of the reader's fingerprint; the others affect no image and no text.
-    apart = ("train", "sources", "max_bad_fraction", "mask_equal_captions")
+    values = {**hyperparameters(config), "shuffle_window": window}
+    # `train` and `sources` are part of the reader's fingerprint, `lanes` of the state; others affect no image or text.
+    apart = ("train", "sources", "lanes", "max_bad_fraction", "mask_equal_captions")
     relevant = {name: value for name, value in values.items() if name not in apart}
     return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=6).hexdigest()
 

@@ -1,5 +1,6 @@
 """Checks of config and data before a run, in seconds, and the creation of the run folder."""
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ from mmrl.data.overlap import overlap_note
 from mmrl.data.pack.hub import pack_missing
 from mmrl.data.samples import SampleReader
 from mmrl.data.sources import named_sources, open_training_set
+from mmrl.data.stream import window_and_lanes
 from mmrl.data.workers import MAX_PREFETCH, fitting_prefetch
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
@@ -111,15 +113,31 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     check_best(config.evaluation, evaluation_dims)
+    reader = open_training_set(config.data)
+    _check_cache_size(config, reader, ranks_here / world.size)
     return PreparedRun(
         nested=nested,
-        reader=open_training_set(config.data),
+        reader=reader,
         evaluation_sets=open_configured(config.evaluation, config.data),
         evaluation_dims=evaluation_dims,
         accumulation=share // micro_batch,
         prefetch=prefetch,
         resume_from=None,
     )
+
+
+def _check_cache_size(config: Config, reader: SampleReader, share_of_host: float) -> None:
+    """Refuses a cache of remote shards that is smaller than the shards which a host reads at one time."""
+    remote, sizes = config.data.remote, reader.shard_bytes()
+    samples = sum(share.per_epoch for share in reader.shares)
+    lanes = math.ceil(window_and_lanes(config.data, config.train.batch_size, samples)[1] * share_of_host)
+    needed = min(sum(sizes), lanes * (1 + remote.read_ahead) * max(sizes)) / 1e9
+    if reader.is_remote and needed > remote.gigabytes:
+        raise InputError(
+            f"data.remote.gigabytes: {remote.gigabytes:g} GB are too few for the shards that this host reads at one "
+            f"time ({lanes} lanes, each with {1 + remote.read_ahead} shards of up to {max(sizes) / 1e9:.2g} GB), so "
+            f"all would be downloaded several times; set it to at least {needed:.3g}, or data.lanes lower."
+        )
 
 
 def bytes_per_sample(model_cfg: dict[str, Any]) -> int:
@@ -174,7 +192,12 @@ def open_run(config: Config) -> Path | None:
 
 
 # Keys (section, key), and what runs that began before a key existed do.
-_OLDER = {("data", "mask_equal_captions"): False, ("image", "background"): None}
+_OLDER = {
+    ("data", "lanes"): 1,
+    ("data", "mask_equal_captions"): False,
+    ("data", "shuffle_window"): 16384,
+    ("image", "background"): None,
+}
 
 
 def keep_older_values(config: Config, world: World) -> Config:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.data import draws
-from mmrl.data.order import EpochOrder, SourceShare
+from mmrl.data.order import EpochOrder, SourceShare, lane_count
 
 
 def indices(shares: list[SourceShare], epoch: int = 0, window: int = 16) -> np.ndarray:
@@ -60,17 +60,74 @@ def test_with_repeat_one_half_two_epochs_are_one_pass() -> None:
     assert not first & second
 
 
-def test_prefetch_indices_cover_the_shards_of_the_next_windows() -> None:
-    counts = [10] * 50
-    order = EpochOrder([SourceShare(counts)], seed=1, epoch=0, window=40)
-    for position in (0, 100, 333):
-        for windows in (0, 1, 4):
-            ahead = {int(index) // 10 for index in order.prefetch_indices(position, windows)}
-            following = range(position, position + order.length)
-            inside = [p for p in following if (order.window_of(p) - order.window_of(position)) % 13 <= windows]
-            needed = {int(index) // 10 for index in order.indices(np.array(inside))}
-            assert needed <= ahead
-            assert len(ahead) <= 4 * (windows + 1) + 2
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_prefetch_indices_cover_the_shards_of_the_next_windows(lanes: int) -> None:
+    order = EpochOrder([SourceShare([10] * 50)], seed=1, epoch=0, window=40 * lanes, batch_size=8, lanes=lanes)
+    per_lane = 500 // lanes
+    for window in order.window_ids(np.arange(0, 496, 5)).tolist():
+        for ahead in (0, 1, 2, 50):
+            lane, number = divmod(window, -(-per_lane // 40))
+            found = order.prefetch_indices(window, ahead)
+            windows = {lane * -(-per_lane // 40) + (number + i) % -(-per_lane // 40) for i in range(ahead + 1)}
+            positions = [p for p in range(500) if order.window_ids(np.array([p]))[0] in windows]
+            needed = {int(index) // 10 for index in order.indices(np.array(positions))}
+            assert needed <= {int(index) // 10 for index in found}
+            assert len(found) <= min(5 * (ahead + 1) + 2, per_lane // 10 + 2)
+
+
+def test_at_least_one_shard_per_lane_is_prefetched_ahead_of_a_small_window() -> None:
+    order = EpochOrder([SourceShare([100] * 20)], seed=1, epoch=0, window=8, batch_size=8, lanes=2)
+    for window in order.window_ids(np.arange(2000)).tolist():
+        assert len(order.prefetch_indices(window, 0)) in (1, 2)  # a window may lie across the edge of two shards
+        assert len(order.prefetch_indices(window, 1)) in (2, 3)
+
+
+@pytest.mark.parametrize(("counts", "batch_size", "lanes"), [
+    ([900], 32, 8), ([50] * 4, 96, 2), ([3, 40, 7, 250], 96, 32), ([11] * 65, 32, 32), ([11] * 65, 96, 48),
+])  # fmt: skip
+def test_lanes_divide_an_epoch_equally(counts: list[int], batch_size: int, lanes: int) -> None:
+    seen = set[int]()
+    for epoch in range(12):
+        order = EpochOrder([SourceShare(counts)], 3, epoch, 64, batch_size, lanes)
+        batches = order.length // batch_size
+        indices = order.indices(np.arange(batches * batch_size)).reshape(batches, lanes, -1)
+        assert len(np.unique(indices)) == indices.size  # each sample once; fewer than one batch is left out
+        assert order.length - indices.size < batch_size
+        # A lane reads neighbouring shards only: the lanes cut the sequence of shards in no more than lanes - 1 places.
+        shard_of = np.repeat(np.arange(len(counts)), counts)
+        assert sum(len(np.unique(shard_of[indices[:, lane]])) for lane in range(lanes)) <= len(counts) + lanes - 1
+        seen.update(indices.ravel().tolist())
+    assert len(seen) == sum(counts)  # other samples are left out in each epoch
+
+
+@pytest.mark.parametrize(("shards", "hosts", "batch_size"), [(65, 3, 96), (160, 16, 1536), (320, 16, 1024)])
+def test_hosts_read_about_each_shard_once(shards: int, hosts: int, batch_size: int) -> None:
+    rows = np.arange(shards * 100 // batch_size * batch_size).reshape(-1, hosts, batch_size // hosts)
+
+    def shards_read(lanes: int) -> int:
+        order = EpochOrder([SourceShare([100] * shards)], 1, 2, 256, batch_size, lanes)
+        return sum(len(np.unique(order.indices(rows[:, host].ravel()) // 100)) for host in range(hosts))
+
+    lanes = lane_count(batch_size, shards * 100, 256, 64)
+    assert shards_read(lanes) <= min(shards * (lanes + hosts - 1) / lanes, shards + hosts - 1)
+    assert shards_read(1) > 2 * shards
+
+
+def test_the_number_of_lanes_divides_the_batch_and_fits_the_set() -> None:
+    assert lane_count(96, 10**6, 1000, 64) == 48
+    assert lane_count(32, 10**6, 1000, 64) == 32
+    assert lane_count(4096, 20_000, 1000, 64) == 16  # 20 windows
+    assert lane_count(4096, 1999, 1000, 64) == 1
+    assert lane_count(97, 10**6, 1000, 64) == 1
+
+
+def test_hundreds_of_millions_of_samples_have_their_order_at_once() -> None:
+    shares = [SourceShare([10_000] * 40_000)]
+    lanes = lane_count(32_768, 400_000_000, 16 * 32_768, 64)
+    indices = EpochOrder(shares, 0, 0, 16 * 32_768, 32_768, lanes).indices(np.arange(32_768))
+    assert lanes == 64
+    assert len(np.unique(indices)) == 32_768
+    assert 64 <= len(np.unique(indices // 10_000)) <= 2 * 64
 
 
 def test_uniform_is_uniform_and_depends_only_on_the_key() -> None:

@@ -103,6 +103,19 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(shards: Path, stop_after: 
         assert_equal(next(rest), batch)
 
 
+def test_a_state_from_before_there_were_lanes_continues_with_one(shards: Path) -> None:
+    config = DataConfig(train=str(shards), shuffle_window=10, lanes=1)
+    older = Stream(open_reader(shards), 12, seed=4, config=config)
+    next(iter(older))
+    state = {name: value for name, value in older.state_dict().items() if name != "lanes"}
+    today = Stream(open_reader(shards), 12, seed=4, config=config.model_copy(update={"lanes": 64}))
+    with pytest.raises(InputError, match="lanes was 1 when this state was saved and is 4 now"):
+        today.load_state_dict(older.state_dict())
+    today.load_state_dict(state)
+    assert [batch.keys for batch in today] == [batch.keys for batch in older]
+    assert today.state_dict()["lanes"] == 1
+
+
 def test_cached_images_give_the_same_batches(shards: Path) -> None:
     config = DataConfig(train=str(shards), augment=AUGMENT, shuffle_window=10, cache=True)
     cached = Stream(open_reader(shards), 12, seed=4, image=SPEC, text=tokens, config=config).forever()

@@ -14,6 +14,7 @@ class _FlakyHandler(http.server.BaseHTTPRequestHandler):
 
     folder: Path
     requests: Counter[str]
+    sent: Counter[str]
     rng: np.random.Generator
     failure_rate: float
     with_ranges: bool
@@ -55,20 +56,23 @@ class _FlakyHandler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.7)
             return
         self.wfile.write(rest)
+        self.sent[self.path] += len(rest)
 
     def log_message(self, format: str, *args: object) -> None:
         """Logs nothing."""
 
 
 class Server:
-    """A running flaky server; `requests` counts requests per path."""
+    """A running flaky server; `requests` counts requests per path, and `sent` the bytes of their answers."""
 
     def __init__(self, folder: Path, failure_rate: float = 0.0, with_ranges: bool = True) -> None:
         self.requests: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         attributes = {
             "folder": folder,
             "requests": self.requests,
+            "sent": self.sent,
             "failures": self.failures,
             "rng": np.random.default_rng(0),
             "failure_rate": failure_rate,

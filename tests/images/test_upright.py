@@ -270,6 +270,17 @@ def test_a_plugin_adds_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
         readable_formats.cache_clear()
 
 
+def test_heic_photos_of_phones_are_read() -> None:
+    pytest.importorskip("pillow_heif")
+    image, exif = noise(96, 64).resize((12, 8)).resize((96, 64), Image.Resampling.NEAREST), Image.Exif()
+    exif[0x0112] = 6  # ignored in HEIF, whose container has the rotation, applied by the plugin
+    file = io.BytesIO()
+    image.save(file, "HEIF", quality=100, exif=exif)
+    assert format_of(file.getvalue()) == "HEIF"
+    found = np.asarray(decode(file.getvalue())).astype(int)
+    assert np.abs(found - np.asarray(image)).mean() < 12
+
+
 def test_a_crop_of_a_transparent_image_is_composited() -> None:
     from mmrl.data.transforms import Augmentation, AugmentConfig
 

@@ -86,12 +86,13 @@ def pack_shards(
     for name, number in (("samples-per-shard", samples_per_shard), ("max-side", max_side), ("workers", workers)):
         if number is not None and number < 1:
             raise InputError(f"{name}: {number} is too small; give at least 1.")
+    console = Console(quiet=quiet)
     pairs = _open_pairs(source, image_column, caption_columns, group_column)
     if holdout is not None:
-        pairs = HeldOutPairs(pairs, holdout, holdout_seed)
-        if not quiet and pairs.held_out < 0.9 * pairs.wanted:
+        pairs = HeldOutPairs(pairs, holdout, holdout_seed, console)
+        if pairs.held_out < 0.9 * pairs.wanted:
             print_line(
-                Console(),
+                console,
                 f"Held out are {pairs.held_out:,} pairs instead of {pairs.wanted:,}: all others are linked by groups, "
                 "captions or images.",
             )
@@ -107,7 +108,6 @@ def pack_shards(
         "holdout": None,
         **pairs.fingerprint(),
     }
-    console = Console(quiet=quiet)
     with writer.open_writer(out, arguments, samples_per_shard, dedup=dedup, held_out=held_out) as packer:
         try:
             _pack_all(packer, pairs, max_side, workers, console)

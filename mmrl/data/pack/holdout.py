@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from rich.console import Console
+
 from mmrl.data.captions import caption_key
 from mmrl.data.index import Problem
 from mmrl.data.pack.pairs import FolderPairs, Pair, TablePairs
 from mmrl.data.texts import clean_captions
 from mmrl.errors import InputError
+from mmrl.output.progress import progress_bar
 
 
 def parse_holdout(text: str) -> float | int:
@@ -37,8 +40,8 @@ def parse_holdout(text: str) -> float | int:
 class HeldOutPairs:
     """The pairs of a source, those that are held out first. Memory: about 400 bytes per pair."""
 
-    def __init__(self, pairs: FolderPairs | TablePairs, holdout: str, seed: int) -> None:
-        """Reads all pairs once, without their images.
+    def __init__(self, pairs: FolderPairs | TablePairs, holdout: str, seed: int, console: Console) -> None:
+        """Reads all pairs once, without their images, and shows a progress bar on `console`.
 
         Raises:
             InputError: `holdout` is no share and no number; no pair can be held out, or none would be left.
@@ -47,7 +50,7 @@ class HeldOutPairs:
         self.wanted = 0
         """How many pairs were to be held out."""
         self.columns = pairs.columns
-        self._is_held_out = self._choose(holdout)
+        self._is_held_out = self._choose(holdout, console)
         self.held_out = sum(self._is_held_out)
         """How many pairs are held out: the first ones of `after`."""
 
@@ -67,7 +70,7 @@ class HeldOutPairs:
                         yield pair
                     skipped -= 1
 
-    def _choose(self, holdout: str) -> bytearray:
+    def _choose(self, holdout: str, console: Console) -> bytearray:
         """1 for each pair that is held out, else 0."""
         parents, label_of, usable = list[int](), dict[int, int](), bytearray()
 
@@ -77,15 +80,17 @@ class HeldOutPairs:
             return row
 
         first_row_of: dict[int, int] = {}
-        for row, pair in enumerate(self._pairs.after(0)):
-            parents.append(row)
-            links = [] if isinstance(pair, Problem) else _links(pair)
-            usable.append(bool(links))
-            label_of[row] = min((_hash(f"{self._seed} {link}") for link in links), default=0)
-            for link in links:
-                one, other = root_of(row), root_of(first_row_of.setdefault(link, row))
-                if one != other:
-                    parents[one], label_of[other] = other, min(label_of[one], label_of[other])
+        with progress_bar(console) as bar:
+            pairs = bar.track(self._pairs.after(0), total=len(self._pairs), description="Choosing held-out pairs")
+            for row, pair in enumerate(pairs):
+                parents.append(row)
+                links = [] if isinstance(pair, Problem) else _links(pair)
+                usable.append(bool(links))
+                label_of[row] = min((_hash(f"{self._seed} {link}") for link in links), default=0)
+                for link in links:
+                    one, other = root_of(row), root_of(first_row_of.setdefault(link, row))
+                    if one != other:
+                        parents[one], label_of[other] = other, min(label_of[one], label_of[other])
         sizes = Counter(root_of(row) for row, is_usable in enumerate(usable) if is_usable)
         total = sizes.total()
         self.wanted = wanted = self._share if isinstance(self._share, int) else max(1, round(self._share * total))
