@@ -4,11 +4,10 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import pytest
 import yaml
+from helpers.worlds import run_in_world
 from PIL import Image
+from rich.console import Console
 
 TINY_MODEL = {
     "embed_dim": 16,
@@ -141,11 +142,24 @@ def write_config(tmp_path: Path, shards: Path, tiny_model: Path) -> Callable[...
             "checkpoint": {"every": "100 steps"},
             "tracking": {"log_every": 1},
         }
+        values |= sections
+        values["data"] = {"workers": 0, **values["data"]}  # a worker takes seconds to start
+        values["engine"] = {"precision": "fp32", **values.get("engine", {})}
         path = tmp_path / name
-        path.write_text(yaml.safe_dump(values | sections))
+        path.write_text(yaml.safe_dump(values))
         return path
 
     return write
+
+
+@pytest.fixture
+def short_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's rotation is learned in 20 steps instead of 300: for tests of what becomes of it."""
+    from mmrl.rotation import learned
+
+    defaults = learned.find_rotation.__defaults__
+    assert defaults is not None
+    monkeypatch.setattr(learned.find_rotation, "__defaults__", (defaults[0], 20))
 
 
 @pytest.fixture
@@ -160,21 +174,14 @@ def fp32_grad_products(monkeypatch: pytest.MonkeyPatch, bf16_grad_products: None
     monkeypatch.setattr("mmrl.losses.sweep.has_native_bfloat16", lambda _: False)
 
 
-# Runs several configs in one world, since what takes time is the imports.
-_TRAIN_ALL = """
-import sys
-from rich.console import Console
-from mmrl.config import load_config
-from mmrl.train.trainer import train
-for case in sys.argv[2:]:
-    train(load_config(sys.argv[1], case.split()), Console(quiet=True))
-"""
+def start_training(path: Path, processes: int, folder: Path, *cases: str) -> None:
+    """Trains by each case's overrides, one after another, in a world of so many processes."""
+    run_in_world(processes, partial(_train_all, path, cases), folder, start_method="forkserver")
 
 
-def start_training(path: Path, processes: int, script: Path, *arguments: str) -> None:
-    """Trains by each argument's overrides, one after another, in a world of so many processes."""
-    script.write_text(_TRAIN_ALL)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+def _train_all(path: Path, cases: Sequence[str], _folder: Path) -> None:
+    from mmrl.config import load_config
+    from mmrl.train.trainer import train
+
+    for case in cases:
+        train(load_config(path, case.split()), Console(quiet=True))

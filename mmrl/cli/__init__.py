@@ -42,6 +42,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
+        if "" in sys.argv[1:]:  # as a path it would mean the folder that the command runs in
+            number = sys.argv.index("", 1)
+            raise InputError(f"Argument {number} is empty, as of a shell variable that is not set; give its value.")
         app()
     except InputError as error:
         print(f"mmrl: {error}", file=sys.stderr)

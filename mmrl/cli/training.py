@@ -28,9 +28,12 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one process each")] = 8,
-    memory: Annotated[float, typer.Option(min=1, help="Memory per GPU in GB")] = 80.0,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200, a100, l40s, a10, l4, v100, t4 …")] = "h100",
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="Memory per GPU in GB (default: its data sheet's)")
+    ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="TFLOP/s achieved per GPU (default: 40 % of an H100's peak)")
+        float | None, typer.Option(min=0.001, help="TFLOP/s achieved per GPU (default: 40 % of its peak)")
     ] = None,
     gigabytes: Annotated[
         float | None,
@@ -42,7 +45,7 @@ def plan(
     from mmrl.config import load_config
     from mmrl.train.plan import plan_lines, plan_resources
 
-    result = plan_resources(load_config(config, overrides or []), gpus, memory, tflops, gigabytes)
+    result = plan_resources(load_config(config, overrides or []), gpus, gpu, memory, tflops, gigabytes)
     print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(plan_lines(result)))
 
 

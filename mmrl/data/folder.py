@@ -20,7 +20,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,8 @@ from pathlib import Path
 import torch
 
 from mmrl.data.index import Problem, printable
-from mmrl.data.samples import (
-    NO_GROUP,
-    BadSample,
-    Sample,
-    group_id,
-)
+from mmrl.data.samples import NO_GROUP, BadSample, Sample, group_id
+from mmrl.data.shards import files_below
 from mmrl.data.texts import caption_list, clean_captions, decode_text, group_name, strip_blank
 from mmrl.errors import InputError
 from mmrl.images.decode import decode_pixels, image_extensions
@@ -168,7 +164,7 @@ class ImageFolder:
 
 def is_image_folder(path: Path) -> bool:
     """Whether this is a folder without shards, to be read as a folder of images."""
-    return path.is_dir() and next(path.rglob("*.tar"), None) is None
+    return path.is_dir() and not any(file.suffix == ".tar" for file in files_below(path))
 
 
 def read_image_file(path: Path) -> bytes:
@@ -221,16 +217,3 @@ def _read_text(path: Path) -> str:
 
 def _names(files: dict[str, Path]) -> str:
     return " and ".join(path.name for path in files.values())
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files that are not hidden. Links to folders are followed, but no folder is visited twice."""
-    visited: set[tuple[int, int]] = set()
-    for current, folders, names in os.walk(folder, followlinks=True):
-        status = Path(current).stat()
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))

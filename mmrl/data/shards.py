@@ -1,8 +1,10 @@
 """Expand a shard spec (pattern, folder, list file, URL …) to a list of paths and URLs, without duplicates."""
 
-import glob
+import itertools
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import braceexpand
@@ -12,6 +14,7 @@ from mmrl.data.stores import RemoteConfig, cache_folder, cache_name, check_locat
 from mmrl.errors import InputError
 
 ShardSpec = str | Path | Sequence[str | Path]
+_MOST_FILES = 10_000_000
 HUB = "hf:"
 """Begins the spec of a Hugging Face data set; training packs it into `hub_folder` once, see pack/hub.py."""
 
@@ -39,8 +42,10 @@ def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = Fal
         return expand(shards, allow_pipe)  # raises the error that names the wrong spec
     if not locations:
         raise InputError(f"shards: {shards!r} names no file; give a tar, a pattern, a folder or @list.txt.")
-    location, times = Counter(locations).most_common(1)[0]
+    files = {one: one if is_remote(one) else os.path.realpath(one) for one in locations}
+    location, times = Counter(files[one] for one in locations).most_common(1)[0]
     if times > 1:
+        location = next(one for one in locations if files[one] == location)
         raise InputError(
             f"shards: {location} is named twice, but an epoch reads each shard once. To read it more often, make it "
             "one of data.sources, with repeat."
@@ -48,7 +53,30 @@ def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = Fal
     return locations
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files that are not hidden. Links to folders are followed, but no folder is visited twice.
+
+    Raises:
+        InputError: there are more than ten million files, most likely because the wrong folder was named.
+    """
+    visited: set[tuple[int, int]] = set()
+    count = 0
+    for current, folders, names in os.walk(folder, followlinks=True):
+        status = Path(current).stat()
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        count += len(names)
+        if count > _MOST_FILES:
+            raise InputError(f"{folder} holds more than {_MOST_FILES:,} files; name the folder of your data.")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(current, name) for name in sorted(names) if not name.startswith("."))
+
+
 def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
+    if not spec.strip():
+        raise InputError("shards: the name is empty, as of a shell variable that is not set; name a tar or a folder.")
     if spec.startswith("starter:"):
         return [str(path) for path in starter.shards(spec.removeprefix("starter:"))]
     if spec.startswith(HUB):
@@ -70,8 +98,8 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
         is_folder = len(expanded) == 1 and not spec.startswith("pipe:") and not spec.partition("?")[0].endswith(".tar")
         return list_tars(spec) if is_folder else expanded
     if Path(spec).is_dir():
-        # Unlike rglob, this follows links to folders and skips hidden ones, where `mmrl pack` writes unfinished shards.
-        found = sorted(glob.glob(f"{glob.escape(spec)}/**/*.tar", recursive=True))  # noqa: PTH207
+        # Without hidden folders, where `mmrl pack` writes unfinished shards.
+        found = sorted(str(path) for path in files_below(Path(spec)) if path.name.endswith(".tar"))
         if not found:
             raise InputError(f"shards: the folder {spec} holds no .tar file.")
         return found
@@ -102,9 +130,16 @@ def _list_file_lines(path: Path) -> list[str]:
 
 
 def _expand_braces(spec: str) -> list[str]:
+    too_many = f"shards: {spec!r} names more than {_MOST_FILES:,} files; correct the numbers in its braces."
+    for first, last in re.findall(r"\{-?(\d+)\.\.-?(\d+)", spec):  # braceexpand makes a list of each range
+        if max(len(first), len(last)) > 15 or abs(int(last) - int(first)) >= _MOST_FILES:
+            raise InputError(too_many)
     try:
-        return list(braceexpand.braceexpand(spec))
+        names = list(itertools.islice(braceexpand.braceexpand(spec), _MOST_FILES + 1))
     except ValueError:  # braceexpand.UnbalancedBracesError, which type checkers do not see
         raise InputError(
             f"shards: the braces in {spec!r} do not match; write a pattern such as part-{{000..127}}.tar."
         ) from None
+    if len(names) > _MOST_FILES:
+        raise InputError(too_many)
+    return names

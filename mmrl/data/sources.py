@@ -65,8 +65,9 @@ class DataConfig(Settings):
     more)."""
     cache: bool = machine_field(False)
     """Keep decoded images in memory, once per worker: for small sets and many epochs."""
-    workers: int = machine_field(0, ge=0)
-    """DataLoader worker processes per rank; 0 loads in the training process itself."""
+    workers: int | None = machine_field(None, ge=0)
+    """DataLoader worker processes per rank; 0 loads in the training process itself (default: the cores per rank but
+    one, fewer where the shared memory is short; 0 with `cache`, which is kept once per worker)."""
     remote: RemoteConfig = RemoteConfig()
     allow_pipe: bool = machine_field(False)
     """Allow shards of the form `pipe:COMMAND`, which a shell runs. Use it only with shard lists that you trust."""

@@ -45,8 +45,8 @@ class RemoteConfig(Settings):
     timeout: float = machine_field(30.0, gt=0)
     """Seconds without a byte after which a connection is given up and retried."""
     read_ahead: int = machine_field(1, ge=0)
-    """How far ahead each lane's shards are downloaded in the background: so many shuffle windows, and at least so many
-    shards."""
+    """Number of shuffle windows ahead, and at least of shards ahead, that are downloaded for each lane in the
+    background."""
 
 
 def is_remote(location: str) -> bool:

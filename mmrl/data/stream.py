@@ -205,7 +205,7 @@ def _start_new_session(_worker: int) -> None:
 
 
 def window_and_lanes(config: DataConfig, batch_size: int, samples: int) -> tuple[int, int]:
-    """(samples of a shuffle window, number of lanes) of a stream of global batches over so many samples per epoch."""
+    """(samples of a shuffle window, number of lanes) of a stream of global batches, with `samples` per epoch."""
     window = config.shuffle_window or max(_SMALLEST_WINDOW, _BATCHES_PER_WINDOW * batch_size)
     return window, lane_count(batch_size, samples, window, config.lanes)
 

@@ -108,6 +108,13 @@ class WorkerPool(Generic[T, R]):
         return RunStopped(f"A worker process died ({how}); run the same command again with fewer --workers.")
 
 
+def default_workers(batch_bytes: int, in_use: int, processes: int) -> int:
+    """DataLoader workers of each process: its share of the cores but one, if /dev/shm has room for a batch of each. The
+    arguments are those of `fitting_prefetch`."""
+    room = free_shared_memory() / processes / batch_bytes - in_use
+    return max(0, min(usable_cores() // processes - 1, int(min(room, 2**16))))
+
+
 def fitting_prefetch(workers: int, batch_bytes: int, in_use: int, processes: int) -> int:
     """How many batches each DataLoader worker can prepare in advance, at most MAX_PREFETCH: what /dev/shm has room for.
 

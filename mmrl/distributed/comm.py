@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
-from mmrl.distributed import launchers
+from mmrl.distributed import backend, launchers
 from mmrl.errors import InputError, RunStopped
 
 _is_single = False
@@ -51,33 +52,49 @@ def start(timeout_s: float = 1800.0) -> World:
     Without a launcher it is a group of one process that opens no port; DeepSpeed requires a group in any case.
 
     Raises:
-        InputError: invalid launcher variables, or more processes than GPUs on this host.
+        InputError: invalid launcher variables, GPUs that cannot be used, or more processes than GPUs on a host.
         RunStopped: not all processes joined within the timeout.
     """
-    if not dist.is_initialized():
-        launch, timeout = launchers.detect_launch(), timedelta(seconds=timeout_s)
-        on_gpu = torch.cuda.is_available()
-        if launch is not None:
-            launch.export(os.environ)
-        if on_gpu:
-            gpu = _gpu_index(0 if launch is None else launch.local_rank)
-            torch.cuda.set_device(gpu)
-            os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed uses it as the GPU index
-        backend = "nccl" if on_gpu else "gloo"
-        if launch is None:
-            dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
-            return world()
-        try:
-            dist.init_process_group(backend, timeout=timeout)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunStopped(
-                f"rank {launch.rank} on host {host()} failed to join {launch.size} processes at "
-                f"{launch.address}:{launch.port} ({reason}); check that all of them were started with the same "
-                "MASTER_ADDR and MASTER_PORT, and that the hosts can reach each other."
-            ) from error
+    if dist.is_initialized():
+        return world()
+    launch, timeout = launchers.detect_launch(), timedelta(seconds=timeout_s)
+    if launch is None:
+        if backend.uses_gpu():
+            _set_gpu(_gpu_index(0))
+        dist.init_process_group(_backend(), timeout=timeout, store=HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
+        return world()
+    launch.export(os.environ)
+    on_gpu, problem = False, None
+    try:
+        if on_gpu := backend.uses_gpu():
+            _set_gpu(_gpu_index(launch.local_rank))
+    except InputError as error:
+        problem = str(error)
+    try:
+        store, rank, size = next(rendezvous("env://", launch.rank, launch.size, timeout=timeout))
+        store.set_timeout(timeout)
+        backend.agree(store, rank, size, on_gpu, problem, host())
+        dist.init_process_group(_backend(), timeout=timeout, store=store, rank=rank, world_size=size)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunStopped(
+            f"rank {launch.rank} on host {host()} failed to join {launch.size} processes at "
+            f"{launch.address}:{launch.port} ({reason}); check that all of them were started with the same "
+            "MASTER_ADDR and MASTER_PORT, and that the hosts can reach each other."
+        ) from error
     return world()
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _set_gpu(gpu: int) -> None:
+    torch.cuda.set_device(gpu)
+    os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed uses it as the GPU index
 
 
 def _gpu_index(local_rank: int) -> int:

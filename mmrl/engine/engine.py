@@ -29,7 +29,7 @@ from mmrl.settings import Settings, machine_field
 class EngineConfig(Settings):
     """Precision, ZeRO, offloading, compilation and timeouts."""
 
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
     """bf16 and fp16 run matrix products and convolutions in 16 bits; weights, optimizer and loss stay fp32. fp16 scales
     the loss, and skips and counts steps whose gradients overflow. auto is bf16 if the devices of all processes have
     bfloat16 instructions, else fp32: without them, bf16 is many times slower."""
@@ -253,8 +253,9 @@ _NOT_ALLOWED = {"optimizer", "scheduler", "fp16", "bf16", "amp", "prescale_gradi
 
 
 def bucket_size(parameters: int) -> int:
-    """Elements that ZeRO reduces at once. DeepSpeed's default of 500 million takes 2 GB even for small models."""
-    return min(500_000_000, parameters)
+    """Elements that ZeRO reduces at once. While one bucket is reduced, the next one fills, so DeepSpeed keeps two; its
+    default of 500 million would take 4 GB, and would hold the gradients of a whole CLIP before the first is reduced."""
+    return min(25_000_000, parameters)
 
 
 def deepspeed_config(
@@ -285,7 +286,7 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], path: str = "deepspe
 def _derived(
     config: EngineConfig, clip_norm: float | None, micro_batch: int, world_size: int, precision: str
 ) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": config.zero_stage > 0}
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -298,7 +299,8 @@ def _derived(
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's CPU optimizer requires a compiler; torch's fused AdamW does the same.
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        # Without the empty list, gradients of linear layers and convolutions would be reduced in bfloat16.
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }

@@ -5,9 +5,9 @@ per process; D the embedding's width; e bytes per embedding value (2 under bf16,
 
     weights       4P at stages 0-2. 4P/N at stage 3, plus up to 4*min(P, 1e9) gathered while computing (DeepSpeed's
                   stage3_max_live_parameters)
-    gradients     4T at stages 0 and 1, 4T/N at 2 and 3; at 1-3 also a bucket of 4*min(P, 5e8) (reduce_bucket_size).
+    gradients     4T at stages 0 and 1, 4T/N at 2 and 3; at 1-3 also two buckets of 4*min(P, 25e6) (reduce_bucket_size).
                   With micro-batches they stay whole until they are reduced once per step, unless
-                  engine.reduce_each_micro_batch is set: at stage 2, 4T during forward and backward, then bucket and
+                  engine.reduce_each_micro_batch is set: at stage 2, 4T during forward and backward, then buckets and
                   partition; at stage 3, another 4T. reduce_each_micro_batch is advised only if nothing fits without it
     optimizer     8T (Adam) at stage 0; 12T/N at 1-3, including DeepSpeed's fp32 copy of the partition
     EMA           4P with train.ema
@@ -33,16 +33,19 @@ that (Thakur, Rabenseifner and Gropp 2005, section 4). A is the number of micro-
     stage 3       reduce-scatter of the gradients 4T, once or A times; all-gather of the weights 4P for each forward and
                   each backward, some of which DeepSpeed may save for a small model
 
-Step time = (FLOPs of towers and loss) / (peak * utilisation) + traffic / bandwidth + calls * latency * log2 N, without
-overlap: an upper bound if the assumed utilisation is reached. The towers' FLOPs are counted on the fake tensors
-(torch's FlopCounterMode): 3 forwards for a trained tower, 1 for a locked one, and one more forward of a trained tower
-with micro-batches; the loss takes 8B^2D/N (4 multiply-adds, see mmrl/losses/README.md), with nesting.rotation twice
-that.
+Step time = (FLOPs of towers and loss) / (peak * utilisation) + (memory traffic of the loss) / (memory bandwidth) +
+traffic / bandwidth + calls * latency * log2 N, without overlap: an upper bound if the assumed utilisation is reached.
+The towers' FLOPs are counted on the fake tensors (torch's FlopCounterMode): 3 forwards for a trained tower, 1 for a
+locked one, and one more forward of a trained tower with micro-batches; the loss takes 8B^2D/N (4 multiply-adds, see
+mmrl/losses/README.md), with nesting.rotation twice that. Per similarity and dim, the loss moves 36 bytes of GPU memory
+by the Triton kernels, which compute the plain InfoNCE; by passes of torch 142, with label smoothing 172, with
+distillation 208, and the sigmoid loss 158: counted from the code.
 
-The constants are an H100 SXM's, from NVIDIA's data sheets; this project has not measured them, and --tflops and
---gigabytes replace them: 989 TFLOP/s dense bf16 and 67 fp32; 450 GB/s of NVLink per direction within a host of 8; 50
-GB/s of network per GPU between hosts (400 Gb/s each); 20 us of latency per call and doubling. Assumed: 40 % of the peak
-and 80 % of the bandwidth are reached, and 1.5 GB plus 5 % of the GPU's memory are lost to CUDA and fragmentation.
+What a GPU can do is in mmrl/hardware.py, from NVIDIA's data sheets; this project has not measured it, and --tflops and
+--gigabytes replace it. Assumed: 40 % of the peak and 80 % of the bandwidths are reached; hosts of 8 GPUs; 50 GB/s of
+network per GPU between hosts (400 Gb/s each); 20 us of latency per call and doubling; 1.5 GB plus 5 % of the GPU's
+memory are lost to CUDA and fragmentation. A core decodes and augments 450 images of 500 x 400 pixels per second
+(tests/benchmarks/data.py decode, on the machine of tests/benchmarks/LOG.md).
 """
 
 import dataclasses
@@ -55,15 +58,15 @@ from mmrl.config import Config
 from mmrl.data.sources import open_training_set
 from mmrl.engine.engine import bucket_size
 from mmrl.errors import InputError
-from mmrl.hardware import H100_TFLOPS_16
+from mmrl.hardware import GPUS
 from mmrl.model import footprint
 from mmrl.model.footprint import Footprint
 
 GB = 1e9
 MAX_LIVE_PARAMETERS = 1e9
-PEAK_TFLOPS = {"bf16": H100_TFLOPS_16, "fp16": H100_TFLOPS_16, "fp32": 67.0}
 SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.8
-GPUS_PER_HOST, WITHIN_GB_S, BETWEEN_GB_S = 8, 450.0, 50.0
+GPUS_PER_HOST, BETWEEN_GB_S = 8, 50.0
+IMAGES_PER_CORE_S = 450
 LATENCY_S = 20e-6
 RESERVED_GB, FRAGMENTATION = 1.5, 0.05
 
@@ -93,6 +96,7 @@ class StageEstimate:
 class ResourcePlan:
     """Memory, traffic and time of a run at every ZeRO stage."""
 
+    gpu: str
     gpus: int
     memory_gb: float
     precision: str
@@ -102,6 +106,10 @@ class ResourcePlan:
     pairs_per_gpu: int
     steps_per_epoch: int | None
     steps: int | None
+    hours: float | None
+    """Of the whole run at the stage `best`; None if that or the number of steps is unknown."""
+    images_per_host_s: float | None
+    """Images per second that the data workers of a host must deliver."""
     notes: list[str]
     stages: list[StageEstimate]
     best: int | None
@@ -115,33 +123,49 @@ class ResourcePlan:
 def plan_resources(
     config: Config,
     gpus: int,
-    memory_gb: float,
+    gpu: str = "h100",
+    memory_gb: float | None = None,
     tflops: float | None = None,
     gigabytes: float | None = None,
     measured: Footprint | None = None,
 ) -> ResourcePlan:
-    """Estimates memory, traffic and time of `config` on `gpus` GPUs with `memory_gb` GB each.
+    """Estimates memory, traffic and time of `config` on `gpus` GPUs.
 
     Args:
+        gpu: one of mmrl.hardware.GPUS.
+        memory_gb: GB of each GPU, instead of its data sheet's.
         tflops: TFLOP/s that a GPU reaches, instead of the constants above.
         gigabytes: GB/s that a GPU sends, instead of the constants above.
         measured: the towers' footprint, if it is known already.
 
     Raises:
-        InputError: a batch that the GPUs do not divide; an unknown model.
+        InputError: a batch that the GPUs do not divide; an unknown model or GPU; a precision that the GPU lacks.
     """
+    if gpu not in GPUS:
+        raise InputError(f"gpu: {gpu!r} is not known; choose from {', '.join(GPUS)}.")
+    sheet = GPUS[gpu]
+    memory_gb = memory_gb or sheet.memory_gb
     batch = config.train.batch_size
     if batch % gpus:
         raise InputError(
             f"train.batch_size: {batch} cannot be divided over {gpus} GPUs; use a multiple of {gpus}, e.g. "
             f"{max(gpus, round(batch / gpus) * gpus)}."
         )
-    precision = "bf16" if config.engine.precision == "auto" else config.engine.precision
+    precision = config.engine.precision
+    if precision == "auto":
+        precision = "bf16" if sheet.has_bfloat16 else "fp32"
+    if precision == "bf16" and not sheet.has_bfloat16:
+        raise InputError(f"engine.precision: a {gpu} has no bf16 instructions; set it to fp16 or fp32.")
     model = measured or footprint.measure(config.model, precision != "fp32")
-    flops_s = (tflops or PEAK_TFLOPS[precision] * SHARE_OF_PEAK) * 1e12
-    within = gpus <= GPUS_PER_HOST
-    bytes_s = (gigabytes or (WITHIN_GB_S if within else BETWEEN_GB_S) * SHARE_OF_BANDWIDTH) * GB
-    machine = _Machine(gpus, memory_gb, flops_s, bytes_s)
+    peak = sheet.tflops_32 if precision == "fp32" else sheet.tflops_16
+    link_gb_s = sheet.link_gb_s if gpus <= GPUS_PER_HOST else min(sheet.link_gb_s, BETWEEN_GB_S)
+    machine = _Machine(
+        gpus,
+        memory_gb,
+        flops_s=(tflops or peak * SHARE_OF_PEAK) * 1e12,
+        bytes_s=(gigabytes or link_gb_s * SHARE_OF_BANDWIDTH) * GB,
+        memory_bytes_s=sheet.memory_gb_s * SHARE_OF_BANDWIDTH * GB,
+    )
     fits = [_fit(config, model, machine, stage, precision) for stage in range(4)]
     best = next((fit.zero_stage for fit in fits if fit.micro_batch is not None and _allowed(config, fit)), None)
     samples, note = _samples(config)
@@ -149,7 +173,10 @@ def plan_resources(
     if config.train.ema is not None:
         notes.append("train.ema keeps a second copy of the weights, which is counted; it cannot be used with stage 3.")
     per_epoch = None if samples is None else samples // batch
+    steps = _steps(config, per_epoch)
+    seconds = None if best is None else fits[best].step_seconds
     return ResourcePlan(
+        gpu=gpu,
         gpus=gpus,
         memory_gb=memory_gb,
         precision=precision,
@@ -158,7 +185,9 @@ def plan_resources(
         global_batch=batch,
         pairs_per_gpu=batch // gpus,
         steps_per_epoch=per_epoch,
-        steps=_steps(config, per_epoch),
+        steps=steps,
+        hours=None if seconds is None or steps is None else steps * seconds / 3600,
+        images_per_host_s=None if seconds is None else batch / seconds * min(1, GPUS_PER_HOST / gpus),
         notes=notes,
         stages=fits,
         best=best,
@@ -171,7 +200,7 @@ def plan_lines(result: ResourcePlan) -> list[str]:
     steps = "unknown" if result.steps is None else f"{result.steps:,}"
     shown = [
         f"{result.parameters / 1e6:,.1f} M parameters, {result.trained_parameters / 1e6:,.1f} M trained, "
-        f"{result.precision}; {result.gpus} GPUs of {result.memory_gb:g} GB",
+        f"{result.precision}; {result.gpus} GPUs ({result.gpu}) of {result.memory_gb:g} GB",
         f"global batch {result.global_batch:,}: {result.pairs_per_gpu:,} pairs per GPU; steps per epoch: {epoch}, "
         f"total: {steps}",
         "",
@@ -195,6 +224,14 @@ def plan_lines(result: ResourcePlan) -> list[str]:
         micro = "" if fit.micro_batch == result.pairs_per_gpu else f" train.micro_batch={fit.micro_batch}"
         each = " engine.reduce_each_micro_batch=true" if fit.reduce_each_micro_batch else ""
         shown.append(f"Lowest stage that fits: engine.zero_stage={result.best}{micro}{each}")
+    if result.hours is not None:
+        shown.append(f"Time of the run: about {result.hours:,.1f} hours, if data arrives in time (an estimate)")
+    if result.images_per_host_s is not None:
+        cores = math.ceil(result.images_per_host_s / IMAGES_PER_CORE_S)
+        shown.append(
+            f"Data: {result.images_per_host_s:,.0f} images/s per host; of JPEGs of 500 x 400 pixels, about {cores:,} "
+            "CPU core(s) decode as many"
+        )
     return [*shown, *(f"Note: {note}" for note in result.notes)]
 
 
@@ -204,6 +241,7 @@ class _Machine:
     memory_gb: float
     flops_s: float
     bytes_s: float
+    memory_bytes_s: float
 
 
 def _allowed(config: Config, fit: StageEstimate) -> bool:
@@ -257,6 +295,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
         traffic_gb=traffic / GB,
         collective_calls=calls,
         step_seconds=flops / machine.gpus / machine.flops_s
+        + loss_memory_traffic(config) / machine.gpus / machine.memory_bytes_s
         + traffic / machine.bytes_s
         + calls * LATENCY_S * math.log2(max(machine.gpus, 2)),
     )
@@ -286,21 +325,36 @@ def state_bytes(
         weights += 4 * min(model.parameters, MAX_LIVE_PARAMETERS)
     if averaged:
         weights += 4 * model.parameters
-    gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + (4 * bucket_size(model.parameters) if stage else 0)
+    buckets = 2 * 4.0 * bucket_size(model.parameters) if stage else 0.0
+    gradients = 4.0 * model.trained * (share if stage >= 2 else 1) + buckets
     if stage >= 2 and keeps_whole:
         gradients = 4.0 * model.trained + (gradients if stage == 3 else 0)
     return weights, gradients, (12 if stage else 8) * model.trained * share
 
 
 def reduction_bytes(model: Footprint, gpus: int) -> float:
-    """Bytes that stage 2 needs on top of whole gradients to reduce them once, after backward: bucket and partition."""
-    return 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
+    """Bytes that stage 2 needs on top of whole gradients to reduce them once, after backward: buckets and partition."""
+    return 2 * 4.0 * bucket_size(model.parameters) + 4.0 * model.trained / gpus
 
 
 def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
     """Bytes of the loss per process, without its tiles."""
     rows = config.train.batch_size // gpus + config.train.batch_size
     return config.nesting.sweeps * rows * (16.0 * model.embed_dim + 32.0 * _num_dims(config))
+
+
+def loss_memory_traffic(config: Config) -> float:
+    """Bytes that the loss of the global batch moves in GPU memory; see the head of this file."""
+    loss = config.loss
+    if loss.name == "sigmoid":
+        per_similarity = 158
+    elif loss.distillation:
+        per_similarity = 208
+    elif loss.label_smoothing:
+        per_similarity = 172
+    else:
+        per_similarity = 142 if loss.kernels == "torch" or loss.same_group == "positive" else 36
+    return float(per_similarity) * _num_dims(config) * config.train.batch_size**2
 
 
 def traffic_of(

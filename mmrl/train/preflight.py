@@ -15,14 +15,14 @@ from mmrl.data.pack.hub import pack_missing
 from mmrl.data.samples import SampleReader
 from mmrl.data.sources import named_sources, open_training_set
 from mmrl.data.stream import window_and_lanes
-from mmrl.data.workers import MAX_PREFETCH, fitting_prefetch
+from mmrl.data.workers import MAX_PREFETCH, default_workers, fitting_prefetch
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.engine.checkpoint import Checkpoints
 from mmrl.errors import InputError
 from mmrl.evaluate.configured import ConfiguredSet, check_best, open_configured
 from mmrl.losses.nested_infonce import require_triton
-from mmrl.model import towers
+from mmrl.model import registry
 from mmrl.nesting import Nesting, check_dims
 from mmrl.output.files import write_atomic
 from mmrl.train import host_checks
@@ -38,6 +38,8 @@ class PreparedRun:
     evaluation_dims: list[int]
     accumulation: int
     """Micro-batches per step, on each process."""
+    workers: int
+    """DataLoader worker processes of each process."""
     prefetch: int
     """Micro-batches that each data worker prepares in advance."""
     resume_from: Path | None
@@ -97,12 +99,15 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         )
     if config.train.ema is not None and config.engine.zero_stage == 3:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
-    model_cfg = towers.read_model_cfg(config.model.name)
+    model_cfg = registry.read_model_cfg(config.model.name)
     width = model_cfg["embed_dim"]
     # Without page-locked copies, the batches of a step stay in shared memory while those of the next one are loaded.
     in_use = 1 if world.device.type == "cuda" else 2 * (share // micro_batch)
     batch_bytes = micro_batch * bytes_per_sample(model_cfg)
-    prefetch = fitting_prefetch(config.data.workers, batch_bytes, in_use, ranks_here)
+    workers = config.data.workers
+    if workers is None:
+        workers = 0 if config.data.cache else default_workers(batch_bytes, in_use, ranks_here)
+    prefetch = fitting_prefetch(workers, batch_bytes, in_use, ranks_here)
     nested = _check_nesting(config, width)
     if config.loss.kernels == "triton":
         require_triton(world.device)
@@ -121,6 +126,7 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         evaluation_sets=open_configured(config.evaluation, config.data),
         evaluation_dims=evaluation_dims,
         accumulation=share // micro_batch,
+        workers=workers,
         prefetch=prefetch,
         resume_from=None,
     )
@@ -196,6 +202,7 @@ _OLDER = {
     ("data", "lanes"): 1,
     ("data", "mask_equal_captions"): False,
     ("data", "shuffle_window"): 16384,
+    ("engine", "precision"): "fp32",
     ("image", "background"): None,
 }
 

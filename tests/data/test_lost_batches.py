@@ -21,7 +21,7 @@ from mmrl.data.samples import SampleReader
 from mmrl.data.sources import open_reader
 from mmrl.data.stores import RemoteConfig, ShardCache, _locked
 from mmrl.data.stream import Stream
-from mmrl.data.workers import fitting_prefetch
+from mmrl.data.workers import default_workers, fitting_prefetch
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError, RunStopped
 from mmrl.train.preflight import bytes_per_sample, prepare
@@ -150,6 +150,14 @@ def test_the_prefetch_is_what_the_shared_memory_has_room_for(monkeypatch: pytest
     with pytest.raises(InputError, match=says):
         fitting_prefetch(workers=2, batch_bytes=256 * 3 * 224 * 224, in_use=2, processes=1)
     assert fitting_prefetch(workers=0, batch_bytes=megabyte, in_use=2, processes=8) == 4
+
+
+def test_the_default_number_of_workers_fits_cores_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    megabyte = 1 << 20
+    monkeypatch.setattr("mmrl.data.workers.usable_cores", lambda: 16)
+    for processes, free, wanted in ((1, 10**6, 15), (8, 10**6, 1), (16, 10**6, 0), (1, 8, 6), (2, 8, 2), (1, 2, 0)):
+        space(monkeypatch, free * megabyte)
+        assert default_workers(batch_bytes=megabyte, in_use=2, processes=processes) == wanted
 
 
 def test_a_batch_takes_the_bytes_that_are_counted(make_stream: Callable[..., Stream]) -> None:

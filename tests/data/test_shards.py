@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,36 @@ def test_expand_takes_folders_patterns_lists_and_the_starter_set(shards: Path, t
         ("nostore://bucket/a.tar", r"nostore:// in .* is not supported; use a path or one of http, https, "),
         ("memory://nothing/here", "holds no .tar file"),
         ("starter:training", "no split 'training'.*val-pictures"),
+        (" ", "the name is empty, as of a shell variable that is not set"),
+        ("part-{{0..99999999999}}.tar", "names more than 10 files; correct the numbers in its braces"),
+        ("{{0..9}}{{0..9}}{{0..9}}{{a,b}}.tar", "names more than 10 files; correct the numbers in its braces"),
+        ("{many}", "holds more than 10 files; name the folder of your data"),
     ],
 )
-def test_a_wrong_spec_is_an_error_that_names_it(spec: str, says: str, shards: Path, tmp_path: Path) -> None:
+def test_a_wrong_spec_is_an_error_that_names_it(
+    spec: str, says: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrl.data.shards._MOST_FILES", 10)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for number in range(11):
+        (tmp_path / f"{number}.txt").touch()
     with pytest.raises(InputError, match=says):
-        expand(spec.format(shards=shards, empty=tmp_path))
+        expand(spec.format(shards=shards, many=tmp_path, empty=empty))
 
 
 def test_a_shard_named_twice_is_an_error(shards: Path) -> None:
     with pytest.raises(InputError, match="named twice"):
         expand([shards, shards / "part-1.tar"])
+
+
+def test_a_link_to_a_parent_folder_adds_no_shard(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(shards, folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "sub" / "elsewhere").symlink_to(tmp_path)
+    assert [Path(path).name for path in expand(folder)] == [Path(path).name for path in expand(shards)]
+    (folder / "again.tar").symlink_to(folder / "part-1.tar")
+    with pytest.raises(InputError, match=r"again\.tar is named twice"):
+        expand(folder)

@@ -111,6 +111,10 @@ def test_operations_are_those_of_the_real_step(
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-40GB", 312),
         ("Tesla T4", 65),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("Tesla V100-SXM2-16GB", 125),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GeForce GTX 1060", None),
     ],
@@ -181,7 +185,7 @@ def _live_bytes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) -> None:
-    run_in_world(2, _live_bytes, tmp_path, "spawn")
+    run_in_world(2, _live_bytes, tmp_path, "forkserver")
     found = torch.load(tmp_path / "rank0.pt")
     for stage in (0, 1, 2):
         weights, _, optimizer = plan.state_bytes(MODEL, stage, gpus=2)
@@ -238,6 +242,28 @@ def test_the_network_carries_what_the_formulas_say(rotates: bool) -> None:
             traffic, _ = plan.traffic_of(config, MODEL, 4, stage, accumulation, "fp32", each)
             assert traffic == pytest.approx((loss + times * gradients) * 3 / 4)
     assert plan.traffic_of(config, MODEL, 1, 2, 1, "fp32") == (0.0, 0)
+
+
+def test_slower_gpus_take_longer(write_config: WriteConfig) -> None:
+    config = load_config(
+        write_config(train={"batch_size": 32768, "duration": "100 steps"}, engine={"precision": "auto"})
+    )
+    plans = {gpu: plan.plan_resources(config, 64, gpu, 24, measured=MODEL) for gpu in ("h100", "a100", "l4", "t4")}
+    assert [plans[gpu].precision for gpu in plans] == ["bf16", "bf16", "bf16", "fp32"]
+    hours = [one.hours for one in plans.values() if one.hours is not None]
+    assert len(hours) == 4
+    assert hours == sorted(hours)
+    best = plans["a100"].stages[plans["a100"].best or 0]
+    assert hours[1] == pytest.approx(100 * best.step_seconds / 3600)
+    assert plans["a100"].images_per_host_s == pytest.approx(32768 / best.step_seconds / 8)
+    assert any(line.startswith("Time of the run: about") for line in plan.plan_lines(plans["a100"]))
+    distilled = config.model_copy(update={"loss": config.loss.model_copy(update={"distillation": 1.0})})
+    assert plan.loss_memory_traffic(distilled) / plan.loss_memory_traffic(config) == pytest.approx(208 / 36)
+    with pytest.raises(InputError, match="gpu: 'h1000' is not known; choose from h100-pcie, "):
+        plan.plan_resources(config, 64, "h1000", measured=MODEL)
+    in_bf16 = load_config(write_config(engine={"precision": "bf16"}))
+    with pytest.raises(InputError, match="a t4 has no bf16 instructions; set it to fp16 or fp32"):
+        plan.plan_resources(in_bf16, 2, "t4", measured=MODEL)
 
 
 def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: WriteConfig) -> None:

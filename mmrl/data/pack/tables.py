@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mmrl.data.folder import files_below
 from mmrl.data.index import printable
+from mmrl.data.shards import files_below
 from mmrl.data.texts import strip_blank
 from mmrl.errors import InputError
 from mmrl.images.decode import image_extensions
