@@ -32,7 +32,7 @@ test-all: lint  ## Lint, and all tests
 lint: $(VENV)/.installed  ## Check style, types and import directions: ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --threads 2 --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 claims: runs/world/NOTICE  ## Compare nested training with its alternatives, write tests/benchmarks/claims (hours on 2 cores; resumable)

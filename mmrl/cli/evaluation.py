@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, Model, parse_ints
+from mmrl.cli.options import Json, Model, RandomWeights, parse_ints
 
 
 def eval_(
@@ -56,6 +56,7 @@ def eval_(
     ] = None,
     compare: Annotated[list[str] | None, typer.Option(help="Baseline model to compare with (repeatable).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for retrieval.json and report/index.html.")] = None,
+    random_weights: RandomWeights = False,
     as_json: Json = False,
 ) -> None:
     """Score retrieval in all directions, or zero-shot classification, at every dim.
@@ -65,7 +66,10 @@ def eval_(
     from mmrl.distributed import comm
     from mmrl.evaluate.command import EvalOptions, evaluate_model
     from mmrl.evaluate.directions import DIRECTIONS
+    from mmrl.model.source import with_random_weights
 
+    if random_weights:
+        model, compare = with_random_weights(model), [with_random_weights(one) for one in compare or ()]
     options = EvalOptions(
         dims=parse_ints("dims", dims),
         captions=captions,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, Model, parse_ints
+from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
 
 
 def export(
@@ -14,7 +14,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D per dim if several are given.")],
     dim: Annotated[str, typer.Option(help="Dims to export, e.g. 128 or 512,128; any from 1 to the full dim.")],
     format: Annotated[
-        str, typer.Option(help="bundle, open_clip, onnx, sentence_transformers, transformers or transformers.js.")
+        str,
+        typer.Option(help="bundle, open_clip, onnx, openvino, sentence_transformers, transformers or transformers.js."),
     ] = "bundle",
     quantize: Annotated[
         str | None, typer.Option(help="Variants of ONNX graphs in addition to fp32: fp16, int8 or fp16,int8.")
@@ -29,13 +30,16 @@ def export(
         ),
     ] = None,
     license: Annotated[str | None, typer.Option(help="Licence for the model card, e.g. apache-2.0.")] = None,
+    random_weights: RandomWeights = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Export an encoder per dim: embeddings truncated to DIM, projections included (other layers are unchanged)."""
     from mmrl.export.bundles import export as export_encoders
+    from mmrl.model.source import with_random_weights
 
     manifests = export_encoders(
-        model,
+        with_random_weights(model) if random_weights else model,
         out,
         parse_ints("dim", dim) or [],
         format,
@@ -43,6 +47,7 @@ def export(
         check_shards=check_shards,
         measure_shards=measure,
         licence=license,
+        force=force,
         log=None if as_json else print,
     )
     if as_json:
@@ -69,15 +74,29 @@ def rotate(
     ] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps to learn the rotation after PCA; 0: PCA only.")] = 300,
+    random_weights: RandomWeights = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Rotate a trained encoder so that its embeddings can be truncated. No training; full-dim similarities are
     unchanged."""
     from mmrl.distributed import comm
+    from mmrl.model.source import with_random_weights
     from mmrl.rotation.command import rotate_model
 
+    model = with_random_weights(model) if random_weights else model
     manifest = rotate_model(
-        model, shards, out, parse_ints("dims", dims), validate, keep, samples, captions, steps, quiet=as_json
+        model,
+        shards,
+        out,
+        parse_ints("dims", dims),
+        validate,
+        keep,
+        samples,
+        captions,
+        steps,
+        quiet=as_json,
+        force=force,
     )
     if as_json and comm.world().is_rank_0:
         print(json.dumps(manifest, indent=2))

@@ -10,9 +10,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[
     str,
     typer.Argument(
-        help="Run folder, checkpoint, exported folder, open_clip:NAME[:PRETRAINED], open_clip:hf-hub:ORG/NAME or "
-        "open_clip:local-dir:PATH."
+        help="Run folder, checkpoint, exported folder, open_clip:NAME:TAG, open_clip:NAME:FILE, hf-hub:ORG/NAME, "
+        "local-dir:PATH, or a folder of Hugging Face's transformers or sentence-transformers."
     ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace earlier output of this command that is in OUT.")]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Let open_clip:NAME without a tag have random weights.")
 ]
 
 

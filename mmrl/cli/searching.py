@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, Model, parse_ints
+from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
 from mmrl.errors import InputError
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")]
@@ -17,26 +17,34 @@ IndexModel = Annotated[
 
 def embed(
     model: Model,
-    source: Annotated[str, typer.Argument(metavar="SHARDS", help="Shards, or a folder of images")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for embeddings.parquet")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SHARDS", help="Shards, a folder of images, or texts: a table, a .txt file or a folder of them"
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for embeddings.parquet and texts.parquet")],
     dim: Annotated[
         str | None, typer.Option(help="Embedding dims, e.g. 512,64 (default: the encoder's full dim)")
     ] = None,
     precision: Annotated[
         str, typer.Option(help="One or more of fp32,fp16,int8,binary; one column per dim and precision")
     ] = "fp32",
-    texts: Annotated[bool, typer.Option("--texts", help="Also embed the captions, into texts.parquet")] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="Embed the texts, too, into texts.parquet")] = False,
     npy: Annotated[bool, typer.Option("--npy", help="Also write .npy files in clip-retrieval's layout")] = False,
     group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes; each loads the encoder")] = 1,
+    force: Force = False,
+    random_weights: RandomWeights = False,
     as_json: Json = False,
 ) -> None:
-    """Embed the images of SHARDS into a Parquet file. Resumable: run the same command again."""
+    """Embed the images and texts of SHARDS into Parquet files. Resumable: run the same command again."""
+    from mmrl.model.source import with_random_weights
     from mmrl.search.embed import embed_images
 
     result = embed_images(
-        model,
+        with_random_weights(model) if random_weights else model,
         source,
         out,
         parse_ints("dim", dim),
@@ -46,6 +54,7 @@ def embed(
         npy=npy,
         group_key=group_key,
         workers=workers,
+        force=force,
         quiet=as_json,
     )
     if as_json:
@@ -85,9 +94,10 @@ def index(
         typer.Option(help="Key of an image to delete; @FILE: a file with one key per line (repeatable)"),
     ] = None,
     compact: Annotated[bool, typer.Option("--compact", help="Rewrite the index without its deleted images")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Build an index from embeddings, or add to, delete from or compact one."""
+    """Build an index of images and texts from embeddings, or add to, delete from or compact one."""
     from mmrl.search.build import add_to_index, compact_index, delete_from_index, write_index
 
     changes = bool(delete) or compact
@@ -102,7 +112,7 @@ def index(
     elif add:
         manifest = add_to_index(source, out, quiet=as_json)
     else:
-        manifest = write_index(source, out, code=code, dim=dim, candidates=candidates, quiet=as_json)
+        manifest = write_index(source, out, code=code, dim=dim, candidates=candidates, force=force, quiet=as_json)
     if as_json:
         print(json.dumps(manifest, indent=2))
 
@@ -118,31 +128,51 @@ def search(
     exact: Annotated[
         bool, typer.Option("--exact", help="Compare all full vectors instead of using the index's codes")
     ] = False,
+    within: Annotated[
+        str | None, typer.Option("--in", help="images or texts (default: images, if the index has them)")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the results into this image file, e.g. found.png")] = None,
     as_json: Json = False,
 ) -> None:
-    """Search an index by text or by image, at any embedding dim."""
+    """Search the images or the texts of an index by text or by image, at any embedding dim."""
     from mmrl.search.query import search_index
 
     result = search_index(
-        index, query, image=image, model=model, dim=dim, k=k, group=group, exact=exact, picture=picture, quiet=as_json
+        index,
+        query,
+        image=image,
+        model=model,
+        dim=dim,
+        k=k,
+        group=group,
+        exact=exact,
+        kind=within,
+        picture=picture,
+        quiet=as_json,
     )
     if as_json:
         print(json.dumps(result, indent=2))
 
 
 def serve(
-    index: IndexFolder,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INDEX|MODEL", help="Output folder of mmrl index, or an encoder: no page, only the API"),
+    ],
     model: IndexModel = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; the default accepts connections from this machine only")
+        str,
+        typer.Option(
+            help="Address to listen on; the default accepts connections from this machine only, others need an API key "
+            "in the environment variable MMRL_API_KEY"
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one")] = 8000,
 ) -> None:
-    """Serve a web page to search an index by text or image, and a JSON API described at /docs."""
-    from mmrl.search.serve import serve_index
+    """Serve the search page of an index, and an embeddings API that OpenAI's clients can call (/docs describes it)."""
+    from mmrl.search.serve import serve as run_server
 
-    serve_index(index, model, host, port)
+    run_server(source, model, host, port)
 
 
 def _read_keys(options: list[str] | None) -> list[str]:

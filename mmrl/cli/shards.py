@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrl.cli.options import Json
+from mmrl.cli.options import Force, Json
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def pack(
     ] = None,
     holdout_seed: Annotated[int, typer.Option(help="Seed that chooses the pairs of --holdout")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one per core)")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Pack a folder or a table of image-text pairs into shards. Resumable: run the same command again."""
@@ -73,6 +74,7 @@ def pack(
         holdout=holdout,
         holdout_seed=holdout_seed,
         workers=workers or usable_cores(),
+        force=force,
         quiet=as_json,
     )
     if as_json:
@@ -149,9 +151,9 @@ def _data_to_check(
     model = tokenizer or (run.model.name if run else None)
     if model is None:
         return data, None, 64, None
-    from mmrl.model import towers
+    from mmrl.model import registry
 
-    tokenise = towers.build_tokenizer(model)
-    side = towers.input_side(towers.read_model_cfg(model))
+    tokenise = registry.build_tokenizer(model)
+    side = registry.input_side(registry.read_model_cfg(model))
     tokens = TokenCounter(tokenise.lengths, tokenise.context_length, tokenise.max_characters)
     return data, tokens, side, run.train.batch_size if run else None

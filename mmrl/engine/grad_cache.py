@@ -67,9 +67,7 @@ def backward(
     return loss
 
 
-def _detach(
-    outputs: Outputs,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _detach(outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The model's outputs as leaves that collect a gradient."""
     image_bD, text_bD, scale, bias = (None if x is None else x.detach().requires_grad_() for x in outputs)
     assert image_bD is not None

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from mmrl.durations import Duration
+from mmrl.errors import InputError
 from mmrl.model.towers import projection_axes
 from mmrl.model.two_tower import MatryoshkaCLIP, ProjectedTower
 from mmrl.settings import Settings
@@ -77,7 +78,11 @@ def set_lr(optimizer: Any, factor: float) -> float:
 
 
 def build(model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all trained parameters, grouped by learning rate and weight decay."""
+    """AdamW over all trained parameters, grouped by learning rate and weight decay.
+
+    Raises:
+        InputError: optim.layer_decay for a tower whose layers are not known by their names.
+    """
     grouped: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for _, parameter, lr, decay in _parameter_settings(model, model_cfg, config):
         grouped[lr, decay].append(parameter)
@@ -104,6 +109,8 @@ def _parameter_settings(
         without_decay = {f"tower.{name}" for name in _no_weight_decay(encoder.tower)}
         token_embeddings = {f"tower.{name}" for name in _token_embeddings(encoder.tower)}
         depth = _Depth([name for name, _ in encoder.named_parameters()])
+        if config.layer_decay != 1:
+            depth.check(side)
         for name, parameter in encoder.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -143,16 +150,27 @@ def _no_weight_decay(tower: nn.Module) -> set[str]:
 
 
 class _Depth:
-    """The number of layers between a parameter and the tower's output, from the block indices in parameter names."""
+    """The number of layers between a parameter and the tower's output, from the blocks in parameter names: of a ViT
+    `blocks.3.`, of a T5 `block.3.`, of a ResNet `layer3.`, of a network of stages the stages."""
 
-    _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers|layer|stages)\.(\d+)\.")
-    _INPUT = re.compile(r"embed|conv1|stem|ln_pre|norm_pre")
+    _BLOCK = re.compile(r".*?(?:^|\.)(?:resblocks|blocks?|layers?|stages)\.?\d+\.")
+    _INPUT = re.compile(r"embed|stem|ln_pre|norm_pre|(?:cls|class)_token|\.(?:conv|bn)\d\.")
+    _POOL = re.compile(r"attn_?pool")
 
     def __init__(self, names: list[str]) -> None:
-        self._num_layers = 1 + max((int(m[1]) for name in names if (m := self._BLOCK.search(name))), default=-1)
+        found = dict.fromkeys(block[0] for name in names if (block := self._BLOCK.match(name)))
+        self._blocks = {block: position for position, block in enumerate(found)}
 
     def from_output(self, name: str) -> int:
-        block = self._BLOCK.search(name)
-        if block:
-            return self._num_layers - int(block[1])
-        return self._num_layers + 1 if self._INPUT.search(name) else 0
+        """0 behind the last block, 1 in it, …; one more than the number of blocks before the first."""
+        if block := self._BLOCK.match(name):
+            return len(self._blocks) - self._blocks[block[0]]
+        return len(self._blocks) + 1 if self._INPUT.search(name) and not self._POOL.search(name) else 0
+
+    def check(self, side: str) -> None:
+        """Raises InputError if the tower's names show no blocks."""
+        if not self._blocks:
+            raise InputError(
+                f"optim.layer_decay: the layers of this {side} tower are not known by their names; set it to 1, or use "
+                f"optim.lr_{side}."
+            )

@@ -91,31 +91,7 @@ def score_zero_shot(
     Raises:
         InputError: every sample is bad.
     """
-    labelled = embed_labelled(reader, encoder, len(classes.names), on_batch)
-    embeddings = class_embeddings(classes, encoder, dims)
-    return score_classification(labelled, embeddings, over_ranks=True), labelled.bad
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """The image embeddings of a whole set, not normalised, and their class indices, on every process."""
-
-    image_ND: Tensor
-    label_N: Tensor
-    bad: list[Problem]
-
-
-def embed_labelled(
-    reader: ImageReader,
-    encoder: Bundle | EvaluatedEncoder,
-    num_classes: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> LabelledImages:
-    """Embeds the images of a set whose captions are class indices; the samples are divided over the processes.
-
-    Raises:
-        InputError: every sample is bad.
-    """
+    num_classes = len(classes.names)
     embedded = sets.embed(reader, encoder, captions=1, texts=False, on_batch=on_batch)
     label_N = torch.tensor([class_index(caption, num_classes) for caption in embedded.captions])
     labelled_N = label_N >= 0
@@ -125,7 +101,9 @@ def embed_labelled(
     ]
     if not labelled_N.any():
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
-    return LabelledImages(embedded.image_ND[labelled_N], label_N[labelled_N], bad)
+    embeddings = class_embeddings(classes, encoder, dims)
+    scores = score_classification(embedded.image_ND[labelled_N], label_N[labelled_N], embeddings, over_ranks=True)
+    return {**scores, "num_bad": len(bad)}, bad
 
 
 def class_index(text: str, num_classes: int) -> int:
@@ -150,18 +128,18 @@ def class_embeddings(classes: Classes, encoder: Bundle | EvaluatedEncoder, dims:
 
 
 def score_classification(
-    labelled: LabelledImages, class_Cd_of_dim: dict[int, Tensor], over_ranks: bool = False
+    image_ND: Tensor, label_N: Tensor, class_Cd_of_dim: dict[int, Tensor], over_ranks: bool = False
 ) -> dict[str, Any]:
     """One set's entry in retrieval.json: {"dims": {"512": {"classification": {"top1": …}}}, …}, shares in 0..1.
 
-    The rank of the true class is 1 + the number of other classes that score at least as high. `mean_per_class` is top1
-    averaged over the classes that occur in the set.
+    The images need not be normalised. The rank of the true class is 1 + the number of other classes that score at least
+    as high. `mean_per_class` is top1 averaged over the classes that occur in the set.
     """
-    label_N, result = labelled.label_N, {}
+    result = {}
     for dim in sorted(class_Cd_of_dim, reverse=True):
         class_Cd = class_Cd_of_dim[dim]
         index_C = torch.arange(len(class_Cd))
-        ranks = rank_queries(labelled.image_ND[:, :dim], class_Cd, label_N, index_C, [dim], over_ranks=over_ranks)
+        ranks = rank_queries(image_ND[:, :dim], class_Cd, label_N, index_C, [dim], over_ranks=over_ranks)
         rank_N = ranks[dim].rank_Q
         hits_C = torch.zeros(len(index_C), dtype=torch.float64).index_add_(0, label_N, (rank_N <= 1).double())
         images_C = label_N.bincount(minlength=len(index_C))
@@ -177,6 +155,5 @@ def score_classification(
         "dims": result,
         "num_images": len(label_N),
         "num_classes": count,
-        "num_bad": len(labelled.bad),
         "chance": {CLASSIFICATION: {"top1": 1 / count, "top5": min(5 / count, 1.0), "mean_per_class": 1 / count}},
     }

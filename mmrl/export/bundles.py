@@ -20,13 +20,14 @@ from mmrl.export.contract import Reference
 from mmrl.export.formats import base
 from mmrl.export.formats.base import Format, Truncated
 from mmrl.export.measure import Recall
+from mmrl.export.onnx_graphs import EXTERNAL_SUFFIX
 from mmrl.inference.extras import require_packages
 from mmrl.model import bundle, layouts
 from mmrl.model.bundle import Bundle
-from mmrl.model.manifest import hash_files, write_manifest
+from mmrl.model.manifest import check_encoder_out, hash_files, write_manifest
 from mmrl.model.source import ModelSource, StoredModel, parse_model
 from mmrl.nesting import check_dims, untrained_note
-from mmrl.output.files import atomic_path, check_new_folder
+from mmrl.output.files import atomic_path, check_out_folder
 
 # Maximum mean cosine error of a variant on the samples. Beyond it something is broken: rounding alone stays below.
 _MAX_ERROR = {"fp16": 1e-3, "int8": 0.1}
@@ -59,6 +60,7 @@ def export(
     check_shards: str | None = None,
     measure_shards: str | None = None,
     licence: str | None = None,
+    force: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes an encoder per dim, whose embeddings are MODEL's truncated to that dim; returns {dim: manifest}.
@@ -69,10 +71,11 @@ def export(
         check_shards: samples to compare the written encoders on; default: of the starter set.
         measure_shards: shards to measure each variant's recall on.
         licence: for the model card, an SPDX identifier.
+        force: replace an exported encoder in OUT.
         log: called with each line to show: the note, and the summary of each written folder.
 
     Raises:
-        InputError: before any work, if MODEL names no encoder, a dim is out of range, OUT exists and is not empty, the
+        InputError: before any work, if MODEL names no encoder, a dim is out of range, OUT is not new or empty, or the
             format is unknown, cannot hold this architecture or needs a package that is not installed.
         RunStopped: a written encoder differs from the source by more than the tolerance.
     """
@@ -80,9 +83,11 @@ def export(
     require_packages(*chosen.needs)
     variants = _checked_variants(chosen, quantize, measure_shards)
     folders = {dim: out if len(dims) == 1 else out / str(dim) for dim in dims}
-    for folder in {out, *folders.values()}:
-        check_new_folder(folder)
     source = parse_model(model)
+    if len(dims) > 1:
+        check_out_folder(out, {folder.name for folder in folders.values()})
+    for folder in folders.values():
+        check_encoder_out(folder, force, source.folder if isinstance(source, StoredModel) else None)
     stored = bundle.read_manifest(source.folder) if isinstance(source, StoredModel) else None
     full = bundle.open_model(source)
     check_dims(dims, full.dim, "dim")
@@ -116,11 +121,10 @@ def _export_dim(job: _Job, dim: int, out: Path) -> dict[str, Any]:
         truncated = _truncate(job, dim, Path(scratch))
         graphs = job.format.write(truncated, folder, job.variants)
         files = hash_files(folder)
-        layout = layouts.LAYOUTS.get(job.format.name)
-        manifest = {
-            **truncated.manifest,
-            "layout": job.format.name,
-            "weights_sha256": files[layout.weights] if layout else truncated.manifest["weights_sha256"],
+        manifest: dict[str, Any] = {**truncated.manifest, "layout": job.format.name}
+        if not graphs:
+            manifest["weights_sha256"] = files[layouts.layout_of_manifest(manifest, folder).weights]
+        manifest |= {
             "files": files,
             **({"rotation": job.rotation} if job.rotation else {}),
             **({"graphs": graphs} if graphs else {}),
@@ -149,8 +153,9 @@ def _measured_variants(job: _Job, dim: int, folder: Path, graphs: dict[str, Any]
     measured = {}
     for name in ("fp32", *job.variants):
         opened = job.format.reopen(folder, name)
-        files = [path for modality in ("image", "text") for path in folder.glob(f"{graphs[modality][name]}*")]
-        size = sum(path.stat().st_size for path in files)
+        paths = [folder / graphs[modality][name] for modality in ("image", "text")]
+        weights = [other for path in paths for other in (Path(f"{path}{EXTERNAL_SUFFIX}"), path.with_suffix(".bin"))]
+        size = sum(path.stat().st_size for path in (*paths, *weights) if path.is_file())
         measured[name] = {
             "megabytes": round(size / 1e6, 1),
             "cosine_error": job.reference.errors(opened, dim, _MAX_ERROR.get(name, 1e-6)),
@@ -168,12 +173,14 @@ def _make_readable(folder: Path) -> None:
 
 
 def _checked_variants(chosen: Format, quantize: Sequence[str], measure_shards: str | None) -> tuple[str, ...]:
-    for name in quantize:
-        if name not in base.VARIANTS:
-            raise InputError(f"quantize: {name!r} is unknown; allowed: {', '.join(base.VARIANTS)}.")
     if (quantize or measure_shards) and not chosen.variants:
         option = "quantize" if quantize else "measure"
         raise InputError(f"{option}: the format {chosen.name} has float32 weights only; use onnx or transformers.js.")
+    for name in quantize:
+        if name not in chosen.variants:
+            raise InputError(
+                f"quantize: {name!r} is unknown to the format {chosen.name}; allowed: {', '.join(chosen.variants)}."
+            )
     return tuple(dict.fromkeys(quantize))
 
 

@@ -10,16 +10,24 @@ from mmrl.evaluate.report.tables import recall_markdown
 from mmrl.export.formats.base import Format
 from mmrl.model.manifest import CARD
 
+# Kinds of images that some tools do not read as training does, and what to do.
+_REMEDIES = {
+    "rotated by EXIF": "apply `PIL.ImageOps.exif_transpose`",
+    "transparent": "composite on the background colour",
+    "16-bit": "convert to 8 bits",
+    "CMYK": "convert to RGB",
+}
 _RECIPE_SECTIONS = ("model", "nesting", "loss", "data", "optim", "train")
 
 
 def summary(folder: Path, manifest: dict[str, Any]) -> str:
-    """One line for the exported folder and one for each variant of its graphs."""
+    """One line for the exported folder, two for its tool's preprocessing and one for each variant of its graphs."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    worst = manifest["contract"]["worst_absolute_difference"]
+    contract = manifest["contract"]
     lines = [
         f"{folder}: {manifest['dim']}-d encoder, {size / 1e6:.1f} MB; maximum difference from the source's prefix "
-        f"{worst:.0e}"
+        f"{contract['worst_absolute_difference']:.0e} on equal pixels and token ids",
+        *(f"  {contract['checked_by']}, {line}" for line in (_text_errors(contract), _image_errors(contract))),
     ]
     variants = manifest.get("variants") or {}
     for name, one in variants.items() if len(variants) > 1 else ():
@@ -34,6 +42,32 @@ def summary(folder: Path, manifest: dict[str, Any]) -> str:
     if "int8" in variants and "recall" not in variants["int8"]:
         lines.append("  int8 is not the default because its recall was not measured; --measure SHARDS measures it")
     return "\n".join(lines)
+
+
+def _text_errors(contract: dict[str, Any]) -> str:
+    hard = contract["hard_texts"]
+    differing, worst = hard["tokenised_differently"], f"cosine error up to {hard['worst_cosine_error']:.0e}"
+    if not differing:
+        return f"texts: training's token ids for all {hard['count']} difficult texts, {worst}"
+    return (
+        f"texts: training's token ids for {hard['count'] - len(differing)} of {hard['count']} difficult texts, {worst} "
+        f"for the others, e.g. {differing[0][:40]!r}"
+    )
+
+
+def _image_errors(contract: dict[str, Any]) -> str:
+    errors, special = contract["hard_images_cosine_error"], _special_images(contract)
+    worst = max((error for kind, error in errors.items() if kind not in special), default=0.0)
+    named = {kind: "refused" if error is None else f"{error:.0e}" for kind, error in special.items()}
+    return "; ".join([f"images: cosine error up to {worst:.0e}", *(f"{kind} {error}" for kind, error in named.items())])
+
+
+def _special_images(contract: dict[str, Any]) -> dict[str, float | None]:
+    """The kinds of images that the tool refuses, or reads much worse than it resizes plain ones."""
+    errors = contract["hard_images_cosine_error"]
+    plain = max((error or 0.0 for kind, error in errors.items() if kind not in _REMEDIES), default=0.0)
+    limit = 10 * max(plain, 1e-6)
+    return {kind: error for kind, error in errors.items() if error is None or (kind in _REMEDIES and error > limit)}
 
 
 def write(
@@ -54,6 +88,7 @@ def write(
         f"can be truncated to fewer dims and renormalised. {_nested_dims(manifest)}\n",
         f"## Usage\n\n{format.usage.replace('FOLDER', name)}",
         f"## Source\n\n{_contract(manifest)}",
+        f"## Preprocessing\n\n{_preprocessing(manifest)}",
         _variants(manifest),
         _evaluation(run, manifest, name),
         _recipe(run, manifest),
@@ -107,6 +142,22 @@ def _contract(manifest: dict[str, Any]) -> str:
         f"value is {contract['worst_absolute_difference']:.0e}; end to end, from image file and text to embedding, the "
         f"mean cosine error is {image} for images and {text} for texts.\n\n"
         "Only the projections were truncated, so the encoder is as fast as its source.\n"
+    )
+
+
+def _preprocessing(manifest: dict[str, Any]) -> str:
+    """What the tool makes of difficult inputs, and what to do about it."""
+    contract = manifest["contract"]
+    lines = [f"- {line[0].upper()}{line[1:]}." for line in (_text_errors(contract), _image_errors(contract))]
+    if contract["hard_texts"]["tokenised_differently"]:
+        lines[0] += " Clean such texts first: `html.unescape(html.unescape(ftfy.fix_text(text)))`."
+    special = _special_images(contract)
+    lines[1] += "".join(f" If {kind}: {_REMEDIES[kind]} first." for kind in special if kind in _REMEDIES)
+    kinds = ", ".join(contract["hard_images_cosine_error"])
+    return (
+        f"From image and text to embedding, compared with training's preprocessing, with {contract['checked_by']} on "
+        "typographic, escaped and long texts of many scripts, and on one image of each kind that has another size than "
+        f"the encoder's ({kinds}):\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -1,7 +1,8 @@
 """Check an exported encoder: its embeddings must equal the source's, truncated and renormalised.
 
-Measured on real samples with the tool that the format is for, twice: on equal pixels and token ids, where only the
-order of float32 sums may differ, and end to end, where the tool resizes images and tokenises texts in its own way.
+Measured with the tool that the format is for: on equal pixels and token ids of real samples, where only the order of
+float32 sums may differ; and end to end on the samples and on the inputs of hard_inputs.py, because the tool resizes
+images and tokenises texts in its own way.
 
 Shapes: N samples, B of a batch, C channels, H and W the image's size, L tokens, d the exported encoder's dim.
 """
@@ -18,13 +19,17 @@ from mmrl import nesting
 from mmrl.data.samples import BadSample
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
+from mmrl.export import hard_inputs, tokenizer_json
 from mmrl.images.decode import to_pil
+from mmrl.images.upright import upright
 from mmrl.model.bundle import Bundle
 
 STARTER = "starter:val-pictures"
 _MAX_SAMPLES = 32
 # Maximum mean cosine error end to end: tools resize images and clean texts differently.
 _END_TO_END = 0.02
+# Hard texts that are embedded even if the tool tokenises them as training did.
+_TEXTS_EMBEDDED = 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Reopened:
     """Embeds int64 (B, L) of mmrl's tokenizer."""
     images: Callable[[list[Image.Image]], np.ndarray]
     texts: Callable[[list[str]], np.ndarray]
+    token_ids: Callable[[list[str]], list[list[int]]]
+    """The tool's token ids, with or without padding at their end."""
 
 
 def read_samples(shards: str | None) -> Samples:
@@ -83,6 +90,9 @@ class Reference:
         with torch.inference_mode():
             self._image_BD = full.model.encode_image(self.pixels_BCHW)
             self._text_BD = full.model.encode_text(self.tokens_BL)
+        self._full, self._pad_id = full, tokenizer_json.pad_id(full)
+        self._hard_texts = hard_inputs.texts()
+        self._hard_images = hard_inputs.images(full.image_spec.height, full.image_spec.width)
 
     def prefix(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and text embeddings, truncated and renormalised: (B, dim) each."""
@@ -114,7 +124,39 @@ class Reference:
             "worst_absolute_difference": worst,
             "allowed": tolerance,
             "end_to_end_cosine_error": self._cosine_errors(embedded, dim, _END_TO_END, problem),
+            "hard_texts": self._hard_text_errors(folder, dim),
+            "hard_images_cosine_error": self._hard_image_errors(folder, dim),
         }
+
+    @torch.inference_mode()
+    def _hard_text_errors(self, folder: Reopened, dim: int) -> dict[str, Any]:
+        """How many hard texts the tool tokenises differently, and the worst cosine error of any."""
+        texts, tokenise = self._hard_texts, self._full.tokenise
+        own = _without_padding(tokenise(texts).tolist(), self._pad_id)
+        found = _without_padding(folder.token_ids(texts), self._pad_id)
+        different = [text for text, a, b in zip(texts, own, found, strict=True) if a != b]
+        embedded = [*different, *(text for text in texts[:_TEXTS_EMBEDDED] if text not in different)]
+        expected_Nd = nesting.truncate(self._full.model.encode_text(tokenise(embedded)), dim).numpy()
+        error_N = cosine_errors(folder.texts(embedded), expected_Nd)
+        return {
+            "count": len(texts),
+            "tokenised_differently": different,
+            "worst_cosine_error": float(error_N.max()),
+            "worst": embedded[int(error_N.argmax())],
+        }
+
+    @torch.inference_mode()
+    def _hard_image_errors(self, folder: Reopened, dim: int) -> dict[str, float | None]:
+        """{kind of image: its cosine error}; None if the tool cannot read it."""
+        errors: dict[str, float | None] = {}
+        for kind, image in self._hard_images.items():
+            pixels_CHW = self._full.image_spec.pixels(upright(image))
+            expected_1d = nesting.truncate(self._full.model.encode_image(pixels_CHW[None]), dim).numpy()
+            try:
+                errors[kind] = float(cosine_errors(folder.images([image]), expected_1d)[0])
+            except Exception:  # of any kind: it is another library's
+                errors[kind] = None
+        return errors
 
     def errors(self, folder: Reopened, dim: int, max_error: float) -> dict[str, Any]:
         """The cosine errors of a variant of lower precision, on equal inputs.
@@ -145,10 +187,19 @@ class Reference:
 
 def cosine_error(vectors_Nd: np.ndarray, expected_Nd: np.ndarray) -> dict[str, float]:
     """1 - cosine of the rows, as {"mean": …, "worst": …}; never below 0."""
+    error_N = cosine_errors(vectors_Nd, expected_Nd)
+    return {"mean": float(error_N.mean()), "worst": float(error_N.max())}
+
+
+def cosine_errors(vectors_Nd: np.ndarray, expected_Nd: np.ndarray) -> np.ndarray:
+    """1 - cosine of each row with its expected unit vector: float64 (N,)."""
     # As half of the squared distance in float64: 1 - cosine itself would round to 0 for small errors.
     difference = unit(vectors_Nd).astype(np.float64) - expected_Nd.astype(np.float64)
-    error_N = (difference**2).sum(1) / 2
-    return {"mean": float(error_N.mean()), "worst": float(error_N.max())}
+    return (difference**2).sum(1) / 2
+
+
+def _without_padding(ids: list[list[int]], pad_id: int) -> list[list[int]]:
+    return [row[: max((i + 1 for i, one in enumerate(row) if one != pad_id), default=0)] for row in ids]
 
 
 def unit(vectors_Nd: np.ndarray) -> np.ndarray:

@@ -112,6 +112,27 @@ def write_text(
     return any_length
 
 
+def add_dim_input(path: Path, dim: int) -> None:
+    """Gives the graph in `path` the optional input `dim`, int64 (1,): the length of the embeddings' prefix that it
+    returns, renormalised; by default all `dim` dims."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(path, load_external_data=False)
+    graph, output = model.graph, model.graph.output[0]
+    name, full = output.name, f"{output.name}.full"
+    producer = next(node for node in graph.node if name in node.output)
+    producer.output[list(producer.output).index(name)] = full
+    # An initializer that is an input too is the input's default.
+    values = {"dim": dim, "dim.start": 0, "dim.axis": 1}
+    graph.initializer.extend(numpy_helper.from_array(np.array([value]), key) for key, value in values.items())
+    graph.input.append(helper.make_tensor_value_info("dim", TensorProto.INT64, [1]))
+    graph.node.append(helper.make_node("Slice", [full, "dim.start", "dim", "dim.axis"], [f"{name}.prefix"]))
+    graph.node.append(helper.make_node("LpNormalization", [f"{name}.prefix"], [name], axis=1, p=2))
+    output.type.tensor_type.shape.dim[1].dim_param = "dim"
+    onnx.save(model, path)
+
+
 def check_size(full: Bundle, format: str) -> None:
     """Raises InputError if a tower is too large for a graph with internal weights."""
     for encoder in (full.model.image, full.model.text):

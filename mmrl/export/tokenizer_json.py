@@ -1,30 +1,17 @@
 """Write a text tower's tokenizer as tokenizer.json, for the tokenizers library, transformers and transformers.js."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mmrl.errors import InputError
+from mmrl.export import text_cleaning
 from mmrl.model.bundle import Bundle
 
 FILE = "tokenizer.json"
-START, END = "<|startoftext|>", "<|endoftext|>"
-# What ftfy changes in correctly encoded texts; open_clip runs it before its BPE. (ftfy also repairs mojibake; these
-# rules do not.)
-_ENTITIES = (
-    ("&amp;", "&"),
-    ("&amp;", "&"),
-    ("&lt;", "<"),
-    ("&gt;", ">"),
-    ("&quot;", '"'),
-    ("&#39;", "'"),
-    ("&nbsp;", " "),
-)
-_LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st", "ĳ": "ij", "Ĳ": "IJ"}
-_QUOTES = {"[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"'}
-_CONTROL = "[\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f\ufeff\u206a-\u206f\ufff9-\ufffc]"
-_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+# As open_clip's pattern, which ignores case: it then finds no word in U+0345, the mark whose capital is a letter.
+_CONTRACTIONS = "'[sS\u017f]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+_WORDS = _CONTRACTIONS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 
 
 def check(bundle: Bundle, format: str) -> None:
@@ -44,77 +31,90 @@ def is_bpe(bundle: Bundle) -> bool:
     return hasattr(bundle.tokenise.tokenizer, "bpe_ranks")
 
 
-def write(bundle: Bundle, stored: Path, folder: Path) -> dict[str, Any]:
+def pad_id(bundle: Bundle) -> int:
+    """The token id with which mmrl pads texts."""
+    return 0 if is_bpe(bundle) else bundle.tokenise.tokenizer.tokenizer.pad_token_id or 0
+
+
+def write(bundle: Bundle, stored: Path, folder: Path, *, cleans: bool) -> dict[str, Any]:
     """Writes FOLDER/tokenizer.json; returns the tokenizer's keys of a manifest's `graphs`.
 
     Args:
         stored: the bundle's folder, with the files of a Hugging Face tokenizer.
+        cleans: it cleans texts as training did; else it expects clean texts.
     """
+    from tokenizers import Tokenizer, normalizers
+
     settings = bundle.model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
     if is_bpe(bundle):
-        _write_bpe(bundle.tokenise.tokenizer, folder / FILE)
-        return {"tokenizer": FILE, "clean": settings.get("clean", "lower"), "pad_id": 0, "zero_id": None}
-    original = stored / "tokenizer" / FILE
-    if not original.is_file():
-        raise InputError(f"format: this tokenizer has no {FILE} (a slow tokenizer); allowed: bundle, open_clip.")
-    shutil.copyfile(original, folder / FILE)
-    inner = bundle.tokenise.tokenizer.tokenizer
-    zero_id = inner.sep_token_id if settings.get("strip_sep_token") else None
-    clean = settings.get("clean", "whitespace")
-    return {"tokenizer": FILE, "clean": clean, "pad_id": inner.pad_token_id or 0, "zero_id": zero_id}
+        clean, zero_id = settings.get("clean", "lower"), None
+        tokenizer = _bpe(bundle.tokenise.tokenizer, clean, cleans)
+    else:
+        original = stored / "tokenizer" / FILE
+        if not original.is_file():
+            raise InputError(f"format: this tokenizer has no {FILE} (a slow tokenizer); allowed: bundle, open_clip.")
+        tokenizer = Tokenizer.from_file(str(original))
+        inner, clean = bundle.tokenise.tokenizer.tokenizer, settings.get("clean", "whitespace")
+        zero_id = inner.sep_token_id if settings.get("strip_sep_token") else None
+        if cleans:
+            own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+            tokenizer.normalizer = normalizers.Sequence([*text_cleaning.normalizers(clean), *own])
+    tokenizer.save(str(folder / FILE))
+    return {"tokenizer": FILE, "clean": clean, "pad_id": pad_id(bundle), "zero_id": zero_id}
 
 
-def write_config(context_length: int, folder: Path) -> None:
+def write_config(bundle: Bundle, folder: Path) -> None:
     """Writes FOLDER/tokenizer_config.json, for transformers and transformers.js."""
+    tokenizer = bundle.tokenise.tokenizer
+    if is_bpe(bundle):
+        start, end = (tokenizer.decoder[index] for index in (tokenizer.sot_token_id, tokenizer.eot_token_id))
+        special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    else:
+        special = {name: str(token) for name, token in tokenizer.tokenizer.special_tokens_map.items()}
+    cleaning = (bundle.model_cfg["text_cfg"].get("tokenizer_kwargs") or {}).get("clean")
     config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": context_length,
-        "bos_token": START,
-        "eos_token": END,
-        "unk_token": END,
-        "pad_token": END,
+        # The class that reads tokenizer.json as it is; CLIPTokenizer and others replace its normalizer by their own.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": bundle.tokenise.context_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        # Training sees no special token in a text, because their brackets are removed first.
+        **({"split_special_tokens": True} if cleaning == "canonicalize" else {}),
+        **special,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_bpe(simple: Any, path: Path) -> None:
-    """Converts open_clip's SimpleTokenizer. The start and end tokens get the names that transformers uses."""
+def _bpe(simple: Any, clean: str, cleans: bool) -> Any:
+    """The tokenizers library's equivalent of an open_clip SimpleTokenizer."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
-    renamed: dict[Any, str] = {simple.sot_token_id: START, simple.eot_token_id: END}
-    vocab: dict[str, int] = {renamed.get(index) or token: index for token, index in simple.encoder.items()}
+    start, end = (simple.decoder[index] for index in (simple.sot_token_id, simple.eot_token_id))
     merges = [pair for pair in simple.bpe_ranks if len(pair) == 2]
     bpe = BPE(
-        vocab=vocab,
+        vocab=simple.encoder,
         merges=merges,
-        unk_token=END,
+        unk_token=end,
         continuing_subword_prefix="",
         end_of_word_suffix="</w>",
         fuse_unk=False,
     )
     tokenizer = Tokenizer(bpe)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
-    wide = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)} | {"\u3000": " "}
-    replaced = [*_ENTITIES, *_LIGATURES.items(), *wide.items()]
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            *(normalizers.Replace(old, new) for old, new in replaced),
-            *(normalizers.Replace(Regex(old), new) for old, new in _QUOTES.items()),
-            normalizers.Replace(Regex(_CONTROL), ""),
-            normalizers.NFC(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
-        ]
-    )
+    if cleans:
+        tokenizer.normalizer = normalizers.Sequence(text_cleaning.normalizers(clean))
+    # open_clip finds them in the cleaned text; without punctuation there are none.
+    found = clean != "canonicalize"
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=found) for token in (start, end)])
+    words = "|".join([*map(text_cleaning.any_case, (start, end)), _WORDS])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.RobertaProcessing(
-        (END, simple.eot_token_id), (START, simple.sot_token_id), trim_offsets=False, add_prefix_space=False
+        (end, simple.eot_token_id), (start, simple.sot_token_id), trim_offsets=False, add_prefix_space=False
     )
-    tokenizer.save(str(path))
+    return tokenizer

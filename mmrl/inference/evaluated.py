@@ -52,7 +52,7 @@ class OnnxModel(nn.Module):
 
 
 def open_encoder(model: str) -> EvaluatedEncoder:
-    """Opens MODEL for evaluation: a run folder, a checkpoint, an export of any format, or open_clip:NAME.
+    """Opens MODEL for evaluation.
 
     Raises:
         InputError: there is no such encoder, it is damaged, or the library that runs its graphs is not installed.

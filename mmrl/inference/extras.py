@@ -8,6 +8,7 @@ _EXTRA_OF = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",
+    "openvino": "openvino",
     "sentence_transformers": "sentence-transformers",
 }
 

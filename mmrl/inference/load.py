@@ -24,8 +24,8 @@ def load(
     """Opens an encoder for inference, offline.
 
     Args:
-        path: a run folder (its best checkpoint, else its last), a checkpoint, an exported folder of any format, or
-            `open_clip:NAME[:PRETRAINED]`.
+        path: MODEL: a run folder (its best checkpoint, else its last), a checkpoint, an exported folder of any format,
+            `open_clip:NAME:TAG`, a folder of transformers, …; mmrl/model/README.md lists the forms.
         dim: embedding dim, 1 to the stored encoder's dim (default: that dim). Recall was optimised at the encoder's
             `nested_dims` only.
         device: 'cuda' or 'cpu'. Default: a GPU if available; ONNX graphs run on the CPU unless 'cuda' is given.

@@ -1,4 +1,4 @@
-"""`mmrl.load` for ONNX graphs, run by onnxruntime. Encoding images and texts does not import torch.
+"""`mmrl.load` for graphs of ONNX and OpenVINO. Encoding images and texts does not import torch.
 
 Shapes: N inputs, L tokens per text, d embedding dim.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from mmrl.errors import InputError
 from mmrl.inference.base import ImageInput, LoadedEncoder
 from mmrl.inference.extras import require_packages
+from mmrl.model.manifest import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OnnxEncoder(LoadedEncoder):
-    """A `LoadedEncoder` that runs on onnxruntime."""
+    """A `LoadedEncoder` that runs on onnxruntime or OpenVINO."""
 
     def __init__(self, encoder: "Encoder") -> None:
         self._encoder = encoder
@@ -68,16 +69,14 @@ def open_onnx(
     towers: str,
     variant: str | None,
 ) -> OnnxEncoder:
-    """Opens a folder of ONNX graphs; see `mmrl.load` for the arguments.
+    """Opens a folder of graphs; see `mmrl.load` for the arguments.
 
     Raises:
-        InputError: as `mmrl.load`, or onnxruntime is not installed.
+        InputError: as `mmrl.load`, or the runtime is not installed.
     """
     if dtype is not None:
-        raise InputError(
-            "dtype: ONNX graphs compute in the precision of their export; choose a variant instead of dtype."
-        )
-    require_packages("onnxruntime")
+        raise InputError("dtype: graphs compute in the precision of their export; choose a variant instead of dtype.")
+    require_packages("openvino" if read_manifest(folder)["layout"] == "openvino" else "onnxruntime")
     from mmrl.inference.standalone import Encoder
 
     with _input_errors():

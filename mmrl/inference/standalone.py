@@ -1,7 +1,7 @@
-"""Encodes images and texts as unit vectors with ONNX graphs. Imports neither torch nor mmrl.
+"""Encodes images and texts as unit vectors with the graphs of ONNX or OpenVINO. Imports neither torch nor mmrl.
 
-This file is copied into every ONNX export as encoder.py, with mmrl/images/upright.py in place of its import. It needs
-Python 3.10, numpy, Pillow 10.3, tokenizers and onnxruntime:
+This file is copied into every export of graphs as encoder.py, with mmrl/images/upright.py in place of its import. It
+needs Python 3.10, numpy, Pillow 10.3, ftfy, tokenizers and onnxruntime or openvino:
 
     from encoder import Encoder
 
@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
-import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -38,7 +38,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Encoder:
-    """The image and text towers of one folder, each an onnxruntime session."""
+    """The image and text towers of one folder, each a graph of onnxruntime or OpenVINO."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Encoder:
             dim: embeddings are truncated to their first `dim` dims and renormalised (default: full dim).
             towers: 'both', 'image' or 'text'.
             variant: 'fp32', 'fp16' or 'int8', if it was exported (default: as in the manifest).
-            device: 'cpu' or 'cuda'.
-            threads: intra-op threads per session (default: onnxruntime's).
+            device: 'cpu' or 'cuda'; of OpenVINO, one of its devices.
+            threads: per graph (default: the runtime's).
 
         Raises:
             ValueError: no such folder, variant or dim; a file is missing or its hash differs from the manifest.
@@ -73,17 +73,13 @@ class Encoder:
         self.dim = full if dim is None else dim
         if not 1 <= self.dim <= full:
             raise ValueError(f"dim: {self.dim} is out of range; this embedding has dims 1 to {full}.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        self._sessions = {
-            side: self._session(self.graphs[side][self.variant], options, device)
+        self._graphs = {
+            side: self._open(self.graphs[side][self.variant], device, threads)
             for side in ("image", "text")
             if towers in ("both", side)
         }
         self._tokenizer: Tokenizer | None = None
-        if "text" in self._sessions:
+        if "text" in self._graphs:
             self._tokenizer = Tokenizer.from_file(str(self._checked_path(self.graphs["tokenizer"])))
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(self.manifest["tokenizer"]["context_length"])
@@ -136,40 +132,38 @@ class Encoder:
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def _encode(self, side: str, chunks: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
-        session = self._sessions.get(side)
-        if session is None:
+        run = self._graphs.get(side)
+        if run is None:
             raise _not_loaded(side)
-        graph_input = session.get_inputs()[0]
+        normalise = (
+            side == "image" and self.manifest.get("layout") == "transformers.js"
+        )  # other graphs do it themselves
         rows = [np.zeros((0, self.dim), np.float32)]
         for chunk in chunks:
             inputs = prepare(chunk)
-            if side == "image" and graph_input.type == "tensor(float)":  # not normalised by the graph
+            if normalise:
                 mean, std = (
                     np.array(self.manifest["image"][name], np.float32)[:, None, None] for name in ("mean", "std")
                 )
                 inputs = (inputs.astype(np.float32) / 255 - mean) / std
-            vectors_Nd = np.asarray(session.run(None, {graph_input.name: inputs})[0])
+            vectors_Nd = run(inputs)
             if self.dim < vectors_Nd.shape[1]:
                 vectors_Nd = vectors_Nd[:, : self.dim]
                 vectors_Nd = vectors_Nd / np.maximum(np.linalg.norm(vectors_Nd, axis=1, keepdims=True), 1e-12)
             rows.append(vectors_Nd)
         return np.concatenate(rows)
 
-    def _session(self, name: str, options: Any, device: str) -> onnxruntime.InferenceSession:
-        providers = ["CPUExecutionProvider"]
-        if device != "cpu":
-            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                raise ValueError(
-                    f"device: this onnxruntime has no {device!r}; pip install onnxruntime-gpu, or use 'cpu'."
-                )
-            providers.insert(0, "CUDAExecutionProvider")
+    def _open(self, name: str, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
         graph = self._checked_path(name)
-        if f"{name}.data" in self.manifest["files"]:  # the weights, which onnxruntime reads from the same folder
-            self._checked_path(f"{name}.data")
+        for weights in (f"{name}.data", Path(name).with_suffix(".bin").as_posix()):
+            if weights in self.manifest["files"]:  # which the runtime reads from the same folder
+                self._checked_path(weights)
         try:
-            return onnxruntime.InferenceSession(graph, options, providers=providers)
-        except Exception as error:  # onnxruntime's exceptions have no common base class
-            raise ValueError(f"{graph}: onnxruntime cannot open it: {' '.join(str(error).split())}") from error
+            return (_open_vino if graph.suffix == ".xml" else _open_onnx)(graph, device, threads)
+        except ValueError:
+            raise
+        except Exception as error:  # the runtimes' exceptions have no common base class
+            raise ValueError(f"{graph} cannot be opened: {' '.join(str(error).split())}") from error
 
     def _checked_path(self, name: str) -> Path:
         """The path of a file in the folder; raises ValueError unless its SHA-256 equals the one in the manifest."""
@@ -187,9 +181,37 @@ class Encoder:
         return path
 
 
+def _open_onnx(graph: Path, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    import onnxruntime
+
+    options, providers = onnxruntime.SessionOptions(), ["CPUExecutionProvider"]
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if device != "cpu":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise ValueError(f"device: this onnxruntime has no {device!r}; pip install onnxruntime-gpu, or use 'cpu'.")
+        providers.insert(0, "CUDAExecutionProvider")
+    session = onnxruntime.InferenceSession(graph, options, providers=providers)
+    name = session.get_inputs()[0].name
+    return lambda inputs: np.asarray(session.run(None, {name: inputs})[0])
+
+
+def _open_vino(graph: Path, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    import openvino
+
+    # By default OpenVINO computes in bfloat16 on CPUs that have it.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    compiled = openvino.Core().compile_model(graph, device.upper(), settings)
+    # A request per call, because one request serves one thread at a time.
+    return lambda inputs: np.asarray(compiled.create_infer_request().infer({0: inputs})[0])
+
+
 def clean(text: str, how: str) -> str:
-    """open_clip's text cleaning before tokenisation, without ftfy, whose replacements are in tokenizer.json."""
-    text = html.unescape(html.unescape(text))
+    """open_clip's text cleaning before tokenisation."""
+    if how == "none":
+        return text
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if how == "canonicalize":
         text = text.replace("_", " ").translate(_NO_PUNCTUATION)
     text = " ".join(text.split())

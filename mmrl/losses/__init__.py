@@ -1,1 +1,1 @@
-"""Nested losses of embeddings (not of models). Read reference.py first: the plain formulas."""
+"""Nested losses of embeddings (not of models). tests/helpers/reference.py has the plain formulas."""

@@ -17,16 +17,7 @@ from typing import Protocol
 
 import torch
 
-from mmrl.losses.sweep import (
-    LOG2_E,
-    NORM_EPS,
-    EmbeddingBlocks,
-    LogitMatrix,
-    LogitTile,
-    LogitTiles,
-    Targets,
-    views_per_slice,
-)
+from mmrl.losses.sweep import LOG2_E, NORM_EPS, EmbeddingBlocks, LogitMatrix, LogitTile, LogitTiles, Targets
 
 
 class ProbFunction(Protocol):
@@ -77,10 +68,10 @@ def gradients(
     else:
         product_grads = _product_grads_by_triton(tiles, triton_lse, grad_scale_K1, norm_grads)
     for tile, k, product_grad_IJ in product_grads:
-        rows, columns = tile.rows, tile.columns
-        product_grad_IJ = product_grad_IJ.to(rows.low_precision_blocks[k].dtype)
-        _add_matmul(row_blocks[k][rows.span], product_grad_IJ, columns.low_precision_blocks[k])
-        _add_matmul(column_blocks[k][columns.span], product_grad_IJ.T, rows.low_precision_blocks[k])
+        x, y = matrix.rows.low_precision_blocks[k][tile.rows], matrix.columns.low_precision_blocks[k][tile.columns]
+        product_grad_IJ = product_grad_IJ.to(x.dtype)
+        _add_matmul(row_blocks[k][tile.rows], product_grad_IJ, y)
+        _add_matmul(column_blocks[k][tile.columns], product_grad_IJ.T, x)
     for norm_grad_Kn in norm_grads:
         norm_grad_Kn *= grad_scale_K1
     return Gradients(
@@ -102,10 +93,7 @@ def _product_grads(
     targets: Targets,
     norm_grads: tuple[torch.Tensor, torch.Tensor],
 ) -> _ProductGrads:
-    K = len(grad_scale_K1)
-    scaled_row_factors = [[x * f for x, f in zip(rows.factor_K, grad_scale_K1, strict=True)] for rows in tiles.rows]
-    row_norm_grads = views_per_slice(norm_grads[0], tiles.rows)
-    column_norm_grads = views_per_slice(norm_grads[1], tiles.columns)
+    K, scaled_row_factor_Kn = len(grad_scale_K1), tiles.row_factor_Kn * grad_scale_K1
     for tile in tiles:
         rows, columns = tile.rows, tile.columns
         for _ in tile.products():
@@ -117,9 +105,9 @@ def _product_grads(
             prob_IJ = prob(k, tile, logits_IJ, sum_IJ if k == K - 1 else grad_IJ, spare_IJ)
             _subtract_targets(prob_IJ, tile, targets)
             logits_IJ.mul_(prob_IJ)
-            row_norm_grads[rows.index][k] += logits_IJ.sum(1)
-            column_norm_grads[columns.index][k] += logits_IJ.sum(0)
-            prob_IJ.mul_(columns.factor_K[k]).mul_(scaled_row_factors[rows.index][k])
+            norm_grads[0][k, rows] += logits_IJ.sum(1)
+            norm_grads[1][k, columns] += logits_IJ.sum(0)
+            prob_IJ.mul_(tiles.column_factor_Km[k, columns]).mul_(scaled_row_factor_Kn[k, rows, None])
             if k < K - 1:
                 sum_IJ.add_(prob_IJ)
             yield tile, k, sum_IJ
@@ -135,7 +123,7 @@ def _product_grads_by_triton(
 
     K = len(grad_scale_K1)
     for tile in tiles:
-        rows, columns = tile.rows.span, tile.columns.span
+        rows, columns = tile.rows, tile.columns
         for _ in tile.products():
             pass
         kernels.write_product_grads(

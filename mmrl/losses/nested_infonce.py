@@ -58,7 +58,7 @@ def nested_info_nce(
     options: InfoNCEOptions = DEFAULT_OPTIONS,
     check_finite: bool = False,
 ) -> NestedLoss:
-    """Equals, in value and gradient, `reference.nested_info_nce` on the rows of all ranks::
+    """Equals, in value and gradient, this formula on the rows of all ranks (tests/helpers/reference.py)::
 
         logits = {d: scale[d] * F.normalize(image[:, :d]) @ F.normalize(text[:, :d]).T for d in dims}
         loss = {d: (F.cross_entropy(logits[d], labels) + F.cross_entropy(logits[d].T, labels)) / 2 for d in dims}

@@ -34,7 +34,7 @@ def nested_sigmoid(
     same_group: Literal["mask", "positive"] = "mask",
     check_finite: bool = False,
 ) -> NestedLoss:
-    """Equals, in value and gradient, `reference.nested_sigmoid` on the rows of all ranks::
+    """Equals, in value and gradient, this formula on the rows of all ranks (tests/helpers/reference.py)::
 
         logits = {d: scale[d] * F.normalize(image[:, :d]) @ F.normalize(text[:, :d]).T + bias[d] for d in dims}
         loss = {d: -F.logsigmoid((2 * torch.eye(B) - 1) * logits[d]).sum() / B for d in dims}

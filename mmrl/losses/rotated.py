@@ -39,7 +39,7 @@ def rotated_nested_info_nce(
     groups: Groups | None = None,
     options: InfoNCEOptions = DEFAULT_OPTIONS,
 ) -> NestedLoss:
-    """The loss whose backward pass gives each part the gradient above; equals `reference.rotated_nested_info_nce`.
+    """The loss whose backward pass gives each part the gradient above; tests/helpers/reference.py has the formula.
 
     Args:
         image_bD, text_bD, logit_scale, weights, groups, options: as for `nested_info_nce`.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmrl.losses.sweep import LogitMatrix, LogitTile, LogitTiles, Targets, views_per_slice
+from mmrl.losses.sweep import LogitMatrix, LogitTile, LogitTiles, Targets
 
 Shift = float | tuple[torch.Tensor, torch.Tensor]
 """What is subtracted from one dim's logits before the exponential: one number for all, or one per row (n,) and one per
@@ -43,43 +43,41 @@ def exp_sums(
     K, row_Kn, column_Km = len(shifts), matrix.rows.inverse_norm_Kn, matrix.columns.inverse_norm_Kn
     result = ExpSums(*(torch.zeros_like(x) for x in (row_Kn, column_Km, row_Kn[:, 0], row_Kn, column_Km)))
     tiles = LogitTiles(matrix, targets, num_buffers=1 if use_triton else (K if distillation else 1) + 3)
-    row_sums = views_per_slice(result.row_Kn, tiles.rows)
-    column_sums = views_per_slice(result.column_Km, tiles.columns)
     for tile in tiles:
         spare = tile.buffers[-3:]
         if use_triton:
-            _add_exp_sums_by_triton(tile, shifts, row_sums[tile.rows.index], column_sums[tile.columns.index])
+            _add_exp_sums_by_triton(tiles, tile, shifts, result)
             continue
         for k in tile.products(keep_all=distillation):
             logits_IJ = tile.logits(k, tile.buffers[k if distillation else 0], out=spare[0])
             if tile.target_IJ is not None:
                 result.target_logit_K[k] += (tile.target_IJ * logits_IJ).sum()
             row_exp_IJ, column_exp_IJ = _exponentials(logits_IJ, shifts[k], tile, spare[0], spare[1])
-            row_sums[tile.rows.index][k] += row_exp_IJ.sum(1)
-            column_sums[tile.columns.index][k] += column_exp_IJ.sum(0)
+            result.row_Kn[k, tile.rows] += row_exp_IJ.sum(1)
+            result.column_Km[k, tile.columns] += column_exp_IJ.sum(0)
             if distillation and k == K - 1:
                 _add_logit_gaps(result, tile, row_exp_IJ, column_exp_IJ, spare[2])
     return result
 
 
-def _add_exp_sums_by_triton(
-    tile: LogitTile, shifts: Sequence[Shift], row_sum_K: Sequence[torch.Tensor], column_sum_K: Sequence[torch.Tensor]
-) -> None:
+def _add_exp_sums_by_triton(tiles: LogitTiles, tile: LogitTile, shifts: Sequence[Shift], result: ExpSums) -> None:
     from mmrl.losses import kernels
 
+    rows, columns = tile.rows, tile.columns
     for k in tile.products(keep_all=False):
         shift = shifts[k]
         if isinstance(shift, tuple):
-            shift = (shift[0][tile.rows.span], shift[1][tile.columns.span])
-        factors = (tile.rows.factor_K[k][:, 0], tile.columns.factor_K[k])
-        kernels.add_exp_sums(tile.buffers[0], factors, shift, tile.groups, tile.diagonal, row_sum_K[k], column_sum_K[k])
+            shift = (shift[0][rows], shift[1][columns])
+        factors = (tiles.row_factor_Kn[k, rows], tiles.column_factor_Km[k, columns])
+        sums = result.row_Kn[k, rows], result.column_Km[k, columns]
+        kernels.add_exp_sums(tile.buffers[0], factors, shift, tile.groups, tile.diagonal, *sums)
 
 
 def _add_logit_gaps(
     result: ExpSums, tile: LogitTile, row_exp_IJ: torch.Tensor, column_exp_IJ: torch.Tensor, spare: torch.Tensor
 ) -> None:
     """Add a tile's `logit_gap` sums, from the exponentials of the teacher (the largest dim)."""
-    K, rows, columns = len(result.target_logit_K), tile.rows.span, tile.columns.span
+    K, rows, columns = len(result.target_logit_K), tile.rows, tile.columns
     teacher_IJ = tile.logits(K - 1, tile.buffers[K - 1], out=spare)
     for k in range(K - 1):
         logit_gap_IJ = teacher_IJ - tile.logits(k, tile.buffers[k], out=tile.buffers[k])
@@ -93,7 +91,7 @@ def max_logits(matrix: LogitMatrix, needed_K: Sequence[bool], targets: Targets) 
     row_Kn = torch.full_like(matrix.rows.inverse_norm_Kn, lowest)
     column_Km = torch.full_like(matrix.columns.inverse_norm_Kn, lowest)
     for tile in LogitTiles(matrix, targets, num_buffers=2):
-        rows, columns = tile.rows.span, tile.columns.span
+        rows, columns = tile.rows, tile.columns
         for k in tile.products(keep_all=False):
             if needed_K[k]:
                 logits_IJ = tile.logits(k, tile.buffers[0], out=tile.buffers[1])
@@ -111,11 +109,7 @@ class SoftmaxProb:
     """
 
     def __init__(
-        self,
-        shifts: Sequence[Shift],
-        row_lse_Kn: torch.Tensor,
-        column_lse_Km: torch.Tensor,
-        distillation: float = 0.0,
+        self, shifts: Sequence[Shift], row_lse_Kn: torch.Tensor, column_lse_Km: torch.Tensor, distillation: float = 0.0
     ) -> None:
         self._shifts, self._row_lse_Kn, self._column_lse_Km = shifts, row_lse_Kn, column_lse_Km
         self._distillation = distillation
@@ -128,7 +122,7 @@ class SoftmaxProb:
         self, k: int, tile: LogitTile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
     ) -> torch.Tensor:
         """See `backward.ProbFunction`."""
-        rows, columns = tile.rows.span, tile.columns.span
+        rows, columns = tile.rows, tile.columns
         if isinstance(self._shifts[k], float):
             _exponentials(logits_IJ, self._shifts[k], tile, out, out)
             torch.add(self._row_normaliser_Kn1[k, rows], self._column_normaliser_Km[k, columns], out=spare)
@@ -156,8 +150,8 @@ def _exponentials(
             logits_IJ = torch.sub(logits_IJ, shift, out=row_out)
         results = (torch.exp2(logits_IJ, out=row_out),)
     else:
-        torch.sub(logits_IJ, shift[1][tile.columns.span], out=column_out).exp2_()
-        torch.sub(logits_IJ, shift[0][tile.rows.span, None], out=row_out).exp2_()
+        torch.sub(logits_IJ, shift[1][tile.columns], out=column_out).exp2_()
+        torch.sub(logits_IJ, shift[0][tile.rows, None], out=row_out).exp2_()
         results = (row_out, column_out)
     if tile.mask_IJ is not None:
         for result_IJ in results:

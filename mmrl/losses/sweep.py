@@ -104,47 +104,27 @@ class Targets:
     """What label smoothing adds to the target of every pair that is not masked: row's value plus column's."""
 
 
-@dataclass(frozen=True)
-class EmbeddingSlice:
-    """The rows (or the columns) of one tile: views of the embeddings and factors, made once for all tiles."""
-
-    span: slice
-    index: int
-    """0 for the first slice."""
-    blocks: list[torch.Tensor]
-    low_precision_blocks: list[torch.Tensor]
-    factor_K: list[torch.Tensor]
-    """logit = dot product * row factor * column factor: (I, 1) for rows, (J,) for columns."""
-
-
 class LogitTile:
-    """One tile of the logit matrices. Its buffers are shared by all tiles."""
+    """One tile of the logit matrices: some rows and some columns. Its buffers are shared by all tiles."""
 
-    def __init__(
-        self,
-        matrix: LogitMatrix,
-        targets: Targets,
-        rows: EmbeddingSlice,
-        columns: EmbeddingSlice,
-        buffers: torch.Tensor,
-    ) -> None:
+    def __init__(self, tiles: "LogitTiles", rows: slice, columns: slice) -> None:
         self.rows, self.columns = rows, columns
-        self._matrix, self._targets = matrix, targets
-        shape = (rows.span.stop - rows.span.start, columns.span.stop - columns.span.start)
-        self.stacked_buffers = buffers[:, : shape[0] * shape[1]].view(len(buffers), *shape)
+        self._tiles, self._matrix, self._targets = tiles, tiles.matrix, tiles.targets
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        self.stacked_buffers = tiles.buffers[:, : height * width].view(-1, height, width)
         self.buffers = list(self.stacked_buffers)
 
     @property
     def diagonal(self) -> int:
         """The `offset` of `torch.diagonal` that selects the matching pairs: row i matches column i + diagonal."""
-        return self.rows.span.start + self._matrix.offset - self.columns.span.start
+        return self.rows.start + self._matrix.offset - self.columns.start
 
     @property
     def groups(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The groups of the rows (G, I) and of the columns (G, J)."""
         if self._matrix.row_group_Gn is None or self._matrix.column_group_Gm is None:
             return None
-        return self._matrix.row_group_Gn[:, self.rows.span], self._matrix.column_group_Gm[:, self.columns.span]
+        return self._matrix.row_group_Gn[:, self.rows], self._matrix.column_group_Gm[:, self.columns]
 
     @functools.cached_property
     def _same_group_IJ(self) -> torch.Tensor | None:
@@ -168,7 +148,7 @@ class LogitTile:
     @functools.cached_property
     def target_IJ(self) -> torch.Tensor | None:
         """All targets except `Targets.matching_n`; None if all are zero."""
-        targets, rows, columns = self._targets, self.rows.span, self.columns.span
+        targets, rows, columns = self._targets, self.rows, self.columns
         target_IJ = None
         if targets.smoothing is not None:
             target_IJ = targets.smoothing[0][rows, None] + targets.smoothing[1][columns]
@@ -181,7 +161,7 @@ class LogitTile:
 
     def matching_pairs(self, tile_IJ: torch.Tensor) -> tuple[slice, torch.Tensor] | None:
         """The rows whose matching pair is in this tile, and a view of those pairs; None if there are none."""
-        rows, columns, offset = self.rows.span, self.columns.span, self._matrix.offset
+        rows, columns, offset = self.rows, self.columns, self._matrix.offset
         first, last = max(rows.start, columns.start - offset), min(rows.stop, columns.stop - offset)
         if first >= last:
             return None
@@ -190,56 +170,37 @@ class LogitTile:
     def products(self, keep_all: bool = True) -> Iterator[int]:
         """Compute the dot products of each prefix in turn and yield k: in buffer k, or all in buffer 0."""
         previous_IJ = self.buffers[0]
-        for k, (x, y) in enumerate(zip(self.rows.blocks, self.columns.blocks, strict=True)):
+        for k, (x, y) in enumerate(zip(self._matrix.rows.blocks, self._matrix.columns.blocks, strict=True)):
             product_IJ = self.buffers[k if keep_all else 0]
             if k == 0:
-                torch.mm(x, y.T, out=product_IJ)
+                torch.mm(x[self.rows], y[self.columns].T, out=product_IJ)
             else:
-                torch.addmm(previous_IJ, x, y.T, out=product_IJ)
+                torch.addmm(previous_IJ, x[self.rows], y[self.columns].T, out=product_IJ)
             yield k
             previous_IJ = product_IJ
 
     def logits(self, k: int, product_IJ: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Dim k's logits (base 2) from its dot products. `out` may be `product_IJ`."""
-        return torch.mul(product_IJ, self.columns.factor_K[k], out=out).mul_(self.rows.factor_K[k])
+        torch.mul(product_IJ, self._tiles.column_factor_Km[k, self.columns], out=out)
+        return out.mul_(self._tiles.row_factor_Kn[k, self.rows, None])
 
 
 class LogitTiles:
     """All tiles of the logit matrices, in row-major order."""
 
     def __init__(self, matrix: LogitMatrix, targets: Targets, num_buffers: int) -> None:
-        self._matrix, self._targets = matrix, targets
-        like = matrix.rows.inverse_norm_Kn
-        height, width = tile_shape(len(matrix.rows), len(matrix.columns), num_buffers, like)
-        self._buffers = like.new_empty(num_buffers, height * width)
+        self.matrix, self.targets = matrix, targets
+        like, n, m = matrix.rows.inverse_norm_Kn, len(matrix.rows), len(matrix.columns)
+        height, width = tile_shape(n, m, num_buffers, like)
+        self.buffers = like.new_empty(num_buffers, height * width)
+        # logit = dot product * row factor * column factor
         self.row_factor_Kn = like * like.new_tensor(matrix.scale_K)[:, None]
         self.column_factor_Km = matrix.columns.inverse_norm_Kn
-        self.rows = _slices(matrix.rows, self.row_factor_Kn[:, :, None], height)
-        self.columns = _slices(matrix.columns, self.column_factor_Km, width)
+        self._rows = [slice(start, min(start + height, n)) for start in range(0, n, height)]
+        self._columns = [slice(start, min(start + width, m)) for start in range(0, m, width)]
 
     def __iter__(self) -> Iterator[LogitTile]:
-        for rows in self.rows:
-            for columns in self.columns:
-                yield LogitTile(self._matrix, self._targets, rows, columns, self._buffers)
-
-
-def _slices(whole: EmbeddingBlocks, factor_Kn: torch.Tensor, length: int) -> list[EmbeddingSlice]:
-    spans = [slice(start, min(start + length, len(whole))) for start in range(0, len(whole), length)]
-    return [
-        EmbeddingSlice(
-            span,
-            index,
-            [block[span] for block in whole.blocks],
-            [block[span] for block in whole.low_precision_blocks],
-            [factor_n[span] for factor_n in factor_Kn],
-        )
-        for index, span in enumerate(spans)
-    ]
-
-
-def views_per_slice(values_Kn: torch.Tensor, slices: Sequence[EmbeddingSlice]) -> list[list[torch.Tensor]]:
-    """Views of (K, n) values: one per slice and dim, indexed [slice.index][k]."""
-    return [[values_n[part.span] for values_n in values_Kn] for part in slices]
+        return (LogitTile(self, rows, columns) for rows in self._rows for columns in self._columns)
 
 
 def tile_shape(n: int, m: int, num_buffers: int, like: torch.Tensor) -> tuple[int, int]:

@@ -18,20 +18,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec
-from mmrl.model import layouts, tokenizer, towers, two_tower
+from mmrl.model import layouts, registry, tokenizer, towers, two_tower
 from mmrl.model.guards import library_code_only, offline
 from mmrl.model.manifest import FORMAT, VERSION, check_files, hash_files, read_manifest, write_manifest
 from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
-from mmrl.model.source import ModelSource, StoredModel, parse_model
+from mmrl.model.source import RANDOM, ModelSource, StoredModel, parse_model, parse_name
 from mmrl.model.tokenizer import Tokenizer
 from mmrl.model.towers import Modality, Towers, TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP, ProjectedTower, added_projection
 from mmrl.nesting import check_dims, rotate_weight
 
 WEIGHTS = layouts.LAYOUTS["bundle"].weights
-_TOKENIZER, _TEXT_MODEL = "tokenizer", "text_model"
+_TOKENIZER, _TEXT_MODEL = "tokenizer", registry.TEXT_MODEL
 SCALE, BIAS = "log_logit_scale", "logit_bias"
 
 
@@ -49,7 +50,8 @@ class Bundle:
     nested_dims: tuple[int, ...]
     """Trained dims up to `dim`, ascending."""
     named_cfg: dict[str, Any]
-    """`model_cfg` with a Hugging Face text tower's original name instead of its local folder; stored in manifests."""
+    """`model_cfg` with a Hugging Face text tower's name on the hub, or `text_model`, instead of its local folder;
+    stored in manifests."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """The weights, on the CPU."""
@@ -58,8 +60,8 @@ class Bundle:
 
 def make_bundle(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ...]) -> Bundle:
     """The bundle of a model that was built from the towers `built`."""
-    dim = built.embed_dim
-    return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, dim, nested_dims, built.model_cfg)
+    named_cfg = registry.with_portable_text_name(built.model_cfg)
+    return Bundle(model, built.tokenise, built.image_spec, built.model_cfg, built.embed_dim, nested_dims, named_cfg)
 
 
 def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
     except SafetensorError as error:  # what a full disk raises
         raise OSError(str(error)) from error
     tokenizer_info = bundle.tokenise.save(folder / _TOKENIZER)
-    towers.save_text_config(bundle.model.text.tower, folder / _TEXT_MODEL)
+    registry.save_text_config(bundle.model.text.tower, folder / _TEXT_MODEL)
     files = hash_files(folder, (WEIGHTS, _TOKENIZER, _TEXT_MODEL))
     manifest = {
         "format": FORMAT,
@@ -107,10 +109,76 @@ def open_model(model: str | Path | ModelSource) -> Bundle:
     source = parse_model(model) if isinstance(model, str | Path) else model
     if isinstance(source, StoredModel):
         return load(source.folder)
-    config = TowersConfig(name=source.name, pretrained=source.pretrained)
-    built = towers.build(config, require_weights=source.brings_weights)
+    with torch.random.fork_rng(devices=[], enabled=source.is_random):
+        if source.is_random:  # the same random weights in every process
+            torch.manual_seed(0)
+        built = initial_towers(TowersConfig(name=source.name, pretrained=source.pretrained))
     encoder = two_tower.from_towers(built, LogitScaleConfig(), num_dims=1)
     return make_bundle(encoder.eval(), built, (built.embed_dim,))
+
+
+def initial_towers(config: TowersConfig) -> Towers:
+    """The towers that a training starts from: built by open_clip, or those of an encoder that model.name or
+    model.pretrained names.
+
+    Raises:
+        InputError: as `towers.build`; the encoder is damaged, or its architecture is not that of model.name.
+    """
+    source = parse_name(config.name)
+    if isinstance(source, StoredModel):
+        named = config.name
+    else:
+        pretrained = config.pretrained or source.pretrained
+        pretrained = None if pretrained == RANDOM else pretrained
+        if pretrained is None or not Path(pretrained).is_dir():
+            config = config.model_copy(update={"name": source.name, "pretrained": pretrained})
+            return towers.build(config, require_weights=source.brings_weights)
+        named = pretrained
+    if config.pretrained is not None and named == config.name:
+        raise InputError(f"model.pretrained: model.name, {config.name}, has weights; remove one of the two keys.")
+    found = parse_model(named, "model.pretrained" if named != config.name else "model.name")
+    if isinstance(found, StoredModel):
+        built = towers.prepare_training(_stored_towers(found.folder), config)
+    else:
+        built = towers.build(config.model_copy(update={"name": found.name, "pretrained": None}), require_weights=True)
+    if named != config.name:
+        _check_same_architecture(config, named, built)
+    return built
+
+
+def _stored_towers(folder: Path) -> Towers:
+    stored = load(folder)
+    clip = stored.model
+    if stored.dim != stored.named_cfg["embed_dim"] and not (clip.image.projection is clip.text.projection is None):
+        raise InputError(
+            f"model: {folder} has {stored.dim} of {stored.named_cfg['embed_dim']} dims by a projection that mmrl added "
+            "to a tower without one; start from the encoder with all dims."
+        )
+    added: dict[Modality, Any] = {"image": clip.image.projection, "text": clip.text.projection}
+    return Towers(
+        image=clip.image.tower,
+        text=clip.text.tower,
+        logit_scale=clip.logit_scale[-1].item(),
+        logit_bias=None if clip.logit_bias is None else clip.logit_bias[-1].item(),
+        embed_dim=stored.dim,
+        image_spec=stored.image_spec,
+        tokenise=stored.tokenise,
+        model_cfg={**stored.model_cfg, "embed_dim": stored.dim},
+        grad_checkpointing=False,
+        projections={modality: linear.weight.detach() for modality, linear in added.items() if linear is not None},
+    )
+
+
+def _check_same_architecture(config: TowersConfig, named: str, built: Towers) -> None:
+    with torch.device("meta"):
+        expected = towers.build_empty(config.model_copy(update={"pretrained": None, "grad_checkpointing": False}))
+    for modality in ("image", "text"):
+        shapes = {name: tensor.shape for name, tensor in expected[modality].state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in getattr(built, modality).state_dict().items()}:
+            raise InputError(
+                f"model.pretrained: the {modality} tower of {named} is not that of model.name {config.name!r}; set "
+                f"model.name={named} and remove model.pretrained."
+            )
 
 
 def load(folder: Path) -> Bundle:
@@ -128,7 +196,7 @@ def load(folder: Path) -> Bundle:
         model=model.eval(),
         tokenise=load_tokenizer(folder, manifest),
         image_spec=ImageSpec.from_json(manifest["image"]),
-        model_cfg=towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL),
+        model_cfg=registry.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL),
         dim=manifest["dim"],
         nested_dims=tuple(manifest["nested_dims"]),
         named_cfg=manifest["model_cfg"],
@@ -155,7 +223,7 @@ def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
 
 def _build_tower(folder: Path, manifest: dict[str, Any], modality: Modality) -> ProjectedTower:
     """Builds one tower of a bundle without loading weights."""
-    model_cfg, dim = towers.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL), manifest["dim"]
+    model_cfg, dim = registry.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL), manifest["dim"]
     with library_code_only(), offline():
         projection = added_projection(model_cfg, modality, dim)
         tower = towers.build_tower(model_cfg, modality, dim if projection is None else model_cfg["embed_dim"])
@@ -172,7 +240,10 @@ def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tens
     layout = layouts.layout_of_manifest(manifest, folder)
     # Manifests of version 1 have no hash but that of the weights.
     check_files(folder, {"files": {layout.weights: manifest["weights_sha256"], **manifest["files"]}})
-    return layout.import_state(load_file(folder / layout.weights))
+    state = load_file(folder / layout.weights)
+    for other in map(Path, layout.others):
+        state |= {f"{other.parent.name}.{name}": tensor for name, tensor in load_file(folder / other).items()}
+    return layout.import_state(state)
 
 
 def truncated_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:

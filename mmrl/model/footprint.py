@@ -6,7 +6,8 @@ sums allocations. Used by `mmrl plan` and for the utilisation (MFU) that a run r
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrl.images.image_spec import ImageSpec
-from mmrl.model import towers, two_tower
+from mmrl.model import registry, towers, two_tower
 from mmrl.model.towers import Modality
 from mmrl.model.two_tower import MatryoshkaCLIP, ModelConfig
 
@@ -52,10 +53,8 @@ def measure(config: ModelConfig, in_16_bits: bool, on_gpu: bool = True) -> Footp
     Raises:
         InputError: an unknown model.
     """
-    model_cfg = towers.read_model_cfg(config.name)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")
-        model = _build_model(config, model_cfg, on_gpu)
+    model_cfg = registry.read_model_cfg(config.name)
+    with _fake_model(config, model_cfg, on_gpu) as model:
         peaks = [_peak_bytes(model, model_cfg, size, in_16_bits) for size in _SIZES]
         forward, locked = _flops(model, model_cfg, config)
     per_pair = (peaks[1] - peaks[0]) / (_SIZES[1] - _SIZES[0])
@@ -72,10 +71,9 @@ def measure(config: ModelConfig, in_16_bits: bool, on_gpu: bool = True) -> Footp
 
 def model_flops(config: ModelConfig, batch_size: int, sweeps: int = 1) -> float:
     """FLOPs of one training step, summed over ranks, without recomputation (model FLOPs). See `step_flops`."""
-    model_cfg = towers.read_model_cfg(config.name)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")
-        forward, locked = _flops(_build_model(config, model_cfg, on_gpu=True), model_cfg, config)
+    model_cfg = registry.read_model_cfg(config.name)
+    with _fake_model(config, model_cfg, on_gpu=True) as model:
+        forward, locked = _flops(model, model_cfg, config)
     return step_flops(forward, locked, model_cfg["embed_dim"], batch_size, sweeps=sweeps)
 
 
@@ -91,9 +89,33 @@ def step_flops(
     return batch_size * per_pair + sweeps * 8.0 * batch_size**2 * embed_dim
 
 
+@contextmanager
+def _fake_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -> Iterator[MatryoshkaCLIP]:
+    """The model on fake tensors, in the context of their mode. It is built on the meta device: some constructors read
+    values of tensors that they make on the CPU, which fake tensors do not have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            model = _build_model(config, model_cfg, on_gpu)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fakes: dict[int, torch.Tensor] = {}  # shared parameters stay shared
+            for module in model.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        fake = fakes.setdefault(id(parameter), nn.Parameter(_fake(parameter), parameter.requires_grad))
+                        module._parameters[name] = fake  # pyright: ignore[reportArgumentType]
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else _fake(buffer)
+            yield model
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
 def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -> MatryoshkaCLIP:
     built = towers.build_empty(config)
-    side = towers.input_side(model_cfg)
+    side = registry.input_side(model_cfg)
     spec = ImageSpec(height=side, width=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return two_tower.MatryoshkaCLIP(
         two_tower.ProjectedTower(built["image"], two_tower.added_projection(model_cfg, "image"), spec.normalise),
@@ -104,7 +126,7 @@ def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -
 
 
 def _inputs(model_cfg: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    side = towers.input_side(model_cfg)
+    side = registry.input_side(model_cfg)
     length = model_cfg["text_cfg"].get("context_length", 77)
     return torch.zeros(size, 3, side, side, dtype=torch.uint8), torch.zeros(size, length, dtype=torch.int64)
 
@@ -128,7 +150,7 @@ def _flops(model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: ModelConfig
     image, text = _inputs(model_cfg, _SIZES[0])
     flops: dict[Modality, float] = {}
     for modality in ("image", "text"):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:  # it fails under no_grad at views of parameters
             _ = model.encode_image(image) if modality == "image" else model.encode_text(text)
         flops[modality] = counter.get_total_flops() / _SIZES[0]
     return sum(flops.values()), config.lock_image * flops["image"] + config.lock_text * flops["text"]

@@ -1,4 +1,5 @@
-"""State dicts in the names of mmrl, of open_clip and of transformers' CLIPModel, converted both ways.
+"""State dicts in the names of mmrl, of open_clip and of transformers' CLIPModel, converted both ways; those of
+SiglipModel and ChineseCLIPModel are read.
 
 Shapes: D the embedding's width, W a tower's width.
 """
@@ -13,6 +14,8 @@ import torch
 from mmrl.errors import InputError
 
 State = dict[str, torch.Tensor]
+SCALE_FILE = "logit_scale.safetensors"
+_TEXT_MODULES = ("text_0_Transformer", "text_2_Dense")
 _SCALE, _BIAS = "log_logit_scale", "logit_bias"
 _QKV = ("q_proj", "k_proj", "v_proj")
 # Submodules of a residual block: open_clip's name -> transformers' name.
@@ -32,6 +35,20 @@ _IMAGE = {
     "ln_post.weight": "vision_model.post_layernorm.weight",
     "ln_post.bias": "vision_model.post_layernorm.bias",
 }
+_TIMM_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_TIMM_IMAGE = {
+    "pos_embed": "vision_model.embeddings.position_embedding.weight",
+    "patch_embed.proj.weight": "vision_model.embeddings.patch_embedding.weight",
+    "patch_embed.proj.bias": "vision_model.embeddings.patch_embedding.bias",
+    "norm.weight": "vision_model.post_layernorm.weight",
+    "norm.bias": "vision_model.post_layernorm.bias",
+}
 _TEXT = {
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -50,6 +67,8 @@ class Layout:
     """From mmrl's names."""
     import_state: Callable[[State], State]
     """To mmrl's names."""
+    others: tuple[str, ...] = ()
+    """Further weights files, whose names get the name of their folder as a prefix."""
 
 
 def _to_open_clip(state: State) -> State:
@@ -91,6 +110,8 @@ def _to_transformers(state: State) -> State:
             if inner in names:
                 converted[names[inner]] = tensor
                 continue
+            if not inner.startswith("transformer.resblocks."):
+                continue
             layer, _, rest = inner.removeprefix("transformer.resblocks.").partition(".")
             block = f"{model}.encoder.layers.{layer}."
             if rest.startswith("attn.in_proj_"):
@@ -100,33 +121,99 @@ def _to_transformers(state: State) -> State:
                 continue
             module, _, kind = rest.rpartition(".")
             converted[f"{block}{_BLOCK[module]}.{kind}"] = tensor
-    converted["visual_projection.weight"] = state["image.tower.proj"].T.contiguous()  # (W, D) -> (D, W)
-    converted["text_projection.weight"] = state["text.tower.text_projection"].T.contiguous()
+    for name, tensor in (("visual", "image.tower.proj"), ("text", "text.tower.text_projection")):
+        if tensor in state:  # not of a Hugging Face text tower
+            converted[f"{name}_projection.weight"] = state[tensor].T.contiguous()  # (W, D) -> (D, W)
     return converted
 
 
 def _from_transformers(state: State) -> State:
-    converted: State = {
+    """From the names of CLIPModel."""
+    return {
         _SCALE: state["logit_scale"].reshape(1),
         "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
         "text.tower.text_projection": state["text_projection.weight"].T.contiguous(),
+        **_import_tower(state, "vision_model", "image.tower.", _IMAGE),
+        **_import_tower(state, "text_model", "text.tower.", _TEXT),
     }
-    modules = {transformers_name: name for name, transformers_name in _BLOCK.items()}
-    for modality, names, model in (("image", _IMAGE, "vision_model"), ("text", _TEXT, "text_model")):
-        prefix = f"{modality}.tower."
-        converted |= {prefix + name: state[transformers_name] for name, transformers_name in names.items()}
-        layers = f"{model}.encoder.layers."
-        for name, tensor in state.items():
-            if not name.startswith(layers):
-                continue
-            layer, _, rest = name.removeprefix(layers).partition(".")
-            module, _, kind = rest.rpartition(".")
-            block = f"{prefix}transformer.resblocks.{layer}."
-            if module in modules:
-                converted[f"{block}{modules[module]}.{kind}"] = tensor
-            elif module == "self_attn.q_proj":
-                chunks = [state[f"{layers}{layer}.self_attn.{projection}.{kind}"] for projection in _QKV]
-                converted[f"{block}attn.in_proj_{kind}"] = torch.cat(chunks)
+
+
+def _from_chinese_clip(state: State) -> State:
+    """From the names of ChineseCLIPModel: CLIP's image tower, and a BERT as a Hugging Face text tower."""
+    bert = "text_model."
+    names = {name: name.removeprefix(bert) for name in state if name.startswith(bert) and "position_ids" not in name}
+    return {
+        _SCALE: state["logit_scale"].reshape(1),
+        "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
+        "text.tower.proj.weight": state["text_projection.weight"],
+        **_import_tower(state, "vision_model", "image.tower.", _IMAGE),
+        **{f"text.tower.transformer.{inner}": state[name] for name, inner in names.items() if "pooler" not in inner},
+    }
+
+
+def _from_modules(state: State) -> State:
+    """From the modules of a SentenceTransformer with a Hugging Face text tower."""
+    text, image = "text_0_Transformer.", "image_0_Transformer."
+    vision = {f"vision_model.{name.removeprefix(image).removeprefix('vision_model.')}": state[name] for name in state}
+    bert = {name.removeprefix(text): tensor for name, tensor in state.items() if name.startswith(text)}
+    return {
+        _SCALE: state["logit_scale"],
+        "image.tower.proj": state["image_1_Dense.linear.weight"].T.contiguous(),
+        "text.tower.proj.weight": state["text_2_Dense.linear.weight"],
+        **_import_tower(vision, "vision_model", "image.tower.", _IMAGE),
+        **{f"text.tower.transformer.{name}": bert[name] for name in bert if not name.startswith("pooler.")},
+    }
+
+
+def _from_siglip(state: State) -> State:
+    """From the names of SiglipModel: timm's ViT with attention pooling, and open_clip's text transformer."""
+    head, pool = "vision_model.head.", "image.tower.trunk.attn_pool."
+    converted: State = {
+        _SCALE: state["logit_scale"].reshape(1),
+        _BIAS: state["logit_bias"].reshape(1),
+        **_import_tower(state, "vision_model", "image.tower.trunk.", _TIMM_IMAGE, _TIMM_BLOCK),
+        **_import_tower(state, "text_model", "text.tower.", _TEXT),
+        **{f"text.tower.text_projection.{kind}": state[f"text_model.head.{kind}"] for kind in ("weight", "bias")},
+    }
+    positions = "image.tower.trunk.pos_embed"
+    converted[positions] = converted[positions][None]  # (1, N, W)
+    converted[f"{pool}latent"] = state[f"{head}probe"]
+    names = {"attention.out_proj": "proj", "layernorm": "norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for kind in ("weight", "bias"):
+        in_proj = state[f"{head}attention.in_proj_{kind}"]  # (3W, W) or (3W,)
+        converted[f"{pool}q.{kind}"], converted[f"{pool}kv.{kind}"] = in_proj.split(
+            [len(in_proj) // 3, 2 * len(in_proj) // 3]
+        )
+        converted |= {f"{pool}{name}.{kind}": state[f"{head}{foreign}.{kind}"] for foreign, name in names.items()}
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def _import_tower(
+    state: State, model: str, prefix: str, names: dict[str, str], block: dict[str, str] = _BLOCK
+) -> State:
+    """A transformer of transformers in the names of open_clip or timm.
+
+    Args:
+        model: `vision_model` or `text_model`.
+        prefix: of the names in the result.
+        names: {name in the result: name in `state`} of the parameters outside of the blocks.
+        block: {name in the result: name in `state`} of the modules in a block.
+    """
+    blocks, in_proj = ("blocks", "attn.qkv.") if block is _TIMM_BLOCK else ("transformer.resblocks", "attn.in_proj_")
+    modules = {foreign: name for name, foreign in block.items()}
+    converted = {prefix + name: state[foreign] for name, foreign in names.items()}
+    layers = f"{model}.encoder.layers."
+    for name, tensor in state.items():
+        if not name.startswith(layers):
+            continue
+        layer, _, rest = name.removeprefix(layers).partition(".")
+        module, _, kind = rest.rpartition(".")
+        into = f"{prefix}{blocks}.{layer}."
+        if module in modules:
+            converted[f"{into}{modules[module]}.{kind}"] = tensor
+        elif module == "self_attn.q_proj":
+            chunks = [state[f"{layers}{layer}.self_attn.{projection}.{kind}"] for projection in _QKV]
+            converted[f"{into}{in_proj}{kind}"] = torch.cat(chunks)
     return converted
 
 
@@ -135,12 +222,20 @@ def _unchanged(state: State) -> State:
 
 
 _CLIP_MODEL = Layout("model.safetensors", _to_transformers, _from_transformers)
+FROM_HUGGING_FACE = {"clip": _from_transformers, "siglip": _from_siglip, "chinese_clip": _from_chinese_clip}
+"""{model_type of config.json: conversion of its state dict to mmrl's names}"""
 LAYOUTS = {
     "bundle": Layout("model.safetensors", _unchanged, _unchanged),
     "open_clip": Layout("open_clip_model.safetensors", _to_open_clip, _from_open_clip),
     "transformers": _CLIP_MODEL,
     "sentence_transformers": _CLIP_MODEL,
 }
+_MODULES = Layout(
+    SCALE_FILE,
+    _unchanged,
+    _from_modules,
+    tuple(f"{name}/model.safetensors" for name in ("image_0_Transformer", "image_1_Dense", *_TEXT_MODULES)),
+)
 
 
 def layout_of_manifest(manifest: dict[str, Any], folder: Path) -> Layout:
@@ -150,6 +245,8 @@ def layout_of_manifest(manifest: dict[str, Any], folder: Path) -> Layout:
         InputError: the encoder consists of ONNX graphs.
     """
     layout = LAYOUTS.get(manifest["layout"])
+    if manifest["layout"] == "sentence_transformers" and manifest["model_cfg"]["text_cfg"].get("hf_model_name"):
+        layout = _MODULES
     if layout is None:
         raise InputError(
             f"model: {folder} holds ONNX graphs, which have no weights; give the run, checkpoint or bundle that "

@@ -13,13 +13,14 @@ from pydantic import Field, ValidationError
 
 from mmrl.errors import InputError
 from mmrl.model.model_cfg import check_model_cfg
+from mmrl.output.files import check_out_folder
 from mmrl.settings import Settings
 
 FORMAT, VERSION = "mmrl-bundle", 2
 MANIFEST, CARD = "manifest.json", "README.md"
-Layout = Literal["bundle", "open_clip", "onnx", "sentence_transformers", "transformers", "transformers.js"]
-GRAPH_LAYOUTS = ("onnx", "transformers.js")
-"""Layouts of ONNX graphs: they give embeddings but hold no weights that could be truncated or trained."""
+Layout = Literal["bundle", "open_clip", "onnx", "openvino", "sentence_transformers", "transformers", "transformers.js"]
+GRAPH_LAYOUTS = ("onnx", "openvino", "transformers.js")
+"""Layouts of graphs: they give embeddings but hold no weights that could be truncated or trained."""
 
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A relative path inside the folder, so that a tampered manifest cannot name files elsewhere.
@@ -48,16 +49,17 @@ class TokenizerSection(Settings):
 
 
 class GraphsSection(Settings):
-    """The ONNX graphs of a folder, and how texts are prepared for the text graph."""
+    """The graphs of a folder, and how texts are prepared for the text graph."""
 
     image: dict[str, _File]
-    """{variant: file} with the variants fp32, fp16 and int8. In layout `onnx` the weights are in FILE.data."""
+    """{variant: file} with the variants fp32, fp16 and int8. The weights are in FILE.data (layout `onnx`) or in a
+    .bin file of the same name (`openvino`)."""
     text: dict[str, _File]
     default: str
     """The variant that is opened by default."""
     tokenizer: _File
-    clean: Literal["lower", "whitespace", "canonicalize"]
-    """open_clip's name of the text cleaning before tokenisation."""
+    clean: Literal["lower", "whitespace", "canonicalize", "none"]
+    """open_clip's name of the text cleaning before tokenisation, or none."""
     pad_id: int
     zero_id: int | None = None
     """A token id that is replaced by 0 (open_clip's strip_sep_token)."""
@@ -130,6 +132,23 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Validates and writes the manifest of an encoder, or replaces it."""
     Manifest.model_validate(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def check_encoder_out(out: Path, force: bool, source: Path | None) -> None:
+    """Checks the folder of a new encoder by the rule of `check_out_folder`: --force replaces exported and rotated ones.
+
+    Args:
+        source: the folder of the encoder that is read, which cannot be replaced.
+
+    Raises:
+        InputError: the folder is not new or empty, and holds other files or `force` is not given.
+    """
+    own = set()
+    if (out / MANIFEST).is_file() and (source is None or out.resolve() != source.resolve()):
+        manifest = read_manifest(out)
+        if "contract" in manifest:  # not a checkpoint
+            own = {MANIFEST, CARD, *(name.partition("/")[0] for name in manifest["files"])}
+    check_out_folder(out, own, "an encoder", force=force)
 
 
 def hash_files(folder: Path, within: Iterable[str] = (".",)) -> dict[str, str]:

@@ -33,7 +33,8 @@ _HubName = Annotated[str, Field(max_length=4096)]
 class TokenizerKwargs(Settings):
     """Arguments of open_clip's two tokenizers. None is passed on to constructors of transformers."""
 
-    clean: Literal["lower", "whitespace", "canonicalize"] | None = None
+    clean: Literal["lower", "whitespace", "canonicalize", "none"] | None = None
+    """`none` is mmrl's: texts reach a Hugging Face tokenizer as they are."""
     strip_sep_token: bool = False
     reduction_mask: Literal["", "simple", "random", "shuffle", "syntax"] = ""
     additional_special_tokens: list[str] | None = None

@@ -25,6 +25,8 @@ _MAX_BPE_BYTES = 32 << 20  # open_clip's own file unpacks to 3.2 MB
 BPE_CHARACTERS, OTHER_CHARACTERS = 64, 1024
 # Characters that are cleaned: the rest of a longer text is not read.
 _MOST_CLEANED = 1 << 20
+# Files of Hugging Face tokenizers, of which each has one.
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
 # Bytes of a word beyond which `merge_pairs` replaces open_clip's algorithm, whose time is quadratic in them.
 _LONG_WORD = 64
 
@@ -103,21 +105,37 @@ def load_tokenizer(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]
                 if len(file.read(_MAX_BPE_BYTES + 1)) > _MAX_BPE_BYTES:
                     raise ValueError(f"{_BPE_FILE} unpacks to more than {_MAX_BPE_BYTES:,} bytes")
             return Tokenizer(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
-        if not folder.is_dir():  # transformers would read the path as the name of a hub repository
-            raise FileNotFoundError("the folder is missing")
-        with library_code_only(), offline():
-            tokenizer = kinds.HFTokenizer(
-                str(folder),
-                context_length=length,
-                tokenizer_mode=model_cfg["text_cfg"].get("tokenizer_mode"),
-                trust_remote_code=False,
-                local_files_only=True,
-                **settings,
-            )
+        return _open_hugging_face(folder, length, model_cfg["text_cfg"].get("tokenizer_mode"), settings)
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); export the encoder again.") from error
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); save the encoder again.") from error
+
+
+def _open_hugging_face(folder: Path, length: int, mode: str | None, settings: dict[str, Any]) -> Tokenizer:
+    from open_clip import tokenizer as kinds
+
+    if not folder.is_dir():  # transformers would read the path as the name of a hub repository
+        raise FileNotFoundError("the folder is missing")
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise FileNotFoundError("it has no vocabulary; transformers would make an empty one")
+    cleans = settings.get("clean") != "none"
+    tokenizer: Any
+    with library_code_only(), offline():
+        tokenizer = kinds.HFTokenizer(
+            str(folder),
+            context_length=length,
+            tokenizer_mode=mode,
+            trust_remote_code=False,
+            local_files_only=True,
+            **{name: value for name, value in settings.items() if cleans or name != "clean"},
+        )
+    if not cleans:
+        tokenizer.clean_fn = _unchanged
     return Tokenizer(tokenizer)
+
+
+def _unchanged(text: str) -> str:
+    return text
 
 
 class _BoundedCleaning:

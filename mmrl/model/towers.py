@@ -3,27 +3,26 @@
 open_clip takes seconds to import, so it is imported inside the functions.
 """
 
-import json
 import math
+import pickle
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mmrl.errors import InputError, did_you_mean
+from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec
+from mmrl.model import hugging_face
 from mmrl.model.guards import library_code_only, quiet
-from mmrl.model.model_cfg import check_config_folder, check_model_cfg
+from mmrl.model.registry import nearest, read_model_cfg, register, shortened, tokenizer_of
+from mmrl.model.source import HUB, LOCAL
 from mmrl.model.tokenizer import Tokenizer
 from mmrl.settings import Settings, machine_field
 
 Modality = Literal["image", "text"]
-
-# Model configs of mmrl, in open_clip's format and found by name like open_clip's.
-OWN_CONFIGS = Path(__file__).parent / "open_clip_configs"
 
 
 class TowersConfig(Settings):
@@ -31,9 +30,11 @@ class TowersConfig(Settings):
 
     name: str
     """An open_clip model config: its name (ViT-B-32, …, or mmrl-starter, which mmrl ships), a JSON file of that form,
-    or `hf-hub:ORG/NAME` or `local-dir:PATH` as in open_clip."""
+    or `hf-hub:ORG/NAME` or `local-dir:PATH` as in open_clip. Or an encoder with its weights: a run, a checkpoint, an
+    exported folder, or a CLIPModel, SiglipModel or ChineseCLIPModel of transformers, a folder or `hf-hub:ORG/NAME`."""
     pretrained: str | None = None
-    """An open_clip tag (laion2b_s34b_b79k, downloaded once) or a local weights file (.safetensors, .pt)."""
+    """Initial weights: an open_clip tag (laion2b_s34b_b79k, downloaded once), a weights file (.safetensors, .pt, the
+    epoch_N.pt of open_clip's trainer), or an encoder of the same architecture, such as a run."""
     pretrained_image: bool = False
     """Initialise a timm image tower with timm's weights (downloaded)."""
     pretrained_text: bool = False
@@ -63,10 +64,14 @@ class Towers:
     """open_clip's model config, from which both towers can be rebuilt."""
     grad_checkpointing: bool
     """Whether the backward pass recomputes activations."""
+    random: tuple[str, ...] = ()
+    """What was initialised at random, e.g. "the image tower"."""
+    projections: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    """Trained weights (D, D) of projections that mmrl added to towers; see `two_tower.added_projection`."""
 
 
 def build(config: TowersConfig, require_weights: bool = False) -> Towers:
-    """Builds the towers of a config with their initial weights.
+    """Builds the towers of a config with their initial weights. Stored encoders are opened by `bundle.initial_towers`.
 
     Args:
         require_weights: raise an error instead of initialising randomly.
@@ -76,37 +81,91 @@ def build(config: TowersConfig, require_weights: bool = False) -> Towers:
     """
     import open_clip
 
-    name = _register(config.name)
+    if folder := hugging_face.find_folder(config.name):
+        return _build_hugging_face(config, folder)
+    name = register(config.name)
     model_cfg = read_model_cfg(config.name)
     with quiet(), library_code_only():
         try:
             model = open_clip.create_model(
                 name,
-                pretrained=_existing_weights(config.pretrained),
+                pretrained=_existing_weights(name, config.pretrained),
                 force_custom_text=True,
                 pretrained_image=config.pretrained_image,
                 pretrained_text=config.pretrained_text,
                 require_pretrained=require_weights,
             )
-            tokenizer = open_clip.get_tokenizer(name)
+            tokenise = tokenizer_of(name, model_cfg)
+        except InputError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise hugging_face.unreadable_weights(config.pretrained or config.name, error) from error
         except Exception as error:  # open_clip, torch and timm raise many kinds for a wrong config or file
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = shortened(error)
             raise InputError(f"model.name {config.name!r}, model.pretrained {config.pretrained!r}: {reason}") from error
     state = model.state_dict()
     towers: dict[Modality, nn.Module] = {"image": model.visual, "text": model.text}  # pyright: ignore[reportAssignmentType]
-    _lock(towers, model_cfg, config)
+    for modality, tower in towers.items():
+        _adjust(tower, model_cfg, modality)
+    return prepare_training(
+        Towers(
+            image=towers["image"],
+            text=towers["text"],
+            logit_scale=math.exp(state["logit_scale"]),
+            logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
+            embed_dim=model_cfg["embed_dim"],
+            image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
+            tokenise=tokenise,
+            model_cfg=model_cfg,
+            grad_checkpointing=False,
+            random=_random_parts(config, model_cfg),
+        ),
+        config,
+    )
+
+
+def prepare_training(built: Towers, config: TowersConfig) -> Towers:
+    """The towers with those of the config locked, and with gradient checkpointing if the config wants it.
+
+    Raises:
+        InputError: a tower does not support gradient checkpointing.
+    """
+    towers: dict[Modality, nn.Module] = {"image": built.image, "text": built.text}
+    _lock(towers, built.model_cfg, config)
     if config.grad_checkpointing:
         _enable_grad_checkpointing(towers)
-    return Towers(
-        image=towers["image"],
-        text=towers["text"],
-        logit_scale=math.exp(state["logit_scale"]),
-        logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
-        embed_dim=model_cfg["embed_dim"],
-        image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
-        tokenise=Tokenizer(tokenizer),
-        model_cfg=model_cfg,
-        grad_checkpointing=config.grad_checkpointing,
+    return replace(built, grad_checkpointing=config.grad_checkpointing)
+
+
+def _build_hugging_face(config: TowersConfig, folder: Path) -> Towers:
+    """The towers of a model in a folder of transformers."""
+    model_cfg = read_model_cfg(config.name)
+    spec = ImageSpec.from_open_clip(hugging_face.read_preprocess_cfg(folder))
+    tokenise = tokenizer_of(config.name, model_cfg)
+    state = hugging_face.read_state(folder)
+    towers: dict[Modality, nn.Module] = {}
+    for modality in ("image", "text"):
+        towers[modality] = _built_or_refused(config.name, model_cfg, modality)
+        prefix = f"{modality}.tower."
+        weights = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
+        try:
+            towers[modality].load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(f"{folder}: the weights do not fit config.json: {shortened(error)}") from None
+    bias = state.get("logit_bias")
+    return prepare_training(
+        Towers(
+            image=towers["image"],
+            text=towers["text"],
+            logit_scale=state["log_logit_scale"].exp().item(),
+            logit_bias=None if bias is None else bias.item(),
+            embed_dim=model_cfg["embed_dim"],
+            image_spec=spec,
+            tokenise=tokenise,
+            model_cfg=model_cfg,
+            grad_checkpointing=False,
+        ),
+        config,
     )
 
 
@@ -117,34 +176,21 @@ def build_empty(config: TowersConfig) -> dict[Modality, nn.Module]:
         InputError: an unknown name or a JSON file that is not a model config.
     """
     model_cfg = read_model_cfg(config.name)
-    try:
-        built: dict[Modality, nn.Module] = {
-            "image": build_tower(model_cfg, "image", model_cfg["embed_dim"]),
-            "text": build_tower(model_cfg, "text", model_cfg["embed_dim"]),
-        }
-    except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise InputError(f"model.name {config.name!r}: {' '.join(str(error).split())}") from error
+    built: dict[Modality, nn.Module] = {
+        "image": _built_or_refused(config.name, model_cfg, "image"),
+        "text": _built_or_refused(config.name, model_cfg, "text"),
+    }
     _lock(built, model_cfg, config)
     if config.grad_checkpointing:
         _enable_grad_checkpointing(built)
     return built
 
 
-def build_tokenizer(name: str) -> Tokenizer:
-    """Builds the tokenizer of a model config, without the towers.
-
-    Raises:
-        InputError: as read_model_cfg; or the Hugging Face tokenizer cannot be loaded.
-    """
-    import open_clip
-
-    read_model_cfg(name)
-    with quiet(), library_code_only():
-        try:
-            return Tokenizer(open_clip.get_tokenizer(_register(name)))
-        except Exception as error:  # transformers raises many kinds
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"model.name {name!r}: its tokenizer cannot be loaded ({reason}).") from error
+def _built_or_refused(name: str, model_cfg: dict[str, Any], modality: Modality) -> nn.Module:
+    try:
+        return build_tower(model_cfg, modality, model_cfg["embed_dim"])
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise InputError(f"model.name {name!r}: the {modality} tower cannot be built: {shortened(error)}") from error
 
 
 def imagenet_classes() -> list[str]:
@@ -162,39 +208,6 @@ def imagenet_templates(class_name: str, simple: bool = False) -> list[str]:
     return [template(class_name) for template in templates]
 
 
-def input_side(model_cfg: dict[str, Any]) -> int:
-    """The shorter side of the model's input images, in pixels."""
-    size = model_cfg["vision_cfg"].get("image_size", 224)
-    return size if isinstance(size, int) else min(size)
-
-
-def read_model_cfg(name: str) -> dict[str, Any]:
-    """Reads and checks open_clip's config of a model; the text tower is a separate module (`custom_text`).
-
-    Every model that is opened by name goes through this check before open_clip, timm or transformers see its config.
-
-    Raises:
-        InputError: an unknown name, a JSON file that is not a model config, or a key that is not allowed.
-    """
-    import open_clip
-
-    try:
-        model_cfg = open_clip.get_model_config(_register(name))
-    except (RuntimeError, OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is not an object
-        raise InputError(f"model.name {name!r}: {error}") from error
-    model_cfg = check_model_cfg(model_cfg, f"model.name {name!r}")
-    text_cfg = model_cfg["text_cfg"]
-    if "siglip" in Path(name).stem.lower() and ":" not in name and not text_cfg.get("hf_tokenizer_name"):
-        raise InputError(  # for such a file name open_clip would download a tokenizer that the config does not name
-            f"model.name: {name} has 'siglip' in its name, so it must name its tokenizer as text_cfg.hf_tokenizer_name."
-        )
-    named = [text_cfg.get("hf_model_name"), text_cfg.get("hf_tokenizer_name"), name.removeprefix("local-dir:")]
-    for folder in filter(None, named):
-        if Path(folder).is_dir():
-            check_config_folder(Path(folder))
-    return {**model_cfg, "custom_text": True}
-
-
 def build_tower(model_cfg: dict[str, Any], modality: Modality, embed_dim: int) -> nn.Module:
     """Builds one tower with embeddings of `embed_dim` dims, without loading weights."""
     from open_clip import model as open_clip_model
@@ -203,9 +216,25 @@ def build_tower(model_cfg: dict[str, Any], modality: Modality, embed_dim: int) -
     with quiet():
         if modality == "image":
             vision_cfg = open_clip_model.CLIPVisionCfg(**{**model_cfg["vision_cfg"], "timm_model_pretrained": False})
-            return open_clip_model._build_vision_tower(embed_dim, vision_cfg, quick_gelu)
-        text_cfg = open_clip_model.CLIPTextCfg(**{**model_cfg["text_cfg"], "hf_model_pretrained": False})
-        return open_clip_model._build_text_tower(embed_dim, text_cfg, quick_gelu)
+            tower = open_clip_model._build_vision_tower(embed_dim, vision_cfg, quick_gelu)
+        else:
+            text_cfg = open_clip_model.CLIPTextCfg(**{**model_cfg["text_cfg"], "hf_model_pretrained": False})
+            tower = open_clip_model._build_text_tower(embed_dim, text_cfg, quick_gelu)
+    _adjust(tower, model_cfg, modality)
+    return tower
+
+
+def _adjust(tower: nn.Module, model_cfg: dict[str, Any], modality: Modality) -> None:
+    """Leaves out the tokens that CoCa's towers return as well, and sets the GELU of a timm tower as act_kwargs says,
+    which open_clip applies to its own towers only."""
+    if getattr(tower, "output_tokens", False):
+        vars(tower)["output_tokens"] = False
+    act_kwargs = model_cfg["vision_cfg"].get("act_kwargs")
+    if modality == "image" and act_kwargs and hasattr(tower, "trunk"):
+        for module in [*tower.modules()]:
+            for name, child in module.named_children():
+                if type(child).__name__ in ("GELU", "GELUTanh"):
+                    setattr(module, name, nn.GELU(**act_kwargs))
 
 
 def projection_axes(model_cfg: dict[str, Any], modality: Modality) -> dict[str, int] | None:
@@ -233,61 +262,37 @@ def projection_axes(model_cfg: dict[str, Any], modality: Modality) -> dict[str, 
     return axes or None
 
 
-def save_text_config(text_tower: nn.Module, folder: Path) -> None:
-    """Saves a Hugging Face text tower's config.json, which is needed to build it offline; nothing for other towers."""
-    config = getattr(text_tower, "config", None)
-    if config is not None:
-        config.save_pretrained(folder)
-
-
-def with_local_text_config(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy of the model config in which a Hugging Face text tower's name is `folder`, written by `save_text_config`.
-
-    Raises:
-        InputError: config.json is missing or names code to run.
-    """
-    if not model_cfg["text_cfg"].get("hf_model_name"):
-        return model_cfg
-    if not (folder / "config.json").is_file():  # transformers would read the path as the name of a hub repository
-        raise InputError(f"{folder / 'config.json'} is missing: it describes the text tower; export the encoder again.")
-    check_config_folder(folder)
-    return {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(folder)}}
-
-
-def _register(name: str) -> str:
-    """Registers mmrl's configs or a user's JSON file with open_clip; returns its name there.
-
-    Raises:
-        InputError: an unknown name, or a JSON file that is missing or not a model config.
-    """
+def _existing_weights(name: str, pretrained: str | None) -> str | None:
+    """Raises InputError if `pretrained` is neither a file nor one of the model's tags."""
     import open_clip
 
-    if ":" in name:
-        return name
-    path = Path(name)
-    if path.suffix == ".json":
-        try:
-            settings = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise InputError(f"model.name: the file {name} does not exist.") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"model.name: {name} is not JSON ({error}).") from None
-        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(settings)
-        if missing:
-            raise InputError(f"model.name: {name} lacks {', '.join(sorted(missing))}; see open_clip's model configs.")
-        open_clip.add_model_config(path)
-        return path.stem
-    if name not in open_clip.list_models():
-        open_clip.add_model_config(OWN_CONFIGS)
-    if name not in open_clip.list_models():
-        raise InputError(f"model.name: open_clip has no model {name!r}.{did_you_mean(name, open_clip.list_models())}")
-    return name
-
-
-def _existing_weights(pretrained: str | None) -> str | None:
-    if pretrained is not None and ("/" in pretrained or "." in pretrained) and not Path(pretrained).is_file():
+    if pretrained is None or Path(pretrained).is_file():
+        return pretrained
+    if Path(pretrained).is_dir():
+        raise InputError(f"model.pretrained: {pretrained} is a folder; give a weights file, or an encoder's folder.")
+    if "/" in pretrained or "." in pretrained:
         raise InputError(f"model.pretrained: the file {pretrained} does not exist.")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not open_clip.get_pretrained_cfg(name, pretrained):
+        allowed = nearest(pretrained, tags) if tags else "it has none; give a weights file"
+        raise InputError(f"model.pretrained: {name} has no weights {pretrained!r}; {allowed}.")
     return pretrained
+
+
+def _random_parts(config: TowersConfig, model_cfg: dict[str, Any]) -> tuple[str, ...]:
+    """What `build` initialised at random."""
+    if config.pretrained or config.name.startswith((HUB, LOCAL)):
+        return ()
+    loaded: dict[Modality, bool] = {
+        "image": config.pretrained_image and bool(model_cfg["vision_cfg"].get("timm_model_name")),
+        "text": config.pretrained_text and bool(model_cfg["text_cfg"].get("hf_model_name")),
+    }
+    has_projection = {one: projection_axes(model_cfg, one) is not None for one in loaded}
+    return tuple(
+        f"the {one} {'projection' if loaded[one] else 'tower'}"
+        for one in loaded
+        if not loaded[one] or has_projection[one]
+    )
 
 
 def _lock(towers: dict[Modality, nn.Module], model_cfg: dict[str, Any], config: TowersConfig) -> None:

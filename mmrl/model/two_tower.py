@@ -121,9 +121,17 @@ def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bia
     init = scale.init or (_SIGMOID_SCALE if new_bias else towers.logit_scale)
     bias_init = scale.bias_init if scale.bias_init is not None else towers.logit_bias
     count = num_dims if scale.per_dim else 1
+    projections: dict[Modality, nn.Linear | None] = {
+        "image": added_projection(towers.model_cfg, "image"),
+        "text": added_projection(towers.model_cfg, "text"),
+    }
+    for modality, weight_DD in towers.projections.items():
+        projection = projections[modality]
+        assert projection is not None, "the same tower had an added projection when it was stored"
+        projection.load_state_dict({"weight": weight_DD})
     return MatryoshkaCLIP(
-        ProjectedTower(towers.image, added_projection(towers.model_cfg, "image"), towers.image_spec.normalise),
-        ProjectedTower(towers.text, added_projection(towers.model_cfg, "text")),
+        ProjectedTower(towers.image, projections["image"], towers.image_spec.normalise),
+        ProjectedTower(towers.text, projections["text"]),
         torch.full((count,), init),
         torch.full((count,), _SIGMOID_BIAS if bias_init is None else bias_init) if with_bias else None,
         recomputes=towers.grad_checkpointing,

@@ -26,9 +26,10 @@ from mmrl.evaluate import sets
 from mmrl.evaluate.sets import Embedded
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
-from mmrl.model.source import ModelSource, OpenClipModel, StoredModel, parse_model
+from mmrl.model.manifest import check_encoder_out
+from mmrl.model.source import ModelSource, StoredModel, parse_model
 from mmrl.output.console import print_line
-from mmrl.output.files import atomic_path, check_new_folder
+from mmrl.output.files import atomic_path
 from mmrl.output.progress import progress_bar
 from mmrl.rotation import learned, moments
 from mmrl.rotation.moments import Moments
@@ -53,6 +54,7 @@ def rotate_model(
     captions: int | None = None,
     steps: int = learned.STEPS,
     quiet: bool = False,
+    force: bool = False,
 ) -> Result:
     """Writes the rotated MODEL to OUT; returns its manifest.
 
@@ -65,16 +67,17 @@ def rotate_model(
         samples: use about this many samples, spread evenly over the shards; default: all.
         captions: use at most this many texts per sample, the plain one first; default: all.
         steps: to learn the rotation, after PCA; 0 stops at PCA.
+        force: replace an encoder in OUT that was rotated or exported.
 
     Raises:
         InputError: no such model or shards, too few samples, dims that MODEL does not have, embeddings that are not
-            finite, OUT exists and is not empty.
+            finite, OUT is not new or empty.
         RunStopped: the rotation does not help on `validate`, or similarities changed, or OUT cannot be written.
     """
     world = comm.start()
     console = Console(quiet=quiet or not world.is_rank_0)
-    check_new_folder(out)
     source = parse_model(model)
+    check_encoder_out(out, force, source.folder if isinstance(source, StoredModel) else None)
     reader = open_reader(shards)
     validation = None if validate is None else open_reader(validate)
     encoder = bundle.open_model(source)
@@ -82,7 +85,7 @@ def rotate_model(
     dims = _checked_dims(encoder, dims)
     _check_keep(encoder, keep)
     _check_count(shards, len(reader), encoder.dim)
-    _print_model_notes(console, source, encoder, keep, validate)
+    _print_model_notes(console, encoder, keep, validate)
     found = moments.compute_moments(model, encoder, reader, samples, captions, console, with_pairs=steps > 0)
     _check_count(shards, found.images, encoder.dim)
     _print_sample_notes(console, encoder.dim, found)
@@ -151,13 +154,7 @@ def _check_count(shards: str, count: int, dim: int) -> None:
         )
 
 
-def _print_model_notes(
-    console: Console, source: ModelSource, encoder: Bundle, keep: int | None, validate: str | None
-) -> None:
-    if isinstance(source, OpenClipModel) and source.is_random:
-        print_line(
-            console, f"Note: {source.text} names no weights ({source.text}:PRETRAINED does), so the towers are random."
-        )
+def _print_model_notes(console: Console, encoder: Bundle, keep: int | None, validate: str | None) -> None:
     if _is_nested(encoder) and not keep and validate is None:
         trained = ", ".join(str(dim) for dim in encoder.nested_dims)
         print_line(

@@ -1,4 +1,4 @@
-"""The FastAPI application of `mmrl serve`: the search page and its JSON API.
+"""The FastAPI application of `mmrl serve`: the search page and its JSON API over an index, and the embeddings API.
 
 Clients send a text, image bytes, numbers or a group name, never a path. Nothing they send is stored.
 
@@ -15,18 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
+from mmrl.inference.base import LoadedEncoder
+from mmrl.search.batching import Batcher
 from mmrl.search.calibrate import K
 from mmrl.search.embed import MAX_TEXT_LENGTH
+from mmrl.search.embeddings_api import add_embeddings_api
 from mmrl.search.items import Item
 from mmrl.search.limits import MAX_UPLOAD_BYTES, add_limits
-from mmrl.search.query import Hit, Searcher
+from mmrl.search.metrics import Metrics
+from mmrl.search.query import Hit, Searcher, check_query_text
 from mmrl.version import __version__
 
 MAX_RESULTS = 100
@@ -35,8 +39,8 @@ _SEARCH_TIMEOUT_S = 20
 _MAX_CONCURRENT, _MAX_QUEUED = 4, 64
 _CACHED_QUERIES = 256  # query embeddings in the cache, so that moving the dim slider needs no encoding
 _EXAMPLE_QUERIES = 6
-_PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css", "docs": "docs.html", "docs.js": "docs.js",
-         "icon.svg": "icon.svg"}  # fmt: skip
+_DOCS_PAGE = {"/docs": "docs.html", "/docs.js": "docs.js", "/style.css": "style.css", "/icon.svg": "icon.svg"}
+_SEARCH_PAGE = {"/": "index.html", "/app.js": "app.js"}
 
 # Checked by `Searcher.search`, with the same message as `mmrl search`.
 Dim = Annotated[int | None, Field(description="Embedding dim to compare at, 1 to the index's dim (default: that dim)")]
@@ -73,7 +77,7 @@ class IndexedImage(BaseModel):
     key: str
     captions: list[str]
     group_name: str | None
-    thumbnail: str = Field(description="URL path of the WebP thumbnail")
+    thumbnail: str = Field(description="URL path of the WebP thumbnail; empty for a text")
 
 
 class Result(IndexedImage):
@@ -111,6 +115,7 @@ class IndexInfo(BaseModel):
     """The served index."""
 
     name: str
+    items: Literal["images", "texts"]
     count: int
     dim: int = Field(description="The largest dim that can be searched")
     dims: list[int] = Field(description="The encoder's trained dims, and the largest dim; any other is allowed, too")
@@ -131,7 +136,7 @@ class _QueryRunner:
         self.searcher = searcher
         self._pool = ThreadPoolExecutor(_MAX_CONCURRENT, "search")
         self._pending = 0
-        self._encode_lock, self._cache_lock = threading.Lock(), threading.Lock()
+        self._cache_lock = threading.Lock()
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     async def run(self, encode: Callable[[], np.ndarray], cache_key: bytes, options: SearchOptions) -> SearchResponse:
@@ -179,8 +184,7 @@ class _QueryRunner:
             if cache_key in self._cache:
                 self._cache.move_to_end(cache_key)
                 return self._cache[cache_key], True
-        with self._encode_lock:  # one at a time: encoding uses all cores, and not all tokenizers are thread-safe
-            query_D = encode()
+        query_D = encode()
         with self._cache_lock:
             self._cache[cache_key] = query_D
             if len(self._cache) > _CACHED_QUERIES:
@@ -188,20 +192,53 @@ class _QueryRunner:
         return query_D, False
 
 
-def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
-    """The application. `hosts` are the allowed Host headers, ["*"] for any."""
+def create_app(
+    served: Searcher | LoadedEncoder, hosts: list[str], name: str = "mmrl", api_key: str | None = None
+) -> FastAPI:
+    """The application: the embeddings API of an encoder, and with an index its search page and search API.
+
+    Args:
+        hosts: allowed Host headers, ["*"] for any.
+        name: the encoder's id in the embeddings API.
+        api_key: the key that requests must carry, except those for the pages and /health; None: no key is needed.
+    """
+    searches = isinstance(served, Searcher)
     app = FastAPI(
-        title="mmrl search API",
+        title="mmrl API",
         version=__version__,
-        description="Search images by text or by image, at any embedding dim.",
+        description="Embeds texts and images" + (", and searches an index by them" if searches else "")
+        + ", at any embedding dim." + (" Send the API key as Authorization: Bearer KEY." if api_key else ""),
         docs_url=None,  # FastAPI's docs page loads scripts from a CDN; ours is page/docs.html
         redoc_url=None,
-    )
+    )  # fmt: skip
+    encoder = served.encoder if searches else served
+    metrics = Metrics()
+    batcher = Batcher(encoder, metrics)
+    pages = {**_DOCS_PAGE, **(_SEARCH_PAGE if searches else {"/": "docs.html"})}
+    add_limits(app, hosts, metrics, api_key, public={*pages, "/openapi.json", "/health"})
+    for path, file in pages.items():
+        app.add_route(path, partial(_page_file, file), include_in_schema=False)
+    if searches:
+        _add_search_api(app, served, batcher)
+    add_embeddings_api(app, encoder, batcher, name)
+
+    @app.get("/health", tags=["server"])
+    async def health() -> dict[str, str]:
+        """{"status": "ok"} as long as the server answers. Needs no API key."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", tags=["server"], response_class=PlainTextResponse)
+    async def metrics_text() -> PlainTextResponse:
+        """Counters of requests, batches and times, in the text format of Prometheus."""
+        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
+    """Adds the routes that the search page uses."""
     runner = _QueryRunner(searcher)
     info = _index_info(searcher)
-    add_limits(app, hosts)
-    for path, name in _PAGE.items():
-        app.add_route(f"/{path}", partial(_page_file, name), include_in_schema=False)
 
     @app.get("/api/index", tags=["index"])
     def index() -> IndexInfo:
@@ -237,7 +274,7 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
     async def search_text(query: TextQuery) -> SearchResponse:
         """The images most similar to a text."""
         cache_key = b"text" + hashlib.sha256(query.text.encode("utf-8", "surrogatepass")).digest()
-        return await runner.run(lambda: searcher.encode_text(query.text), cache_key, query)
+        return await runner.run(lambda: batcher.encode("text", check_query_text(query.text)), cache_key, query)
 
     @app.post("/api/search/image", tags=["search"])
     async def search_image(
@@ -251,15 +288,13 @@ def create_app(searcher: Searcher, hosts: list[str]) -> FastAPI:
         data = await picture.read()
         cache_key = b"picture" + hashlib.sha256(data).digest()
         options = SearchOptions(dim=dim, k=k, group=group, exact=exact)
-        return await runner.run(lambda: searcher.encode_image(data), cache_key, options)
+        return await runner.run(lambda: batcher.encode("image", data), cache_key, options)
 
     @app.post("/api/search/item", tags=["search"])
     async def search_item(query: ItemQuery) -> SearchResponse:
         """The images most similar to an image of the index. That image itself ranks first."""
         row = _checked_row(searcher, query.row)
         return await runner.run(lambda: np.array(searcher.index.vectors_ND[row]), b"row%d" % row, query)
-
-    return app
 
 
 def _page_file(name: str, _: Request) -> FileResponse:
@@ -272,6 +307,7 @@ def _index_info(searcher: Searcher) -> IndexInfo:
     manifest = index.manifest
     return IndexInfo(
         name=index.folder.absolute().name,
+        items=index.kind,
         count=len(index),
         dim=max_dim,
         dims=sorted({*searcher.nested_dims, max_dim}),
@@ -290,7 +326,7 @@ def _image_fields(row: int, item: Item) -> dict[str, Any]:
         "key": item.key,
         "captions": item.captions,
         "group_name": item.group_name,
-        "thumbnail": f"/api/thumbnails/{row}",
+        "thumbnail": f"/api/thumbnails/{row}" if item.thumbnail else "",
     }
 
 

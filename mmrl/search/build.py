@@ -1,7 +1,8 @@
 """`mmrl index`: builds an index from embeddings, adds to it, deletes from it, compacts it.
 
-Only deletions change an index in place. Everything else writes a new data folder next to the current one and then
-replaces the manifest atomically. Searches in progress keep the old files; a crash leaves the old index.
+Images and texts have an index each: the images' in INDEX, the texts' in INDEX/texts, or in INDEX if there are no
+images. Only deletions change an index in place. Everything else writes a new data folder next to the current one and
+then replaces the manifest atomically. Searches in progress keep the old files; a crash leaves the old index.
 
 Shapes: N rows of the index, n rows of one batch, M captions, D dim of its vectors.
 """
@@ -10,24 +11,23 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from mmrl.codecs.code_index import faiss_module, training_rows
-from mmrl.codecs.table import CODECS, CODES, OLD_CODES, Code
+from mmrl.codecs.code_index import faiss_module
+from mmrl.codecs.table import CODECS, CODES, OLD_CODES
 from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
 from mmrl.nesting import Nesting, check_dims, untrained_note
 from mmrl.output.console import print_line
-from mmrl.output.files import atomic_path, write_atomic
+from mmrl.output.files import atomic_path, check_out_folder, create_folder, write_atomic
 from mmrl.search import items
-from mmrl.search.calibrate import K, Queries, calibrate
-from mmrl.search.embed import prepare_folder
-from mmrl.search.embeddings import Batches, caption_vectors, open_embeddings
-from mmrl.search.funnel import Funnel
+from mmrl.search.calibrate import QUERIES, Codes, K, write_codes
+from mmrl.search.embeddings import Batches, caption_vectors, embedding_files, open_embeddings
 from mmrl.search.index import (
     CAPTION_VECTORS,
     DELETED,
@@ -35,16 +35,17 @@ from mmrl.search.index import (
     INDEX_VERSION,
     ITEMS,
     MANIFEST,
+    TEXT_INDEX,
     VECTORS,
     Index,
+    Kind,
+    is_index,
     open_index,
 )
 from mmrl.version import __version__
 
 EXACT_UP_TO = 50_000
 """`--code auto` compresses indexes of more images than this. Smaller ones are fast enough uncompressed."""
-_QUERIES = 256
-"""Per modality, that choose the shortlists, and as many that measure them."""
 _MIN_COMPRESSED = 1000
 
 
@@ -59,16 +60,6 @@ class _IndexSource:
     """Caption embeddings, to train and measure the codes with; empty if there are none."""
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """The codes of a compressed index."""
-
-    code: Code
-    dim: int
-    candidates: int | None = None
-    """Fixed length of the shortlist; None: chosen by `calibrate`, with a second stage after binary and pq."""
-
-
 def write_index(
     embeddings: Path,
     out: Path,
@@ -76,120 +67,202 @@ def write_index(
     code: str = "auto",
     dim: int | None = None,
     candidates: int | None = None,
+    force: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Builds the index OUT from the output of `mmrl embed`; returns its manifest.
+    """Builds the index OUT from the output of `mmrl embed`; returns its manifest. Texts beside images get an index of
+    their own, OUT/texts.
 
     Args:
         code: code of the first stage, one of CODES; 'exact': no codes; 'auto': exact up to EXACT_UP_TO images, else pq.
+            Texts beside images that are too few for codes are indexed exactly.
         dim: dim of the codes (default: the trained dim closest to a quarter of the full dim).
         candidates: images that the codes pass on to the ranking by full vectors (default: as many as recall 0.99 needs,
             chosen by measurement).
+        force: replace an index with other settings in OUT.
 
     Raises:
-        InputError: EMBEDDINGS is not the output of `mmrl embed`; OUT holds other files; invalid code, dim or
-            candidates.
+        InputError: EMBEDDINGS is not the output of `mmrl embed`; OUT holds other files or an index with other settings;
+            invalid code, dim or candidates.
     """
-    metadata, count, batches, schema = open_embeddings(embeddings)
+    files = embedding_files(embeddings)
+    main, opened = next(iter(files)), {kind: open_embeddings(path, kind) for kind, path in files.items()}
     code = OLD_CODES.get(code, code)
     if code not in ("auto", "exact", *CODES):
         raise InputError(f"code: {code!r} is unknown; allowed: auto, exact, {', '.join(CODES)}.")
-    if code == "auto":
-        code = "exact" if count <= EXACT_UP_TO and dim is None and candidates is None else "pq"
     if code == "exact" and candidates is not None:
         raise InputError("candidates: an exact index has none; give a code with --code, or leave out --candidates.")
     if code == "exact" and dim is not None:
         raise InputError("dim: an exact index has no codes; give a code with --code, or leave out --dim.")
-    codes = None if code == "exact" else _choose_codes(code, dim, candidates, metadata, count)
-    prepare_folder(out, {MANIFEST, *_data_folders(out)})
-    console = Console(quiet=quiet)
-    captions_MD = np.zeros((0, metadata["dim"]), np.float32)
-    if codes is not None:
-        print_line(console, untrained_note([codes.dim], metadata["nested_dims"]))
-        captions_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, console)
-    manifest = {
-        "format": INDEX_FORMAT,
-        "version": INDEX_VERSION,
-        "encoder": {"model": metadata["model"], "origin_sha256": metadata["origin_sha256"]},
-        "dim": metadata["dim"],
-        "nested_dims": metadata["nested_dims"],
+    codes_of = {
+        kind: _choose_codes(code, dim, candidates, metadata, count, may_be_few=kind != main)
+        for kind, (metadata, count, _, _) in opened.items()
     }
-    return _write(out, manifest, _IndexSource(count, schema, batches, captions_MD), codes, console)
+    difference = _difference(out, {"items": main, "texts": len(files) == 2}, opened[main][0], codes_of[main])
+    check_out_folder(out, {MANIFEST, TEXT_INDEX, *_data_folders(out)}, difference, force=force)
+    console, manifest = Console(quiet=quiet), {}
+    for kind, (metadata, count, batches, schema) in reversed(opened.items()):  # the images last: theirs is the main one
+        folder, codes = out if kind == main else out / TEXT_INDEX, codes_of[kind]
+        create_folder(folder)
+        captions_MD = np.zeros((0, metadata["dim"]), np.float32)
+        if codes is not None:
+            print_line(console, untrained_note([codes.dim], metadata["nested_dims"]))
+        if codes is not None and kind == "images":
+            captions_MD = caption_vectors(embeddings, metadata, 2 * QUERIES, console)
+        manifest = {
+            "format": INDEX_FORMAT,
+            "version": INDEX_VERSION,
+            "items": kind,
+            "encoder": {"model": metadata["model"], "origin_sha256": metadata["origin_sha256"]},
+            "dim": metadata["dim"],
+            "nested_dims": metadata["nested_dims"],
+        }
+        manifest = _write(folder, manifest, _IndexSource(count, schema, batches, captions_MD), codes, console)
+    if len(opened) == 1:
+        shutil.rmtree(out / TEXT_INDEX, ignore_errors=True)
+    return manifest
+
+
+def _difference(out: Path, parts: dict[str, Any], metadata: dict[str, Any], codes: Codes | None) -> str | None:
+    """How the index in OUT differs from one of these embeddings with these codes; None if it does not. `parts` are its
+    kind of items, and whether it has texts beside them."""
+    if not is_index(out):
+        return None
+    index = open_index(out)
+    manifest, stored_codes = index.manifest, index.manifest["codes"] or {}
+    stored = {
+        "items": index.kind,
+        "texts": (out / TEXT_INDEX).is_dir(),
+        "encoder": manifest["encoder"]["origin_sha256"],
+        "dim": manifest["dim"],
+    }
+    stored |= {"code": stored_codes.get("code", "exact"), "dim of codes": stored_codes.get("dim")}
+    now = {**parts, "encoder": metadata["origin_sha256"], "dim": metadata["dim"]}
+    now |= {"code": codes.code if codes else "exact", "dim of codes": codes.dim if codes else None}
+    key = next((key for key in now if stored[key] != now[key]), None)
+    return key and f"an index whose {key} was {stored[key]}, not {now[key]}"
 
 
 def add_to_index(embeddings: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:
-    """Adds the output of `mmrl embed` to an index; returns the manifest. Images with an existing key replace the old
-    ones. Codes are trained and measured again.
+    """Adds the output of `mmrl embed` to an index; returns the manifest. Images and texts with an existing key replace
+    the old ones. Codes are trained and measured again.
 
     Raises:
-        InputError: the embeddings are of another encoder, or have fewer dims than the index.
+        InputError: the embeddings are of another encoder, have fewer dims than the index, or lack the images or the
+            texts that it has.
     """
-    index = open_index(folder)
-    metadata, count, batches, _ = open_embeddings(embeddings)
+    indexes, files = _indexes(folder), embedding_files(embeddings)
+    if lacking := [kind for kind in indexes if kind not in files]:
+        remedy = "run mmrl embed again with --texts" if lacking == ["texts"] else "embed images"
+        raise InputError(f"embeddings: {embeddings} holds no {lacking[0]}, and {folder} does; {remedy}.")
+    console = Console(quiet=quiet)
+    if extra := [kind for kind in files if kind not in indexes]:
+        print_line(console, f"The {extra[0]} are not added: {folder} holds none.")
+    opened = {kind: open_embeddings(files[kind], kind) for kind in indexes}
+    for kind, index in indexes.items():
+        _check_same_encoder(embeddings, opened[kind][0], index)
+    keys = {
+        key for _, _, batches, _ in opened.values() for _, batch in batches() for key in batch.column("key").to_pylist()
+    }
+    manifest = {}
+    for kind, index in reversed(indexes.items()):
+        metadata, count, batches, _ = opened[kind]
+        replaced = index.items.rows_of(sorted(keys))[0]
+        captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
+        if index.funnel is not None and kind == "images":
+            new_MD = caption_vectors(embeddings, metadata, 2 * QUERIES, console)
+            captions_MD = np.concatenate([captions_MD, new_MD[:, : index.dim]])
+        source = _IndexSource(
+            len(index.vectors_ND) - len(np.union1d(index.deleted, replaced)) + count,
+            index.items.schema,
+            partial(_old_and_new, index, replaced, batches),
+            captions_MD,
+        )
+        manifest = _write(index.folder, index.manifest, source, _codes_of(index), console)
+    return manifest
+
+
+def _old_and_new(index: Index, replaced: np.ndarray, batches: Batches) -> Iterator[tuple[np.ndarray, Any]]:
+    yield from _remaining_batches(index, replaced)
+    yield from batches(index.dim)
+
+
+def _indexes(folder: Path) -> dict[Kind, Index]:
+    """The main index of a folder, and that of its texts if it has one beside."""
+    main = open_index(folder)
+    beside: dict[Kind, Index] = {}
+    if (folder / TEXT_INDEX / MANIFEST).is_file():
+        beside["texts"] = open_index(folder / TEXT_INDEX)
+    return {main.kind: main, **beside}
+
+
+def _check_same_encoder(embeddings: Path, metadata: dict[str, Any], index: Index) -> None:
+    """Raises InputError unless the embeddings are of the index's encoder and have its dims."""
+    folder, what = index.folder, index.kind
     origin = index.manifest["encoder"]["origin_sha256"]
     if metadata["origin_sha256"] != origin:
         raise InputError(
             f"embeddings: {embeddings} are of another encoder (weights {metadata['origin_sha256'][:12]}…) than "
-            f"{folder} ({origin[:12]}…); embed these images with {index.manifest['encoder']['model']}."
+            f"{folder} ({origin[:12]}…); embed these {what} with {index.manifest['encoder']['model']}."
         )
     if metadata["dim"] < index.dim:
         raise InputError(
-            f"embeddings: {embeddings} has {metadata['dim']} dims and {folder} has {index.dim}; embed these images "
+            f"embeddings: {embeddings} has {metadata['dim']} dims and {folder} has {index.dim}; embed these {what} "
             f"with --dim {index.dim}."
         )
-    keys = [key for _, batch in batches() for key in batch.column("key").to_pylist()]
-    replaced = index.items.rows_of(keys)[0]
-    captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
-    if index.funnel is not None:
-        new_MD = caption_vectors(embeddings, metadata, 2 * _QUERIES, Console(quiet=quiet))
-        captions_MD = np.concatenate([captions_MD, new_MD[:, : index.dim]])
-
-    def old_and_new() -> Iterator[tuple[np.ndarray, Any]]:
-        yield from _remaining_batches(index, replaced)
-        yield from batches(index.dim)
-
-    removed = np.union1d(index.deleted, replaced)
-    source = _IndexSource(len(index.vectors_ND) - len(removed) + count, index.items.schema, old_and_new, captions_MD)
-    return _write(folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
 
 
 def delete_from_index(folder: Path, keys: Sequence[str], quiet: bool = False) -> dict[str, Any]:
-    """Deletes the images with these keys from an index; returns the manifest. Their vectors and thumbnails stay in its
-    files until `compact_index` or `add_to_index`.
+    """Deletes the images with these keys, and their texts, from an index; returns the manifest. Their vectors and
+    thumbnails stay in its files until `compact_index` or `add_to_index`.
 
     Raises:
         InputError: a key does not exist, or no image would remain.
     """
-    index = open_index(folder)
+    index, *beside = _indexes(folder).values()
     rows, unknown = index.items.rows_of(keys)
+    noun = index.kind.removesuffix("s")
     if unknown:
         others = f" (nor {len(unknown) - 1:,} more of the keys)" if len(unknown) > 1 else ""
-        raise InputError(f"delete: {folder} has no image {unknown[0]!r}{others}; nothing was deleted.")
-    deleted = np.union1d(index.deleted, rows)
-    if len(deleted) == len(index.vectors_ND):
-        raise InputError(f"delete: no image would remain in {folder}; delete the folder instead.")
+        raise InputError(f"delete: {folder} has no {noun} {unknown[0]!r}{others}; nothing was deleted.")
+    if len(np.union1d(index.deleted, rows)) == len(index.vectors_ND):
+        raise InputError(f"delete: no {noun} would remain in {folder}; delete the folder instead.")
+    for texts in beside:
+        rows_of_texts = texts.items.rows_of(keys)[0]
+        if len(np.union1d(texts.deleted, rows_of_texts)) == len(texts.vectors_ND):
+            shutil.rmtree(texts.folder)
+        elif len(rows_of_texts):
+            _delete_rows(texts, rows_of_texts, quiet)
+    return _delete_rows(index, rows, quiet)
+
+
+def _delete_rows(index: Index, rows: np.ndarray, quiet: bool) -> dict[str, Any]:
+    """Lists rows of one index as deleted; returns its manifest."""
+    folder, deleted = index.folder, np.union1d(index.deleted, rows)
     with atomic_path(index.data_folder / DELETED) as partial, partial.open("wb") as file:
         np.save(file, deleted)
     manifest = {**index.manifest, "count": len(index.vectors_ND) - len(deleted)}
     _write_manifest(folder, manifest)
     count = len(deleted) - len(index.deleted)
-    print_line(Console(quiet=quiet), f"{folder}: deleted {count:,} images, {manifest['count']:,} remain")
+    print_line(Console(quiet=quiet), f"{folder}: deleted {count:,} {index.kind}, {manifest['count']:,} remain")
     return manifest
 
 
 def compact_index(folder: Path, quiet: bool = False) -> dict[str, Any]:
     """Rewrites an index without its deleted images; returns the manifest."""
-    index = open_index(folder)
-    captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
-    none = np.zeros(0, np.int64)
-    source = _IndexSource(len(index), index.items.schema, lambda: _remaining_batches(index, none), captions_MD)
-    return _write(folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
+    manifest = {}
+    for index in reversed(_indexes(folder).values()):
+        captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
+        batches = partial(_remaining_batches, index, np.zeros(0, np.int64))
+        source = _IndexSource(len(index), index.items.schema, batches, captions_MD)
+        manifest = _write(index.folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
+    return manifest
 
 
-def _codes_of(index: Index) -> _Codes | None:
+def _codes_of(index: Index) -> Codes | None:
     if index.funnel is None:
         return None
-    return _Codes(index.funnel.code, index.funnel.dim, index.manifest["codes"].get("candidates"))
+    return Codes(index.funnel.code, index.funnel.dim, index.manifest["codes"].get("candidates"))
 
 
 def _remaining_batches(index: Index, replaced: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
@@ -202,8 +275,18 @@ def _remaining_batches(index: Index, replaced: np.ndarray) -> Iterator[tuple[np.
         yield index.vectors_ND[start : start + len(batch)][mask_n], batch.filter(pyarrow.array(mask_n))
 
 
-def _choose_codes(code: str, dim: int | None, candidates: int | None, metadata: dict[str, Any], count: int) -> _Codes:
-    """Checks, before the long work, the code and dim of the first stage, and chooses the dim if it is None."""
+def _choose_codes(
+    code: str, dim: int | None, candidates: int | None, metadata: dict[str, Any], count: int, may_be_few: bool
+) -> Codes | None:
+    """Checks, before the long work, the code and dim of the first stage, and chooses what is not given; None: exact.
+
+    Args:
+        may_be_few: too few rows for codes are indexed exactly; else they are an error.
+    """
+    if code == "auto":
+        code = "exact" if count <= EXACT_UP_TO and dim is None and candidates is None else "pq"
+    if code == "exact" or (may_be_few and count < max(_MIN_COMPRESSED, candidates or 0)):
+        return None
     full: int = metadata["dim"]
     if dim is None:
         trained = [d for d in Nesting.from_dims(metadata["nested_dims"] or [full], None, full).dims if d % 8 == 0]
@@ -222,11 +305,11 @@ def _choose_codes(code: str, dim: int | None, candidates: int | None, metadata: 
         raise InputError(
             f"candidates: {candidates:,} is out of range; allowed: {K} to {count:,}, the number of images."
         )
-    return _Codes(next(one for one in CODES if one == code), dim, candidates)
+    return Codes(next(one for one in CODES if one == code), dim, candidates)
 
 
 def _write(
-    out: Path, manifest: dict[str, Any], source: _IndexSource, codes: _Codes | None, console: Console
+    out: Path, manifest: dict[str, Any], source: _IndexSource, codes: Codes | None, console: Console
 ) -> dict[str, Any]:
     """Writes a new data folder, switches the manifest to it and removes the old one; returns the manifest."""
     numbers = [int(name.removeprefix("data-")) for name in _data_folders(out)]
@@ -235,7 +318,10 @@ def _write(
     try:
         vectors_ND = _write_rows(data, source, manifest["dim"])
         np.save(data / CAPTION_VECTORS, source.captions_MD)
-        sections = {} if codes is None else _write_codes(data, vectors_ND, source.captions_MD, codes)
+        sections = {} if codes is None else write_codes(data, vectors_ND, source.captions_MD, codes)
+        if sections and manifest.get("items") == "texts":  # their own vectors were the queries
+            for name, values in (("search", f"recall@{K}"), ("search", "queries"), ("codes", "fitted_to")):
+                sections[name][values] = {"text": sections[name][values]["image"]}
         manifest = {
             **manifest,
             "count": source.count,
@@ -253,7 +339,10 @@ def _write(
         if name != data.name:
             shutil.rmtree(out / name, ignore_errors=True)
     size = sum(path.stat().st_size for path in data.iterdir()) / 1e6
-    print_line(console, f"{out}: index of {source.count:,} images, {manifest['dim']}-d, {size:,.1f} MB")
+    print_line(
+        console,
+        f"{out}: index of {source.count:,} {manifest.get('items', 'images')}, {manifest['dim']}-d, {size:,.1f} MB",
+    )
     if sections:
         print_line(console, _codes_summary(manifest))
     return manifest
@@ -284,31 +373,6 @@ def _write_rows(data: Path, source: _IndexSource, dim: int) -> np.ndarray:
     assert start == source.count
     vectors_ND.flush()
     return vectors_ND
-
-
-def _write_codes(data: Path, vectors_ND: np.ndarray, captions_MD: np.ndarray, codes: _Codes) -> dict[str, Any]:
-    """Writes the codes and measures their recall; returns the manifest's sections `codes` and `search`."""
-    rows = training_rows(len(vectors_ND))
-    sample = np.concatenate([vectors_ND[rows], captions_MD])
-    funnel = Funnel.build(data, vectors_ND, codes.code, codes.dim, sample, codes.candidates)
-    rng = np.random.default_rng(1)
-    image_rows = np.sort(rng.permutation(len(vectors_ND))[: 2 * _QUERIES])
-    caption_rows = rng.permutation(len(captions_MD))[: 2 * _QUERIES]
-    queries = Queries(
-        np.concatenate([vectors_ND[image_rows], captions_MD[caption_rows]]),
-        np.concatenate([image_rows, np.full(len(caption_rows), -1)]),
-    )
-    measured = calibrate(funnel, vectors_ND, queries, codes.candidates)
-    section = {
-        "code": codes.code,
-        "dim": codes.dim,
-        "threshold": None,
-        "candidates": codes.candidates,
-        "second_stage": funnel.prefix_Nd is not None,
-        "resident_bytes": funnel.resident_bytes,
-        "fitted_to": {"image": len(rows), "text": len(captions_MD)},
-    }
-    return {"codes": section, "search": measured}
 
 
 def _data_folders(out: Path) -> list[str]:

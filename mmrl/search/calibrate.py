@@ -1,4 +1,4 @@
-"""Choose the shortlist lengths of a funnel and measure its recall against exact search, on the index itself.
+"""Write the codes of an index, choose the shortlist lengths of its funnel and measure its recall against exact search.
 
 Queries are of both modalities; half of them choose the lengths, the other half measure recall.
 
@@ -6,20 +6,35 @@ Shapes: Q queries, N images, D full dim, k neighbours, n a shortlist.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmrl.codecs.code_index import training_rows
+from mmrl.codecs.table import Code
 from mmrl.evaluate.ranking.ranks import top_k
 from mmrl.search.funnel import Funnel
 
 K = 10
 """Recall is measured among the K nearest neighbours."""
+QUERIES = 256
+"""Per modality, that choose the shortlists, and as many that measure them."""
 # Shortlists are chosen for slightly more than the required 0.99, since other queries may be harder.
 _TARGET_RECALL = 0.993
 _FIRST = (100, 200, 400, 700, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12_000, 16_000, 24_000, 32_000)
 _SECOND = (20, 30, 50, 70, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200)
 _CHUNK_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of a compressed index."""
+
+    code: Code
+    dim: int
+    candidates: int | None = None
+    """Fixed length of the shortlist; None: chosen by `calibrate`, with a second stage after binary and pq."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,31 @@ class Queries:
     vectors_QD: np.ndarray
     own_row_Q: np.ndarray
     """The index row that a query was taken from, which is no neighbour of itself; -1 for a text."""
+
+
+def write_codes(data: Path, vectors_ND: np.ndarray, captions_MD: np.ndarray, codes: Codes) -> dict[str, Any]:
+    """Writes the codes and measures their recall; returns the manifest's sections `codes` and `search`."""
+    rows = training_rows(len(vectors_ND))
+    sample = np.concatenate([vectors_ND[rows], captions_MD])
+    funnel = Funnel.build(data, vectors_ND, codes.code, codes.dim, sample, codes.candidates)
+    rng = np.random.default_rng(1)
+    image_rows = np.sort(rng.permutation(len(vectors_ND))[: 2 * QUERIES])
+    caption_rows = rng.permutation(len(captions_MD))[: 2 * QUERIES]
+    queries = Queries(
+        np.concatenate([vectors_ND[image_rows], captions_MD[caption_rows]]),
+        np.concatenate([image_rows, np.full(len(caption_rows), -1)]),
+    )
+    measured = calibrate(funnel, vectors_ND, queries, codes.candidates)
+    section = {
+        "code": codes.code,
+        "dim": codes.dim,
+        "threshold": None,
+        "candidates": codes.candidates,
+        "second_stage": funnel.prefix_Nd is not None,
+        "resident_bytes": funnel.resident_bytes,
+        "fitted_to": {"image": len(rows), "text": len(captions_MD)},
+    }
+    return {"codes": section, "search": measured}
 
 
 def exact_neighbours(vectors_ND: np.ndarray, queries: Queries, k: int = K) -> np.ndarray:

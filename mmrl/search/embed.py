@@ -1,8 +1,8 @@
-"""`mmrl embed`: images -> embeddings.parquet, to index with `mmrl index` or to read with other tools.
+"""`mmrl embed`: images and texts -> Parquet files, to index with `mmrl index` or to read with other tools.
 
     OUT/
         embeddings.parquet    key, captions, group, group_name, embedding (unit vectors), embedding_DIM_PRECISION …,
-                              thumbnail (WebP); see `table.image_schema`
+                              thumbnail (WebP); see `table.image_schema`; absent if the source has texts only
         texts.parquet         with --texts, a row per caption: key, caption, group, group_name, the same vector columns
         img_emb/ …            with --npy: see `table.write_npy`
         bad_samples.jsonl     the skipped samples, one JSON object per line; only if there are any
@@ -11,14 +11,16 @@
 Shapes: N images, D full embedding dim.
 """
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,11 +38,11 @@ from mmrl.inference.load import load
 from mmrl.model.bundle import dims_up_to
 from mmrl.nesting import check_dims, truncate, untrained_note
 from mmrl.output.console import print_line
-from mmrl.output.files import atomic_path, write_atomic
+from mmrl.output.files import atomic_path, check_out_folder, create_folder, write_atomic
 from mmrl.output.progress import progress_bar
 from mmrl.search import table
 from mmrl.search.encoder_identity import identify_encoder
-from mmrl.search.sources import ImageSource, open_images
+from mmrl.search.sources import Source, open_source
 from mmrl.search.table import Column, columns_of
 from mmrl.version import __version__
 
@@ -65,28 +67,34 @@ def embed_images(
     npy: bool = False,
     group_key: str = "group",
     workers: int = 1,
+    force: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes OUT/embeddings.parquet; returns its metadata, the counts of images and bad samples, and the throughput.
+    """Writes OUT/embeddings.parquet and OUT/texts.parquet; returns their metadata, the counts of images, texts and bad
+    samples, and the throughput.
 
     Args:
         dims: embedding dims (default: the encoder's full dim).
         precisions: some of PRECISIONS; one column is written per dim and precision.
-        texts: also embed the captions, into OUT/texts.parquet.
+        texts: also embed the captions, or the texts of a source without images, into OUT/texts.parquet.
         group_key: the key of a sample's JSON that holds its group.
         workers: number of processes; each loads the encoder.
+        force: replace embeddings with other settings in OUT.
 
     Raises:
         InputError: no such model or images; a dim that the encoder lacks; an unknown precision; OUT holds other files
-            or an unfinished run with other settings; no image is usable.
+            or embeddings with other settings; no image is usable.
     """
     arrow("mmrl embed")
     if batch_size < 1 or workers < 1:
         raise InputError(f"batch-size, workers: {batch_size} and {workers}; give at least 1 of each.")
     checked_precisions = _check_precisions(precisions)
-    images = open_images(source, group_key)
+    samples = open_source(source, group_key)
+    if not samples.has_images and (npy or not texts):
+        raise InputError(f"source: {source} holds texts without images; add --texts, and leave out --npy.")
     name, encoder_path, digest = identify_encoder(model)
-    encoder = load(encoder_path, towers="both" if texts else "image")
+    towers = "image" if not texts else "both" if samples.has_images else "text"
+    encoder = load(encoder_path, towers=towers)
     checked_dims = list(dims or [encoder.dim])
     check_dims(checked_dims, encoder.dim, "dim")
     columns = columns_of(checked_dims, checked_precisions)
@@ -98,28 +106,31 @@ def embed_images(
         "dim": columns[0].dim,
         "nested_dims": list(dims_up_to(encoder.nested_dims, columns[0].dim)),
         "columns": [asdict(column) for column in columns],
+        # Not the source itself: a URL can hold a password.
+        "source_sha256": hashlib.sha256(os.fsencode(f"{source}\n{group_key}")).hexdigest(),
         "mmrl_version": __version__,
     }
     embedder = _ChunkEmbedder(
-        encoder_path, source, group_key, columns, metadata, texts, batch_size, out / CHUNKS, workers
+        encoder_path, source, group_key, columns, metadata, texts, towers, batch_size, out / CHUNKS, workers
     )
-    embedder.images, embedder.encoder = images, encoder
+    embedder.samples, embedder.encoder = samples, encoder
     allowed = {EMBEDDINGS, TEXTS, BAD_SAMPLES, CHUNKS, "metadata"}
     suffixes = [column.name.removeprefix("embedding") for column in columns]
     allowed |= {f"{prefix}{suffix}" for prefix in ("img_emb", "text_emb") for suffix in suffixes}
-    prepare_folder(out, allowed)
-    size = max(_MIN_CHUNK, min(_MAX_CHUNK, len(images) // _CHUNK_COUNT))
+    check_out_folder(out, allowed, _difference(out, metadata, texts), force=force)
+    create_folder(out)
+    size = max(_MIN_CHUNK, min(_MAX_CHUNK, len(samples) // _CHUNK_COUNT))
     size = -(-size // batch_size) * batch_size
-    spans = [(start, min(start + size, len(images))) for start in range(0, len(images), size)]
-    _prepare_chunks(out / CHUNKS, metadata, texts, source, images, size)
+    spans = [(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
+    _prepare_chunks(out / CHUNKS, metadata, texts, source, samples, size, force)
     console = Console(quiet=quiet)
-    for note in (*images.notes, untrained_note(checked_dims, encoder.nested_dims)):
+    for note in (*samples.notes, untrained_note(checked_dims, encoder.nested_dims)):
         if note:
             print_line(console, note)
     began = time.monotonic()
     done = _embed_chunks(embedder, spans, workers, console)
     seconds = time.monotonic() - began
-    bad = [*images.problems, *done.bad]
+    bad = [*samples.problems, *done.bad]
     count = _merge_chunks(out, [embedder.chunk_path(start) for start, _ in spans], embedder, bad, source, npy)
     result = {
         **metadata,
@@ -128,7 +139,7 @@ def embed_images(
         "bad": len(bad),
         "seconds": round(seconds, 3),
         "samples_per_second": round(done.new / seconds, 1) if done.new else None,
-        "embeddings": str(out / EMBEDDINGS),
+        "embeddings": str(out / (EMBEDDINGS if samples.has_images else TEXTS)),
     }
     _print_summary(console, out, result, bad, done.new)
     return result
@@ -145,24 +156,26 @@ def _check_precisions(precisions: Sequence[str]) -> list[Precision]:
     return [precision for precision in PRECISIONS if precision in precisions]
 
 
-def prepare_folder(out: Path, allowed: set[str]) -> None:
-    """Creates OUT, or accepts an existing folder that holds only `allowed` names: output of an earlier run.
-
-    Raises:
-        InputError: it is a file, holds other files, or cannot be created.
-    """
+def _difference(out: Path, metadata: dict[str, Any], texts: bool) -> str | None:
+    """How the finished embeddings in OUT differ from those of these settings; None if they do not."""
+    file = next((out / name for name in (EMBEDDINGS, TEXTS) if (out / name).is_file()), None)
+    if file is None:
+        return None
+    pyarrow, parquet = arrow("mmrl embed")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: the folder {out} cannot be created ({error.strerror}); choose another.") from None
-    # A killed process may have left the temporary files of an atomic write.
-    names = {path.name for path in out.iterdir() if not (path.name.startswith(".") and path.suffix == ".partial")}
-    if others := sorted(names - allowed):
-        raise InputError(f"out: {out} already holds {others[0]}; choose a new or empty folder.")
+        stored = json.loads(parquet.read_schema(file).metadata[table.METADATA_KEY])
+    except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
+        return f"a file {file.name} of another program"
+    stored, now = {**stored, "texts": (out / TEXTS).is_file()}, {**metadata, "texts": texts}
+    changed = (key for key in now if key != "mmrl_version" and stored.get(key, now[key]) != now[key])
+    key = next(changed, None)
+    if key == "source_sha256":
+        return "embeddings of another source"
+    return key and f"embeddings whose {key} was {stored[key]}, not {now[key]}"
 
 
 def _prepare_chunks(
-    folder: Path, metadata: dict[str, Any], texts: bool, source: str, images: ImageSource, size: int
+    folder: Path, metadata: dict[str, Any], texts: bool, source: str, samples: Source, size: int, force: bool
 ) -> None:
     """Creates the folder of the chunks, or keeps it if an earlier run with the same settings left it.
 
@@ -172,7 +185,7 @@ def _prepare_chunks(
     plan = {
         **metadata,
         "source": source,
-        "pictures": [len(images), images.fingerprint],
+        "pictures": [len(samples), samples.fingerprint],
         "texts": texts,
         "part": size,
     }
@@ -182,10 +195,11 @@ def _prepare_chunks(
         differing = next((key for key in plan if stored.get(key) != plan[key]), None)
         if differing is None:
             return
-        raise InputError(
-            f"out: {folder.parent} holds an unfinished run whose {differing} was {stored.get(differing)}, not "
-            f"{plan[differing]}; choose another folder, or delete {folder} to start over."
-        )
+        if not force:
+            raise InputError(
+                f"out: {folder.parent} holds an unfinished run whose {differing} was {stored.get(differing)}, not "
+                f"{plan[differing]}; choose another folder, or add --force to start over."
+            )
     shutil.rmtree(folder, ignore_errors=True)
     write_atomic(file, json.dumps(plan))
 
@@ -212,21 +226,22 @@ class _ChunkEmbedder:
     columns: list[Column]
     metadata: dict[str, Any]
     texts: bool
+    towers: Literal["both", "image", "text"]
     batch_size: int
     folder: Path
     workers: int
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("encoder", "images")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("encoder", "samples")}
 
     @cached_property
-    def images(self) -> ImageSource:
-        return open_images(self.source, self.group_key)
+    def samples(self) -> Source:
+        return open_source(self.source, self.group_key)
 
     @cached_property
     def encoder(self) -> LoadedEncoder:
         torch.set_num_threads(max(1, usable_cores() // self.workers))
-        return load(self.encoder_path, towers="both" if self.texts else "image")
+        return load(self.encoder_path, towers=self.towers)
 
     def chunk_path(self, start: int) -> Path:
         """The file of the chunk that starts at sample `start`."""
@@ -234,12 +249,14 @@ class _ChunkEmbedder:
 
     def __call__(self, span: tuple[int, int]) -> _ChunkResult:
         rows, bad, vectors, pixels = table.Rows(), [], [], []
-        for read in self.images.read(*span):
+        for read in self.samples.read(*span):
             if isinstance(read, Problem):
                 bad.append(read)
                 continue
             sample, image_CHW = read
-            rows.add(sample, to_pil(image_CHW))
+            rows.add(sample, None if image_CHW is None else to_pil(image_CHW))
+            if image_CHW is None:
+                continue
             pixels.append(self.encoder.image_spec.pixels(image_CHW))
             if len(pixels) == self.batch_size:
                 vectors.append(self.encoder.encode_pixels(torch.stack(pixels), self.batch_size))
@@ -253,7 +270,8 @@ class _ChunkEmbedder:
             text_vectors = self._vector_columns(self.encoder.encode_texts(captions, self.batch_size))
             schema = table.text_schema(self.columns, self.metadata)
             _write_chunk(rows.as_text_table(schema, text_vectors), _text_chunk_path(path))
-        result = _ChunkResult(len(rows.keys), texts, span[1] - span[0], bad)
+        images = rows if self.samples.has_images else table.Rows()
+        result = _ChunkResult(len(images.keys), texts, span[1] - span[0], bad)
         stored = {
             "samples": result.images,
             "texts": result.texts,
@@ -262,7 +280,7 @@ class _ChunkEmbedder:
         }
         full_ND = np.concatenate(vectors) if vectors else np.zeros((0, self.columns[0].dim), np.float32)
         schema = table.image_schema(self.columns, self.metadata)
-        chunk = rows.as_table(schema, self._vector_columns(full_ND))
+        chunk = images.as_table(schema, self._vector_columns(full_ND))
         # Written last: a chunk is complete once this file exists.
         _write_chunk(chunk.replace_schema_metadata({b"mmrl-part": json.dumps(stored)}), path)
         return result
@@ -331,9 +349,9 @@ def _merge_chunks(
     if bad:
         (out / BAD_SAMPLES).write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in bad))
     merged = {name: out / CHUNKS / name for name in (EMBEDDINGS, TEXTS)}
-    columns, metadata = embedder.columns, embedder.metadata
-    count = table.concatenate(chunks, merged[EMBEDDINGS], table.image_schema(columns, metadata))
-    if not count:
+    columns, metadata, has_images = embedder.columns, embedder.metadata, embedder.samples.has_images
+    count = table.concatenate(chunks, merged[EMBEDDINGS], table.image_schema(columns, metadata)) if has_images else 0
+    if has_images and not count:
         shutil.rmtree(out / CHUNKS)
         raise InputError(f"source: no image in {source} is usable; the first is {bad[0].key}: {bad[0].reason}.")
     if embedder.texts:
@@ -341,7 +359,8 @@ def _merge_chunks(
         table.concatenate(text_chunks, merged[TEXTS], table.text_schema(columns, metadata))
     if npy:
         table.write_npy(out, merged[EMBEDDINGS], merged[TEXTS] if embedder.texts else None, columns)
-    (out / TEXTS).unlink(missing_ok=True)
+    for name in merged:
+        (out / name).unlink(missing_ok=True)
     for path in merged.values():
         if path.exists():
             path.replace(out / path.name)
@@ -350,10 +369,12 @@ def _merge_chunks(
 
 
 def _print_summary(console: Console, out: Path, result: dict[str, Any], bad: Sequence[Problem], new: int) -> None:
-    size = (out / EMBEDDINGS).stat().st_size / 1e6
-    texts = "" if result["texts"] is None else f" and {result['texts']:,} texts"
+    size = Path(result["embeddings"]).stat().st_size / 1e6
+    counts = " and ".join(
+        f"{result[key]:,} {name}" for key, name in (("count", "images"), ("texts", "texts")) if result[key]
+    )
     columns = ", ".join(f"{column['dim']}-d {column['precision']}" for column in result["columns"])
-    lines = [f"{out / EMBEDDINGS}: {result['count']:,} images{texts}, {columns}, {size:,.1f} MB"]
+    lines = [f"{result['embeddings']}: {counts}, {columns}, {size:,.1f} MB"]
     if new:
         lines.append(f"{new:,} samples in {result['seconds']:,.1f} s ({result['samples_per_second']:,.0f} samples/s)")
     if bad:

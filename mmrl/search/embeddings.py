@@ -1,10 +1,11 @@
-"""Reads the output of `mmrl embed`: rows to build an index from, and caption embeddings to train its codes with.
+"""Reads the output of `mmrl embed`: images or texts to build an index from, and caption embeddings to train its codes.
 
 Shapes: n rows of one batch, M captions, D dim of the index's vectors.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from mmrl.output.console import print_line
 from mmrl.search import items
 from mmrl.search.embed import EMBEDDINGS, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION, TEXTS
 from mmrl.search.encoder_identity import identify_encoder
-from mmrl.search.table import METADATA_KEY, read_vectors
+from mmrl.search.index import Kind
+from mmrl.search.table import METADATA_KEY, image_schema, read_vectors
 
 _BATCH_ROWS = 2048
 
@@ -29,16 +31,34 @@ Batches = Callable[..., Iterator[tuple[np.ndarray, Any]]]
 """The rows of a new index: unit vectors (n, D) and a record batch of `items.COLUMNS`."""
 
 
-def open_embeddings(embeddings: Path) -> tuple[dict[str, Any], int, Batches, Any]:
-    """Opens embeddings.parquet: its metadata, number of rows, rows, and the schema of its items.
+def embedding_files(embeddings: Path) -> dict[Kind, Path]:
+    """The Parquet files of a folder, or the one that is given: that of images before that of texts. A file of texts
+    beside images is left out if it is empty: no image has a caption.
+
+    Raises:
+        InputError: there is none.
+    """
+    if embeddings.is_file():
+        return {"texts" if embeddings.name == TEXTS else "images": embeddings}
+    names: dict[Kind, str] = {"images": EMBEDDINGS, "texts": TEXTS}
+    found: dict[Kind, Path] = {kind: embeddings / name for kind, name in names.items() if (embeddings / name).is_file()}
+    pyarrow, parquet = arrow("mmrl index")
+    with suppress(pyarrow.ArrowException, OSError):  # a damaged file is reported when it is opened
+        if len(found) == 2 and not parquet.read_metadata(found["texts"]).num_rows:
+            del found["texts"]
+    if not found:
+        path = embeddings / EMBEDDINGS
+        raise InputError(f"embeddings: {path} does not exist; give the output folder of mmrl embed.")
+    return found
+
+
+def open_embeddings(path: Path, kind: Kind) -> tuple[dict[str, Any], int, Batches, Any]:
+    """Opens embeddings.parquet or texts.parquet: its metadata, number of rows, rows, and the schema of its items.
 
     Raises:
         InputError: `mmrl embed` did not write this file, or its first vector column is neither fp32 nor fp16.
     """
     pyarrow, parquet = arrow("mmrl index")
-    path = embeddings / EMBEDDINGS if embeddings.is_dir() else embeddings
-    if not path.is_file():
-        raise InputError(f"embeddings: {path} does not exist; give the output folder of mmrl embed.")
     try:
         with parquet.ParquetFile(path) as file:
             schema, count = file.schema_arrow, file.metadata.num_rows
@@ -46,7 +66,8 @@ def open_embeddings(embeddings: Path) -> tuple[dict[str, Any], int, Batches, Any
         raise InputError(
             f"embeddings: {path} is not a readable Parquet file ({error}); run mmrl embed again."
         ) from None
-    missing = {"embedding", *items.COLUMNS} - set(schema.names)
+    names = items.COLUMNS if kind == "images" else ["key", "caption", "group", "group_name"]
+    missing = {"embedding", *names} - set(schema.names)
     metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
     if missing or metadata.get("format") != EMBEDDINGS_FORMAT or metadata.get("version") != EMBEDDINGS_VERSION:
         lacks = f"it lacks column {sorted(missing)[0]!r}" if missing else "it lacks mmrl's metadata of that version"
@@ -64,12 +85,28 @@ def open_embeddings(embeddings: Path) -> tuple[dict[str, Any], int, Batches, Any
 
     def batches(dim: int = metadata["dim"]) -> Iterator[tuple[np.ndarray, Any]]:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["embedding", *items.COLUMNS]):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["embedding", *names]):
                 # Normalised again: they may be rounded to fp16, or have more dims than the index.
                 rows_nD = torch.from_numpy(read_vectors(batch, "embedding").astype(np.float32))
-                yield truncate(rows_nD, dim).numpy(), batch.select(items.COLUMNS)
+                rows = batch.select(names) if kind == "images" else _text_items(batch)
+                yield truncate(rows_nD, dim).numpy(), rows
 
-    return metadata, count, batches, pyarrow.schema([schema.field(name) for name in items.COLUMNS])
+    fields = image_schema([], {}).remove_metadata()
+    return metadata, count, batches, pyarrow.schema([fields.field(name) for name in items.COLUMNS])
+
+
+def _text_items(batch: Any) -> Any:
+    """Rows of texts.parquet as items: the text is the only caption, and there is no thumbnail."""
+    pyarrow, _ = arrow("mmrl index")
+    offsets = pyarrow.array(range(len(batch) + 1), pyarrow.int32())
+    columns = {name: batch.column(name) for name in ("key", "group", "group_name")}
+    columns["captions"] = pyarrow.ListArray.from_arrays(offsets, batch.column("caption"))
+    columns["thumbnail"] = pyarrow.array([b""] * len(batch), pyarrow.binary())
+    fields = image_schema([], {})
+    return pyarrow.record_batch(
+        [columns[name].cast(fields.field(name).type) for name in items.COLUMNS],
+        schema=pyarrow.schema([fields.field(name) for name in items.COLUMNS]),
+    )
 
 
 def caption_vectors(embeddings: Path, metadata: dict[str, Any], count: int, console: Console) -> np.ndarray:

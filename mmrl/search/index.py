@@ -1,6 +1,7 @@
 """An index opened for search: exact at any prefix of its vectors, or in stages over compressed codes.
 
     INDEX/
+        texts/               an index of the texts, if both images and texts are indexed
         manifest.json        format, version, the encoder's path and hash, dims, count, codes and their measured recall;
                              replaced atomically, last of all files: it names the data folder
         data-1/
@@ -17,7 +18,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from mmrl.search.funnel import Funnel, memory_map
 from mmrl.search.items import Items
 
 INDEX_FORMAT, INDEX_VERSION = "mmrl-index", 2
+TEXT_INDEX = "texts"
+Kind = Literal["images", "texts"]
+"""What the rows of an index are."""
 MANIFEST, VECTORS, ITEMS, DELETED = "manifest.json", "vectors.npy", "items.arrow", "deleted.npy"
 CAPTION_VECTORS = "texts.npy"
 # Elements of the index per scan step: 64 MB of float32.
@@ -53,12 +57,17 @@ class Index:
     _norms: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
+    def kind(self) -> Kind:
+        """What its rows are. Indexes of earlier versions hold images."""
+        return self.manifest.get("items", "images")
+
+    @property
     def dim(self) -> int:
         """The dim of its vectors."""
         return self.manifest["dim"]
 
     def __len__(self) -> int:
-        """The number of images, without deleted ones."""
+        """The number of rows, without deleted ones."""
         return len(self.vectors_ND) - len(self.deleted)
 
     def nearest(
@@ -183,6 +192,29 @@ def open_index(folder: Path) -> Index:
     funnel = Funnel.open(data, manifest["codes"], manifest["rows"]) if manifest["codes"] else None
     deleted = memory_map(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
     return Index(folder, manifest, vectors_ND, items, funnel, deleted)
+
+
+def index_of(folder: Path, kind: str | None) -> Path:
+    """The folder of the index of `kind` in an index folder; None: of its images, else of its texts.
+
+    Raises:
+        InputError: as read_manifest, or there is no such index.
+    """
+    main = read_manifest(folder).get("items", "images")
+    if kind in (None, main):
+        return folder
+    if kind == "texts" and (folder / TEXT_INDEX / MANIFEST).is_file():
+        return folder / TEXT_INDEX
+    remedy = "run mmrl embed with --texts and mmrl index again" if kind == "texts" else f"allowed: {main}"
+    raise InputError(f"in: {folder} holds no index of {kind}; {remedy}.")
+
+
+def is_index(folder: Path) -> bool:
+    """Whether the folder is an index, of any version; an encoder's folder has a manifest of another format."""
+    try:
+        return json.loads((folder / MANIFEST).read_text()).get("format") == INDEX_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

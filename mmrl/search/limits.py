@@ -1,20 +1,35 @@
-"""Limits and error responses of the server: request bodies, Host headers, security headers, one-sentence errors."""
+"""What the server checks of every request before its handler runs, and its error responses.
+
+The API key, the size of the body and the Host header are checked, security headers are set, requests are counted.
+Errors are one sentence: {"detail": …}, or on /v1 the body that OpenAI's clients read.
+"""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import hmac
+import re
+import time
+from collections.abc import Collection
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmrl.errors import InputError
+from mmrl.search.metrics import Metrics
 
 MAX_UPLOAD_BYTES = 16 << 20
 """Limit of a request body."""
+MAX_TEXTS, MAX_IMAGES = 2048, 32
+"""Limits of one request to /v1/embeddings: those of OpenAI's API and of Infinity."""
+MAX_WAITING = {"text": 2 * MAX_TEXTS, "image": 8 * MAX_IMAGES}
+"""Inputs of /v1/embeddings that are accepted before they are encoded; a request beyond them gets status 503."""
 _READ_TIMEOUT_S = 20
 _TOO_LARGE = f"The request is too large; an image may have {MAX_UPLOAD_BYTES >> 20} MB."
+_NO_KEY = "This server needs its API key: send the header Authorization: Bearer KEY."
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -23,67 +38,129 @@ _HEADERS = {
 }
 
 
-def add_limits(app: FastAPI, hosts: list[str]) -> None:
-    """Adds one-sentence JSON errors, security headers, and limits on request bodies and Host headers."""
+def add_limits(app: FastAPI, hosts: list[str], metrics: Metrics, api_key: str | None, public: Collection[str]) -> None:
+    """Adds the checks and the error responses to an application.
+
+    Args:
+        hosts: allowed Host headers, ["*"] for any.
+        api_key: the key that requests must carry; None: no key is needed.
+        public: paths that need no key.
+    """
 
     @app.exception_handler(InputError)
-    async def on_input_error(_: Request, error: InputError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422)
+    async def on_input_error(request: Request, error: InputError) -> JSONResponse:
+        return error_response(request.url.path, str(error), 422)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def on_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part != "body") or "body"
-        return JSONResponse({"detail": f"{where}: {first['msg']}; see /docs for what is allowed."}, 422)
+        message = f"{where}: {first['msg']}; see /docs for what is allowed."
+        return error_response(request.url.path, message, 422)
 
-    @app.middleware("http")
-    async def add_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        response.headers.update(_HEADERS)
-        response.headers.setdefault("Cache-Control", "no-cache")
-        return response
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(request.url.path, str(error.detail), error.status_code)
 
-    app.add_middleware(_BodyLimits)
+    @app.exception_handler(Exception)
+    async def on_failure(request: Request, _: Exception) -> JSONResponse:
+        return error_response(request.url.path, "The server failed; its log has the error.", 500)
+
+    app.add_middleware(_Checks, metrics=metrics, api_key=api_key, public=frozenset(public))
     # Against DNS rebinding: a page elsewhere could reach this server through a host name that resolves to 127.0.0.1.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
 
-class _BodyLimits:
-    """ASGI middleware that refuses request bodies that are too large or too slow, before they are parsed."""
+def error_response(path: str, message: str, status: int) -> JSONResponse:
+    """The response of an error: on /v1 as OpenAI's API, which answers invalid requests with 400, else {"detail": …}."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, {})
+    if not path.startswith("/v1/"):
+        return JSONResponse({"detail": message}, status, headers)
+    status = 400 if status == 422 else status
+    named = re.match(r"(?!body:)[a-z_]+(?=[:.\[])", message) if status == 400 else None
+    error = {
+        "message": message,
+        "type": "server_error" if status >= 500 else "invalid_request_error",
+        "param": named[0] if named else None,
+        "code": "invalid_api_key" if status == 401 else None,
+    }
+    return JSONResponse({"error": error}, status, headers)
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+
+class _Checks:
+    """ASGI middleware: refuses requests without the API key, and bodies that are too large or too slow, before they are
+    parsed; sets the security headers; counts the request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, public: frozenset[str]) -> None:
+        self._app, self._metrics, self._public = app, metrics, public
+        self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        content_length = dict(scope["headers"]).get(b"content-length", b"0")
-        body, ended = bytearray(), False
+        began, status = time.perf_counter(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                headers.setdefault("Cache-Control", "no-cache")
+            await send(message)
+
         try:
-            if not content_length.isdigit() or int(content_length) > MAX_UPLOAD_BYTES:
-                raise HTTPException(413, _TOO_LARGE)
-            async with asyncio.timeout(_READ_TIMEOUT_S):
-                while not ended:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return
-                    body += message.get("body", b"")
-                    if len(body) > MAX_UPLOAD_BYTES:
-                        raise HTTPException(413, _TOO_LARGE)
-                    ended = not message.get("more_body", False)
+            self._check_key(scope)
+            body = await _read_body(scope, receive)
         except HTTPException as error:
-            await JSONResponse({"detail": error.detail}, error.status_code, {"Connection": "close"})(
-                scope, receive, send
-            )
-            return
-        except TimeoutError:
-            slow = {"detail": f"The request body did not arrive within {_READ_TIMEOUT_S} seconds."}
-            await JSONResponse(slow, 408, {"Connection": "close"})(scope, receive, send)
-            return
-        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            response = error_response(scope["path"], error.detail, error.status_code)
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send_with_headers)
+        else:
+            if body is None:
+                return
+            messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> Message:
-            return messages.pop() if messages else await receive()
+            async def replay() -> Message:
+                return messages.pop() if messages else await receive()
 
-        await self._app(scope, replay, send)
+            await self._app(scope, replay, send_with_headers)
+        finally:
+            # The path of the route, not of the request: a client must not be able to create counters.
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.add_request(path, status, time.perf_counter() - began)
+
+    def _check_key(self, scope: Scope) -> None:
+        """Raises HTTPException 401 unless the request carries the API key or needs none."""
+        if self._api_key is None or scope["path"] in self._public:
+            return
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        # In constant time: the time of a plain comparison tells how many leading characters are right.
+        if not hmac.compare_digest(key.strip(), self._api_key) or scheme.lower() != b"bearer":
+            raise HTTPException(401, _NO_KEY)
+
+
+async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
+    """The request body; None if the client has gone.
+
+    Raises:
+        HTTPException: 413 if it is larger than MAX_UPLOAD_BYTES, 408 if it takes more than _READ_TIMEOUT_S.
+    """
+    content_length = dict(scope["headers"]).get(b"content-length", b"0")
+    if not content_length.isdigit() or len(content_length) > 15 or int(content_length) > MAX_UPLOAD_BYTES:
+        raise HTTPException(413, _TOO_LARGE)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_READ_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > MAX_UPLOAD_BYTES:
+                    raise HTTPException(413, _TOO_LARGE)
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise HTTPException(408, f"The request body did not arrive within {_READ_TIMEOUT_S} seconds.") from None

@@ -24,7 +24,7 @@ from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.console import print_line
 from mmrl.search.embed import MAX_TEXT_LENGTH
 from mmrl.search.encoder_identity import identify_encoder
-from mmrl.search.index import Index, open_index
+from mmrl.search.index import Index, index_of, open_index
 from mmrl.search.items import Item
 
 
@@ -60,14 +60,21 @@ class Searcher:
 
     @classmethod
     def open(
-        cls, folder: Path, model: str | None = None, towers: Literal["both", "image", "text"] = "both"
+        cls,
+        folder: Path,
+        model: str | None = None,
+        towers: Literal["both", "image", "text"] = "both",
+        kind: str | None = None,
     ) -> "Searcher":
         """Opens an index and its encoder: `model` if given, else the path stored in the index.
+
+        Args:
+            kind: images or texts (default: images, else texts).
 
         Raises:
             InputError: not an index, or the encoder cannot be opened or differs from the one that built the index.
         """
-        index = open_index(folder)
+        index = open_index(index_of(folder, kind))
         # Offline unless --model is given: the path stored in an index may name a Hugging Face repository.
         with nullcontext() if model else offline():
             return cls(index, load(_find_encoder(index, model), towers=towers))
@@ -129,10 +136,11 @@ def search_index(
     k: int = 5,
     group: str | None = None,
     exact: bool = False,
+    kind: str | None = None,
     picture: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Searches an index by text or by image, prints a table of the k nearest images and returns them for `--json`.
+    """Searches an index by text or by image, prints a table of the k nearest images or texts, and returns them.
 
     Args:
         image: query image; `text` is then ignored.
@@ -140,6 +148,7 @@ def search_index(
         dim: embedding dim to compare at (default: the index's full dim).
         group: search only images of this group.
         exact: compare all full vectors instead of using the index's codes.
+        kind: images or texts (default: images, else texts).
         picture: file to draw the results into as a contact sheet, in any image format that Pillow writes.
 
     Raises:
@@ -152,8 +161,10 @@ def search_index(
         raise InputError(f"k: {k} is too small; give at least 1.")
     if picture is not None:
         contact_sheet.check_path(picture)
-    searcher = Searcher.open(folder, model, "text" if image is None else "image")
+    searcher = Searcher.open(folder, model, "text" if image is None else "image", kind)
     index = searcher.index
+    if picture is not None and index.kind == "texts":
+        raise InputError("picture: texts have no thumbnails; leave out --picture, or search --in images.")
     dim = searcher.max_dim if dim is None else dim
     check_dims([dim], searcher.max_dim, "dim")
     query_D = searcher.encode_text(str(text)) if image is None else searcher.encode_image(image)
@@ -175,6 +186,7 @@ def search_index(
         "query": {"image": str(image)} if image is not None else {"text": text},
         "dim": dim,
         "trained": dim in searcher.nested_dims,
+        "in": index.kind,
         "count": len(index),
         "results": [hit.to_json() for hit in hits],
     }

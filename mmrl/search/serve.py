@@ -1,25 +1,36 @@
-"""`mmrl serve`: opens an index and its encoder and runs the HTTP server."""
+"""`mmrl serve`: opens an index or an encoder and runs the HTTP server."""
 
 import ipaddress
+import os
+import re
 import socket
 from pathlib import Path
 
 from rich.console import Console
 
 from mmrl.errors import InputError
+from mmrl.inference.base import LoadedEncoder
+from mmrl.inference.load import load
 from mmrl.nesting import untrained_note
 from mmrl.output.console import print_line
+from mmrl.search.index import is_index
 from mmrl.search.query import Searcher
 
-_MAX_CONNECTIONS, _KEEP_ALIVE_S = 100, 5
+API_KEY = "MMRL_API_KEY"
+"""The environment variable that holds the API key."""
+_MAX_CONNECTIONS, _KEEP_ALIVE_S = 256, 5
 
 
-def serve_index(folder: Path, model: str | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serves the search page and its API until interrupted.
+def serve(source: str, model: str | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serves the search page and the API of an index, or the embeddings API of an encoder, until interrupted.
+
+    Args:
+        source: an index, or MODEL as `mmrl.load` takes it.
+        model: path of the index's encoder (default: the path stored in the index).
 
     Raises:
-        InputError: not an index; the encoder cannot be opened or differs from the one that built the index; the address
-            is unavailable; FastAPI or uvicorn is not installed.
+        InputError: neither an index nor an encoder; the encoder cannot be opened or differs from the one that built the
+            index; the address is unavailable, or not loopback without an API key; FastAPI or uvicorn is not installed.
     """
     try:
         import uvicorn
@@ -29,24 +40,52 @@ def serve_index(folder: Path, model: str | None = None, host: str = "127.0.0.1",
         raise InputError(
             f"mmrl serve needs {error.name}, which is not installed; run pip install 'mmrl-clip[serve]'."
         ) from None
-    listener = open_listener(host, port)
-    with listener:
-        searcher = Searcher.open(folder, model)
+    api_key = _api_key(host)
+    with open_listener(host, port) as listener:
+        served = _open(source, model)
+        searches = isinstance(served, Searcher)
+        name = Path(served.index.manifest["encoder"]["model"] if searches and model is None else model or source).name
         # Host headers are checked on loopback addresses only; the check cannot parse IPv6 addresses.
         check_host = _is_loopback(host) and ":" not in host
-        app = create_app(searcher, hosts=["127.0.0.1", "localhost", host] if check_host else ["*"])
-        port = listener.getsockname()[1]
-        console = Console()
-        line = f"Serving {len(searcher.index):,} images at http://{host}:{port} (API: http://{host}:{port}/docs)"
-        print_line(console, f"{line}. Press Ctrl-C to stop.")
-        print_line(console, untrained_note([searcher.max_dim], searcher.nested_dims))
-        if not _is_loopback(host):
-            print_line(console, "Anyone who can reach this machine can search the index.")
+        app = create_app(served, ["127.0.0.1", "localhost", host] if check_host else ["*"], name, api_key)
+        console, address = Console(), f"http://{host}:{listener.getsockname()[1]}"
+        what = f"{len(served.index):,} {served.index.kind}" if searches else f"embeddings of {name}"
+        print_line(console, f"Serving {what} at {address} (API: {address}/docs). Press Ctrl-C to stop.")
+        if searches:
+            print_line(console, untrained_note([served.max_dim], served.nested_dims))
         config = uvicorn.Config(
             app, log_level="warning", limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_KEEP_ALIVE_S,
             server_header=False,
         )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _api_key(host: str) -> str | None:
+    """The API key; None if the environment variable is not set or empty.
+
+    Raises:
+        InputError: it is not set although other machines can reach `host`, or it cannot be sent in a header.
+    """
+    key = os.environ.get(API_KEY) or None
+    if key is None and not _is_loopback(host):
+        raise InputError(
+            f"host: other machines can reach {host}; set the environment variable {API_KEY} to the key that clients "
+            "must send, or serve on 127.0.0.1."
+        )
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise InputError(f"{API_KEY}: the key must be printable ASCII characters without spaces or line ends.")
+    return key
+
+
+def _open(source: str, model: str | None) -> Searcher | LoadedEncoder:
+    if is_index(Path(source)):
+        return Searcher.open(Path(source), model)
+    if model is not None:
+        raise InputError(f"model: --model is the encoder of an index, and {source} is not an index.")
+    try:
+        return load(source)
+    except InputError as error:
+        raise InputError(f"serve: {source} is not an index, and not an encoder that can be served: {error}") from None
 
 
 def open_listener(host: str, port: int) -> socket.socket:

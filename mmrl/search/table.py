@@ -101,13 +101,13 @@ class Rows:
     group_names: list[str | None] = field(default_factory=list)
     thumbnails: list[bytes] = field(default_factory=list)
 
-    def add(self, sample: Sample, image: Image.Image) -> None:
-        """Appends a row. `image` is stored as a thumbnail."""
+    def add(self, sample: Sample, image: Image.Image | None) -> None:
+        """Appends a row. `image` is stored as a thumbnail; None: the row has texts only."""
         self.keys.append(sample.name)
         self.captions.append(sample.captions)
         self.groups.append(sample.group)
         self.group_names.append(sample.group_name or None)
-        self.thumbnails.append(thumbnail(image))
+        self.thumbnails.append(b"" if image is None else thumbnail(image))
 
     def as_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
         """An Arrow table of `image_schema`. `vectors`: (N, width) for each vector column, in the schema's order."""

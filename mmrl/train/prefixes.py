@@ -24,12 +24,7 @@ class Prefixes:
     """The rotation and the smaller dims' logit scales, their optimizer, and their moving average if there is one."""
 
     def __init__(
-        self,
-        nested: Nesting,
-        log_scale_1: torch.Tensor,
-        config: OptimConfig,
-        ema: float | None,
-        device: torch.device,
+        self, nested: Nesting, log_scale_1: torch.Tensor, config: OptimConfig, ema: float | None, device: torch.device
     ) -> None:
         """Args:
         nested: the dims; the largest is the embedding's width.

@@ -26,7 +26,7 @@ from mmrl.engine.loss_scale import LossScale
 from mmrl.engine.timing import ThroughputMeter, Trace
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
-from mmrl.model import bundle, folding, towers, two_tower
+from mmrl.model import bundle, folding, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.train import host_checks
@@ -72,7 +72,9 @@ class Trainer:
         self.config, self.prepared, self.world, self.console = config, prepared, world, console
         self._heartbeat = heartbeat
         torch.manual_seed(config.seed)
-        built = towers.build(config.model)
+        built = bundle.initial_towers(config.model)
+        if built.random and prepared.resume_from is None:
+            prepared.reader.notes.append(f"Random weights at the start: {', '.join(built.random)} (model.pretrained).")
         built = dataclasses.replace(built, image_spec=config.image.applied_to(built.image_spec))
         with_bias = config.loss.name == "sigmoid"
         dims, learns_rotation = prepared.nested.dims, config.nesting.learns_rotation
@@ -85,7 +87,7 @@ class Trainer:
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
-            num_workers=config.data.workers,
+            num_workers=prepared.workers,
             image=built.image_spec,
             text=built.tokenise,
             config=config.data,

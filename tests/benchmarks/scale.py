@@ -42,7 +42,7 @@ from mmrl.engine.engine import Engine, EngineConfig
 from mmrl.engine.grad_cache import MicroBatch
 from mmrl.losses.config import LossConfig, nested_loss
 from mmrl.losses.inputs import NestedLoss
-from mmrl.model import towers, two_tower
+from mmrl.model import registry, towers, two_tower
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.nesting import Nesting
 
@@ -132,7 +132,7 @@ def _accumulation(arguments: argparse.Namespace, recipe: Config) -> None:
 def _deepspeed(arguments: argparse.Namespace) -> None:
     model, engine = _engine(arguments.batch)
     plain = copy.deepcopy(model)
-    optimizer = optim.build(plain, towers.read_model_cfg(RECIPE.model.name), RECIPE.optim)
+    optimizer = optim.build(plain, registry.read_model_cfg(RECIPE.model.name), RECIPE.optim)
     batch = _batch(arguments.batch)
 
     def plain_step() -> None:
@@ -196,8 +196,8 @@ def _engine(micro_batch: int, stage: int = 0, recipe: Config = RECIPE) -> tuple[
 
 
 def _batch(size: int, micro_batch: int | None = None, recipe: Config = RECIPE) -> list[MicroBatch]:
-    model_cfg = towers.read_model_cfg(recipe.model.name)
-    side, text_cfg = towers.input_side(model_cfg), model_cfg["text_cfg"]
+    model_cfg = registry.read_model_cfg(recipe.model.name)
+    side, text_cfg = registry.input_side(model_cfg), model_cfg["text_cfg"]
     draw = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (size, 3, side, side), generator=draw, dtype=torch.uint8)
     tokens = torch.randint(1, 400, (size, text_cfg["context_length"]), generator=draw)

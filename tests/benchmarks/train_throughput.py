@@ -35,7 +35,7 @@ from pathlib import Path
 
 from mmrl.config import load_config
 from mmrl.data.shards import expand
-from mmrl.model.towers import OWN_CONFIGS
+from mmrl.model.registry import OWN_CONFIGS
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 MODEL = "mmrl-starter"

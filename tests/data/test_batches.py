@@ -163,7 +163,8 @@ def test_an_input_error_in_a_worker_comes_without_a_traceback(tmp_path: Path) ->
     assert "Traceback" not in str(error.value)
 
 
-def test_a_set_of_only_bad_images_is_an_error(tmp_path: Path) -> None:
+def test_a_set_of_only_bad_images_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmrl.data.batches._MAX_REPLACEMENTS", 60)
     members = [m for n in range(12) for m in ((f"{n}.png", b"no picture"), (f"{n}.txt", b"caption"))]
     stream = Stream(open_reader(write_tar(tmp_path / "bad.tar", members)), 4, image=SPEC)
     with pytest.raises(InputError, match="samples in a row are bad"):

@@ -137,7 +137,7 @@ def test_an_epoch_resumed_with_another_world_size_has_each_sample_once(shards: P
     assert sum(map(len, seen)) == 48
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(1, 30), min_size=1, max_size=8),
     world=st.integers(1, 5),

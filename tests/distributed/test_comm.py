@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 import pytest
 import torch
 import torch.multiprocessing
+from helpers import reference
 from helpers.worlds import run_in_world
 
 from mmrl.distributed import comm
-from mmrl.losses import reference
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 from mmrl.losses.nested_sigmoid import nested_sigmoid
 from mmrl.losses.rotated import rotated_nested_info_nce
@@ -125,7 +125,7 @@ def _save_losses_of_local_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_losses_and_averaged_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
-    run_in_world(size, _save_losses_of_local_rows, tmp_path, "spawn")
+    run_in_world(size, _save_losses_of_local_rows, tmp_path, "forkserver")
     (x, y), results = _inputs(), [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(size)]
     for name, (_, plain) in LOSSES.items():
         image, text, scale, bias = _parameters()
@@ -160,7 +160,7 @@ def _loss_under_ddp(folder: Path) -> None:
 
 
 def test_gradients_under_ddp_equal_one_process(tmp_path: Path) -> None:
-    run_in_world(2, _loss_under_ddp, tmp_path, "spawn")
+    run_in_world(2, _loss_under_ddp, tmp_path, "forkserver")
     image, text, scale, bias = _parameters()
     x, y = _inputs()
     LOSSES["plain"][1](LossInputs(image(x), text(y), scale, bias, GROUPS))[0].backward()
@@ -181,7 +181,7 @@ def _count_collectives(folder: Path) -> None:
 
 
 def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -> None:
-    run_in_world(2, _count_collectives, tmp_path, "spawn")
+    run_in_world(2, _count_collectives, tmp_path, "forkserver")
     counts = torch.load(tmp_path / "rank0.pt")
     assert counts[1] == counts[6]
     # All-gather of the texts, reduce-scatter of their gradient, all-reduce of the column sums and of the loss.

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmrl.engine import optim
 from mmrl.engine.optim import OptimConfig, lr_factor
-from mmrl.model import towers, two_tower
+from mmrl.errors import InputError
+from mmrl.model import registry, towers, two_tower
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP
 
@@ -53,6 +55,33 @@ def test_layer_decay_slows_the_layers_near_the_input() -> None:
     assert of[f"text.tower.transformer.resblocks.{last - 1}.mlp.c_fc.weight"] == 0.25
     assert of["text.tower.token_embedding.weight"] == 0.5 ** (last + 2)
     assert of["text.tower.ln_final.weight"] == of["text.tower.text_projection"] == 1
+
+
+def test_layer_decay_of_a_resnet() -> None:
+    with torch.device("meta"):
+        tower = towers.build_tower(registry.read_model_cfg("RN50"), "image", 8)
+    depth = optim._Depth([f"tower.{name}" for name, _ in tower.named_parameters()])
+    expected = {
+        "conv1.weight": 5, "bn3.bias": 5, "layer1.0.conv1.weight": 4, "layer1.2.bn1.weight": 4,
+        "layer4.2.conv3.weight": 1, "attnpool.positional_embedding": 0, "attnpool.q_proj.bias": 0,
+    }  # fmt: skip
+    assert {name: depth.from_output(f"tower.{name}") for name in expected} == expected
+
+
+def test_layer_decay_of_other_towers() -> None:
+    """Names of timm's ViTamin, two stages before two blocks, and of a T5, whose blocks have layers."""
+    vitamin = {
+        "trunk.pos_embed": 5, "trunk.cls_token": 5, "trunk.patch_embed.backbone.stem.conv1.weight": 5,
+        "trunk.patch_embed.backbone.stages.0.0.norm.weight": 4, "trunk.patch_embed.backbone.stages.1.3.norm.weight": 3,
+        "trunk.blocks.0.mlp.weight": 2, "trunk.blocks.1.norm1.weight": 1, "trunk.attn_pool.latent": 0, "head.proj": 0,
+    }  # fmt: skip
+    t5 = {"transformer.embed_tokens.weight": 3, "transformer.block.0.layer.1.weight": 2,
+          "transformer.block.1.layer.0.weight": 1, "transformer.final_layer_norm.weight": 0}  # fmt: skip
+    for expected in (vitamin, t5):
+        depth = optim._Depth([f"tower.{name}" for name in expected])
+        assert {name: depth.from_output(f"tower.{name}") for name in expected} == expected
+    with pytest.raises(InputError, match=r"optim\.layer_decay: the layers of this image tower .* optim\.lr_image"):
+        optim._Depth(["tower.trunk.weight"]).check("image")
 
 
 def test_learning_rate_schedules() -> None:

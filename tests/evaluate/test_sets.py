@@ -29,7 +29,7 @@ from mmrl.evaluate.directions import CROSS_MODAL, DIRECTIONS
 from mmrl.evaluate.readers import draw_shards, open_set
 from mmrl.evaluate.report.tables import ceiling_note
 from mmrl.evaluate.sets import Embedded
-from mmrl.evaluate.zeroshot import class_embeddings, embed_labelled, read_classes, score_classification
+from mmrl.evaluate.zeroshot import class_embeddings, read_classes, score_classification, score_zero_shot
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.towers import TowersConfig
@@ -227,9 +227,10 @@ def test_classification_equals_clip_benchmarks(model_folder: Path, encoder: Bund
 def test_labels_out_of_range_are_bad_samples(encoder: Bundle, tmp_path: Path) -> None:
     members = [m for n, label in enumerate(["0", "3", "4", "-1", "red"]) for m in labelled_members(n, label)]
     one = open_set(str(write_tar(tmp_path / "a.tar", members)), read_classes_of(tmp_path, CLASSES))
-    found = embed_labelled(one.reader, encoder, 4)
-    assert found.label_N.tolist() == [0, 3]
-    assert [problem.kind for problem in found.bad] == ["no class from 0 to 3"] * 3
+    assert one.classes is not None
+    scores, bad = score_zero_shot(one.reader, one.classes, encoder, [16])
+    assert (scores["num_images"], scores["num_bad"]) == (2, 3)
+    assert [problem.kind for problem in bad] == ["no class from 0 to 3"] * 3
 
 
 def read_classes_of(folder: Path, names: Sequence[str]) -> zeroshot.Classes:
@@ -239,9 +240,8 @@ def read_classes_of(folder: Path, names: Sequence[str]) -> zeroshot.Classes:
 
 def test_with_a_single_class_accuracy_is_1(encoder: Bundle, tmp_path: Path) -> None:
     classes = read_classes_of(tmp_path, ["thing"])
-    found = zeroshot.LabelledImages(torch.randn(3, 16), torch.zeros(3, dtype=torch.int64), [])
-    vectors = class_embeddings(classes, encoder, [16])
-    assert score_classification(found, vectors)["dims"]["16"]["classification"]["top1"] == 1
+    vectors, labels = class_embeddings(classes, encoder, [16]), torch.zeros(3, dtype=torch.int64)
+    assert score_classification(torch.randn(3, 16), labels, vectors)["dims"]["16"]["classification"]["top1"] == 1
 
 
 def test_imagenet_names_and_templates_are_built_in(tmp_path: Path) -> None:

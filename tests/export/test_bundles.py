@@ -93,15 +93,15 @@ def test_a_hugging_face_text_tower_is_stored_in_the_bundle(hf_model: Path, tmp_p
 
 
 def test_an_open_clip_model_is_exported(tmp_path: Path) -> None:
-    manifest = export_bundle("open_clip:mmrl-starter", tmp_path / "out", 32)
-    assert manifest["source"] == {"model": "open_clip:mmrl-starter", "dim": 256}
+    manifest = export_bundle("open_clip:mmrl-starter:random", tmp_path / "out", 32)
+    assert manifest["source"] == {"model": "open_clip:mmrl-starter:random", "dim": 256}
     assert mmrl.load(tmp_path / "out").encode_texts(["a"]).shape == (1, 32)
 
 
 def test_towers_with_batch_norm_are_opened_in_evaluation_mode(tmp_path: Path) -> None:
     vision = {"timm_model_name": "test_resnet", "image_size": 64}
     (tmp_path / "with-batch-norm.json").write_text(json.dumps({**TINY_MODEL, "vision_cfg": vision}))
-    export_bundle(f"open_clip:{tmp_path / 'with-batch-norm.json'}", tmp_path / "out", 8)
+    export_bundle(f"open_clip:{tmp_path / 'with-batch-norm.json'}:random", tmp_path / "out", 8)
 
 
 def test_one_tower_can_be_loaded(source: Path) -> None:
@@ -146,9 +146,9 @@ def test_missing_and_damaged_encoders_are_reported(source: Path, tmp_path: Path)
         mmrl.load(tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="exists and is not an empty folder"):
+    with pytest.raises(InputError, match=r"already holds mine.txt; choose a new or empty folder"):
         export_bundle(str(source), tmp_path / "other", 8)
-    with pytest.raises(InputError, match="exists and is not an empty folder"):
+    with pytest.raises(InputError, match=r"already holds manifest.json; choose a new or empty folder"):
         export_bundle(str(source), source, 8)
     with pytest.raises(InputError, match="'txt'; want 'both', 'image' or 'text'"):
         mmrl.load(source, towers="txt")  # pyright: ignore[reportArgumentType]

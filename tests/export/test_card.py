@@ -146,9 +146,11 @@ def test_a_rotated_encoder_claims_neither_training_nor_scores_of_its_original(
 
 
 def test_an_open_clip_model_that_was_rotated_is_called_so(tiny_model: Path, shards: Path, tmp_path: Path) -> None:
-    rotate_model(f"open_clip:{tiny_model}", str(shards), tmp_path / "rotated", steps=0, quiet=True)
+    rotate_model(f"open_clip:{tiny_model}:random", str(shards), tmp_path / "rotated", steps=0, quiet=True)
     card = export_card(tmp_path / "rotated", tmp_path / "out")
-    assert f"Exported from `{tiny_model.name}`, rotated by `mmrl rotate`. The embeddings equal the rotated" in card
+    assert (
+        f"Exported from `{tiny_model.name}:random`, rotated by `mmrl rotate`. The embeddings equal the rotated" in card
+    )
     assert "Nested dims: 8, those of `mmrl rotate`" in card
 
 
@@ -159,13 +161,32 @@ def test_a_card_can_be_edited(source: Path, tmp_path: Path) -> None:
     assert "README.md" not in hash_files(tmp_path / "out")
 
 
+def test_inputs_that_a_tool_reads_otherwise_are_named() -> None:
+    from mmrl.export.card import _image_errors, _preprocessing, _text_errors
+
+    contract = {
+        "checked_by": "tool 1",
+        "hard_texts": {"count": 200, "tokenised_differently": ["x", "Â£5"], "worst_cosine_error": 0.3, "worst": "x"},
+        "hard_images_cosine_error": {"landscape": 5e-4, "CMYK": None, "rotated by EXIF": 0.25, "transparent": 1e-3},
+    }
+    assert _text_errors(contract) == (
+        "texts: training's token ids for 198 of 200 difficult texts, cosine error up to 3e-01 for the others, e.g. 'x'"
+    )
+    assert _image_errors(contract) == "images: cosine error up to 1e-03; CMYK refused; rotated by EXIF 2e-01"
+    text = _preprocessing({"contract": contract})
+    assert "Clean such texts first: `html.unescape(html.unescape(ftfy.fix_text(text)))`." in text
+    assert "If CMYK: convert to RGB first. If rotated by EXIF: apply `PIL.ImageOps.exif_transpose` first." in text
+
+
 def test_variants_are_listed(source: Path, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "online"
     bundles.export(str(source), out, [8], "onnx", quantize=["int8"], measure_shards=str(shards))
     assert "| int8" in (out / "README.md").read_text()
     manifest = read_manifest(out)
-    first, *others = summary(out, manifest).splitlines()
+    first, texts, images, *others = summary(out, manifest).splitlines()
     assert "8-d encoder" in first
+    assert "texts: training's token ids for all 200 difficult texts, cosine error up to " in texts
+    assert "images: cosine error up to " in images
     assert [text.split(":")[0].strip() for text in others] == ["fp32", "int8"]
     assert sum("the default" in text for text in others) == 1
     del manifest["variants"]["int8"]["recall"]

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import open_clip
 import pytest
 import torch
@@ -22,7 +24,8 @@ from PIL import Image
 
 import mmrl
 from mmrl.errors import InputError, RunStopped
-from mmrl.export import bundles, contract, onnx_graphs
+from mmrl.export import bundles, contract, hard_inputs, onnx_graphs
+from mmrl.export.card import summary
 from mmrl.export.formats import base
 from mmrl.model import bundle
 from mmrl.model.manifest import read_manifest, write_manifest
@@ -64,6 +67,15 @@ def assert_mmrl_loads(folder: Path, expected: dict[str, np.ndarray], atol: float
     assert_prefix(again.encode_texts(TEXTS), expected["texts"], 8, atol)
 
 
+MOJIBAKE = 4  # the last of the hard texts, which tokenizer.json cannot repair
+
+
+def assert_token_ids(source: Path, rows: list[list[int]], count: int = 200) -> None:
+    """Asserts that the first `count` hard texts have the token ids of training; `rows` are padded with 0 or not."""
+    expected = bundle.load(source).tokenise(hard_inputs.texts()[:count]).tolist()
+    assert [row + [0] * (12 - len(row)) for row in rows] == expected
+
+
 def scale_of_8(source: Path) -> float:
     """The log logit scale of dim 8, of those of 4, 8 and 16."""
     return bundle.load(source).model.log_logit_scale[1].item()
@@ -86,6 +98,7 @@ def test_unmodified_open_clip_opens_the_folder(source: Path, expected: dict[str,
         F.normalize(model.encode_image(transform(IMAGES[0])[None]), dim=1), prefix(expected["images"][:1], 8), atol=1e-6
     )
     assert_prefix(model.encode_text(tokenizer(TEXTS)), expected["texts"], 8, atol=1e-6)
+    assert_token_ids(source, tokenizer(hard_inputs.texts()).tolist())
     assert_mmrl_loads(tmp_path / "out", expected, atol=1e-6)
     # Files have the mode of any new file.
     (tmp_path / "new").touch()
@@ -98,7 +111,7 @@ def test_unmodified_open_clip_opens_the_folder(source: Path, expected: dict[str,
 def test_clip_model_and_its_processor_open_the_folder(
     source: Path, expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
     bundles.export(str(source), tmp_path / "out", [8], "transformers")
     model: Any = CLIPModel.from_pretrained(tmp_path / "out").eval()
@@ -106,12 +119,28 @@ def test_clip_model_and_its_processor_open_the_folder(
     assert model.visual_projection.weight.shape == (8, 32)
     assert model.logit_scale.item() == scale_of_8(source)
     assert model.config.logit_scale_init_value == scale_of_8(source)
+    assert (model.config.is_matryoshka, model.config.matryoshka_dimensions) == (True, [8, 4])  # what vLLM reads
+    assert model.config.embedding_size == 8
     texts = processor(text=TEXTS, return_tensors="pt", padding=True, truncation=True)
     assert_prefix(model.get_text_features(**texts).pooler_output, expected["texts"], 8)
     images = processor(images=IMAGES, return_tensors="pt")
     assert_prefix(model.get_image_features(**images).pooler_output, expected["images"], 8, atol=0.05)
     long = processor(text=["word " * 50], return_tensors="pt", padding=True, truncation=True)
     assert long["input_ids"].shape == (1, 12)
+    hard = hard_inputs.texts()[:-MOJIBAKE]
+    for tokenizer in (processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out")):
+        assert_token_ids(source, tokenizer(hard, truncation=True)["input_ids"], len(hard))
+    manifest = read_manifest(tmp_path / "out")
+    reported = manifest["contract"]["hard_texts"]
+    assert reported["tokenised_differently"] == hard_inputs.texts()[-MOJIBAKE:]
+    inputs = processor(text=[reported["worst"]], return_tensors="pt", truncation=True)
+    vector = prefix(model.get_text_features(**inputs).pooler_output.numpy(), 8)
+    own = mmrl.load(source, dim=8).encode_texts([reported["worst"]])
+    assert 1 - (vector * own).sum() == pytest.approx(reported["worst_cosine_error"], abs=1e-5)
+    assert reported["worst_cosine_error"] > 1e-3
+    worst = f"texts: training's token ids for 196 of 200 difficult texts, cosine error up to {reported['worst_cosine_error']:.0e}"  # noqa: E501
+    assert worst in summary(tmp_path / "out", manifest)
+    assert worst[6:] in (tmp_path / "out" / "README.md").read_text()
     assert_mmrl_loads(tmp_path / "out", expected)
 
 
@@ -127,7 +156,56 @@ def test_sentence_transformers_opens_the_folder_at_shorter_dims_too(
         assert_prefix(model.encode(TEXTS), expected["texts"], dim)
         assert_prefix(model.encode(IMAGES), expected["images"], dim, atol=0.05)
         np.testing.assert_allclose(np.linalg.norm(model.encode(TEXTS, normalize_embeddings=True), axis=1), 1, atol=1e-6)
+    hard = hard_inputs.texts()[:-MOJIBAKE]
+    np.testing.assert_allclose(
+        model.encode(hard, normalize_embeddings=True), mmrl.load(source, dim=4).encode_texts(hard), atol=1e-5
+    )
     assert_mmrl_loads(tmp_path / "out", expected)
+
+
+_OLDEST = """
+import sys, numpy, sentence_transformers
+assert sentence_transformers.__version__ == sys.argv[1], sentence_transformers.__version__
+model = sentence_transformers.SentenceTransformer(sys.argv[2], device="cpu")
+numpy.save(sys.argv[3], model.encode(["a red square", "green stripes", "x"]))
+"""
+
+
+@pytest.mark.slow
+def test_the_oldest_sentence_transformers_opens_the_folder(
+    source: Path, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    oldest = extras["sentence-transformers"][0].partition(">=")[2] + ".0"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(tmp_path)]
+    found = subprocess.run([*command, f"sentence-transformers=={oldest}"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"pip cannot download sentence-transformers {oldest}: {found.stderr.splitlines()[-1:]}")
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path / "site", "zip")
+    bundles.export(str(source), tmp_path / "out", [8], "sentence_transformers")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    arguments = [oldest, str(tmp_path / "out"), str(tmp_path / "vectors.npy")]
+    subprocess.run([sys.executable, "-c", _OLDEST, *arguments], check=True, env=environment)
+    assert_prefix(np.load(tmp_path / "vectors.npy"), expected["texts"], 8)
+
+
+def test_sentence_transformers_has_a_route_per_modality_for_a_hugging_face_text_tower(
+    hf_model: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    source = save_random_encoder(str(hf_model), tmp_path / "source")
+    bundles.export(str(source), tmp_path / "out", [8], "sentence_transformers")
+    ours, loaded = mmrl.load(source, dim=8), mmrl.load(tmp_path / "out")
+    hard = [*TEXTS, *hard_inputs.texts()[:-MOJIBAKE]]
+    model: Any = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    vectors = model.encode(hard, normalize_embeddings=True)
+    np.testing.assert_allclose(vectors, ours.encode_texts(hard), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_texts(hard), ours.encode_texts(hard), atol=1e-5)
+    images = model.encode(IMAGES, normalize_embeddings=True)
+    np.testing.assert_allclose(images[:1], ours.encode_images(IMAGES[:1]), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_images(IMAGES), ours.encode_images(IMAGES), atol=1e-5)
 
 
 _WITHOUT_TORCH = """
@@ -202,6 +280,20 @@ def test_graphs_and_torch_read_difficult_images_alike(source: Path, graphs: Path
             mmrl.load(folder).encode_images([wrong])
 
 
+@pytest.mark.parametrize("variant", ["", ".fp16", ".int8"])
+def test_the_dim_is_an_optional_input_of_a_graph(source: Path, graphs: Path, variant: str) -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    ids = bundle.load(source).tokenise(TEXTS).numpy()
+    session = onnxruntime.InferenceSession(graphs / f"text{variant}.onnx", options)
+    assert [one.name for one in session.get_inputs()] == ["input_ids"]
+    whole = np.asarray(session.run(None, {"input_ids": ids})[0])
+    assert whole.shape == (3, 8)
+    for dim in (1, 4, 8):
+        vectors = np.asarray(session.run(None, {"input_ids": ids, "dim": np.array([dim])})[0])
+        np.testing.assert_allclose(vectors, prefix(whole, dim), atol=1e-6)
+
+
 def test_graphs_take_any_batch_and_any_dim(graphs: Path, expected: dict[str, np.ndarray]) -> None:
     whole, short = mmrl.load(graphs, variant="fp32"), mmrl.load(graphs, dim=4, variant="fp32")
     assert_prefix(whole.encode_images(IMAGES), expected["images"], 8, atol=0.05)
@@ -213,6 +305,35 @@ def test_graphs_take_any_batch_and_any_dim(graphs: Path, expected: dict[str, np.
     many = whole.encode_texts(TEXTS * 7, batch_size=21)
     np.testing.assert_allclose(many, np.tile(many[:3], (7, 1)), atol=1e-6)
     assert whole.encode_texts([]).shape == (0, 8)
+
+
+def test_graphs_read_hard_texts_and_images_alike(source: Path, graphs: Path) -> None:
+    ours, exported = mmrl.load(source, dim=8), mmrl.load(graphs, variant="fp32")
+    texts = [*hard_inputs.texts(), "\ud83d\ude00 lone \ud800"]
+    np.testing.assert_allclose(exported.encode_texts(texts), ours.encode_texts(texts), atol=1e-5)
+    images = [*hard_inputs.images(32, 32).values()]
+    # Pillow and torch resize within two levels of each other.
+    np.testing.assert_allclose(exported.encode_images(images), ours.encode_images(images), atol=0.05)
+
+
+def test_openvino_opens_the_folder(source: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'mmrl-clip[openvino]'")
+    bundles.export(str(source), tmp_path / "out", [8], "openvino", quantize=["fp16"])
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    ids = bundle.load(source).tokenise(TEXTS).numpy()
+    for variant, atol in (("", 1e-5), (".fp16", 1e-2)):
+        text = openvino.Core().compile_model(tmp_path / "out" / f"text{variant}.xml", "CPU", settings)
+        assert_prefix(text(ids)[0], expected["texts"], 8, atol)
+        assert_prefix(text(ids[:, :7])[0], expected["texts"], 8, atol)  # without the padding
+    loaded, ours = mmrl.load(tmp_path / "out", variant="fp32"), mmrl.load(source, dim=8)
+    texts, images = hard_inputs.texts(), [*hard_inputs.images(32, 32).values()]
+    np.testing.assert_allclose(loaded.encode_texts(texts), ours.encode_texts(texts), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_images(images), ours.encode_images(images), atol=0.05)
+    assert mmrl.load(tmp_path / "out", dim=4).encode_texts(TEXTS).shape == (3, 4)
+    weights = tmp_path / "out" / "text.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"text.bin is not the file that manifest.json was written for"):
+        mmrl.load(tmp_path / "out", variant="fp32")
 
 
 def test_a_word_may_have_the_padding_id(source: Path, graphs: Path) -> None:
@@ -268,7 +389,7 @@ def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
     for dim in (0, 9):
         with pytest.raises(InputError, match=f"^dim: {dim} is out of range; this embedding has dims 1 to 8.$"):
             mmrl.load(tmp_path / "online", dim=dim)
-    with pytest.raises(InputError, match="dtype: ONNX graphs compute"):
+    with pytest.raises(InputError, match="dtype: graphs compute"):
         mmrl.load(tmp_path / "online", dtype=torch.bfloat16)
     with pytest.raises(InputError, match="this tower was not loaded"):
         mmrl.load(tmp_path / "online", towers="image").encode_texts(["x"])
@@ -312,7 +433,7 @@ def test_a_changed_file_is_refused(source: Path, tmp_path: Path, layout: str) ->
         ({"dim": 0}, "dim: Input should be greater than or equal to 1"),
         ({"weights_sha256": "x"}, "weights_sha256: String should match"),
         ({"files": {"../model.safetensors": "0" * 64}}, "files"),
-        ({"layout": "onnx"}, "graphs: required for the layouts onnx, transformers.js"),
+        ({"layout": "onnx"}, "graphs: required for the layouts onnx, openvino, transformers.js"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
     ],
 )
@@ -350,12 +471,12 @@ def test_an_encoder_beyond_the_tolerance_is_not_written(
 def test_formats_that_cannot_hold_a_tower_are_refused(hf_model: Path, source: Path, tmp_path: Path) -> None:
     vision = {"timm_model_name": "test_vit", "timm_proj": "none", "timm_pool": "token", "image_size": 160}
     (tmp_path / "bare.json").write_text(json.dumps({**TINY_MODEL, "embed_dim": 64, "vision_cfg": vision}))
-    bare, bert = f"open_clip:{tmp_path / 'bare.json'}", f"open_clip:{hf_model}"
+    bare, bert = f"open_clip:{tmp_path / 'bare.json'}:random", f"open_clip:{hf_model}:random"
     for model, format, says in (
         (bare, "open_clip", "cannot hold the projection that mmrl added to this image tower"),
         (bare, "transformers", "this model has vision_cfg.timm_model_name: 'test_vit'"),
-        (bert, "sentence_transformers", "this model has text_cfg.hf_model_name"),
-        (bert, "open_clip", "from the local folder"),
+        (bert, "transformers", "this model has text_cfg.hf_model_name"),
+        (bert, "open_clip", "came from a local folder"),
         (bert, "transformers.js", "need CLIP's tokenizer"),
         (bert, "tflite", "format: 'tflite' is unknown. Allowed: bundle, onnx"),
     ):
@@ -365,7 +486,10 @@ def test_formats_that_cannot_hold_a_tower_are_refused(hf_model: Path, source: Pa
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"quantize": ["int8"]}, "quantize: the format bundle has float32 weights only"),
         ({"measure_shards": "x"}, "measure: the format bundle"),
-        ({"format": "onnx", "quantize": ["int4"]}, "quantize: 'int4' is unknown; allowed: fp16, int8"),
+        (
+            {"format": "onnx", "quantize": ["int4"]},
+            "quantize: 'int4' is unknown to the format onnx; allowed: fp16, int8",
+        ),
         ({"check_shards": "nowhere.tar"}, "nowhere.tar does not exist"),
     ]
     for keywords, says in mistakes:

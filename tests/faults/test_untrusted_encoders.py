@@ -218,9 +218,10 @@ def test_a_model_config_is_refused_by_every_command(
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
         name = f"local-dir:{folder}"
     config = write_config(model={"name": name})
-    assert "open_clip has no model" not in run("eval", f"open_clip:{name}", shards)  # refused for its content
-    run("embed", f"open_clip:{name}", shards, tmp_path / "embeddings")
-    run("export", f"open_clip:{name}", tmp_path / "exported", "--dim", "8")
+    model = f"open_clip:{name}"
+    assert "open_clip has no model" not in run("eval", model, shards, "--random-weights")  # refused for its content
+    run("embed", model, shards, tmp_path / "embeddings", "--random-weights")
+    run("export", model, tmp_path / "exported", "--dim", "8", "--random-weights")
     run("check", shards, "--tokenizer", name)
     run("train", config)
     run("plan", config)

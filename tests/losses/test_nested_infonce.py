@@ -1,4 +1,4 @@
-"""nested_info_nce against losses/reference.py, in one process; tests/distributed/test_comm.py has several processes."""
+"""nested_info_nce against helpers/reference.py in one process; tests/distributed/test_comm.py has several processes."""
 
 import itertools
 import weakref
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import reference
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrl.errors import InputError
-from mmrl.losses import reference, sweep
+from mmrl.losses import sweep
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 
 pytestmark = pytest.mark.usefixtures("bf16_grad_products")

@@ -1,15 +1,16 @@
-"""nested_sigmoid against losses/reference.py, in one process; tests/distributed/test_comm.py has several processes."""
+"""nested_sigmoid against helpers/reference.py, in one process; tests/distributed/test_comm.py has several processes."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import reference
 from open_clip.loss import SigLipLoss
 from torch.autograd import gradcheck
 
 from mmrl.errors import InputError
-from mmrl.losses import reference, sweep
+from mmrl.losses import sweep
 from mmrl.losses.nested_sigmoid import nested_sigmoid
 
 pytestmark = pytest.mark.usefixtures("bf16_grad_products")

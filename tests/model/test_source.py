@@ -16,7 +16,7 @@ from mmrl.errors import InputError
 from mmrl.export import bundles
 from mmrl.inference.evaluated import open_encoder
 from mmrl.model import bundle, towers
-from mmrl.model.source import OpenClipModel, StoredModel, parse_model
+from mmrl.model.source import OpenClipModel, StoredModel, parse_model, with_random_weights
 from mmrl.model.towers import TowersConfig
 
 
@@ -28,13 +28,14 @@ def encoder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("text", "name", "pretrained", "is_random"),
     [
-        ("open_clip:ViT-B-32", "ViT-B-32", None, True),
-        ("open_clip:ViT-B-32:", "ViT-B-32", None, True),
+        ("open_clip:ViT-B-32:random", "ViT-B-32", "random", True),
         ("open_clip:ViT-B-32:laion2b_s34b_b79k", "ViT-B-32", "laion2b_s34b_b79k", False),
         ("open_clip:ViT-B-32:weights/step:3.safetensors", "ViT-B-32", "weights/step:3.safetensors", False),
         ("open_clip:configs/tiny.json:/data/w.pt", "configs/tiny.json", "/data/w.pt", False),
         ("open_clip:hf-hub:timm/ViT-B-16-SigLIP", "hf-hub:timm/ViT-B-16-SigLIP", None, False),
         ("open_clip:local-dir:/data/my:model", "local-dir:/data/my:model", None, False),
+        ("local-dir:/data/my:model", "local-dir:/data/my:model", None, False),
+        ("hf-hub:openai/clip-vit-base-patch32", "hf-hub:openai/clip-vit-base-patch32", None, False),
     ],
 )
 def test_open_clip_names_are_parsed(text: str, name: str, pretrained: str | None, is_random: bool) -> None:
@@ -58,12 +59,33 @@ def test_a_run_is_its_best_checkpoint_else_its_last(encoder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "model",
-    ["nowhere", "ViT-B-32", "openclip:ViT-B-32", "hf-hub:org/name", "open_clip:", "open_clip::tag",
-     "open_clip:local-dir:", "open_clip:hf-hub:", "open_clip:hf-hub:org/name:tag", "{folder}"],
+    ["nowhere", "ViT-B-32", "openclip:ViT-B-32", "open_clip:", "open_clip::tag",
+     "open_clip:local-dir:", "open_clip:hf-hub:", "hf-hub:", "hf-hub:org/name:tag", "{folder}", "{folder}/notes"],
 )  # fmt: skip
 def test_other_forms_are_answered_with_the_allowed_ones(model: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^model: .* allowed: a run folder, .* or open_clip:local-dir:PATH\.$"):
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(InputError, match=r"^model: .* allowed: a run folder, .* or sentence-transformers\.$"):
         parse_model(model.format(folder=tmp_path))
+
+
+@pytest.mark.parametrize("model", ["open_clip:ViT-B-32", "open_clip:ViT-B-32:", "open_clip:configs/tiny.json"])
+def test_random_weights_are_wanted_or_refused(model: str) -> None:
+    with pytest.raises(InputError, match=r"names no weights, so its towers would be random; .* add --random-weights"):
+        parse_model(model)
+    source = parse_model(with_random_weights(model))
+    assert isinstance(source, OpenClipModel)
+    assert source.is_random
+    named = "open_clip:ViT-B-32:laion2b_s34b_b79k"
+    assert with_random_weights(named) == named
+
+
+def test_files_and_folders_that_lack_the_architecture(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "checkpoints").mkdir(parents=True)
+    checkpoint = tmp_path / "logs" / "checkpoints" / "epoch_3.pt"
+    checkpoint.write_bytes(b"")
+    for model in (checkpoint, tmp_path / "logs"):
+        with pytest.raises(InputError, match=rf"lack|without an architecture.*open_clip:NAME:{checkpoint}"):
+            parse_model(model)
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
@@ -77,6 +99,9 @@ def test_a_local_dir_opens_like_the_export_in_it(encoder: Path, tmp_path: Path) 
     bundles.export(str(encoder), folder, [8], "open_clip")
     model = f"open_clip:local-dir:{folder}"
     expected, opened = mmrl.load(folder), mmrl.load(model)
+    (folder / "manifest.json").rename(tmp_path / "manifest.json")
+    assert parse_model(folder) == OpenClipModel(str(folder), f"local-dir:{folder}")
+    (tmp_path / "manifest.json").rename(folder / "manifest.json")
     np.testing.assert_allclose(opened.encode_texts(TEXTS), expected.encode_texts(TEXTS), atol=1e-6)
     np.testing.assert_allclose(opened.encode_images(IMAGES), expected.encode_images(IMAGES), atol=1e-6)
     assert open_encoder(model).dim == 8
@@ -111,6 +136,6 @@ def test_a_weights_file_follows_the_name(tiny_model: Path, tmp_path: Path) -> No
 def test_parsing_imports_neither_torch_nor_open_clip(encoder: Path) -> None:
     code = (
         "import sys; from mmrl.model.source import parse_model; parse_model(sys.argv[1]); "
-        "parse_model('open_clip:ViT-B-32'); assert not {'torch', 'open_clip'} & set(sys.modules)"
+        "parse_model('open_clip:ViT-B-32:tag'); assert not {'torch', 'open_clip'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(encoder)], check=True)

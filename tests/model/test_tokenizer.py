@@ -9,8 +9,8 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 
+from mmrl.model.registry import build_tokenizer
 from mmrl.model.tokenizer import BPE_CHARACTERS, OTHER_CHARACTERS, Tokenizer
-from mmrl.model.towers import build_tokenizer
 
 ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyz", "ab", "aaaab", "etaoin", "äöüéñ", "男女犬猫鳥魚赤青", "กขคงจฉ", "😂😍❤️🇺🇸", "!?.-=*",

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_MODEL
 
 from mmrl.errors import InputError
-from mmrl.model import towers, two_tower
+from mmrl.model import registry, towers, two_tower
 from mmrl.model.towers import TowersConfig, projection_axes
 from mmrl.model.two_tower import LogitScaleConfig
 
@@ -90,16 +90,16 @@ def test_a_hugging_face_text_tower_with_its_tokenizer(hf_model: Path) -> None:
 
 
 def test_projections_are_found_in_every_architecture() -> None:
-    native = towers.read_model_cfg("ViT-B-32")
+    native = registry.read_model_cfg("ViT-B-32")
     assert projection_axes(native, "image") == {"proj": 1}
     assert projection_axes(native, "text") == {"text_projection": 1}
-    assert projection_axes(towers.read_model_cfg("RN50"), "image") == {
+    assert projection_axes(registry.read_model_cfg("RN50"), "image") == {
         "attnpool.c_proj.weight": 0,
         "attnpool.c_proj.bias": 0,
     }
-    assert projection_axes(towers.read_model_cfg("mmrl-starter"), "image") == {"head.proj.weight": 0}
+    assert projection_axes(registry.read_model_cfg("mmrl-starter"), "image") == {"head.proj.weight": 0}
     # SigLIP's image tower has no projection.
-    assert projection_axes(towers.read_model_cfg("ViT-B-16-SigLIP"), "image") is None
+    assert projection_axes(registry.read_model_cfg("ViT-B-16-SigLIP"), "image") is None
 
 
 def test_a_locked_tower_keeps_a_trainable_projection(tiny_model: Path) -> None:
@@ -154,16 +154,20 @@ def test_a_tower_without_grad_checkpointing_is_refused(tower: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
-        ("ViT-B-33", None, "no model 'ViT-B-33'. Did you mean 'ViT-B-32'"),
+        ("ViT-B-33", None, "no model 'ViT-B-33'; the nearest: ViT-B-32, ViT-[^,]*, ViT-[^,]*\\.$"),
+        ("clip", None, "no model 'clip'; the nearest: [^,]*, [^,]*, [^,]*\\.$"),
         ("nowhere.json", None, "nowhere.json does not exist"),
         ("{folder}/half.json", None, "lacks text_cfg, vision_cfg"),
         ("{folder}/broken.json", None, "is not JSON"),
         ("mmrl-starter", "weights/none.pt", "model.pretrained: the file weights/none.pt does not exist"),
-        ("ViT-B-32", "laion3b", "laion3b"),
+        ("ViT-B-32", "laion3b", "ViT-B-32 has no weights 'laion3b'; the nearest: laion2b_e16, [^,]*, [^,]*\\.$"),
+        ("mmrl-starter", "laion3b", "mmrl-starter has no weights 'laion3b'; it has none; give a weights file"),
+        ("mmrl-starter", "{folder}", "model.pretrained: .* is a folder; give a weights file"),
     ],
 )
 def test_wrong_names_and_files_are_reported(name: str, pretrained: str | None, message: str, tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"embed_dim": 4}')
     (tmp_path / "broken.json").write_text("{")
+    pretrained = pretrained and pretrained.format(folder=tmp_path)
     with pytest.raises(InputError, match=message):
         towers.build(TowersConfig(name=name.format(folder=tmp_path), pretrained=pretrained))

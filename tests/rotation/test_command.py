@@ -112,7 +112,7 @@ def test_without_steps_every_prefix_equals_uncentred_pca(plain: Path, shards: Pa
 
 
 def test_full_dim_similarities_are_unchanged(plain: Path, shards: Path, tmp_path: Path) -> None:
-    manifest = rotate_model(str(plain), str(shards), tmp_path / "out")
+    manifest = rotate_model(str(plain), str(shards), tmp_path / "out", steps=20)
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert 0 < manifest["contract"]["worst_absolute_difference"] <= 1e-6 == manifest["contract"]["allowed"]
     for old, new in zip(
@@ -198,21 +198,21 @@ def test_towers_with_other_projections(shards: Path, tmp_path: Path, kind: str) 
     (tmp_path / "towers.json").write_text(json.dumps(settings))
     source = save_random_encoder(str(tmp_path / "towers.json"), tmp_path / "source")
     many = write_tar(tmp_path / "many.tar", [m for number in range(70) for m in sample_members(number)])
-    manifest = rotate_model(str(source), str(many), tmp_path / "out", dims=[8])
+    manifest = rotate_model(str(source), str(many), tmp_path / "out", dims=[8], steps=20)
     assert manifest["contract"]["worst_absolute_difference"] <= 1e-6
     assert manifest["nested_dims"] == [8]
 
 
 def test_a_hugging_face_text_tower(hf_model: Path, shards: Path, tmp_path: Path) -> None:
     source = save_random_encoder(str(hf_model), tmp_path / "source")
-    rotate_model(str(source), str(shards), tmp_path / "out")
+    rotate_model(str(source), str(shards), tmp_path / "out", steps=20)
     old, new = (mmrl.load(path).encode_texts(TEXTS) for path in (source, tmp_path / "out"))
     np.testing.assert_allclose(new @ new.T, old @ old.T, atol=1e-6)
 
 
 def test_a_truncated_encoder_with_a_logit_scale_per_dim(nested: Path, shards: Path, tmp_path: Path) -> None:
     export_bundle(str(nested), tmp_path / "small", 8)
-    manifest = rotate_model(str(tmp_path / "small"), str(shards), tmp_path / "out")
+    manifest = rotate_model(str(tmp_path / "small"), str(shards), tmp_path / "out", steps=20)
     assert (manifest["dim"], manifest["full_dim"], manifest["nested_dims"]) == (8, 16, [4, 8])
     scale = bundle.open_model(tmp_path / "small").model.logit_scale
     assert torch.equal(bundle.open_model(tmp_path / "out").model.logit_scale, scale[-1:])
@@ -222,12 +222,12 @@ def test_a_truncated_encoder_with_a_logit_scale_per_dim(nested: Path, shards: Pa
 
 def test_an_open_clip_model(tiny_model: Path, shards: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    manifest = rotate_model(f"open_clip:{tiny_model}", str(shards), tmp_path / "out")
-    assert manifest["source"] == {"model": tiny_model.name, "dim": 16}
+    manifest = rotate_model(f"open_clip:{tiny_model}:random", str(shards), tmp_path / "out", steps=20)
+    assert manifest["source"] == {"model": f"{tiny_model.name}:random", "dim": 16}
 
 
 def test_eval_export_and_embed_open_a_rotated_encoder(trained: Path, shards: Path, tmp_path: Path) -> None:
-    rotate_model(str(trained), str(shards), tmp_path / "out", dims=[16, 8, 4])
+    rotate_model(str(trained), str(shards), tmp_path / "out", dims=[16, 8, 4], steps=20)
     scores = evaluate_model(str(tmp_path / "out"), [str(shards)], EvalOptions(), quiet=True)
     assert list(scores["dims"]) == ["16", "8", "4"]
     manifest = export_bundle(str(tmp_path / "out"), tmp_path / "small", 4)
@@ -272,7 +272,7 @@ def test_nothing_is_written_if_validation_does_not_improve(
 def test_notes_on_trained_dims_and_few_samples(
     nested: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rotate_model(str(nested), str(shards), tmp_path / "out")
+    rotate_model(str(nested), str(shards), tmp_path / "out", steps=20)
     shown = capsys.readouterr().out
     assert "trained at the dims 4, 8, 16" in shown
     assert "--validate" in shown
@@ -315,8 +315,8 @@ def test_mistakes_are_reported_in_one_sentence(
         ({"model": "nowhere"}, "nowhere does not exist"),
         ({"model": str(broken("nan"))}, "gives embeddings that are not finite, in the chunk of samples from .*00000"),
         ({"model": str(broken("foreign"))}, "is foreign-encoder version 2; this version of mmrl reads mmrl-bundle"),
-        ({"out": tmp_path / "full"}, "exists and is not an empty folder"),
-        ({"out": plain}, "exists and is not an empty folder"),
+        ({"out": tmp_path / "full"}, "already holds mine.txt; choose a new or empty folder"),
+        ({"out": plain}, "already holds manifest.json; choose a new or empty folder"),
         ({"dims": [17]}, "17 is out of range; this embedding has dims 1 to 16"),
         ({"keep": 15}, "keep: 15 of 16 dims leaves nothing to rotate; give 0 to 14"),
         ({"validate": str(tmp_path / "none.tar")}, "none.tar"),
@@ -345,7 +345,7 @@ def test_the_command(
         main()
     assert not ended.value.code
     assert json.loads(capsys.readouterr().out)["nested_dims"] == [8, 16]
-    monkeypatch.setattr("sys.argv", ["mmrl", "rotate", str(plain), str(shards), str(tmp_path / "again")])
+    monkeypatch.setattr("sys.argv", ["mmrl", "rotate", str(plain), str(shards), str(tmp_path / "again"), "--steps=20"])
     with pytest.raises(SystemExit):
         main()
     shown = capsys.readouterr().out

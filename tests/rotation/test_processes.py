@@ -1,18 +1,16 @@
 """`mmrl rotate` with several processes, and the share of a set that each of them reads."""
 
-import os
 import socket
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.encoders import save_random_encoder
-from helpers.worlds import run_in_world
+from helpers.worlds import Program, run_in_world
 from rich.console import Console
 
+from mmrl import cli
 from mmrl.data.sources import open_reader
 from mmrl.model import bundle
 from mmrl.rotation import moments
@@ -35,7 +33,7 @@ def test_any_number_of_processes_writes_the_same_bits(
     monkeypatch.setattr(moments, "CHUNK_SIZE", moments.CHUNK_SIZE)  # restores it, after _rotate_in_chunks_of_seven
     (tmp_path / "world").mkdir()
     work = partial(_rotate_in_chunks_of_seven, plain, shards)
-    run_in_world(size, work, tmp_path / "world", start_method="spawn")
+    run_in_world(size, work, tmp_path / "world", start_method="forkserver")
     work(tmp_path)
     hashes = {bundle.read_manifest(folder / "out")["weights_sha256"] for folder in (tmp_path, tmp_path / "world")}
     assert len(hashes) == 1
@@ -52,28 +50,17 @@ def test_processes_that_slurm_starts_divide_the_samples(plain: Path, shards: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    environ |= {"SLURM_JOB_ID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node0"}
+    environ = {"SLURM_JOB_ID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node0"}
     environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "mmrl.cli", "rotate", str(plain), str(shards), str(tmp_path / "out")]
-    processes = [
-        subprocess.Popen(
-            [*command, "--steps", "0"],
-            env=environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    arguments = ["rotate", str(plain), str(shards), str(tmp_path / "out"), "--steps", "0"]
+    programs = [
+        Program(cli.main, arguments, tmp_path, environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "rotated with 48 images" in outputs[0][0]
-    assert outputs[1][0] == ""  # one process prints and writes
+    results = [program.wait() for program in programs]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "rotated with 48 images" in results[0][1]
+    assert results[1][1] == ""  # one process prints and writes
     one = rotate_model(str(plain), str(shards), tmp_path / "one", steps=0, quiet=True)
     assert bundle.read_manifest(tmp_path / "out")["weights_sha256"] == one["weights_sha256"]
 
@@ -82,7 +69,7 @@ def test_samples_are_spread_over_the_shards(
     plain: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moments, "CHUNK_SIZE", 8)
-    manifest = rotate_model(str(plain), str(shards), tmp_path / "out", samples=20)
+    manifest = rotate_model(str(plain), str(shards), tmp_path / "out", samples=20, steps=20)
     assert manifest["rotation"]["images"] == 24
     assert moments.local_chunks(48, 20) == [0, 2, 4]
 

@@ -1,5 +1,6 @@
 """`mmrl embed`: its files hold the encoder's embeddings; precisions, texts, folders, workers, resuming, errors."""
 
+import hashlib
 import io
 import json
 import os
@@ -42,6 +43,7 @@ def test_embeddings_hold_every_usable_image(indexed: Path) -> None:
         "dim": 16,
         "nested_dims": [4, 8, 16],
         "columns": [{"name": "embedding", "dim": 16, "precision": "fp32"}],
+        "source_sha256": hashlib.sha256(f"{indexed / 'images.tar'}\ngroup".encode()).hexdigest(),
         "mmrl_version": mmrl.__version__,
     }
     rows = rows_of(indexed / "embeddings")

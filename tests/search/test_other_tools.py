@@ -1,18 +1,23 @@
-"""The output of `mmrl embed` read by DuckDB, faiss and PostgreSQL, as mmrl/search/README.md shows."""
+"""The output of `mmrl embed` read by DuckDB, faiss and PostgreSQL; and the snippets of mmrl/search/README.md for vector
+databases, which search prefixes and rank by whole vectors."""
 
 import os
 import pwd
-import shutil
+import re
 import subprocess
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from helpers.indexes import brute_force, indexed, rows_of
+from helpers.indexes import brute_force, clustered, indexed, rows_of
 
+from mmrl import search
 from mmrl.search.embed import EMBEDDINGS, embed_images
+from mmrl.search.table import columns_of, vector_array
 
 __all__ = ["indexed"]
 
@@ -80,15 +85,18 @@ def test_binary_codes_are_readable_by_faiss(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ PostgreSQL
 
-PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)), None)
+# The package pgserver holds PostgreSQL with pgvector.
+INSTALLED = [*Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+PACKAGED = Path(sysconfig.get_path("purelib")) / "pgserver/pginstall/bin/initdb"
+PROGRAMS = PACKAGED if PACKAGED.exists() else max(INSTALLED, default=None)
 Sql = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def sql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sql]:
-    """Runs SQL on a temporary PostgreSQL server, as a user other than root, which PostgreSQL refuses."""
-    if PROGRAMS is None or shutil.which("psql") is None:
-        pytest.skip("no PostgreSQL server is installed (Debian: postgresql)")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket folder of a temporary PostgreSQL server, run by a user other than root, which PostgreSQL refuses."""
+    if PROGRAMS is None:
+        pytest.skip("no PostgreSQL server is installed (pip: pgserver; Debian: postgresql)")
     home = tmp_path_factory.mktemp("postgres")
     as_user: list[str] = []
     if os.geteuid() == 0:
@@ -103,19 +111,31 @@ def sql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sql]:
         as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
     programs, data = PROGRAMS.parent, home / "data"
 
-    def run(*command: str | Path, text: str | None = None) -> str:
-        done = subprocess.run([*as_user, *command], input=text, capture_output=True, text=True, cwd="/")
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([*as_user, *command], capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr
-        return done.stdout
 
     run(programs / "initdb", "-D", data, "--auth=trust", "-U", "mmrl", "--no-sync")
     options = f"-k {home} -c listen_addresses='' -c fsync=off"
     run(programs / "pg_ctl", "-D", data, "-o", options, "-l", home / "log", "-w", "start")
     try:
-        yield lambda text: run("psql", "-h", home, "-U", "mmrl", "-d", "postgres", "-qAtX", "-v", "ON_ERROR_STOP=1",
-                               "-f", "-", text=text).strip()  # fmt: skip
+        yield home
     finally:
         run(programs / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+@pytest.fixture
+def sql(server: Path) -> Sql:
+    """Runs SQL on the server."""
+    assert PROGRAMS is not None
+    command = [PROGRAMS.parent / "psql", "-h", server, "-U", "mmrl", "-d", "postgres", "-qAtX", "-v", "ON_ERROR_STOP=1"]
+
+    def run(text: str) -> str:
+        done = subprocess.run([*command, "-f", "-"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 def rows_as_copy(folder: Path, written: Callable[[list[float]], str]) -> str:
@@ -143,19 +163,75 @@ def test_postgresql_reads_floats_and_bits(folder: Path, sql: Sql) -> None:
     assert [int(line) for line in distances.split()] == expected
 
 
-def test_pgvector(folder: Path, sql: Sql) -> None:
+# ------------------------------------------------------------------------------------------------ README's snippets
+
+SNIPPETS = dict(
+    re.findall(r"```python\n# (\w+).*\n((?s:.*?))```", (Path(search.__file__).parent / "README.md").read_text())
+)
+ROWS = 500
+
+
+@pytest.fixture
+def vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Generated vectors (N, 512), which the file in the current folder's embeddings/ holds at 512 and 64 dims."""
+    monkeypatch.chdir(tmp_path)
+    vectors_ND = clustered(ROWS, 512, 1)
+    columns = {"key": pyarrow.array([f"shard/{number:05}" for number in range(ROWS)])}
+    for column in columns_of([512, 64], ["fp32"]):
+        rows_Nd = vectors_ND[:, : column.dim]
+        columns[column.name] = vector_array(pyarrow, rows_Nd / np.linalg.norm(rows_Nd, axis=1, keepdims=True))
+    (tmp_path / "embeddings").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "embeddings" / EMBEDDINGS)
+    return vectors_ND
+
+
+def check_snippet(name: str, vectors_ND: np.ndarray, may_miss: int = 0, **variables: Any) -> None:
+    """Runs a snippet; its keys are the 10 best of the 200 whose prefixes are nearest, by brute force."""
+    vector_D = clustered(1, 512, 2)[0]
+    namespace = {"vector": vector_D, **variables}
+    exec(SNIPPETS[name], namespace)  # noqa: S102
+    near = np.argsort(-brute_force(vector_D, vectors_ND, 64))[:200]
+    best = near[np.argsort(-brute_force(vector_D, vectors_ND[near], 512))[:10]]
+    # Not the result of the prefix alone: the snippet ranks by whole vectors.
+    assert set(best) != set(near[:10])
+    expected = [f"shard/{row:05}" for row in best]
+    assert len(namespace["keys"]) == 10
+    assert [key for key in namespace["keys"] if key in expected] == [
+        key for key in expected if key in namespace["keys"]
+    ]
+    assert len(set(expected) - set(namespace["keys"])) <= may_miss
+
+
+def test_the_page_has_a_snippet_of_each_database() -> None:
+    assert SNIPPETS.keys() == {"OpenAI", "pgvector", "Qdrant", "LanceDB", "DuckDB"}
+
+
+def test_duckdb_snippet(vectors: np.ndarray) -> None:
+    pytest.importorskip("duckdb", reason="duckdb is not installed")
+    check_snippet("DuckDB", vectors)
+
+
+def test_lancedb_snippet(vectors: np.ndarray) -> None:
+    pytest.importorskip("lancedb", reason="lancedb is not installed")
+    check_snippet("LanceDB", vectors)
+
+
+def test_qdrant_snippet(vectors: np.ndarray) -> None:
+    pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
+    check_snippet("Qdrant", vectors)
+
+
+def test_pgvector_snippet(vectors: np.ndarray, server: Path, sql: Sql) -> None:
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    pytest.importorskip("pgvector", reason="pgvector, the client library, is not installed")
     if sql("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'") == "0":
-        pytest.skip("PostgreSQL is there, but not its extension pgvector (Debian 13: postgresql-17-pgvector)")
-    lines = rows_as_copy(folder, str)
-    sql(
-        "CREATE EXTENSION vector; CREATE TABLE items (key text PRIMARY KEY, embedding vector(16));\n"
-        f"COPY items FROM STDIN;\n{lines}"
-        "CREATE INDEX ON items USING hnsw ((subvector(embedding, 1, 8)::vector(8)) vector_cosine_ops);"
+        pytest.skip(
+            "PostgreSQL is there, but not its extension pgvector (pip: pgserver; Debian: postgresql-17-pgvector)"
+        )
+    check_snippet("pgvector", vectors, may_miss=1, uri=f"postgresql://mmrl@/postgres?host={server}")
+    # The prefix search uses the index wherever a scan of the table would be slower.
+    plan = sql(
+        "ANALYZE items; SET enable_seqscan = off; EXPLAIN SELECT key FROM items ORDER BY embedding_64 <=> "
+        "(SELECT embedding_64 FROM items LIMIT 1) LIMIT 200"
     )
-    found = sql(
-        "WITH query AS (SELECT embedding AS q FROM items WHERE key = 'images.tar/00004'), "
-        "shortlist AS (SELECT key, embedding FROM items ORDER BY subvector(embedding, 1, 8)::vector(8) <=> "
-        "(SELECT subvector(q, 1, 8)::vector(8) FROM query) LIMIT 20) "
-        "SELECT key FROM shortlist ORDER BY embedding <=> (SELECT q FROM query) LIMIT 3"
-    )
-    assert found.splitlines() == nearest(folder, 4, 16)
+    assert "Index Scan using items_embedding_64_idx" in plan

@@ -4,6 +4,7 @@ import base64
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ api = pytest.importorskip("playwright.sync_api", reason="playwright is not insta
 __all__ = ["indexed"]
 
 
-@pytest.fixture(scope="module")
-def address(indexed: Path) -> Iterator[str]:
+@contextmanager
+def running(indexed: Path, api_key: str | None = None) -> Iterator[str]:
     """The URL of a running server."""
     import uvicorn
 
@@ -29,14 +30,22 @@ def address(indexed: Path) -> Iterator[str]:
     from mmrl.search.serve import open_listener
 
     listening = open_listener("127.0.0.1", 0)
-    app = create_app(Searcher.open(indexed / "index"), ["127.0.0.1"])
+    app = create_app(Searcher.open(indexed / "index"), ["127.0.0.1"], api_key=api_key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listening.close()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+@pytest.fixture(scope="module")
+def address(indexed: Path) -> Iterator[str]:
+    with running(indexed) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +170,27 @@ def test_an_error_is_shown(browser: Any, address: str, tmp_path: Path) -> None:
     page.wait_for_selector("#message.bad")
     assert "no picture in a known format" in page.inner_text("#message")
     page.close()
+
+
+def test_the_page_asks_for_the_api_key(browser: Any, indexed: Path) -> None:
+    with running(indexed, "the-key") as address:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#key input:focus")
+        assert "This server needs its API key" in page.inner_text("#message")
+        page.fill("#key input", "another")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#message.bad")
+        assert "does not accept this API key" in page.inner_text("#message")
+        page.fill("#key input", "the-key")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".card")
+        assert not page.is_visible("#key")
+        page.fill("#text", "a red square")
+        settled(page)
+        assert page.wait_for_function("document.querySelector('.card img').naturalWidth > 0")
+        context.close()
 
 
 @pytest.mark.parametrize("width", [360, 1280])

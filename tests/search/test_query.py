@@ -22,6 +22,7 @@ import mmrl
 from mmrl.errors import InputError
 from mmrl.images import contact_sheet
 from mmrl.model import bundle, towers, two_tower
+from mmrl.model.towers import TowersConfig
 from mmrl.search import index as index_module
 from mmrl.search.build import write_index
 from mmrl.search.embed import embed_images
@@ -174,15 +175,19 @@ def test_a_missing_encoder_is_reported(indexed: Path, tmp_path: Path) -> None:
         search_index(folder, "x", model="nowhere", quiet=True)
 
 
-def test_open_clip_models_are_identified_by_their_weights(indexed: Path, tiny_model: Path) -> None:
-    towers.read_model_cfg(str(tiny_model))  # registers the name
-    digests = set()
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        name, where, digest = identify_encoder(f"open_clip:{tiny_model.stem}")
-        assert name == where == f"open_clip:{tiny_model.stem}"
-        digests.add(digest)
-    assert len(digests) == 2
+def test_open_clip_models_are_identified_by_their_weights(tiny_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    built = towers.build(TowersConfig(name=str(tiny_model)))
+    state = {f"visual.{name}": value for name, value in built.image.state_dict().items()}
+    state |= {f"text.{name}": value for name, value in built.text.state_dict().items()}
+    torch.save({**state, "logit_scale": torch.tensor(3.0)}, tmp_path / "weights.pt")
+    digests = []
+    for weights in ("random", "random", tmp_path / "weights.pt"):
+        model = f"open_clip:{tiny_model}:{weights}"
+        name, where, digest = identify_encoder(model)
+        assert name == where == model
+        digests.append(digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mmrl.errors import InputError
 from mmrl.search import app as app_module
 from mmrl.search.build import delete_from_index, write_index
 from mmrl.search.query import Searcher, search_index
-from mmrl.search.serve import serve_index
+from mmrl.search.serve import serve
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 from starlette.testclient import TestClient
@@ -115,6 +115,7 @@ def test_every_operation_of_the_api_is_described(client: TestClient) -> None:
     assert set(operations) == {
         *("/api/index", "/api/groups", "/api/sample", "/api/thumbnails/{row}"),
         *("/api/search/text", "/api/search/image", "/api/search/item"),
+        *("/v1/embeddings", "/v1/models", "/health", "/metrics"),
     }
     assert all(operation["description"] for operation in operations.values())
 
@@ -179,7 +180,8 @@ def test_slow_searches_time_out_and_a_full_queue_is_refused(indexed: Path, monke
     monkeypatch.setattr(app_module, "_MAX_CONCURRENT", 1)
     monkeypatch.setattr(app_module, "_MAX_QUEUED", 0)
     searcher, free = Searcher.open(indexed / "index"), threading.Event()
-    monkeypatch.setattr(Searcher, "encode_text", lambda *_: free.wait(20) and np.ones(16, np.float32))
+    ones = np.ones((1, 16), np.float32)
+    monkeypatch.setattr(searcher.encoder, "encode_texts", lambda _: ones if free.wait(20) else None)
     with TestClient(app_module.create_app(searcher, ["*"])) as client:
         slow = client.post("/api/search/text", json={"text": "a"})
         assert (slow.status_code, slow.json()["detail"]) == (504, "The search took more than 0.2 seconds.")
@@ -200,6 +202,6 @@ def test_a_port_in_use_is_reported(indexed: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"port: cannot listen on 127.0.0.1:{port} .*in use"):
-            serve_index(indexed / "index", port=port)
+            serve(str(indexed / "index"), port=port)
     with pytest.raises(InputError, match="is not an index"):
-        serve_index(indexed, port=0)
+        serve(str(indexed), port=0)

@@ -30,6 +30,7 @@ from mmrl.train.rotate import rotation_of_run
 from mmrl.train.trainer import Trainer, train
 
 WriteConfig = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("short_rotations")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -238,7 +239,7 @@ def test_processes_rotate_alike(write_config: WriteConfig, tmp_path: Path) -> No
     )
     whole = metrics(train(load_config(path, [f"run={tmp_path}/whole"])))
     cases = [f"run={tmp_path}/zero{stage} engine.zero_stage={stage} train.micro_batch=3" for stage in range(4)]
-    start_training(path, 2, tmp_path / "script.py", *cases)
+    start_training(path, 2, tmp_path, *cases)
     for stage in range(4):
         lines = metrics(tmp_path / f"zero{stage}")
         for line, expected in zip(lines, whole, strict=True):

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
+import resource
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ import pytest
 import torch
 from conftest import sample_members, start_training, write_tar
 from helpers.encoders import export_bundle
+from helpers.worlds import Program, run_programs
 from rich.console import Console
 from safetensors.torch import load_file
 
+from mmrl import cli
 from mmrl.config import config_differences, load_config
+from mmrl.data.batches import Batch
 from mmrl.distributed import comm
+from mmrl.engine.checkpoint import Checkpoints
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.model import bundle
 from mmrl.model.footprint import model_flops
 from mmrl.train.preflight import prepare
+from mmrl.train.step import StepResult
 from mmrl.train.trainer import Trainer, train
 
 WriteConfig = Callable[..., Path]
@@ -40,11 +46,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / which / "model.safetensors")
-
-
-def command(*arguments: str | Path, processes: int = 1) -> list[str]:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
-    return [sys.executable, "-m", *launcher, "mmrl.cli", "train", *map(str, arguments)]
 
 
 def go_back_to(folder: Path, checkpoint: str) -> None:
@@ -108,7 +109,7 @@ def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: 
     # The second starts a finished run again. Every rank must return: one that waited for rank 0 would end with an
     # error, and a scheduler would requeue the job.
     cases = (f"run={two}", f"run={two} resume=auto", f"run={half} checkpoint.every=4")
-    start_training(path, 2, tmp_path / "script.py", *cases)
+    start_training(path, 2, tmp_path, *cases)
     alone, together = metrics(one), metrics(two)
     for first, second in zip(alone, together, strict=True):
         assert second["loss"] == pytest.approx(first["loss"], abs=2e-5)
@@ -123,18 +124,24 @@ def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: 
     torch.testing.assert_close(without_key_bias(weights(resumed)), without_key_bias(weights(one)), **close)
 
 
-def _kill_at(path: Path, folder: Path, step: int, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Starts (or goes on with) a run and sends it a signal once `step` is logged."""
-    process = subprocess.Popen(command(path, "resume=auto"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        log = folder / "metrics.jsonl"
-        if log.exists() and len(log.read_text().splitlines()) >= step:
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def _train_until_a_signal() -> None:
+    """`mmrl train`; the last two arguments are a step and the signal that the process then gets."""
+    number, at, step = int(sys.argv.pop()), int(sys.argv.pop()), Trainer.step
+
+    def signalled(self: Any, micro_batches: Sequence[Batch]) -> StepResult:
+        result = step(self, micro_batches)
+        if self.step_done == at:
+            os.kill(os.getpid(), number)
+        return result
+
+    Trainer.step = signalled
+    cli.main()
+
+
+def _kill_at(path: Path, step: int, number: signal.Signals) -> tuple[int | None, str, str]:
+    """Starts (or goes on with) a run that gets a signal after `step`."""
+    arguments = ["train", str(path), "resume=auto", str(step), str(int(number))]
+    return Program(_train_until_a_signal, arguments, path.parent).wait()
 
 
 MEASURED = ("samples_per_second", "seconds_per_step", "peak_memory")
@@ -160,8 +167,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     whole = run(write_config(**sections))
     path = write_config("killed.yaml", run=str(tmp_path / "killed"), **sections)
     for step in kills:
-        assert _kill_at(path, tmp_path / "killed", step, signal.SIGKILL).returncode == -signal.SIGKILL
-    subprocess.run(command(path, "resume=auto"), check=True, capture_output=True)
+        assert _kill_at(path, step, signal.SIGKILL)[0] == -signal.SIGKILL
+    code, _, error = Program(cli.main, ["train", str(path), "resume=auto"], tmp_path).wait()
+    assert code == 0, error
     got, expected = weights(tmp_path / "killed"), weights(whole)
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -174,12 +182,12 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 def test_sigterm_saves_and_says_how_to_go_on(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config(train={"batch_size": 12, "duration": "5000 steps"})
-    done = _kill_at(path, tmp_path / "run", 3, signal.SIGTERM)
-    assert done.returncode == 1
-    assert "Stopped by SIGTERM at step" in done.stderr
-    assert "resume=auto" in done.stderr
-    last = (tmp_path / "run" / "checkpoints" / "last").resolve().name
-    assert last == f"step-{metrics(tmp_path / 'run')[-1]['step']}"
+    code, _, error = _kill_at(path, 3, signal.SIGTERM)
+    assert code == 1
+    assert "Stopped by SIGTERM at step" in error
+    assert "resume=auto" in error
+    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-3"
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConfig) -> None:
@@ -188,20 +196,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConf
         run(path)
 
 
-_WITH_A_KILLED_LOADER = """
-import os, signal, sys, threading
-from mmrl import cli
-from mmrl.train.trainer import Trainer
-step, number = Trainer.step, int(sys.argv.pop())
-def killing(self, micro_batches):
-    if self.step_done == 2 and self.world.is_rank_0:
-        os.kill(self.stream._loader._iterator._workers[0].pid, number)
-        if number == signal.SIGSTOP:  # SIGTERM comes while the lost batch is awaited
-            threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    return step(self, micro_batches)
-Trainer.step = killing
-cli.main()
-"""
+def _train_with_a_killed_loader() -> None:
+    step, number = Trainer.step, int(sys.argv.pop())
+
+    def killing(self: Any, micro_batches: Sequence[Batch]) -> StepResult:
+        if self.step_done == 2 and self.world.is_rank_0:
+            os.kill(self.stream._loader._iterator._workers[0].pid, number)
+            if number == signal.SIGSTOP:  # SIGTERM comes while the lost batch is awaited
+                threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return step(self, micro_batches)
+
+    Trainer.step = killing
+    cli.main()
 
 
 @pytest.mark.parametrize(
@@ -216,19 +222,15 @@ def test_a_killed_loader_process_is_one_sentence_and_no_hang(
     write_config: WriteConfig, tmp_path: Path, number: int, processes: int, says: str
 ) -> None:
     """In a process of its own: DataLoader would raise its error at whatever line the main process is."""
-    script = tmp_path / "killed_loader.py"
-    script.write_text(_WITH_A_KILLED_LOADER)
     path = write_config(evaluation={}, data={"train": str(tmp_path), "workers": 2}, engine={"lost_after_seconds": 5})
     write_tar(tmp_path / "a.tar", [m for n in range(48) for m in sample_members(n)])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
     options = ["train", str(path), "train.duration=500", "checkpoint.every=1", str(int(number))]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), *options], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert says in done.stderr
-    assert "engine/checkpoint.py" not in done.stderr
-    assert processes > 1 or "Traceback" not in done.stderr
+    results = run_programs(processes, _train_with_a_killed_loader, options, tmp_path)
+    errors = "".join(error for _, _, error in results)
+    assert [code for code, _, _ in results] == [1] * processes
+    assert says in errors
+    assert "engine/checkpoint.py" not in errors
+    assert processes > 1 or "Traceback" not in errors
 
 
 @pytest.mark.parametrize(("has_products", "precision"), [(True, "bf16"), (False, "fp32")])
@@ -269,20 +271,21 @@ _PUBLISHED = ["nesting.rotation=false"]
         ["engine.zero_stage=1", "loss.label_smoothing=0.1", "loss.distillation=0.5", "loss.same_group=positive"],
         ["engine.zero_stage=2", "engine.precision=bf16", "optim.layer_decay=0.5", "optim.lr_projection=0"],
         ["engine.precision=bf16", "model.grad_checkpointing=true", "data.workers=2", "tracking.tensorboard=true"],
-        ["model.lock_image=true", "nesting.prefix_gradient={end: 1, power: 0.5}", "nesting.weights=[1,2,0.5]"],
-        [*_PUBLISHED, "loss.name=sigmoid", "engine.zero_stage=1", "optim.lr_image=1e-4", "optim.schedule=rsqrt"],
+        [
+            *("model.lock_image=true", "nesting.prefix_gradient={end: 1, power: 0.5}", "nesting.weights=[1,2,0.5]"),
+            *("train.ema=0.5", "optim.schedule=constant", "optim.cooldown=3 steps"),
+        ],
         [
             *_PUBLISHED,
-            "loss.name=sigmoid",
-            "loss.same_group=positive",
-            "model.logit_scale={per_dim: true, bias_init: -5.0}",
+            *("loss.name=sigmoid", "loss.same_group=positive", "model.logit_scale={per_dim: true, bias_init: -5.0}"),
+            *("engine.zero_stage=1", "optim.lr_image=1e-4", "optim.schedule=rsqrt"),
         ],
-        ["train.ema=0.5", "optim.schedule=constant", "optim.cooldown=3 steps"],
         [*_PUBLISHED, "nesting.rotate_at_end=true", "train.ema=0.5", "model.logit_scale.per_dim=true"],
         ["nesting.rotate_at_start=true", "nesting.rotate_at_end=true", "engine.zero_stage=3", "model.lock_image=true"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
+@pytest.mark.usefixtures("short_rotations")
 def test_every_option_takes_steps_and_resumes(write_config: WriteConfig, overrides: list[str]) -> None:
     path = write_config(checkpoint={"every": "4 steps"})
     folder = run(path, *overrides)
@@ -315,18 +318,16 @@ def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) 
     assert any(name.startswith("text") for name in moved)
 
 
-_WITH_A_FULL_DISK = """
-import resource, sys
-from mmrl import cli
-from mmrl.engine import checkpoint
-write = checkpoint.Checkpoints._write
-def limited(self, partial, snapshot):
-    if snapshot.step > 3:  # from here on no file may grow beyond what a manifest needs
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    write(self, partial, snapshot)
-checkpoint.Checkpoints._write = limited
-cli.main()
-"""
+def _train_with_a_full_disk() -> None:
+    write = Checkpoints._write
+
+    def limited(self: Checkpoints, partial: Path, snapshot: Any) -> None:
+        if snapshot.step > 3:  # from here on no file may grow beyond what a manifest needs
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        write(self, partial, snapshot)
+
+    Checkpoints._write = limited
+    cli.main()
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -334,16 +335,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     write_config: WriteConfig, tmp_path: Path, processes: int
 ) -> None:
     path = write_config(checkpoint={"every": "3 steps"}, evaluation={}, engine={"timeout_minutes": 0.5})
-    script = tmp_path / "full_disk.py"
-    script.write_text(_WITH_A_FULL_DISK)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), "train", str(path)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert "mmrl: The checkpoint of step 6 could not be written (" in done.stderr
-    assert "step-3 is complete; run again with resume=auto." in done.stderr
-    assert "engine/checkpoint.py" not in done.stderr
+    results = run_programs(processes, _train_with_a_full_disk, ["train", str(path)], tmp_path)
+    errors = "".join(error for _, _, error in results)
+    assert [code for code, _, _ in results] == [1] * processes
+    assert "mmrl: The checkpoint of step 6 could not be written (" in errors
+    assert "step-3 is complete; run again with resume=auto." in errors
+    assert "engine/checkpoint.py" not in errors
     folder = tmp_path / "run"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last", "step-3"]
     assert run(path, "resume=auto") == folder

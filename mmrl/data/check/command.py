@@ -10,7 +10,6 @@ Shards are checked in parallel, each by one process. The code that training read
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def check_shards(
         RunStopped: a worker process was killed.
     """
     config = data if isinstance(data, DataConfig) else _as_config(data)
-    run = _run_size(config, batch_size, world_size, loader_workers)
+    _check_run(batch_size, world_size, loader_workers)
     sources = named_sources(config)
     locations = [expand(one.shards, config.allow_pipe, keep_missing=True) for one in sources]
     _check_writable(locations, index, list_file, sheet_file)
@@ -99,7 +98,8 @@ def check_shards(
         with report.comparison_progress(sum(facts.samples for facts in others), quiet) as advance:
             overlap = find_overlap(against, others, checked, cache, advance)
     stops = _data_errors(findings, config.max_bad_fraction)
-    reader, stream, start_errors = _open_as_training(config, sources, findings, cache, run)
+    reader, stream, start_errors = _open_as_training(config, sources, findings, cache, batch_size, world_size)
+    loaders = config.workers or 0 if loader_workers is None else loader_workers
     result = CheckResult(
         ok=not stops and not start_errors,
         sets=[
@@ -113,7 +113,7 @@ def check_shards(
         bad_samples=findings.bad.total(),
         bad_share=findings.bad_share,
         max_bad_fraction=config.max_bad_fraction,
-        plan=None if stream is None or run is None else _estimate(stream, run, len(tasks)),
+        plan=None if stream is None else RunEstimate.of(stream, world_size, loaders, len(tasks)),
         stops=[*stops, *start_errors],
         notes=[*_notes(tasks, index, decode), *(reader.notes if reader is not None else ())],
     )
@@ -127,25 +127,13 @@ def _as_config(shards: ShardSpec) -> DataConfig:
     return DataConfig(train=str(shards) if isinstance(shards, str | Path) else [str(one) for one in shards])
 
 
-@dataclass(frozen=True)
-class _RunSize:
-    batch_size: int
-    world_size: int
-    loader_workers: int
-
-
-def _run_size(
-    config: DataConfig, batch_size: int | None, world_size: int, loader_workers: int | None
-) -> _RunSize | None:
-    if batch_size is None:
-        if world_size != 1 or loader_workers is not None:
-            raise InputError("batch-size: missing; world-size and loader-workers need the global batch size too.")
-        return None
-    if batch_size % world_size:
+def _check_run(batch_size: int | None, world_size: int, loader_workers: int | None) -> None:
+    if batch_size is None and (world_size != 1 or loader_workers is not None):
+        raise InputError("batch-size: missing; world-size and loader-workers need the global batch size too.")
+    if batch_size is not None and batch_size % world_size:
         raise InputError(
             f"batch-size: {batch_size} is not divisible by {world_size} processes; give a multiple of {world_size}."
         )
-    return _RunSize(batch_size, world_size, config.workers if loader_workers is None else loader_workers)
 
 
 def _check_writable(
@@ -210,7 +198,8 @@ def _open_as_training(
     sources: Sequence[SourceConfig],
     findings: Findings,
     cache: ShardCache,
-    run: _RunSize | None,
+    batch_size: int | None,
+    world_size: int,
 ) -> tuple[SampleReader | None, Stream | None, list[str]]:
     """Opens the usable shards as training does; an InputError is returned as the third value."""
     usable = [[facts.location for facts in some if facts.usable] for some in findings.of_set]
@@ -223,26 +212,11 @@ def _open_as_training(
         ]
         if opened:
             reader = SampleReader(opened, cache)
-            if run is not None:
-                stream = Stream(reader, run.batch_size // run.world_size, world_size=run.world_size)
+            if batch_size is not None:
+                stream = Stream(reader, batch_size // world_size, world_size=world_size)
     except InputError as error:
         return reader, None, [str(error)]
     return reader, stream, []
-
-
-def _estimate(stream: Stream, run: _RunSize, shards: int) -> RunEstimate:
-    steps = stream.batches_per_epoch
-    return RunEstimate(
-        batch_size=run.batch_size,
-        world_size=run.world_size,
-        loader_workers=run.loader_workers,
-        samples_per_epoch=stream.samples,
-        steps_per_epoch=steps,
-        left_out_per_epoch=stream.samples - steps * run.batch_size,
-        samples_per_rank=steps * run.batch_size // run.world_size,
-        shards=shards,
-        loaders=run.world_size * max(run.loader_workers, 1),
-    )
 
 
 def _notes(tasks: Sequence[tuple[str, FieldsConfig]], index: bool, decode: bool) -> list[str]:

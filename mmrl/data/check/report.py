@@ -113,12 +113,6 @@ def _duplicate_lines(found: Duplicates) -> list[str]:
             "no negatives of each other with data.mask_equal_captions, but wrong answers in an evaluation"
         )
         lines += [f"            {one} = {other}" for one, other in found.caption_examples]
-    if found.keys:
-        lines.append(
-            f"duplicates  {counted(found.keys, 'sample')} with a key that an earlier shard has too; harmless, sample "
-            "names start with the shard"
-        )
-        lines += [f"            {one} = {other}" for one, other in found.key_examples]
     return lines
 
 

@@ -1,7 +1,7 @@
 """Checks one shard: reads every member once, in the order of the tar, by the rules of training.
 
 This runs in worker processes. What they return is small: counts, lengths, and hashes to find duplicates over the whole
-set, 32 bytes per sample (key, image and group), 16 per caption and, if asked for, 64 per image (its look).
+set, 24 bytes per sample (image and group), 16 per caption and, if asked for, 64 per image (its look).
 """
 
 import hashlib
@@ -112,7 +112,6 @@ class ShardFacts:
     """Whether training can open the shard."""
     index_error: str | None = None
     """Why the index could not be written next to the shard."""
-    key_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     image_N2: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     """128 bits of the image's bytes, zeros if there is none."""
     group_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -179,15 +178,9 @@ class _ShardScan:
 
     def run(self) -> None:
         """Fills in the facts."""
-        keys, images, groups = [], [], []
-        for row in range(len(self._index)):
-            key = self._index.key(row)
-            image, group = self._scan_sample(row, key)
-            keys.append(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest())
-            images.append(image)
-            groups.append(group)
+        found = [self._scan_sample(row, self._index.key(row)) for row in range(len(self._index))]
+        images, groups = [image for image, _ in found], [group for _, group in found]
         self._count_tokens()
-        self._facts.key_N = np.frombuffer(b"".join(keys), np.uint64)
         self._facts.image_N2 = np.frombuffer(b"".join(images), np.uint64).reshape(-1, 2)
         self._facts.group_N = np.array(groups, np.int64)
         self._facts.caption_C2 = np.array(self._captions, np.int64).reshape(-1, 2)

@@ -55,6 +55,7 @@ def pack_shards(
     holdout: str | None = None,
     holdout_seed: int = 0,
     workers: int = 1,
+    force: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Packs image-text pairs into shards; returns what `--json` prints. Resumes an interrupted pack in OUT.
@@ -77,6 +78,7 @@ def pack_shards(
         holdout_seed: chooses among the pairs that can be held out.
         workers: processes that read, fetch and check the images. A script that uses more than 1 needs the guard
             `if __name__ == "__main__":`.
+        force: delete what an earlier pack left in OUT.
 
     Raises:
         InputError: no such source or column, an unreadable table, OUT is not empty or was started with other
@@ -108,7 +110,7 @@ def pack_shards(
         "holdout": None,
         **pairs.fingerprint(),
     }
-    with writer.open_writer(out, arguments, samples_per_shard, dedup=dedup, held_out=held_out) as packer:
+    with writer.open_writer(out, arguments, samples_per_shard, dedup=dedup, held_out=held_out, force=force) as packer:
         try:
             _pack_all(packer, pairs, max_side, workers, console)
             shards = packer.finish(source)

@@ -13,20 +13,24 @@ the last lines of the lists) is truncated.
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
 from mmrl.data.index import BAD_SAMPLES, SUFFIX, Problem, index_shard, save_index
 from mmrl.data.pack.prepare import Prepared
 from mmrl.errors import InputError
+from mmrl.output.files import check_out_folder, create_folder
 
 _PARTIAL, _NAMES, _PROGRESS = ".partial", "names.txt", "progress.json"
+# The files of a finished pack, relative to OUT.
+_OF_PACK = re.compile(r"((train|val)/)?(shard-\d+\.tar(\.\w+)*|bad_samples\.jsonl)")
 
 
 @dataclass
@@ -63,26 +67,36 @@ class PackProgress:
 
 @contextmanager
 def open_writer(
-    out: Path, arguments: dict[str, Any], samples_per_shard: int, *, dedup: bool, held_out: int | None = None
+    out: Path,
+    arguments: dict[str, Any],
+    samples_per_shard: int,
+    *,
+    dedup: bool,
+    held_out: int | None = None,
+    force: bool = False,
 ) -> Iterator["PackWriter"]:
     """Yields a writer for OUT: a new one, or one that resumes a pack with the same arguments.
 
-    With `held_out`, that many pairs come first and go into OUT/val, all others into OUT/train.
+    With `held_out`, that many pairs come first and go into OUT/val, all others into OUT/train. With `force`, what an
+    earlier pack left in OUT is deleted.
 
     Raises:
         InputError: OUT cannot be written, is not empty, is being written by another process, or was started with other
             arguments.
     """
-    others = _prepare_folders(out)
+    others = _prepare_folders(out, force)
     partial = out / _PARTIAL
     folder = os.open(partial, os.O_RDONLY)
     try:
         _lock(folder, out)
+        if force:
+            _delete_pack(out)
+            others = []
         progress = _load_progress(partial, arguments)
         writer = None
         try:
             if others and not progress.is_whole:
-                raise InputError(_not_empty(out, others))
+                check_out_folder(out, (_PARTIAL, BAD_SAMPLES))
             writer = PackWriter(out, folder, progress, samples_per_shard, dedup, held_out)
             yield writer
         finally:
@@ -103,28 +117,35 @@ def _lock(folder: int, out: Path) -> None:
         pass
 
 
-def _not_empty(out: Path, others: list[str]) -> str:
-    return f"out: {out} already holds {others[0]}; choose a new or empty folder."
-
-
-def _prepare_folders(out: Path) -> list[str]:
+def _prepare_folders(out: Path, force: bool) -> list[str]:
     """Creates OUT and OUT/.partial; returns the names of files in OUT that no failed or unfinished pack left there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: the folder {out} cannot be created ({error.strerror}); choose another.") from None
+    create_folder(out)
     if not os.access(out, os.W_OK):
         raise InputError(f"out: {out} is not writable; choose another folder.")
     others = sorted(path.name for path in out.iterdir() if path.name not in (_PARTIAL, BAD_SAMPLES))
-    if others and not (out / _PARTIAL).is_dir():
-        raise InputError(_not_empty(out, others))
+    if force or not (out / _PARTIAL).is_dir():
+        parts = {name: [*(out / name).glob("*")] if name in ("train", "val") else [out / name] for name in others}
+        is_own = all(_OF_PACK.fullmatch(path.relative_to(out).as_posix()) for path in chain(*parts.values()))
+        own = (_PARTIAL, BAD_SAMPLES, *(others if is_own else ()))
+        check_out_folder(out, own, others[0] if others else None, force=force)
     (out / _PARTIAL).mkdir(exist_ok=True)
     return others
 
 
+def _delete_pack(out: Path) -> None:
+    for path in out.iterdir():
+        if path.name == _PARTIAL:  # locked: only its files
+            for file in path.iterdir():
+                file.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _load_progress(partial: Path, arguments: dict[str, Any]) -> PackProgress:
     """Reads progress.json. If there is none, no shard is finished: the folder is emptied and the pack starts over."""
-    remedy = f"or delete {partial} to start over."
+    remedy = "or add --force to start over."
     try:
         saved = json.loads((partial / _PROGRESS).read_text())
         held_out = HeldOut(**saved.get("held_out", {}))

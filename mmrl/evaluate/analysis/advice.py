@@ -4,7 +4,6 @@ A budget is the permitted loss of recall compared with the full vector in fp32: 
 vector's recall) or `recall_drop=0.5pp` (percentage points).
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,6 @@ from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _ROUNDING = 1e-9
-# The largest factor of more queries that is worth mentioning.
-_MAX_FACTOR = 100
-_MORE_QUERIES = "More queries give narrower intervals, and so confirm smaller vectors."
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -193,53 +189,34 @@ def _down_to(
 
 @dataclass(frozen=True)
 class Summary:
-    """The advice in sentences, for the terminal, the page and Markdown."""
+    """The advice in sentences, for the terminal and the page."""
 
     headline: str
     evidence: str
-    certainty: str
-    saving: str
     others: list[str]
-    """The commands, and the other answers: confirmed, in fp32, in two stages."""
-
-    @property
-    def lines(self) -> list[str]:
-        """All lines, the headline first."""
-        return [self.headline, f"{self.evidence} {self.certainty}", self.saving, *self.others]
+    """The commands, and the other answers: confirmed, in two stages."""
 
 
 def summarise(advice: Mapping[str, Any]) -> Summary:
     """The result of `advise` in sentences."""
     chosen, full, budget = advice["smallest"], advice["full"], budget_of(advice)
-    metric, direction, queries = f"R@{budget.k}", ARROWS[budget.direction], _queries(advice)
-    certain = chosen["within_budget_surely"]
+    queries = _queries(advice)
     if not full["recall"]["value"]:
         headline = f"No recommendation: the full vector finds no positive among the first {budget.k}."
     elif chosen["bytes"] == full["bytes"]:
         headline = f"Recommended: the full vector, {_name(full)}. No smaller dim or codec is within the budget."
-    elif certain:
+    elif chosen["within_budget_surely"]:
         headline = f"Recommended: {_brief(chosen, budget)}, confirmed at 95 % with {queries}."
     else:
         confirmed = _name(advice["sure"]) if advice["sure"] else f"only the full vector, {_name(full)}"
         headline = f"Recommended: {_brief(chosen, budget)}. Confirmed at 95 % with {queries}: {confirmed}."
     evidence = (
-        f"{metric}, {direction}: {_percent(chosen['recall']['value'])} instead of {_percent(full['recall']['value'])}, "
-        f"a loss of {_loss(chosen['lost'], budget)}; the budget is {budget.amount}."
-    )
-    if certain:
-        certainty = "The whole interval is within the budget."
-    else:
-        factor = queries_to_be_sure(Interval(**chosen["lost"]), budget)
-        certainty = f"The interval exceeds the budget: {queries} are too few to confirm it."
-        if factor <= _MAX_FACTOR:
-            certainty += f" If the estimate is right, about {_rounded_up(factor):,} times as many would."
-        else:
-            certainty += " The estimate is too close to the budget for any practical number."
-    saving = (
-        f"{format_count(advice['vectors'])} vectors take {format_bytes(chosen['memory'])} instead of "
+        f"R@{budget.k}, {ARROWS[budget.direction]}: {_percent(chosen['recall']['value'])} instead of "
+        f"{_percent(full['recall']['value'])}, a loss of {_loss(chosen['lost'], budget)}; the budget is "
+        f"{budget.amount}. {format_count(advice['vectors'])} vectors take {format_bytes(chosen['memory'])} instead of "
         f"{format_bytes(full['memory'])}."
     )
-    return Summary(headline, evidence, certainty, saving, _others(advice, budget))
+    return Summary(headline, evidence, _others(advice, budget))
 
 
 def summarise_other_direction(analysis: Mapping[str, Any]) -> str:
@@ -250,14 +227,10 @@ def summarise_other_direction(analysis: Mapping[str, Any]) -> str:
 
 
 def _others(advice: Mapping[str, Any], budget: Budget) -> list[str]:
-    chosen, sure, fp32, staged = (advice[name] for name in ("smallest", "sure", "dim", "two_stage"))
+    chosen, sure, staged = (advice[name] for name in ("smallest", "sure", "two_stage"))
     lines = [f"Build {_name(chosen)}: {_command(chosen)}"]
-    if sure is None:
-        lines.append(_MORE_QUERIES)
-    elif sure != chosen:
-        lines.append(f"Confirmed: {_full(sure, budget)}. {_MORE_QUERIES} Build: {_command(sure)}")
-    if fp32 != chosen:
-        lines.append(f"In fp32: {_full(fp32, budget)}. Build: {_command(fp32)}")
+    if sure and sure != chosen:
+        lines.append(f"Confirmed: {_full(sure, budget)}. More queries confirm smaller vectors. Build: {_command(sure)}")
     if staged and staged["bytes"] < chosen["bytes"]:
         lines.append(
             f"In two stages: {_full(staged, budget)}; {staged['candidates']} candidates are reranked by full vectors "
@@ -308,15 +281,3 @@ def _queries(advice: Mapping[str, Any]) -> str:
     """ "1,465 queries", or "961 queries of 217 items" where an item has several."""
     queries, items = advice["queries"], advice["items"]
     return f"{queries:,} queries" + (f" of {items:,} items" if items < queries else "")
-
-
-def _rounded_up(factor: float) -> float:
-    """To two digits."""
-    return math.ceil(factor * 10) / 10 if factor < 10 else math.ceil(factor)
-
-
-def queries_to_be_sure(lost: Interval, budget: Budget) -> float:
-    """How many times as many queries would put the whole interval within the budget, if the estimate is right; infinite
-    where the estimate is not below the budget."""
-    room, half = budget.drop - lost.value, lost.high - lost.value
-    return (half / room) ** 2 if room > 0 else math.inf

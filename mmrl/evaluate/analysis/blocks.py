@@ -7,7 +7,8 @@ length), and the effective rank of its covariance (Roy and Vetterli 2007).
 Shapes: N rows (queries or gallery), Q queries, D the embedding's width, d one dim.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,12 +27,6 @@ _COVARIANCE_ROWS = 1 << 16
 _DEAD = 1e-3
 
 
-def blocks_of(dims: Sequence[int]) -> list[tuple[int, int]]:
-    """The (start, end) of each block: [4, 8, 16] -> (0, 4), (4, 8), (8, 16)."""
-    ends = sorted(dims)
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
 def block_scores(task: Task, rank_of: Mapping[int, Tensor], bootstrap: Bootstrap, k: int = 10) -> list[dict[str, Any]]:
     """One object per block, in order.
 
@@ -42,7 +37,7 @@ def block_scores(task: Task, rank_of: Mapping[int, Tensor], bootstrap: Bootstrap
     full = max(rank_of)
     query_Qd, gallery_Gd = truncate(task.query_QD, full), truncate(task.gallery_GD, full)
     result = []
-    for start, end in blocks_of(list(rank_of)):
+    for start, end in pairwise([0, *sorted(rank_of)]):
         before_Q = (rank_of[start] <= k).double() if start else torch.zeros(len(task.query_QD), dtype=torch.float64)
         after_Q = (rank_of[end] <= k).double()
         rest = torch.tensor([d for d in range(full) if not start <= d < end], dtype=torch.int64)
@@ -57,9 +52,7 @@ def block_scores(task: Task, rank_of: Mapping[int, Tensor], bootstrap: Bootstrap
                 "adds_p": bootstrap.paired_p(after_Q, before_Q),
                 "alone": float(alone_Q.mean()),
                 "lost_without": bootstrap.difference(full_Q, without_Q).as_json(),
-                "energy_queries": _energy(query_Qd)[start:end].sum().item(),
                 "energy_gallery": _energy(gallery_Gd)[start:end].sum().item(),
-                "effective_rank_queries": covariance_effective_rank(query_Qd[:, start:end]),
                 "effective_rank_gallery": covariance_effective_rank(gallery_Gd[:, start:end]),
             }
         )

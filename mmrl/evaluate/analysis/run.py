@@ -13,9 +13,7 @@ The gallery is always whole, so no score gets easier. The page says where querie
 Shapes: Q queries that have a positive, q a sample of them, S statistics.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch import Tensor
 from mmrl.errors import InputError
 from mmrl.evaluate.analysis import baselines, blocks, compression
 from mmrl.evaluate.analysis.advice import Budget, advise
-from mmrl.evaluate.analysis.bootstrap import LEVEL, RESAMPLES, Bootstrap
+from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.directions import CROSS_MODAL, modalities
 from mmrl.evaluate.ranking.ranks import KS, PerQuery, rank_both, rank_queries
@@ -93,31 +91,19 @@ def analyse(
     for name, other in (others or {}).items():
         if other.keys != embedded.keys or other.captions != embedded.captions:
             raise InputError(f"compare: {name} read other samples than the evaluated model; queries cannot be paired.")
-    result, seconds, dims = Analysis(tasks=tasks_of(embedded)), {}, sorted(dims)
-    ks = sorted({*KS, budget.k})
-
-    @contextmanager
-    def step(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - start, 2)
+    result, dims, ks = Analysis(tasks=tasks_of(embedded)), sorted(dims), sorted({*KS, budget.k})
+    both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
+    result.ranked = dict(zip(CROSS_MODAL, both, strict=True))
+    for step in (
+        lambda: {"intervals": _intervals(result, ks)},
+        lambda: _baselines(result, dims, ks, budget, others or {}),
+        lambda: _compression(result, dims, budget, vectors),
+        lambda: {"other_direction": _compression(result, dims, budget.reversed, vectors)},
+        lambda: _blocks(result, dims, budget),
+    ):
+        result.json |= step()
         if on_step:
             on_step(1)
-
-    with step("ranks"):
-        both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
-        result.ranked = dict(zip(CROSS_MODAL, both, strict=True))
-    with step("intervals"):
-        result.json["intervals"] = _intervals(result, ks)
-    with step("baselines"):
-        result.json |= _baselines(result, dims, ks, budget, others or {})
-    with step("compression"):
-        result.json |= _compression(result, dims, budget, vectors)
-        result.json["other_direction"] = _compression(result, dims, budget.reversed, vectors)
-    with step("blocks"):
-        result.json |= _blocks(result, dims, budget)
-    result.json["method"] = {"resamples": RESAMPLES, "level": LEVEL, "unit": "items"}
-    result.json["seconds"] = seconds
     return result
 
 
@@ -199,10 +185,7 @@ def _other_model_ranks(name: str, task: Task, dims: Sequence[int]) -> dict[str, 
     if not dims:
         return {}
     ranked = rank_queries(task.query_QD, task.gallery_GD, task.query_group_Q, task.gallery_group_G, dims)
-    return {
-        name: {dim: [one.rank_Q] for dim, one in ranked.items()},
-        f"{name}, PCA": baselines.pca_ranks(task, dims),
-    }
+    return {name: {dim: [one.rank_Q] for dim, one in ranked.items()}, f"{name}, PCA": baselines.pca_ranks(task, dims)}
 
 
 def _compression(result: Analysis, dims: Sequence[int], budget: Budget, vectors: int) -> dict[str, Any]:

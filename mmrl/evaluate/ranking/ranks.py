@@ -247,7 +247,7 @@ def _metrics_of_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
             n = span.stop - span.start
             y_nd = gallery.rows(strip)[:, gallery.block_slices[k]]
             product_qG[:, span] += (x_qD[:, queries.block_slices[k]] @ y_nd.T)[: len(query_q), :n]
-            torch.mul(product_qG[:, span], gallery.norms[strip].inverse_Kn[k, :n], out=score_qG[:, span])
+            torch.mul(product_qG[:, span], gallery.inverse_norms[strip][k, :n], out=score_qG[:, span])
         if direction.same_rows:
             score_qG[torch.arange(len(query_q)), query_q] = -torch.inf
         score_qG = score_qG.cpu()

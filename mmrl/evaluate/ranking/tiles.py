@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
-from mmrl.evaluate.ranking.counting import Counter, ListingBackoff, TileQueries, slightly_below
 
 # Queries with more positives than this are ranked by sorting their scores, not by one comparison per positive.
 MANY = 16
@@ -52,8 +51,9 @@ class SortedEmbeddings:
         self._is_sorted = bool((self.order_N == torch.arange(len(group_N))).all())
         self._embedding_ND = embedding_ND.to(device)
         self.length = tile_length(len(group_N), device, columns)
-        self.norms = [self._norms(strip) for strip in self.strips]
-        """One per strip."""
+        self.inverse_norms = [self._inverse_norms(strip) for strip in self.strips]
+        """Of each strip: 1 / the norm, at least 1e-12, of its rows' prefixes, (K, n). NaN in the padding, so that every
+        comparison with a padded row is false."""
 
     def __len__(self) -> int:
         return len(self.group_N)
@@ -81,12 +81,11 @@ class SortedEmbeddings:
         rows = rows[:, : self._width]
         return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
-    def _norms(self, strip: int) -> "Norms":
+    def _inverse_norms(self, strip: int) -> Tensor:
         squares_Kn = torch.stack([block.square().sum(1) for block in self.blocks(self.rows(strip))]).cumsum(0)
-        norm_Kn = squares_Kn.sqrt().clamp_min(1e-12)
         span = self.span(strip)
-        norm_Kn[:, span.stop - span.start :] = torch.nan
-        return Norms(norm_Kn, 1 / norm_Kn)
+        squares_Kn[:, span.stop - span.start :] = torch.nan
+        return 1 / squares_Kn.sqrt().clamp_min(1e-12)
 
     def blocks(self, rows_nD: Tensor) -> list[Tensor]:
         """The columns that each dim adds to the previous one."""
@@ -101,15 +100,6 @@ def tile_length(rows: int, device: torch.device, columns: bool = False) -> int:
 
 
 @dataclass(frozen=True)
-class Norms:
-    """Prefix norms of a strip's rows at each dim, at least 1e-12. NaN in the padding, so that every comparison with a
-    padded row is false."""
-
-    norm_Kn: Tensor
-    inverse_Kn: Tensor
-
-
-@dataclass(frozen=True)
 class _QueryStrip:
     """The queries of one strip: their positives, thresholds and counts."""
 
@@ -121,8 +111,6 @@ class _QueryStrip:
     """The positives' scores, ascending; +inf after the last."""
     at_least_KPn: Tensor
     """int32: the number of gallery rows that score at least as high."""
-    below_Kn: Tensor
-    """`slightly_below` the lowest threshold."""
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -150,7 +138,6 @@ class Direction:
         self.has_few = bool(few_N.any())
         self.strips: list[_QueryStrip] = []
         self._lock = threading.Lock()
-        self._backoffs = [ListingBackoff() for _ in queries.block_slices]
         for strip in queries.strips:
             span = queries.span(strip)
             missing = queries.length - (span.stop - span.start)
@@ -158,9 +145,8 @@ class Direction:
                 torch.nn.functional.pad(x[span], (0, missing)).to(like.device) for x in (self.first_N, few_N)
             )
             shape = (len(queries.block_slices), max(int(count_n.max()), 1), queries.length)
-            threshold_KPn, at_least_KPn = like.new_zeros(shape), like.new_zeros(shape, dtype=torch.int32)
-            below_Kn = torch.empty_like(threshold_KPn[:, 0])
-            self.strips.append(_QueryStrip(first_n, count_n, threshold_KPn, at_least_KPn, below_Kn))
+            at_least_KPn = like.new_zeros(shape, dtype=torch.int32)
+            self.strips.append(_QueryStrip(first_n, count_n, like.new_zeros(shape), at_least_KPn))
         self._reach = [strip.reach for strip in self.strips]
 
     def may_hold_positives(self, query_strip: int, gallery_strip: int) -> bool:
@@ -176,7 +162,7 @@ class Direction:
         in_tile_PQ = (nth_P1 < strip.count_n) & (column_PQ >= 0) & (column_PQ < self.gallery.length)
         p, query = in_tile_PQ.nonzero(as_tuple=True)
         column = column_PQ[p, query]
-        inverse = self.gallery.norms[gallery_strip].inverse_Kn[k, column]
+        inverse = self.gallery.inverse_norms[gallery_strip][k, column]
         strip.threshold_KPn[k, p, query] = product_QG[query, column] * inverse
 
     def finish_thresholds(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
@@ -185,22 +171,17 @@ class Direction:
             nth_P1 = torch.arange(strip.threshold_KPn.shape[1], device=strip.count_n.device)[:, None]
             merged_KPn = all_reduce(strip.threshold_KPn).masked_fill(nth_P1 >= strip.count_n, torch.inf)
             strip.threshold_KPn.copy_(merged_KPn.sort(dim=1).values)
-            lowest_Kn = strip.threshold_KPn[:, 0]
-            strip.below_Kn.copy_(slightly_below(lowest_Kn)).nan_to_num_(nan=torch.inf)
 
-    def tile_queries(self, k: int, query_strip: int, gallery_strip: int, axis: int) -> TileQueries:
-        """What the counter needs for a tile whose `axis` has the queries."""
-        strip, norms = self.strips[query_strip], self.gallery.norms[gallery_strip]
-        return TileQueries(
-            axis,
-            strip.threshold_KPn[k],
-            strip.below_Kn[k],
-            norms.norm_Kn[k],
-            norms.inverse_Kn[k],
-            strip.at_least_KPn[k],
-            self._lock,
-            self._backoffs[k],
-        )
+    def count(self, k: int, query_strip: int, gallery_strip: int, product_QG: Tensor, spare_2QG: Tensor) -> None:
+        """Adds the number of a tile's scores that reach each threshold. A score is an inner product divided by the
+        gallery row's norm: the query's norm does not change the order."""
+        strip = self.strips[query_strip]
+        score_QG = torch.mul(product_QG, self.gallery.inverse_norms[gallery_strip][k], out=spare_2QG[0])
+        for threshold_Q, at_least_Q in zip(strip.threshold_KPn[k], strip.at_least_KPn[k], strict=True):
+            # Floats: booleans take several times as long to write and sum.
+            count_Q = torch.ge(score_QG, threshold_Q[:, None], out=spare_2QG[1]).sum(1).int()
+            with self._lock:  # other threads count other tiles for the same queries
+                at_least_Q += count_Q
 
 
 def count_at_least(
@@ -226,7 +207,7 @@ def count_at_least(
         for start in range(0, len(chunk), _TILES_PER_TASK)
     ]
     tiles = sum(len(chunk) for _, chunk in tasks)
-    device, local = rows.norms[0].norm_Kn.device, threading.local()
+    device, local = rows.inverse_norms[0].device, threading.local()
 
     def run_task(method: Callable[[_TileWorker, int, Sequence[int]], None], task: tuple[int, Sequence[int]]) -> int:
         if not hasattr(local, "worker"):
@@ -272,7 +253,7 @@ class _TileWorker:
     def __init__(self, by_row: Direction, by_column: Direction | None) -> None:
         self.rows, self.columns, self.by_row, self.by_column = by_row.queries, by_row.gallery, by_row, by_column
         self.product_IJ = self.rows.rows(0).new_empty(self.rows.length, self.columns.length)
-        self._counter = Counter(self.product_IJ)
+        self._spare_2IJ = self.product_IJ.new_empty(2, *self.product_IJ.shape)
 
     def collect_thresholds(self, r: int, columns: Sequence[int]) -> None:
         """First pass: the positives' scores, from the tiles that may hold any."""
@@ -290,10 +271,9 @@ class _TileWorker:
     def count(self, r: int, columns: Sequence[int]) -> None:
         """Second pass: counts in all of these tiles."""
         for c, k in self._tiles(r, columns, self_score=-torch.inf):
-            sides = [self.by_row.tile_queries(k, r, c, axis=0)]
+            self.by_row.count(k, r, c, self.product_IJ, self._spare_2IJ)
             if self.by_column is not None and self._columns_differ(r, c):
-                sides.append(self.by_column.tile_queries(k, c, r, axis=1))
-            self._counter.count(sides)
+                self.by_column.count(k, c, r, self.product_IJ.T, self._spare_2IJ.mT)
 
     def _columns_differ(self, r: int, c: int) -> bool:
         """Whether the tile's columns are other queries than its rows."""

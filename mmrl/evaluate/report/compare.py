@@ -5,22 +5,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from mmrl.errors import InputError
-from mmrl.evaluate.analysis.bootstrap import RESAMPLES, Bootstrap
+from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 from mmrl.evaluate.ranking.ranks import is_better_lower
-from mmrl.evaluate.report.html import format_points, format_score, html_figure, html_page, html_table, tone_of
+from mmrl.evaluate.report.page import format_points, format_score, labelled_svg, render, tone_of
 from mmrl.evaluate.report.plots import Curve, recall_by_dim
 from mmrl.evaluate.report.stored_ranks import StoredRanks, read_ranks
-from mmrl.evaluate.report.tables import markdown_table
 from mmrl.output.console import print_line
 from mmrl.output.files import write_atomic
 
@@ -194,94 +193,52 @@ def _paired_ranks(runs: Sequence[EvaluatedRun], set_name: str, direction: str) -
     return _PairedRanks(runs[0].name, ranks, Bootstrap(first.item_Q))
 
 
-def _rows(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> list[tuple[str, list[Any]]]:
-    """(dim, one cell per run), for the terminal, the page and Markdown; the cell of a run without the dim is empty."""
-    return [(dim, [scores[metric].get(run.name, {}) for run in runs]) for dim, scores in by_dim.items()]
-
-
-def _formatted(cell: Mapping[str, Any], metric: str) -> tuple[str, list[str]]:
-    """The score, and its difference to the first run in points, if there is one: value, low, high."""
-    value = format_score(cell["value"], metric) if cell else ""
-    return value, [format_points(cell["lead"][key]) for key in ("value", "low", "high")] if "lead" in cell else []
-
-
 def _terminal_table(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], title: str, metric: str) -> Table:
-    shown = Table(title=f"{title} {metric}{', %' if _is_share(metric) else ''}")
+    shown = Table(title=f"{title} {metric}{'' if is_better_lower(metric) else ', %'}")
     shown.add_column("dim", justify="right")
     for run in runs:
         shown.add_column(run.name, justify="right", overflow="fold")
-    rows = _rows(by_dim, runs, metric)
-    for dim, cells in rows:
-        shown.add_row(dim, *(_as_text(cell, metric) + ("*" if tone_of(cell) else "") for cell in cells))
-    if any("lead" in cell for _, cells in rows for cell in cells):
+    is_paired = False
+    for dim, of_metric in by_dim.items():
+        cells = [of_metric[metric].get(run.name, {}) for run in runs]
+        shown.add_row(dim, *(_as_text(cell, metric) for cell in cells))
+        is_paired |= any("lead" in cell for cell in cells)
+    if is_paired:
         shown.caption = "in brackets: difference to the first run in points, with its 95 % interval; * where p < 0.05"
     return shown
 
 
-def _markdown(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], metric: str) -> str:
-    header = [["dim", *(run.name for run in runs)], ["---:"] * (1 + len(runs))]
-    rows = [[dim, *(_as_text(cell, metric) for cell in cells)] for dim, cells in _rows(by_dim, runs, metric)]
-    return markdown_table(header + rows)
-
-
 def _as_text(cell: Mapping[str, Any], metric: str) -> str:
-    value, difference = _formatted(cell, metric)
-    return value + (" ({}; {} to {})".format(*difference) if difference else "")
+    """The score, and its difference to the first run; empty for a run without the dim."""
+    if "lead" not in cell:
+        return format_score(cell["value"], metric) if cell else ""
+    lead, low, high = (format_points(cell["lead"][key]) for key in ("value", "low", "high"))
+    return f"{format_score(cell['value'], metric)} ({lead}; {low} to {high}){'*' if tone_of(cell) else ''}"
 
 
 def _write(out: Path, runs: Sequence[EvaluatedRun], result: Mapping[str, Any], metrics: Sequence[str]) -> Path:
-    """Writes OUT/index.html, compare.md and compare.json; returns the page's path."""
+    """Writes OUT/index.html and compare.json; returns the page's path."""
     write_atomic(out / "compare.json", json.dumps(result, indent=2) + "\n")
-    title = " · ".join(run.name for run in runs)
-    sections, text = [], [f"# {title}"]
-    for set_name in result["sets"]:
-        cards = []
-        text.append(f"## {set_name}")
-        for direction in CROSS_MODAL:
-            by_dim = result["sets"][set_name][direction]
-            for metric in metrics:
-                cards.append(_card(by_dim, runs, f"{set_name}-{direction}", direction, metric))
-                text.append(f"{ARROWS[direction]}, {metric}\n\n{_markdown(by_dim, runs, metric)}")
-        why = "" if _all_paired(runs, set_name) else f'<p class="note">{escape(_why_unpaired(runs, set_name))}</p>'
-        sections.append(
-            f'<section class="set"><h2>{escape(set_name)}</h2>{why}<div class="grid">{"".join(cards)}</div></section>'
-        )
-    listed = "".join(f"<dt>{escape(run.name)}</dt><dd>{escape(str(run.folder))}</dd>" for run in runs)
-    method = (
-        f'<h2>Runs</h2><div class="card"><dl>{listed}</dl><p class="note">Small print: the difference to '
-        f"{escape(runs[0].name)} in points with its 95 % interval, paired by query, from {RESAMPLES:,} resamples of "
-        "items. Coloured where a paired sign-flip test gives p &lt; 0.05, not corrected for the number of comparisons. "
-        "The intervals cover the choice of queries, not the variation between training runs with different "
-        "seeds.</p></div>"
-    )
-    write_atomic(out / "compare.md", "\n\n".join(text) + "\n")
-    page = out / "index.html"
-    write_atomic(page, html_page(title, "", "".join(sections) + method))
-    return page
 
-
-def _card(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], name: str, direction: str, metric: str) -> str:
-    plot = ""
-    if _is_share(metric):
-        curves = []
-        for index, run in enumerate(runs):
-            cells = {dim: scores[metric][run.name] for dim, scores in by_dim.items() if run.name in scores[metric]}
+    def plot(set_name: str, direction: str, metric: str) -> Markup:
+        curves, by_dim = [], result["sets"][set_name][direction]
+        for index, name in enumerate(result["runs"]):
+            cells = {dim: scores[metric][name] for dim, scores in by_dim.items() if name in scores[metric]}
             values = {dim: {"low": cell["value"], "high": cell["value"], **cell} for dim, cell in cells.items()}
-            curves.append(Curve(run.name, _COLOURS[index % len(_COLOURS)], values, dashed=index >= len(_COLOURS)))
-        svg = recall_by_dim(curves, None, metric, name=f"compare-{name}-{metric}", legend=True)
-        plot = html_figure(svg, f"{metric} of each run by dim; the values are in the table below")
-    rows = [[dim, *(_as_html(cell, metric) for cell in cells)] for dim, cells in _rows(by_dim, runs, metric)]
-    header = ["dim", *(escape(run.name) for run in runs)]
-    return f'<div class="card plot"><h4>{ARROWS[direction]}, {metric}</h4>{plot}{html_table(header, rows)}</div>'
+            curves.append(Curve(name, _COLOURS[index % len(_COLOURS)], values, dashed=index >= len(_COLOURS)))
+        svg = recall_by_dim(curves, None, metric, name=f"compare-{set_name}-{direction}-{metric}", legend=True)
+        return labelled_svg(svg, f"{metric} of each run by dim; the values are in the table below")
 
-
-def _as_html(cell: Mapping[str, Any], metric: str) -> str:
-    value, difference = _formatted(cell, metric)
-    if not difference:
-        return value
-    lead, low, high = difference
-    return f'{value}<small><span class="{tone_of(cell)}">{lead}</span>; {low} to {high}</small>'
-
-
-def _is_share(metric: str) -> bool:
-    return not is_better_lower(metric)
+    page = render(
+        "compare.html",
+        " · ".join(result["runs"]),
+        sets=result["sets"],
+        names=result["runs"],
+        metrics=metrics,
+        folders={run.name: run.folder for run in runs},
+        unpaired={name: _why_unpaired(runs, name) for name in result["sets"] if not _all_paired(runs, name)},
+        is_rank=is_better_lower,
+        plot=plot,
+    )
+    write_atomic(out / "index.html", page)
+    return out / "index.html"

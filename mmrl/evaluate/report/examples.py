@@ -26,20 +26,13 @@ _KINDS = {"found at both dims": 2, "lost at the short dim": 3, "gained at the sh
 
 
 @dataclass(frozen=True)
-class RankedImage:
-    """One image of a result list."""
-
-    row: int
-    is_positive: bool
-
-
-@dataclass(frozen=True)
 class ResultList:
     """The first images at one dim, and the rank of the best positive."""
 
     dim: int
     rank: int
-    images: list[RankedImage]
+    images: list[tuple[int, bool]]
+    """(row, whether it is a positive)."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,7 @@ def choose_examples(
 def _results(task: Task, row: int, dim: int, rank: int) -> ResultList:
     rows, _ = nearest(task.query_QD[row : row + 1], task.gallery_GD, dim, SHOWN)
     group = task.query_group_Q[row]
-    images = [RankedImage(image, bool(task.gallery_group_G[image] == group)) for image in rows[0].tolist()]
-    return ResultList(dim, rank, images)
+    return ResultList(dim, rank, [(image, bool(task.gallery_group_G[image] == group)) for image in rows[0].tolist()])
 
 
 def thumbnails(reader: ImageReader, embedded: Embedded, rows: Iterable[int]) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""The report's plots: matplotlib figures, as themed SVG for the page and as PNG for Markdown.
+"""The reports' plots: matplotlib figures, as themed SVG for the pages and as PNG for a training run's report.md.
 
 Figures are drawn in the colours of the light theme. In the SVG, each colour is replaced by a CSS variable that the page
 defines for both themes, and text stays text in the page's font.
@@ -115,11 +115,9 @@ def recall_by_dim(
         return _as_svg(figure, name)
 
 
-def bytes_against_recall(
-    compression: Mapping[str, Any], budget_line: float | None, name: str = "bytes", path: Path | None = None
-) -> str:
+def bytes_against_recall(compression: Mapping[str, Any], budget_line: float, name: str = "bytes") -> str:
     """SVG of recall against bytes: every one-stage option as a mark, the front of one-stage search as a line, that of
-    two-stage search dashed with hollow marks. With a `path`, also written there as PNG."""
+    two-stage search dashed with hollow marks."""
     options, metric = compression["options"], compression["metric"]
     with _figure(4.0) as (figure, axes):
         for precision, marker in _MARKERS.items():
@@ -147,15 +145,14 @@ def bytes_against_recall(
                 axes.annotate(
                     spot[2], spot[:2], xytext=(3, -11), textcoords="offset points", fontsize=8, color=COLOURS["ink"][0]
                 )
-        if budget_line is not None:
-            axes.axhline(
-                100 * budget_line, color=COLOURS["good"][0], linestyle=":", linewidth=1.3, label="limit of the budget"
-            )
+        axes.axhline(
+            100 * budget_line, color=COLOURS["good"][0], linestyle=":", linewidth=1.3, label="limit of the budget"
+        )
         sizes = sorted({o["bytes"] for o in options})
         ticks = [2**n for n in range(0, 20, 2) if sizes[0] <= 2**n <= sizes[-1]]
         _label_axes(axes, ticks, "bytes per vector read by every search", f"{metric}, %")
         axes.legend(fontsize=_TEXT - 1.5, loc="lower right", ncols=2, handletextpad=0.4, columnspacing=1)
-        return _as_svg(figure, name, path)
+        return _as_svg(figure, name)
 
 
 def _label_axes(axes: Any, ticks: Sequence[int], x_label: str, y_label: str) -> None:
@@ -189,14 +186,8 @@ def _recall_panel(axes: Any, result: Mapping[str, Any]) -> None:
             if direction != list(dash_of)[-1]:
                 continue
             axes.axhline(100 * by_chance[metric], color=colour, linestyle=":", linewidth=1)
-            axes.annotate(
-                metric,
-                (dims[0], values[0]),
-                color=colour,
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-            )
+            offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(metric, (dims[0], values[0]), color=colour, **offset)
     _label_axes(axes, dims, "dim: length of the prefix", "zero-shot accuracy, %" if labelled else "recall, %")
     axes.set_xlim(min(dims) * 0.85, max(dims) * 1.6)
     axes.set_title(f"{axes.get_title()} ({result['num_images']:,} images)", fontsize=10)
@@ -251,9 +242,7 @@ def _panels(path: Path, titles: Sequence[str]) -> Iterator[list[Any]]:
     figure.savefig(path)
 
 
-def _as_svg(figure: Any, name: str, path: Path | None = None) -> str:
-    if path is not None:
-        figure.savefig(path, dpi=130, facecolor="white")
+def _as_svg(figure: Any, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue(), name)

@@ -16,14 +16,15 @@ from mmrl.evaluate.analysis.advice import Budget, parse_budget, parse_count, sum
 from mmrl.evaluate.analysis.baselines import NAMES
 from mmrl.evaluate.analysis.run import STEPS, Analysis, analyse
 from mmrl.evaluate.directions import is_classification
-from mmrl.evaluate.report.sections import SetReport
+from mmrl.evaluate.report.page import SetReport, render_page
 from mmrl.evaluate.report.stored_ranks import write_ranks
-from mmrl.evaluate.report.write import build_set_report, write_items, write_page
+from mmrl.evaluate.report.write import build_set_report, write_items
 from mmrl.evaluate.sets import Embedded
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
 from mmrl.model.manifest import read_manifest
 from mmrl.model.source import OpenClipModel, parse_model
 from mmrl.output.console import print_line
+from mmrl.output.files import write_atomic
 from mmrl.version import __version__
 
 _VECTORS = "1M"
@@ -88,9 +89,9 @@ class Study:
     def print_advice(self, console: Console) -> None:
         """Prints the advice for each set."""
         for report in self.reports:
-            lines = summarise(report.analysis["advice"]).lines
-            print_line(console, f"{report.name}, budget: lose at most {self.budget.label}: {lines[0]}", style="bold")
-            for line in (*lines[1:], summarise_other_direction(report.analysis)):
+            summary, budget = summarise(report.analysis["advice"]), self.budget.label
+            print_line(console, f"{report.name}, budget: lose at most {budget}: {summary.headline}", style="bold")
+            for line in (summary.evidence, *summary.others, summarise_other_direction(report.analysis)):
                 print_line(console, f"  {line}")
 
     def write_report(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
@@ -102,7 +103,9 @@ class Study:
             write_items(folder / f"{name}.items.jsonl", embedded, analysis, self.budget.k)
         write_ranks(folder, self.analysed)
         labelled = {name: one for name, one in results.items() if is_classification(one)}
-        return write_page(folder, f"{self.model} at every dim", self.reports, labelled, self._about())
+        page = folder / "index.html"
+        write_atomic(page, render_page(f"{self.model} at every dim", self.reports, labelled, self._about()))
+        return page
 
     def _about(self) -> dict[str, str]:
         nested = ", ".join(map(str, self.encoder.nested_dims))

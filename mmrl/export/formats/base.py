@@ -14,11 +14,11 @@ _MODULE_OF = {
     "bundle": "bundle",
     "open_clip": "open_clip",
     "onnx": "onnx",
+    "openvino": "openvino",
     "sentence_transformers": "sentence_transformers",
     "transformers": "transformers",
     "transformers.js": "transformers_js",
 }
-VARIANTS = ("fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Format:
     check: Callable[[Bundle], None]
     """Raises InputError, before any work, if the format cannot hold this architecture or its preprocessing."""
     write: Callable[[Truncated, Path, Sequence[str]], dict[str, Any] | None]
-    """Writes the folder with the given variants; returns the manifest's `graphs`, or None if it has no ONNX graphs."""
+    """Writes the folder with the given variants; returns the manifest's `graphs`, or None if it has no graphs."""
     reopen: Callable[[Path, str | None], Reopened]
     """Opens a written folder (one variant of it) with the tool that it is for."""
     tolerance: float
@@ -50,8 +50,8 @@ class Format:
     """The model card's library_name."""
     needs: tuple[str, ...] = ()
     """Optional packages that it needs."""
-    variants: bool = False
-    """Whether --quantize is possible."""
+    variants: tuple[str, ...] = ()
+    """What --quantize may be."""
 
 
 def get_format(name: str) -> Format:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Format, Truncated
+from mmrl.images.upright import upright
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 from mmrl.version import __version__
@@ -31,9 +32,15 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
         return opened.model.encode_text(tokens_BL).numpy()
 
     def images(images: list[Image.Image]) -> np.ndarray:
-        return pixels(torch.stack([opened.image_spec.pixels(image) for image in images]))
+        return pixels(torch.stack([opened.image_spec.pixels(upright(image)) for image in images]))
 
-    return Reopened(f"mmrl {__version__}", pixels, tokens, images, lambda texts: tokens(opened.tokenise(texts)))
+    def token_ids(texts: list[str]) -> list[list[int]]:
+        return opened.tokenise(texts).tolist()
+
+    def texts(texts: list[str]) -> np.ndarray:
+        return tokens(opened.tokenise(texts))
+
+    return Reopened(f"mmrl {__version__}", pixels, tokens, images, texts, token_ids)
 
 
 def _check(full: Bundle) -> None:

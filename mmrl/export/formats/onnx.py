@@ -3,6 +3,7 @@ NAME.onnx.data, a tokenizer.json, and an encoder.py that needs neither torch nor
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ def _check(full: Bundle) -> None:
 
 
 def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
-    (folder / "encoder.py").write_text(_encoder_source())
+    write_encoder(folder)
     files = {
         modality: {"fp32": f"{modality}.onnx", **{variant: f"{modality}.{variant}.onnx" for variant in variants}}
         for modality in ("image", "text")
     }
-    return write_graphs(truncated, folder, files, raw=True, inputs=("pixels", "input_ids"), external=True)
+    inputs = ("pixels", "input_ids")
+    return write_graphs(truncated, folder, files, raw=True, inputs=inputs, external=True, dim_input=True)
 
 
-def _encoder_source() -> str:
-    """The source of encoder.py: standalone.py with upright.py in place of its import."""
+def write_encoder(folder: Path) -> None:
+    """Writes FOLDER/encoder.py: standalone.py with upright.py in place of its import."""
     source = (_PACKAGE / "inference" / "standalone.py").read_text()
     before, line, after = re.split(r"^(from mmrl\.images\.upright import .*\n)", source, flags=re.MULTILINE)
     assert line
-    return before + (_PACKAGE / "images" / "upright.py").read_text() + after
+    (folder / "encoder.py").write_text(before + (_PACKAGE / "images" / "upright.py").read_text() + after)
 
 
 def write_graphs(
@@ -45,14 +47,16 @@ def write_graphs(
     raw: bool,
     inputs: tuple[str, str],
     external: bool,
+    dim_input: bool = False,
 ) -> dict[str, Any]:
     """Writes both towers' graphs and the tokenizer; returns the manifest's `graphs`.
 
     Args:
         files: {modality: {variant: file}}.
-        raw: the image graph takes uint8 pixels and normalises them itself.
+        raw: the image graph takes uint8 pixels and normalises them itself, and tokenizer.json clean texts.
         inputs: names of the image graph's and the text graph's input.
         external: write each graph's weights to a separate file.
+        dim_input: the graphs have the prefix's length as an optional input.
     """
     model, bundle = truncated.bundle.model, truncated.bundle
     names = {modality: (name, f"{modality}_embeds") for modality, name in zip(("image", "text"), inputs, strict=True)}
@@ -69,14 +73,14 @@ def write_graphs(
             elif variant == "int8":
                 of_text = modality == "text"
                 onnx_graphs.store_int8(fp32[modality], folder / name, external=external, embeddings=of_text)
-    tokenizer = tokenizer_json.write(bundle, truncated.folder, folder)
+    for name in (name for of_variant in files.values() for name in of_variant.values() if dim_input):
+        onnx_graphs.add_dim_input(folder / name, bundle.dim)
+    tokenizer = tokenizer_json.write(bundle, truncated.folder, folder, cleans=not raw)
     return {**files, "default": "fp32", **tokenizer, "any_length": any_length}
 
 
 def reopen(folder: Path, variant: str | None) -> Reopened:
-    """Opens a folder of graphs with onnxruntime."""
-    import onnxruntime
-
+    """Opens a folder of graphs with onnxruntime or OpenVINO."""
     from mmrl.inference.standalone import Encoder
 
     encoder = Encoder(folder, variant=variant)
@@ -84,16 +88,19 @@ def reopen(folder: Path, variant: str | None) -> Reopened:
 
     def tokens(tokens_BL: torch.Tensor) -> Any:
         if encoder.graphs["any_length"]:
-            # Drops the padding after the longest text. The padding id can also be a word inside a text ("!" is 0).
-            tokens_BL = tokens_BL[:, : int((tokens_BL != pad).nonzero()[:, 1].max()) + 1]
+            # Drops the padding after the longest text but for one token, which may be the text's end: some tokenizers
+            # pad with it. The padding id can also be a word inside a text ("!" is 0).
+            tokens_BL = tokens_BL[:, : int((tokens_BL != pad).nonzero()[:, 1].max()) + 2]
         return encoder.encode_tokens(tokens_BL.numpy())
 
+    runtime = "openvino" if encoder.manifest["layout"] == "openvino" else "onnxruntime"
     return Reopened(
-        f"onnxruntime {onnxruntime.__version__}",
+        f"{runtime} {version(runtime)}",
         pixels=lambda pixels_BCHW: encoder.encode_pixels(pixels_BCHW.numpy()),
         tokens=tokens,
         images=encoder.encode_images,
         texts=encoder.encode_texts,
+        token_ids=lambda texts: encoder.tokenise(texts).tolist(),
     )
 
 
@@ -104,15 +111,17 @@ FORMAT = Format(
     reopen=reopen,
     tolerance=1e-5,
     usage="""```python
-from encoder import Encoder  # the file in this folder; needs numpy, Pillow, tokenizers and onnxruntime, not torch
+from encoder import Encoder  # the file in this folder; needs numpy, Pillow, ftfy, tokenizers and onnxruntime, not torch
 
 encoder = Encoder("FOLDER")  # mmrl.load("FOLDER") has the same methods
 vectors = encoder.encode_texts(["a red shoe"])  # images: encoder.encode_images(["shoe.jpg"])
 ```
 
-Each graph needs its weights file in the same folder: copy `image.onnx` together with `image.onnx.data`.
+With onnxruntime alone, the optional input `dim` of each graph is the length of the embeddings, such as
+`{"input_ids": ids, "dim": numpy.array([64])}`. Each graph needs its weights file in the same folder: copy `image.onnx`
+together with `image.onnx.data`.
 """,
     library="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),
-    variants=True,
+    variants=("fp16", "int8"),
 )

@@ -19,6 +19,7 @@ from mmrl.model import layouts, towers
 from mmrl.model.bundle import Bundle
 from mmrl.model.guards import quiet
 from mmrl.model.manifest import read_manifest
+from mmrl.model.registry import TEXT_MODEL
 
 
 def _check(full: Bundle) -> None:
@@ -29,10 +30,10 @@ def _check(full: Bundle) -> None:
                 "none that can be truncated; allowed: bundle, onnx."
             )
     name = full.named_cfg["text_cfg"].get("hf_model_name")
-    if name is not None and Path(name).exists():
+    if name is not None and (name == TEXT_MODEL or Path(name).exists()):
         raise InputError(
-            f"format: open_clip would read this text tower's config from the local folder {name}; set "
-            "text_cfg.hf_model_name to the model's name on the hub in the model config, or use bundle or onnx."
+            "format: open_clip reads the config of this text tower from the hub, and it came from a local folder; use "
+            "bundle or onnx, or set text_cfg.hf_model_name of the model config to the text model's name on the hub."
         )
 
 
@@ -42,6 +43,10 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
     save_file(state, folder / layout.weights)
     spec = truncated.bundle.image_spec
     model_cfg: dict[str, Any] = {**truncated.manifest["model_cfg"], "embed_dim": truncated.bundle.dim}
+    cleaning = dict(model_cfg["text_cfg"].get("tokenizer_kwargs") or {})
+    if cleaning.get("clean") == "none":  # open_clip always cleans; the contract measures what that changes
+        del cleaning["clean"]
+        model_cfg["text_cfg"] = {**model_cfg["text_cfg"], "tokenizer_kwargs": cleaning}
     if "logit_bias" in state:
         model_cfg["init_logit_bias"] = float(state["logit_bias"])
     preprocess_cfg = {
@@ -83,9 +88,13 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     def images(images: list[Image.Image]) -> np.ndarray:
         return model.encode_image(torch.stack([transform(image) for image in images])).numpy()
 
-    return Reopened(
-        f"open_clip {open_clip.__version__}", pixels, tokens, images, lambda texts: tokens(tokenizer(texts))
-    )
+    def token_ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts).tolist()
+
+    def texts(texts: list[str]) -> np.ndarray:
+        return tokens(tokenizer(texts))
+
+    return Reopened(f"open_clip {open_clip.__version__}", pixels, tokens, images, texts, token_ids)
 
 
 FORMAT = Format(
@@ -101,8 +110,6 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 vectors = model.eval().encode_text(tokenizer(["a red shoe"]), normalize=True)
 ```
-
-`preprocess` ignores the EXIF orientation of images; apply `PIL.ImageOps.exif_transpose` first.
 """,
     library="open_clip",
 )

@@ -35,7 +35,8 @@ _VISION: dict[str, Any] = {
 }
 _TEXT: dict[str, Any] = {
     **dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), ...),
-    **dict.fromkeys(("hf_model_pretrained", "hf_tokenizer_name", "tokenizer_kwargs"), (None, False, "", {})),
+    "hf_model_pretrained": (None, False),
+    **dict.fromkeys(("hf_tokenizer_name", "tokenizer_kwargs"), ...),  # tokenizer_json.check
     "ls_init_value": (None,),
     "embed_cls": (False,),
     "no_causal_mask": (False,),
@@ -47,16 +48,17 @@ _TEXT: dict[str, Any] = {
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's codes
 
 
-def check_architecture(full: Bundle, format: str) -> None:
-    """Raises InputError, naming the key, if CLIPModel does not support these towers."""
-    for section, allowed in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
+def check_architecture(full: Bundle, format: str, sections: Sequence[str] = ("vision_cfg", "text_cfg")) -> None:
+    """Raises InputError, naming the key, if CLIPModel does not support the towers of these sections."""
+    for section in sections:
+        allowed = _VISION if section == "vision_cfg" else _TEXT
         for name, value in full.named_cfg[section].items():
             values = allowed.get(name, (None,))
             is_resnet = name == "layers" and not isinstance(value, int)
             if is_resnet or (values is not ... and value not in values):
                 raise InputError(
                     f"format: {format} supports CLIP's plain ViT and text transformer only, and this model has "
-                    f"{section}.{name}: {value!r}; allowed: bundle, open_clip, onnx, transformers.js."
+                    f"{section}.{name}: {value!r}; allowed: bundle, onnx, openvino; open_clip for most."
                 )
     tokenizer_json.check(full, format)
     check_preprocessing(full.image_spec, format)
@@ -92,29 +94,54 @@ def write_preprocessing(spec: ImageSpec, folder: Path) -> dict[str, Any]:
     return config
 
 
+def vision_config(truncated: Truncated) -> dict[str, Any]:
+    """The vision_config of CLIPModel's config.json."""
+    model_cfg = truncated.manifest["model_cfg"]
+    vision = model_cfg["vision_cfg"]
+    width = vision.get("width", 768)
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": truncated.bundle.image_spec.height,
+        "patch_size": vision.get("patch_size", 16),
+        "hidden_size": width,
+        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": vision.get("layers", 12),
+        "num_attention_heads": width // vision.get("head_width", 64),
+        "projection_dim": truncated.bundle.dim,
+        "hidden_act": _activation(model_cfg),
+    }
+
+
+def _special_tokens(bundle: Bundle) -> dict[str, int]:
+    tokenizer = bundle.tokenise.tokenizer
+    if tokenizer_json.is_bpe(bundle):
+        start, end, pad = tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.eot_token_id
+    else:
+        inner = tokenizer.tokenizer
+        start, end, pad = inner.bos_token_id, inner.eos_token_id, inner.pad_token_id
+    return {"bos_token_id": start, "eos_token_id": end, "pad_token_id": pad}
+
+
+def _activation(model_cfg: dict[str, Any]) -> str:
+    return "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+
+
 def model_config(truncated: Truncated) -> dict[str, Any]:
     """The content of CLIPModel's config.json."""
     model_cfg, dim = truncated.manifest["model_cfg"], truncated.bundle.dim
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    act = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
-    width, text_width = vision.get("width", 768), text.get("width", 512)
+    text = model_cfg["text_cfg"]
+    text_width = text.get("width", 512)
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
         "dtype": "float32",
         "projection_dim": dim,
+        # What vLLM and SGLang read to allow the parameter `dimensions`; vLLM takes the largest from embedding_size.
+        "is_matryoshka": True,
+        "matryoshka_dimensions": sorted({dim, *truncated.bundle.nested_dims}, reverse=True),
+        "embedding_size": dim,
         "logit_scale_init_value": float(truncated.bundle.model.log_logit_scale.detach()[-1]),
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": truncated.bundle.image_spec.height,
-            "patch_size": vision.get("patch_size", 16),
-            "hidden_size": width,
-            "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": vision.get("layers", 12),
-            "num_attention_heads": width // vision.get("head_width", 64),
-            "projection_dim": dim,
-            "hidden_act": act,
-        },
+        "vision_config": vision_config(truncated),
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": text.get("vocab_size", 49408),
@@ -124,10 +151,8 @@ def model_config(truncated: Truncated) -> dict[str, Any]:
             "num_hidden_layers": text.get("layers", 12),
             "num_attention_heads": text.get("heads", 8),
             "projection_dim": dim,
-            "hidden_act": act,
-            "bos_token_id": truncated.bundle.tokenise.tokenizer.sot_token_id,
-            "eos_token_id": truncated.bundle.tokenise.tokenizer.eot_token_id,
-            "pad_token_id": truncated.bundle.tokenise.tokenizer.eot_token_id,
+            "hidden_act": _activation(model_cfg),
+            **_special_tokens(truncated.bundle),
         },
     }
 
@@ -137,8 +162,8 @@ def write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
     layout = layouts.LAYOUTS["transformers"]
     save_file(layout.export_state(truncated.bundle.state()), folder / layout.weights, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model_config(truncated), indent=2) + "\n")
-    tokenizer_json.write(truncated.bundle, truncated.folder, folder)
-    tokenizer_json.write_config(truncated.bundle.tokenise.context_length, folder)
+    tokenizer_json.write(truncated.bundle, truncated.folder, folder, cleans=True)
+    tokenizer_json.write_config(truncated.bundle, folder)
     image_processor = write_preprocessing(truncated.bundle.image_spec, folder)
     processor = {"processor_class": "CLIPProcessor", "image_processor": image_processor}
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
@@ -169,7 +194,10 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
         inputs = processor(text=texts, return_tensors="pt", padding=True, truncation=True)
         return model.get_text_features(**inputs).pooler_output.numpy()
 
-    return Reopened(f"transformers {transformers.__version__}", pixels, tokens, images, texts)
+    def token_ids(texts: list[str]) -> list[list[int]]:
+        return processor(text=texts, truncation=True)["input_ids"]
+
+    return Reopened(f"transformers {transformers.__version__}", pixels, tokens, images, texts, token_ids)
 
 
 FORMAT = Format(

@@ -3,11 +3,16 @@ towers are possible, with CLIP's tokenizer and CLIP's way of resizing."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from mmrl.errors import InputError
 from mmrl.export import onnx_graphs, tokenizer_json
+from mmrl.export.contract import Reopened
 from mmrl.export.formats import onnx
 from mmrl.export.formats.base import Format, Truncated
 from mmrl.export.formats.transformers import check_preprocessing, write_preprocessing
@@ -44,16 +49,36 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
         "text_config": {"model_type": "clip_text_model", "projection_dim": dim, "max_position_embeddings": length},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer_json.write_config(length, folder)
+    tokenizer_json.write_config(truncated.bundle, folder)
     write_preprocessing(truncated.bundle.image_spec, folder)
     return graphs
+
+
+def _reopen(folder: Path, variant: str | None) -> Reopened:
+    """Opens the graphs with onnxruntime and tokenizer.json as transformers.js does, without cleaning texts before."""
+    from tokenizers import Tokenizer
+
+    opened = onnx.reopen(folder, variant)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / tokenizer_json.FILE))
+    length, end = config["model_max_length"], config["pad_token"]
+    tokenizer.enable_truncation(length)
+
+    def token_ids(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+    def texts(texts: list[str]) -> np.ndarray:
+        padded = [ids + [tokenizer.token_to_id(end)] * (length - len(ids)) for ids in token_ids(texts)]
+        return opened.tokens(torch.tensor(padded))
+
+    return replace(opened, texts=texts, token_ids=token_ids)
 
 
 FORMAT = Format(
     name="transformers.js",
     check=_check,
     write=_write,
-    reopen=onnx.reopen,
+    reopen=_reopen,
     tolerance=1e-5,
     usage="""```js
 import { AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env }
@@ -69,5 +94,5 @@ const { text_embeds } = await model(inputs);  // unit vectors; CLIPVisionModelWi
 """,
     library="transformers.js",
     needs=("onnx", "onnxscript", "onnxruntime"),
-    variants=True,
+    variants=("fp16", "int8"),
 )

@@ -12,10 +12,32 @@ const UNREACHABLE = "The server cannot be reached. Is mmrl serve still running?"
 let info = null; // the answer of /api/index
 let queryImage = null; // {file, url} or {row, url}; null for a text query
 let controller = null; // AbortController of the latest request
+let apiKey = sessionStorage.getItem("mmrl-api-key"); // null until the user has given it
+const thumbnails = new Map(); // row -> blob URL, only with an API key: an <img> cannot send it
 
 // Requests --------------------------------------------------------------------------------------------------
 
 const selectedDim = () => info.dims[page.dim.value];
+
+async function request(path, init = {}) {
+  const headers = { ...init.headers, ...(apiKey && { Authorization: `Bearer ${apiKey}` }) };
+  const response = await fetch(path, { ...init, headers });
+  if (response.status === 401) {
+    [byId("key").hidden, byId("search").hidden] = [false, true];
+    byId("key").querySelector("input").focus();
+    throw new Error(apiKey ? "The server does not accept this API key." : "This server needs its API key.");
+  }
+  return response;
+}
+
+async function showThumbnail(img, result) {
+  const path = result.thumbnail.slice(1);
+  if (apiKey && !thumbnails.has(result.row)) {
+    const response = await request(path);
+    thumbnails.set(result.row, URL.createObjectURL(await response.blob()));
+  }
+  img.src = thumbnails.get(result.row) ?? path;
+}
 
 async function fetchResults(dim, signal) {
   const options = { dim, k: RESULTS, ...(page.group.value && { group: page.group.value }) };
@@ -30,7 +52,7 @@ async function fetchResults(dim, signal) {
     path = queryImage ? "item" : "text";
     init = { headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...query, ...options }) };
   }
-  const response = await fetch(`api/search/${path}`, { method: "POST", ...init, signal });
+  const response = await request(`api/search/${path}`, { method: "POST", ...init, signal });
   const body = await response.json().catch(() => ({}));
   if (!response.ok) throw new Error(body.detail ?? `The server returned status ${response.status}.`);
   return body;
@@ -98,7 +120,8 @@ function card(result, otherRows) {
   const caption = result.captions[0] ?? result.key;
   figure.dataset.row = result.row;
   figure.classList.toggle("unshared", otherRows !== undefined && !otherRows.has(result.row));
-  find("img").src = result.thumbnail.slice(1);
+  find("button").hidden = !result.thumbnail; // a text has none
+  if (result.thumbnail) showThumbnail(find("img"), result);
   find("img").alt = caption;
   find(".line").hidden = result.rank === undefined;
   if (result.rank !== undefined) {
@@ -137,7 +160,7 @@ async function showStart() {
   const current = (controller = new AbortController());
   const group = page.group.value ? `&group=${encodeURIComponent(page.group.value)}` : "";
   const url = `api/sample?k=${RESULTS}${group}`;
-  const sample = await fetch(url, { signal: current.signal }).then((response) => response.json(), () => []);
+  const sample = await request(url, { signal: current.signal }).then((response) => response.json(), () => []);
   if (current !== controller || !sample.length) return;
   const textContent = "A sample of the index. Click an image to find similar ones, or drop your own image here.";
   const hint = Object.assign(document.createElement("p"), { className: "hint", textContent });
@@ -193,6 +216,12 @@ page.file.addEventListener("change", () => {
 byId("query-image").querySelector("button").addEventListener("click", () => setQueryImage(null));
 for (const control of [page.dim, page.group, page.compare]) control.addEventListener("input", search);
 
+byId("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("mmrl-api-key", byId("key").querySelector("input").value);
+  location.reload();
+});
+
 const drop = byId("drop");
 addEventListener("dragenter", (event) => {
   if (event.dataTransfer?.types.includes("Files")) drop.hidden = false;
@@ -214,12 +243,12 @@ addEventListener("paste", (event) => {
 
 async function start() {
   try {
-    info = await (await fetch("api/index")).json();
-  } catch {
-    return showMessage(UNREACHABLE, true);
+    info = await (await request("api/index")).json();
+  } catch (error) {
+    return showMessage(error instanceof TypeError ? UNREACHABLE : error.message, apiKey !== null);
   }
   const codes = info.codes ? ` · ${info.codes} codes` : "";
-  byId("about").textContent = `${info.count.toLocaleString("en")} images · ${info.dim}-d${codes}`;
+  byId("about").textContent = `${info.count.toLocaleString("en")} ${info.items} · ${info.dim}-d${codes}`;
   byId("full-dim").textContent = info.dim;
   page.dim.max = info.dims.length - 1;
   page.dim.value = info.dims.length - 1;

@@ -46,7 +46,8 @@ function example(path, method, content) {
   const [type, body] = Object.entries(content)[0];
   if (type.startsWith("multipart")) return `curl ${url} -F picture=@photo.jpg -F dim=64 -F k=5`;
   const fields = resolve(body.schema).properties;
-  const query = fields.text ? { text: "red running shoes", dim: 64, k: 5 } : { row: 0, k: 5 };
+  const text = "red running shoes";
+  const query = fields.input ? { input: text, dimensions: 64 } : fields.text ? { text, dim: 64, k: 5 } : { row: 0, k: 5 };
   return `curl ${url} -H 'Content-Type: application/json' \\\n     -d '${JSON.stringify(query)}'`;
 }
 
@@ -69,12 +70,12 @@ function article(path, method, operation) {
 async function start() {
   spec = await (await fetch("openapi.json")).json();
   const docs = document.getElementById("docs");
-  const errors = 'Errors have a 4xx or 5xx status and the body {"detail": "one sentence"}.';
+  const errors = 'Errors have a 4xx or 5xx status and the body {"detail": "one sentence"}, on /v1 {"error": {"message": …}}.';
   docs.append(make("h1", spec.info.title), make("p", `${spec.info.description} ${errors}`));
   for (const [path, operations] of Object.entries(spec.paths)) {
     for (const [method, operation] of Object.entries(operations)) docs.append(article(path, method, operation));
   }
-  const names = ["SearchResponse", "Result", "Milliseconds", "GroupCount"];
+  const names = ["SearchResponse", "Result", "Embedding", "Milliseconds", "GroupCount"];
   for (const name of names.filter((name) => spec.components.schemas[name])) {
     docs.append(make("article", "", make("h2", "", make("code", name)), table(spec.components.schemas[name])));
   }

@@ -201,7 +201,7 @@ def half(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("options", "message"),
     [
         ({"samples_per_shard": 3}, r"started with another samples-per-shard \(2, now 3\); give the same arguments"),
-        ({"max_side": None}, r"another max-side \(30, now none\).* or delete .*half/\.partial to start over"),
+        ({"max_side": None}, r"another max-side \(30, now none\).* or add --force to start over"),
         ({"dedup": False}, r"another dedup \(True, now False\)"),
         ({"group_column": "item"}, r"another group-column \(none, now item\)"),
         ({"caption_columns": ["x", "y"]}, r"another caption-column \(none, now x, y\)"),
@@ -258,7 +258,7 @@ def test_a_damaged_or_locked_folder_is_an_error(half: Path, folder: Path) -> Non
     with pytest.raises(InputError, match=r"shard-000001\.tar\.partial of the unfinished pack is missing"):
         again()
     put(half / ".partial" / "progress.json", "{}")
-    with pytest.raises(InputError, match=r"progress\.json is damaged; restore it, or delete"):
+    with pytest.raises(InputError, match=r"progress\.json is damaged; restore it, or add --force"):
         again()
 
 

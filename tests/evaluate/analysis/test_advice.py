@@ -90,22 +90,18 @@ def test_the_summary_names_the_numbers() -> None:
         "Recommended: 32-d int8 (32 B per vector, 8x smaller, R@10 −0.9 %). Confirmed at 95 % with 4,000 queries: "
         "64-d int8."
     )
-    assert "4,000 queries are too few to confirm it. If the estimate is right, about " in summary.certainty
     assert summary.others[0] == "Build 32-d int8: mmrl embed MODEL SHARDS EMBEDDINGS --dim 32 --precision int8"
     assert summary.others[1].startswith("Confirmed: 64-d int8, 64 B per vector, a loss of 0.0 % (95 % interval ")
     assert summary.evidence.startswith("R@10, text→image: 74.3 % instead of 75.0 %, a loss of 0.9 % (95 % interval ")
-    assert summary.saving == "100M vectors take 3.2 GB instead of 25.6 GB."
+    assert summary.evidence.endswith("; the budget is 1 %. 100M vectors take 3.2 GB instead of 25.6 GB.")
     confirmed = summarise(advice_on(option(32, "int8", 3000)))
     assert confirmed.headline == (
         "Recommended: 32-d int8 (32 B per vector, 8x smaller, R@10 ±0.0 %), confirmed at 95 % with 4,000 queries."
     )
-    assert confirmed.certainty == "The whole interval is within the budget."
     gain = summarise(advice_on(option(32, "int8", 3100)))
     assert "R@10 +3.3 %" in gain.headline
     unconfirmed = summarise(advice_on(option(32, "int8", 2972)))
     assert unconfirmed.headline.endswith("Confirmed at 95 % with 4,000 queries: only the full vector, 64-d fp32.")
-    near = summarise(advice_on(option(32, "int8", 2970)))
-    assert "The estimate is too close to the budget for any practical number." in near.certainty
     of_texts = advice_on(option(32, "int8", 3000), budget="recall_drop=1%,direction=image_to_text")
     assert of_texts["smallest"]["commands"][0].endswith("--precision int8 --texts")
 

@@ -13,7 +13,7 @@ from helpers.worlds import run_in_world
 from torch import Tensor
 
 from mmrl.errors import InputError
-from mmrl.evaluate.ranking import counting, ranks, tiles
+from mmrl.evaluate.ranking import ranks, tiles
 from mmrl.evaluate.ranking.ranks import PerQuery, nearest, rank_both, rank_queries
 
 DIMS = [33, 5, 16]
@@ -109,11 +109,9 @@ def test_tiles_and_row_order_do_not_change_the_result(monkeypatch: pytest.Monkey
     monkeypatch.setattr(tiles, "_CPU_TILE", 64)
     monkeypatch.setattr(ranks, "_CHUNK_ELEMENTS", 9000)
     monkeypatch.setattr(tiles, "_TILES_PER_TASK", 2)
-    for max_listed in (0, 1):  # scores are never listed, always listed
-        monkeypatch.setattr(counting, "_MAX_LISTED", max_listed)
-        for one, other in zip(whole, rank_both(x, y, query_group, gallery_group, DIMS), strict=True):
-            assert_equal(one, other)
-        assert_equal(alone, rank_queries(y, y, gallery_group, gallery_group, DIMS, same_rows=True))
+    for one, other in zip(whole, rank_both(x, y, query_group, gallery_group, DIMS), strict=True):
+        assert_equal(one, other)
+    assert_equal(alone, rank_queries(y, y, gallery_group, gallery_group, DIMS, same_rows=True))
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -130,7 +128,7 @@ def test_torchs_number_of_threads_is_restored_after_success_and_failure(monkeypa
         assert torch.get_num_threads() == 1
         raise ZeroDivisionError
 
-    monkeypatch.setattr(counting.Counter, "count", fails)
+    monkeypatch.setattr(tiles.Direction, "count", fails)
     with pytest.raises(ZeroDivisionError):
         rank_both(*few, DIMS)
     assert threads_of_a_new_thread() == 3
