@@ -15,13 +15,13 @@ help:  ## List the targets
 
 quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, search (about 10 minutes on 2 cores, with the installation)
 	$(BIN)/mmrl train configs/quickstart.yaml resume=auto
-	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
 	rm -rf $(RUN)/encoder-64 $(RUN)/embeddings $(RUN)/index
-	$(BIN)/mmrl export $(RUN) $(RUN)/encoder-64 --dim 64
-	$(BIN)/mmrl embed $(RUN) starter:test-artist $(RUN)/embeddings --group-key category
-	$(BIN)/mmrl index $(RUN)/embeddings $(RUN)/index
-	$(BIN)/mmrl search $(RUN)/index "red heart" --dim 64 --picture $(RUN)/red-heart.png
-	@echo "In a browser: $(BIN)/mmrl serve $(RUN)/index"
+	$(BIN)/mmrl export $(RUN) $(RUN)/encoder-64 --dim 64 --json > $(RUN)/export.json
+	$(BIN)/mmrl embed $(RUN) starter:test-artist $(RUN)/embeddings --group-key category --json > $(RUN)/embed.json
+	$(BIN)/mmrl index $(RUN)/embeddings $(RUN)/index --json > $(RUN)/index.json
+	$(BIN)/mmrl search $(RUN)/index "red heart" --dim 64 --picture $(RUN)/red-heart.png --json > $(RUN)/search.json
+	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
+	@echo "  $(BIN)/mmrl serve $(RUN)/index  # search in a browser; $(RUN)/red-heart.png is an answer, $(RUN)/encoder-64 a 64-d encoder"
 
 test: lint  ## Lint, and all tests except the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal

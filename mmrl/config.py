@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -47,6 +48,9 @@ class Config(Settings):
     """Run folder."""
     resume: str | None = machine_field(None, pattern="^auto$")
     """auto resumes from the last checkpoint of the run folder, if there is one."""
+    resume_allow: list[str] = machine_field([])
+    """Keys of `optim` that may differ from those of the run that is resumed, e.g. [optim.lr]. RUN/changes.jsonl records
+    each change."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all random numbers."""
     model: ModelConfig
@@ -86,6 +90,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: a missing file, invalid YAML, an unknown key, an invalid value.
     """
+    values = read_config_values(path)
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def read_config_values(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, not validated.
+
+    Raises:
+        InputError: a missing file, invalid YAML, or YAML without keys.
+    """
     try:
         values = _parse_yaml(Path(path).read_text(), str(path))
     except (FileNotFoundError, IsADirectoryError):
@@ -93,10 +109,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError:
         raise InputError(f"config: {path} is not UTF-8 text.") from None
     if not isinstance(values, dict):
-        raise InputError(f"config: {path} holds no keys; see configs/quickstart.yaml for an example.")
-    for override in overrides:
-        _apply(values, override)
-    return parse_config(values, str(path))
+        raise InputError(f"config: {path} holds no keys; `mmrl config init small` prints an example.")
+    return values
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
@@ -111,9 +125,35 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         raise InputError(f"{source}: {_message(error.errors()[0])}") from None
 
 
-def dump_config(config: Config) -> str:
-    """The config as YAML, with all defaults. `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+def dump_config(config: Config, notes: Mapping[str, str] | None = None) -> str:
+    """The config as YAML, with all defaults and a comment on each key. `load_config` reads it back.
+
+    Args:
+        notes: by dotted key, why it has its value; they follow the keys' own comments.
+    """
+    head = "# Edit a copy of this file and train with it: mmrl train COPY.yaml run=NEW_FOLDER\n"
+    return head + "\n".join(_dump_section(config, "", notes or {})) + "\n"
+
+
+def _dump_section(section: Settings, path: str, notes: Mapping[str, str]) -> list[str]:
+    pad, lines = "  " * path.count("."), []
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), path + name
+        comment = " ".join((field.description or "").split())
+        # The first sentence, and what the default means; configs/REFERENCE.md has the rest.
+        comment = re.split(r"(?<=\.)(?<!e\.g\.)\s+(?=[A-Z])(?!Default)", comment)[0]
+        if isinstance(value, Settings):
+            comment = comment or " ".join((type(value).__doc__ or "").split())
+        text = f"{comment} {notes[key]}" if key in notes else comment
+        lines += ["", *textwrap.wrap(text, 120, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")][path != "" :]
+        if isinstance(value, Settings):
+            lines += [f"{pad}{name}:", *_dump_section(value, f"{key}.", notes)]
+        else:
+            dumped = section.model_dump(mode="json", include={name})
+            flow = None if isinstance(dumped[name], list | dict) else False  # None: the innermost lists in one line
+            shown = yaml.safe_dump(dumped, sort_keys=False, width=110, default_flow_style=flow)
+            lines += [pad + line for line in shown.splitlines()]
+    return lines
 
 
 def config_schema() -> str:
@@ -153,11 +193,12 @@ def _section_reference(
                     subsections += [f"\n## {key}{suffix}\n\nThe same keys as `{same}`."]
         if "$ref" in field:
             continue
-        is_duration = [one.get("type") for one in types] == ["integer", "string"]
+        is_duration = [one.get("type") for one in types[:2]] == ["integer", "string"]
+        shown_types = ["duration", *map(_type_name, types[2:])] if is_duration else map(_type_name, types)
         is_required = name in section.get("required", [])
         cells = (
             f"`{key}`",
-            "duration" if is_duration else " or ".join(map(_type_name, types)),
+            " or ".join(shown_types),
             "required" if is_required else f"`{json.dumps(field['default'])}`",
             ", ".join(limit for one in types if (limit := _limits(one))),
             "machine" if field.get("machine") else "learning",
@@ -206,7 +247,8 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one key of a config's values, as ``train.batch_size=128`` says; raises InputError if it says nothing."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {override!r}: write KEY=VALUE, e.g. train.batch_size=128.")

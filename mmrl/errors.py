@@ -13,7 +13,14 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot continue (a non-finite loss, a full disk). The message says what to do next. Exit code 1."""
+    """A run that cannot continue (a non-finite loss, a full disk). The message says what to do next. Exit code 1.
+
+    `shown`: the message is already on stderr.
+    """
+
+    def __init__(self, message: str, *, shown: bool = False) -> None:
+        super().__init__(message)
+        self.shown = shown
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -57,6 +57,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None if found is None else found.tflops_16 * 1e12
 
 
+def reads_at_once(x: torch.Tensor) -> bool:
+    """Whether the host reads the values of x without waiting for a device that is still computing them."""
+    return x.device.type == "cpu"
+
+
 def has_native_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 matrix instructions. Without them a bfloat16 product takes 5 to 30 times as long
     as a float32 one on a CPU, and is no faster on a GPU."""

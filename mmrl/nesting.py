@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
+from mmrl.durations import Duration
 from mmrl.errors import InputError
 from mmrl.settings import Settings
 
@@ -23,6 +24,9 @@ class PrefixGradientConfig(Settings):
     """Value after the last step. 0: the towers learn from the full dim only."""
     power: float = Field(default=2.0, ge=0)
     """Exponent of the rise; 0 is constant."""
+    duration: Duration | None = None
+    """Length of the rise; from then on a stays at its end value. Default: the whole run. A run that is lengthened keeps
+    its first duration here."""
 
     @model_validator(mode="before")
     @classmethod

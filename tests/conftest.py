@@ -16,15 +16,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The indexes of the tests' shards are kept apart from the user's, and go with the tests.
 os.environ["MMRL_CACHE"] = tempfile.mkdtemp(prefix="mmrl-tests-")
-# The kernels of losses/kernels.py run without a GPU; set it to 0 on a machine that has one.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers.worlds import run_in_world
 from PIL import Image
 from rich.console import Console
+
+if torch.cuda.is_available():
+    # The tests of this process use its GPU. The processes that it starts use the CPU, since several cannot share a GPU.
+    torch.cuda.init()
+    torch.cuda.device_count()  # cached from now on
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels of losses/kernels.py run on the CPU
 
 TINY_MODEL = {
     "embed_dim": 16,

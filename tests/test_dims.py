@@ -20,7 +20,7 @@ from mmrl.search.query import Searcher, search_index
 
 __all__ = ["indexed"]
 
-FORMATS = ("bundle", "open_clip", "onnx", "sentence_transformers", "transformers", "transformers.js")
+FORMATS = ("bundle", "open_clip", "onnx", "openvino", "sentence_transformers", "transformers", "transformers.js")
 NOTE = "Note: 5 is not a trained dim (trained: 16, 8, 4). Compare the recall: mmrl eval --dims 8,5,4"
 
 

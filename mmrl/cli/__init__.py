@@ -2,11 +2,22 @@
 
 import io
 import sys
+from typing import Annotated
 
 import typer
 
 from mmrl.cli import evaluation, exporting, searching, shards, training
+from mmrl.cli.options import check_patterns
 from mmrl.errors import InputError, RunStopped
+from mmrl.output.console import visible
+from mmrl.version import __version__
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmrl {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="mmrl",
@@ -30,10 +41,20 @@ for command in (
     searching.serve,
 ):
     app.command(command.__name__.rstrip("_"))(command)
-config_app = typer.Typer(help="Describe the keys of config files.", no_args_is_help=True)
+config_app = typer.Typer(help="Print a preset's config, or describe the keys of config files.", no_args_is_help=True)
+config_app.command()(training.init)
 config_app.command()(training.schema)
 config_app.command()(training.reference)
 app.add_typer(config_app, name="config")
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of `mmrl` itself."""
 
 
 def main() -> None:
@@ -45,10 +66,12 @@ def main() -> None:
         if "" in sys.argv[1:]:  # as a path it would mean the folder that the command runs in
             number = sys.argv.index("", 1)
             raise InputError(f"Argument {number} is empty, as of a shell variable that is not set; give its value.")
+        check_patterns(sys.argv[1:])
         app()
     except InputError as error:
-        print(f"mmrl: {error}", file=sys.stderr)
+        print(visible(f"mmrl: {error}"), file=sys.stderr)
         sys.exit(2)
     except RunStopped as error:
-        print(f"mmrl: {error}", file=sys.stderr)
+        if not error.shown:
+            print(visible(f"mmrl: {error}"), file=sys.stderr)
         sys.exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, Model, RandomWeights, parse_ints
+from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
 
 
 def eval_(
@@ -19,7 +19,10 @@ def eval_(
         ),
     ],
     dims: Annotated[
-        str | None, typer.Option(help="Dims to evaluate, e.g. 512,128 (default: the trained dims and the full dim).")
+        str | None,
+        typer.Option(
+            "--dims", "--dim", help="Dims to evaluate, e.g. 512,128 (default: the trained dims and the full dim)."
+        ),
     ] = None,
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")] = None,
     ks: Annotated[
@@ -57,6 +60,7 @@ def eval_(
     compare: Annotated[list[str] | None, typer.Option(help="Baseline model to compare with (repeatable).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for retrieval.json and report/index.html.")] = None,
     random_weights: RandomWeights = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Score retrieval in all directions, or zero-shot classification, at every dim.
@@ -83,7 +87,7 @@ def eval_(
         vectors=vectors,
         compare=compare or (),
     )
-    result = evaluate_model(model, shards, options, out, quiet=as_json)
+    result = evaluate_model(model, shards, options, out, quiet=as_json, force=force)
     if as_json and comm.world().is_rank_0:
         print(json.dumps(result, indent=2))
 
@@ -94,11 +98,12 @@ def compare(
         list[str] | None, typer.Option(help="Metric to compare (repeatable; default: R@1 and R@10).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for index.html, compare.md and compare.json.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compare evaluated runs: their scores, and paired differences to the first run with 95 % intervals."""
     from mmrl.evaluate.report.compare import DEFAULT_METRICS, compare_runs
 
-    result = compare_runs(runs, metric or DEFAULT_METRICS, out, quiet=as_json)
+    result = compare_runs(runs, metric or DEFAULT_METRICS, out, quiet=as_json, force=force)
     if as_json:
         print(json.dumps(result, indent=2))

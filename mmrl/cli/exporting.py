@@ -12,7 +12,10 @@ from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D per dim if several are given.")],
-    dim: Annotated[str, typer.Option(help="Dims to export, e.g. 128 or 512,128; any from 1 to the full dim.")],
+    dim: Annotated[
+        str,
+        typer.Option("--dim", "--dims", help="Dims to export, e.g. 128 or 512,128; any from 1 to the full dim."),
+    ],
     format: Annotated[
         str,
         typer.Option(help="bundle, open_clip, onnx, openvino, sentence_transformers, transformers or transformers.js."),
@@ -37,11 +40,13 @@ def export(
     """Export an encoder per dim: embeddings truncated to DIM, projections included (other layers are unchanged)."""
     from mmrl.export.bundles import export as export_encoders
     from mmrl.model.source import with_random_weights
+    from mmrl.output.next_steps import after_export
 
+    dims = parse_ints("dim", dim) or []
     manifests = export_encoders(
         with_random_weights(model) if random_weights else model,
         out,
-        parse_ints("dim", dim) or [],
+        dims,
         format,
         quantize=(quantize or "").split(",") if quantize else (),
         check_shards=check_shards,
@@ -50,8 +55,7 @@ def export(
         force=force,
         log=None if as_json else print,
     )
-    if as_json:
-        print(json.dumps(manifests, indent=2))
+    print(json.dumps(manifests, indent=2) if as_json else after_export(model, out, dims, measure or check_shards))
 
 
 def rotate(
@@ -60,7 +64,9 @@ def rotate(
     out: Annotated[Path, typer.Argument(help="New folder for the rotated encoder.")],
     dims: Annotated[
         str | None,
-        typer.Option(help="Dims to optimise, e.g. 512,128 (default: the trained dims, else halves down to 8)."),
+        typer.Option(
+            "--dims", "--dim", help="Dims to optimise, e.g. 512,128 (default: the trained dims, else halves down to 8)."
+        ),
     ] = None,
     validate: Annotated[
         str | None,
@@ -82,6 +88,7 @@ def rotate(
     unchanged."""
     from mmrl.distributed import comm
     from mmrl.model.source import with_random_weights
+    from mmrl.output.next_steps import after_train
     from mmrl.rotation.command import rotate_model
 
     model = with_random_weights(model) if random_weights else model
@@ -98,5 +105,6 @@ def rotate(
         quiet=as_json,
         force=force,
     )
-    if as_json and comm.world().is_rank_0:
-        print(json.dumps(manifest, indent=2))
+    if comm.world().is_rank_0:
+        sets, scores = {"val": validate} if validate else {}, out.with_name(f"{out.name}-eval")
+        print(json.dumps(manifest, indent=2) if as_json else after_train(out, sets, scores))

@@ -1,5 +1,9 @@
-"""Arguments and options shared by several commands: MODEL, lists of integers, --json."""
+"""Arguments and options shared by several commands: MODEL, KEY=VALUE, lists of integers, --json."""
 
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,6 +17,9 @@ Model = Annotated[
         help="Run folder, checkpoint, exported folder, open_clip:NAME:TAG, open_clip:NAME:FILE, hf-hub:ORG/NAME, "
         "local-dir:PATH, or a folder of Hugging Face's transformers or sentence-transformers."
     ),
+]
+Dims = Annotated[
+    str | None, typer.Option("--dims", "--dim", help="Nested dims, e.g. 512,128 (default: those of the preset)")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier output of this command that is in OUT.")]
 RandomWeights = Annotated[
@@ -28,3 +35,65 @@ def parse_ints(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option}: {text!r} is not a list of integers; write e.g. 512,128.") from None
+
+
+# Commands whose SHARDS are one argument, or where several are several sets.
+_ONE_PATTERN = ("train", "embed", "rotate", "mine")
+
+
+def check_patterns(arguments: Sequence[str]) -> None:
+    """Raises InputError, with the line to type, if a shell has expanded a pattern of shards that is one argument."""
+    if not arguments or arguments[0] not in _ONE_PATTERN:
+        return
+    tars = [argument for argument in arguments if argument.endswith(".tar") and "=" not in argument]
+    folders = {tar.rpartition("/")[0] for tar in tars}
+    if len(tars) > 1 and len(folders) == 1:
+        pattern = f"{tars[0].rpartition('/')[0] or '.'}/*.tar"
+        raise InputError(
+            f"{tars[1]}: the shell has expanded a pattern to {len(tars)} arguments; quote it: "
+            f"{_quoted_line(tars, pattern)}"
+        )
+
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def is_override(argument: str) -> bool:
+    """Whether an argument begins with KEY=."""
+    return _OVERRIDE.match(argument) is not None
+
+
+def check_overrides(arguments: Sequence[str]) -> list[str]:
+    """The KEY=VALUE arguments of a command.
+
+    Raises:
+        InputError: one has another form; if it is the rest of a value with spaces, the message has the quoted line.
+    """
+    for number, stray in enumerate(arguments):
+        if is_override(stray):
+            continue
+        end = next((i for i in range(number + 1, len(arguments)) if is_override(arguments[i])), len(arguments))
+        starts_here = any(one.startswith("=") for one in arguments[number + 1 : number + 2])  # KEY = VALUE
+        first = max(number - 1, 0) if not starts_here else number
+        words = list(arguments[first:end])
+        joined = re.sub(r"\s*=\s*", "=", " ".join(words), count=1)
+        if not is_override(joined):
+            raise InputError(
+                f"{stray!r}: write KEY=VALUE, e.g. train.batch_size=128; besides its options this command takes a "
+                "config and such arguments only."
+            )
+        raise InputError(f"{stray!r} is not KEY=VALUE; quote a value with spaces: {_quoted_line(words, joined)}")
+    return list(arguments)
+
+
+def _quoted_line(words: list[str], joined: str) -> str:
+    """This process's command line, with `words` as the one argument `joined`."""
+    line, left = ["mmrl"], list(words)
+    for argument in sys.argv[1:]:
+        if not left or argument != left[0]:
+            line.append(argument)
+            continue
+        if len(left) == len(words):
+            line.append(joined)
+        left.pop(0)
+    return shlex.join(line)

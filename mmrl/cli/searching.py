@@ -8,6 +8,7 @@ import typer
 
 from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
 from mmrl.errors import InputError
+from mmrl.output.files import exclusive
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Output folder of mmrl index")]
 IndexModel = Annotated[
@@ -25,7 +26,8 @@ def embed(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for embeddings.parquet and texts.parquet")],
     dim: Annotated[
-        str | None, typer.Option(help="Embedding dims, e.g. 512,64 (default: the encoder's full dim)")
+        str | None,
+        typer.Option("--dim", "--dims", help="Embedding dims, e.g. 512,64 (default: the encoder's full dim)"),
     ] = None,
     precision: Annotated[
         str, typer.Option(help="One or more of fp32,fp16,int8,binary; one column per dim and precision")
@@ -41,24 +43,25 @@ def embed(
 ) -> None:
     """Embed the images and texts of SHARDS into Parquet files. Resumable: run the same command again."""
     from mmrl.model.source import with_random_weights
+    from mmrl.output.next_steps import after_embed
     from mmrl.search.embed import embed_images
 
-    result = embed_images(
-        with_random_weights(model) if random_weights else model,
-        source,
-        out,
-        parse_ints("dim", dim),
-        batch_size,
-        precisions=precision.split(","),
-        texts=texts,
-        npy=npy,
-        group_key=group_key,
-        workers=workers,
-        force=force,
-        quiet=as_json,
-    )
-    if as_json:
-        print(json.dumps(result, indent=2))
+    with exclusive(out, "mmrl embed"):
+        result = embed_images(
+            with_random_weights(model) if random_weights else model,
+            source,
+            out,
+            parse_ints("dim", dim),
+            batch_size,
+            precisions=precision.split(","),
+            texts=texts,
+            npy=npy,
+            group_key=group_key,
+            workers=workers,
+            force=force,
+            quiet=as_json,
+        )
+    print(json.dumps(result, indent=2) if as_json else after_embed(out, result["columns"]))
 
 
 def index(
@@ -80,7 +83,9 @@ def index(
     ] = "auto",
     dim: Annotated[
         int | None,
-        typer.Option(help="Dim of the codes (default: the trained dim closest to a quarter of the full dim)"),
+        typer.Option(
+            "--dim", "--dims", help="Dim of the codes (default: the trained dim closest to a quarter of the full dim)"
+        ),
     ] = None,
     candidates: Annotated[
         int | None,
@@ -98,6 +103,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Build an index of images and texts from embeddings, or add to, delete from or compact one."""
+    from mmrl.output.next_steps import after_index
     from mmrl.search.build import add_to_index, compact_index, delete_from_index, write_index
 
     changes = bool(delete) or compact
@@ -105,16 +111,16 @@ def index(
         raise InputError(
             "index: give EMBEDDINGS INDEX, EMBEDDINGS INDEX --add, INDEX --delete KEY, or INDEX --compact."
         )
-    if out is None:
-        manifest = (
-            delete_from_index(source, _read_keys(delete), as_json) if delete else compact_index(source, quiet=as_json)
-        )
-    elif add:
-        manifest = add_to_index(source, out, quiet=as_json)
-    else:
-        manifest = write_index(source, out, code=code, dim=dim, candidates=candidates, force=force, quiet=as_json)
-    if as_json:
-        print(json.dumps(manifest, indent=2))
+    with exclusive(out or source, "mmrl index"):
+        if delete:
+            manifest = delete_from_index(source, _read_keys(delete), as_json)
+        elif out is None:
+            manifest = compact_index(source, quiet=as_json)
+        elif add:
+            manifest = add_to_index(source, out, quiet=as_json)
+        else:
+            manifest = write_index(source, out, code=code, dim=dim, candidates=candidates, force=force, quiet=as_json)
+    print(json.dumps(manifest, indent=2) if as_json else after_index(out or source))
 
 
 def search(
@@ -122,7 +128,9 @@ def search(
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Query text; not needed with --image")] = None,
     image: Annotated[Path | None, typer.Option(help="Query image, instead of a text")] = None,
     model: IndexModel = None,
-    dim: Annotated[int | None, typer.Option(help="Embedding dim to compare at (default: the full dim)")] = None,
+    dim: Annotated[
+        int | None, typer.Option("--dim", "--dims", help="Embedding dim to compare at (default: the full dim)")
+    ] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of results")] = 5,
     group: Annotated[str | None, typer.Option(help="Search only images of this group")] = None,
     exact: Annotated[
@@ -135,6 +143,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search the images or the texts of an index by text or by image, at any embedding dim."""
+    from mmrl.output.next_steps import after_index
     from mmrl.search.query import search_index
 
     result = search_index(
@@ -150,8 +159,7 @@ def search(
         picture=picture,
         quiet=as_json,
     )
-    if as_json:
-        print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2) if as_json else after_index(index))
 
 
 def serve(

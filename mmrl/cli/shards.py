@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrl.cli.options import Force, Json
+from mmrl.cli.options import Force, Json, is_override
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def pack(
     """Pack a folder or a table of image-text pairs into shards. Resumable: run the same command again."""
     from mmrl.data.pack.command import pack_shards
     from mmrl.data.workers import usable_cores
+    from mmrl.output.next_steps import after_pack
 
     result = pack_shards(
         source,
@@ -77,12 +78,14 @@ def pack(
         force=force,
         quiet=as_json,
     )
-    if as_json:
-        print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2) if as_json else after_pack(out, held_out=holdout is not None))
 
 
 def check(
-    shards: Annotated[list[str] | None, typer.Argument(help="Shards (default: those of --config)")] = None,
+    shards: Annotated[
+        list[str] | None,
+        typer.Argument(help="Shards (default: those of --config); with --config also KEY=VALUE, as for mmrl train"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML config: shards, fields, limits, batch size and tokenizer of a run")
     ] = None,
@@ -144,7 +147,9 @@ def _data_to_check(
 
     if config is None and not shards:
         raise InputError("shards: missing; give a tar, a folder, a pattern or @list.txt, or a config with --config.")
-    run = None if config is None else load_config(config)
+    overrides = [] if config is None else [one for one in shards if is_override(one) and not Path(one).exists()]
+    shards = [one for one in shards if one not in overrides]
+    run = None if config is None else load_config(config, overrides)
     data = DataConfig() if run is None else run.data
     if shards:
         data = data.model_copy(update={"train": shards, "sources": []})

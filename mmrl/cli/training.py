@@ -1,31 +1,96 @@
 """`mmrl train`, `mmrl plan`, `mmrl config`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json
+from mmrl.cli.options import Dims, Json, check_overrides, parse_ints
+from mmrl.errors import InputError
 
-ConfigPath = Annotated[str, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change, e.g. train.batch_size=128")
 ]
 
 
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a model from a YAML config. Start it with torchrun for several processes.
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]", help="YAML config; config keys to change, e.g. train.batch_size=128"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Instead of CONFIG: shards, a folder of images with captions, or a table, to train on"),
+    ] = None,
+    val: Annotated[
+        str | None, typer.Option(help="The same, for validation (default: a part of --data is held out)")
+    ] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="MODEL", help="Encoder to start from: a run, open_clip:NAME:TAG …")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="small (default), vit-b-32, finetune or rotate-then-finetune (default with --from)"),
+    ] = None,
+    dims: Dims = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Folder for the shards that --data is packed into (default: RUN/shards)")
+    ] = None,
+    holdout: Annotated[str | None, typer.Option(help="Share or number of pairs to hold out, e.g. 5%")] = None,
+    image_column: Annotated[str | None, typer.Option(help="The table's column of images, as for mmrl pack")] = None,
+    caption_column: Annotated[list[str] | None, typer.Option(help="A column with captions (repeatable)")] = None,
+    group_column: Annotated[str | None, typer.Option(help="The column that names the item shown")] = None,
+) -> None:
+    """Train a model: from a YAML config, or with --data by a preset that is scaled to your data.
 
-    Resumable: run the same command again with resume=auto.
+    Start it with torchrun for several processes. Resumable: run the same command again with resume=auto.
     """
+    of_data = {
+        "val": val,
+        "shards": shards,
+        "holdout": holdout,
+        "image-column": image_column,
+        "caption-column": caption_column,
+        "group-column": group_column,
+    }
+    others = of_data if data is None else {}
+    if data is None and from_ is None:
+        others = {**of_data, "preset": preset, "dims": dims}
+    for name, value in others.items():
+        if value:
+            raise InputError(f"{name}: goes with --data, which is missing; of a config, change keys by KEY=VALUE.")
+    if data is None and from_ is None:
+        _train_config(arguments or [])
+        return
+
+    from rich.console import Console
+
+    from mmrl.train.own_data import DataOptions
+    from mmrl.train.presets import TrainRequest, compose_config
+    from mmrl.train.trainer import train
+
+    own = None
+    if data is not None:
+        own = DataOptions(data, val, shards, holdout, image_column, tuple(caption_column or ()), group_column)
+    request, overrides = TrainRequest(own, from_, preset, parse_ints("dims", dims)), check_overrides(arguments or [])
+    console = Console()
+    train(compose_config(request, overrides, console), console)
+
+
+def _train_config(arguments: list[str]) -> None:
     from mmrl.config import load_config
     from mmrl.train.trainer import train
 
-    train(load_config(config, overrides or []))
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).exists()):
+        raise InputError("config: missing; give a YAML file, or your images or shards: mmrl train --data photos.")
+    train(load_config(arguments[0], check_overrides(arguments[1:])))
 
 
 def plan(
-    config: ConfigPath,
+    config: Annotated[str, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one process each")] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200, a100, l40s, a10, l4, v100, t4 …")] = "h100",
@@ -45,8 +110,18 @@ def plan(
     from mmrl.config import load_config
     from mmrl.train.plan import plan_lines, plan_resources
 
-    result = plan_resources(load_config(config, overrides or []), gpus, gpu, memory, tflops, gigabytes)
+    loaded = load_config(config, check_overrides(overrides or []))
+    result = plan_resources(loaded, gpus, gpu, memory, tflops, gigabytes)
     print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(plan_lines(result)))
+
+
+def init(
+    preset: Annotated[str, typer.Argument(help="small, vit-b-32, finetune or rotate-then-finetune")] = "small",
+) -> None:
+    """Print a preset's config, to edit and train: mmrl config init small > my.yaml."""
+    from mmrl.train.presets import preset_path
+
+    print(preset_path(preset).read_text(), end="")
 
 
 def schema() -> None:

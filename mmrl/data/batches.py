@@ -3,8 +3,9 @@
 Shapes: B rows of this rank, M captions, C channels, H and W the image size, L tokens of a text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,13 @@ from mmrl.data.order import EpochOrder
 from mmrl.data.samples import BadSample, Sample, SampleReader
 from mmrl.data.sources import DataConfig
 from mmrl.data.transforms import Augmentation
+from mmrl.data.workers import unit_count
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.decode import to_pil
 from mmrl.images.image_spec import ImageSpec
 
 Tokenise = Callable[[list[str]], torch.Tensor]
 ImageTransform = ImageSpec | Callable[[Image.Image], Any]
-# A sample and its decoded image, uint8 (C, H, W) of the file's own size; None if images are not decoded.
-_Loaded = tuple[Sample, torch.Tensor | None]
 _CAPTION_DRAW = 1 << 20
 # Consecutive bad samples after which the shards are considered broken. The last ones are drawn from the whole epoch,
 # since one bad shard can fill a shuffle window.
@@ -40,7 +40,8 @@ class Batch:
     keys: list[str]
     """"shard/key" of each row."""
     image: Any
-    """uint8 (B, C, H, W) if the stream has an ImageSpec; else a list of the callable's results, or of bytes."""
+    """uint8 (B, C, H, W) if the stream has an ImageSpec; else a list of the callable's results, or of bytes. A tuple of
+    consecutive rows, if several units of a batch are in page-locked memory: a GPU joins them faster."""
     text: Any
     """(B, L) token ids if the stream tokenises; else a list of str."""
     group: torch.Tensor
@@ -74,14 +75,43 @@ class Batch:
         caption = None if self.caption is None else self.caption.pin_memory()
         return replace(self, image=image, text=text, group=self.group.pin_memory(), caption=caption)
 
+    @classmethod
+    def join(cls, units: Sequence["Batch"]) -> "Batch":
+        """The rows of all these batches."""
+        if len(units) == 1:
+            return units[0]
+        images = tuple(unit.image for unit in units)
+        return cls(
+            keys=[key for unit in units for key in unit.keys],
+            image=images if _is_pinned(images[0]) else _join(images),
+            text=_join([unit.text for unit in units]),
+            group=_join([unit.group for unit in units]),
+            caption=None if units[0].caption is None else _join([unit.caption for unit in units]),
+            bad=[problem for unit in units for problem in unit.bad],
+        )
+
     @property
     def groups(self) -> torch.Tensor:
         """The `groups` of a loss: (B, 2), the group and the caption; or (B, 1), the group alone."""
         return torch.stack([self.group] if self.caption is None else [self.group, self.caption], dim=1)
 
 
+def _is_pinned(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_pinned()
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    """Tensors concatenated, in page-locked memory if they are; or lists."""
+    if not isinstance(parts[0], torch.Tensor):
+        return [one for part in parts for one in part]
+    return torch.cat(list(parts)).pin_memory() if _is_pinned(parts[0]) else torch.cat(list(parts))
+
+
 class BatchDataset(Dataset[Batch | InputError | RunStopped]):
-    """Maps (epoch, position of the global batch, micro-batch) to this rank's rows of that micro-batch."""
+    """Maps (epoch, position of the global batch, unit) to that part of this rank's rows of the batch.
+
+    The units of a batch are those of its first micro-batch, then those of the second one …
+    """
 
     def __init__(
         self,
@@ -100,62 +130,72 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         """`window` and `lanes`: as for EpochOrder."""
         self._reader, self._seed, self._config = reader, seed, config
         self.window, self.lanes = window, lanes
-        self._rows_of_micro_batch = (np.arange(batch_size) + rank * batch_size).reshape(micro_batches, -1)
+        rows = np.arange(batch_size) + rank * batch_size
+        self.units_of_micro_batch = unit_count(batch_size // micro_batches)
+        self._rows_of_unit = [
+            unit for part in np.split(rows, micro_batches) for unit in np.array_split(part, self.units_of_micro_batch)
+        ]
         self._global_batch_size = batch_size * world_size
         self._image, self._text = image, text
         self._augmentation = Augmentation(config.augment, image) if isinstance(image, ImageSpec) else None
         self._order: tuple[int, EpochOrder] | None = None
         self._min_size = self._augmentation.min_source_size() if self._augmentation and config.scaled_decode else None
-        self._decoded: dict[int, _Loaded] = {}
+        self._decoded: dict[int, tuple[Sample, torch.Tensor]] = {}
         self._prefetched: tuple[int, set[int]] = 0, set()
         self.progress: torch.Tensor | None = None
         """Shared by all workers, (1,): changes with each sample that one of them loads."""
 
     def __getitem__(self, request: tuple[int, int, int]) -> Batch | InputError | RunStopped:
-        """Loads a micro-batch. An error is returned, since DataLoader would wrap a raised one in a traceback, and lose
-        a batch for which it finds no shared memory."""
+        """Loads a unit. An error is returned, since DataLoader would wrap a raised one in a traceback, and lose a batch
+        for which it finds no shared memory."""
         try:
-            batch = self._load_batch(*request)
-            return batch if get_worker_info() is None else batch.share_memory()
+            unit = self._load_unit(*request)
+            return unit if get_worker_info() is None else unit.share_memory()
         except (InputError, RunStopped) as error:
             return error
 
-    def _load_batch(self, epoch: int, position: int, micro_batch: int) -> Batch:
-        bad: list[Problem] = []
+    def _load_unit(self, epoch: int, position: int, unit: int) -> Batch:
         self._prefetch(epoch, position)
-        indices_B, loaded = self._load_rows(epoch, position + self._rows_of_micro_batch[micro_batch], bad)
-        texts = self._choose_captions(epoch, indices_B, [sample.captions for sample, _ in loaded])
+        order, positions_B = self._epoch_order(epoch), position + self._rows_of_unit[unit]
+        indices_B, bad = order.indices(positions_B), list[Problem]()
+        params_BP = self._random_params(epoch, indices_B)
+        samples, images = [], []
+        for row, place in enumerate(positions_B):
+            index, sample, image_CHW = self._load_row(order, int(place), int(indices_B[row]), bad)
+            if index != indices_B[row]:
+                indices_B[row] = index
+                params_BP[row] = self._random_params(epoch, indices_B[row : row + 1])
+            samples.append(sample)
+            # At once, since an image of the file's own size takes far more memory.
+            images.append(self._fit(sample, image_CHW, params_BP[row]))
+        texts = self._choose_captions(epoch, indices_B, [sample.captions for sample in samples])
         return Batch(
-            keys=[sample.name for sample, _ in loaded],
-            image=self._transform_images(epoch, indices_B, loaded),
+            keys=[sample.name for sample in samples],
+            image=images if self._augmentation is None else self._augmentation.apply(torch.stack(images), params_BP),
             text=texts if self._text is None else self._text(texts),
-            group=torch.tensor([sample.group for sample, _ in loaded]),
+            group=torch.tensor([sample.group for sample in samples]),
             caption=torch.tensor([caption_id(text) for text in texts]) if self._config.mask_equal_captions else None,
             bad=bad,
         )
 
-    def _load_rows(self, epoch: int, positions_B: np.ndarray, bad: list[Problem]) -> tuple[np.ndarray, list[_Loaded]]:
-        """The indices at these positions and their samples. A bad sample is replaced by that of the same row of a later
-        batch, so no other rank is involved and the batch rarely holds a sample twice."""
-        order, loaded = self._epoch_order(epoch), []
-        indices_B = order.indices(positions_B)
-        for row in range(len(indices_B)):
-            tried: list[Problem] = []
-            for attempt in range(1, _MAX_REPLACEMENTS + 1):
-                one = self._load(int(indices_B[row]) % len(self._reader), tried)
-                if one is not None:
-                    loaded.append(one)
-                    break
-                replacement = self._replacement_position(positions_B[row], attempt, order.length)
-                indices_B[row] = order.indices(np.array([replacement]))[0]
-            else:
-                raise InputError(
-                    f"data: {_MAX_REPLACEMENTS} samples in a row are bad, the last one {tried[-1].shard} "
-                    f"{tried[-1].key}: {tried[-1].reason}. Check the shards with mmrl check."
-                )
-            # Bad replacements are counted at their own rows: each bad sample counts once per epoch.
-            bad += tried[:1]
-        return indices_B, loaded
+    def _load_row(
+        self, order: EpochOrder, position: int, index: int, bad: list[Problem]
+    ) -> tuple[int, Sample, torch.Tensor | None]:
+        """The index, the sample and the decoded image of a row. A bad sample is replaced by that of the same row of a
+        later batch, so no other rank is involved and the batch rarely holds a sample twice."""
+        tried: list[Problem] = []
+        for attempt in range(1, _MAX_REPLACEMENTS + 1):
+            loaded = self._load(index % len(self._reader), tried)
+            if loaded is not None:
+                # Bad replacements are counted at their own rows: each bad sample counts once per epoch.
+                bad += tried[:1]
+                return index, *loaded
+            replacement = self._replacement_position(position, attempt, order.length)
+            index = int(order.indices(np.array([replacement]))[0])
+        raise InputError(
+            f"data: {_MAX_REPLACEMENTS} samples in a row are bad, the last one {tried[-1].shard} "
+            f"{tried[-1].key}: {tried[-1].reason}. Check the shards with mmrl check."
+        )
 
     def _prefetch(self, epoch: int, position: int) -> None:
         if not self._reader.is_remote:
@@ -163,10 +203,14 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         order = self._epoch_order(epoch)
         if self._prefetched[0] != epoch:
             self._prefetched = epoch, set()
-        windows = set(order.window_ids(position + self._rows_of_micro_batch.ravel()).tolist())
-        for window in sorted(windows - self._prefetched[1]):
-            indices = order.prefetch_indices(window, self._config.remote.read_ahead)
-            self._reader.prefetch(indices % len(self._reader))
+        rows = np.concatenate(self._rows_of_unit)
+        windows = set(order.window_ids(position + rows).tolist())
+        lanes = max(1, self.lanes * len(rows) // self._global_batch_size)
+        ahead = self._config.remote.shards_ahead(lanes)
+        wanted = [order.prefetch_indices(window, ahead) for window in sorted(windows - self._prefetched[1])]
+        # The first shard of every lane, then the second one …
+        indices = [one for some in zip_longest(*wanted) for one in some if one is not None]
+        self._reader.prefetch(np.array(indices, np.int64) % len(self._reader))
         self._prefetched[1].update(windows)
 
     def _replacement_position(self, position: int, attempt: int, length: int) -> int:
@@ -177,9 +221,9 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
             ahead += int(attempt * _GOLDEN_RATIO * length)
         return position + ahead + ahead // length
 
-    def _load(self, index: int, bad: list[Problem]) -> _Loaded | None:
-        """Reads sample `index`, with its decoded image unless the stream yields bytes; None and an entry in `bad` if it
-        is bad."""
+    def _load(self, index: int, bad: list[Problem]) -> tuple[Sample, torch.Tensor | None] | None:
+        """Reads sample `index` and, unless the stream yields bytes, decodes its image to uint8 (C, H, W) of the file's
+        own size; None and an entry in `bad` if it is bad."""
         if self.progress is not None:
             self.progress += 1
         if index in self._decoded:
@@ -191,23 +235,26 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         except BadSample as error:
             bad.append(error.problem)
             return None
+        sample = replace(sample, image=b"")
         if self._config.cache:
-            self._decoded[index] = replace(sample, image=b""), image_CHW
+            image_CHW = image_CHW if self._augmentation is None else self._augmentation.kept(image_CHW)
+            self._decoded[index] = sample, image_CHW
         return sample, image_CHW
 
-    def _transform_images(self, epoch: int, indices_B: np.ndarray, loaded: list[_Loaded]) -> Any:
-        if self._image is None:
-            return [sample.image for sample, _ in loaded]
-        images = [image_CHW for _, image_CHW in loaded if image_CHW is not None]
+    def _random_params(self, epoch: int, indices_B: np.ndarray) -> np.ndarray:
+        """The numbers for the augmentation: (B, P); (B, 0) without one."""
         if self._augmentation is None:
-            assert callable(self._image)
-            return [self._image(to_pil(image_CHW)) for image_CHW in images]
-        params_BP = self._augmentation.random_params(self._seed, epoch, indices_B)
-        resized = [
-            self._augmentation.crop_and_resize(image_CHW, params_P)
-            for image_CHW, params_P in zip(images, params_BP, strict=True)
-        ]
-        return self._augmentation.apply(torch.stack(resized), params_BP)
+            return np.empty((len(indices_B), 0))
+        return self._augmentation.random_params(self._seed, epoch, indices_B)
+
+    def _fit(self, sample: Sample, image_CHW: torch.Tensor | None, params_P: np.ndarray) -> Any:
+        """A row of Batch.image, before the changes that are applied to whole units."""
+        if image_CHW is None:
+            return sample.image
+        if self._augmentation is not None:
+            return self._augmentation.crop_and_resize(image_CHW, params_P)
+        assert callable(self._image)
+        return self._image(to_pil(image_CHW))
 
     def _choose_captions(self, epoch: int, indices_B: np.ndarray, captions: list[list[str]]) -> list[str]:
         uniform_B = draws.uniform(self._seed, epoch, indices_B, _CAPTION_DRAW)

@@ -38,6 +38,10 @@ class FieldsConfig(Settings):
             return [one.lower().removeprefix(".") for one in value]
         return value.lower().removeprefix(".")
 
+    def is_renamed(self, name: str) -> bool:
+        """Whether a field has another name than by default, so that some sample should have it."""
+        return getattr(self, name) != FieldsConfig.model_fields[name].default
+
     @property
     def extensions(self) -> set[str]:
         """All extensions that are read."""

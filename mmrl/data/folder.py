@@ -34,6 +34,7 @@ from mmrl.data.texts import caption_list, clean_captions, decode_text, group_nam
 from mmrl.errors import InputError
 from mmrl.images.decode import decode_pixels, image_extensions
 from mmrl.images.upright import format_of
+from mmrl.output.files import parse_json
 
 CAPTION_KEYS = ("captions", "caption", "text", "title")
 """Keys of NAME.json that hold captions; the captions are used in this order, after that of NAME.txt."""
@@ -150,8 +151,8 @@ class ImageFolder:
         if "json" not in files:
             return clean_captions(captions), None
         try:
-            metadata = json.loads(_read_text(files["json"]))
-        except (json.JSONDecodeError, RecursionError) as error:
+            metadata = parse_json(_read_text(files["json"]))
+        except json.JSONDecodeError as error:
             raise ValueError(f"{files['json'].name} is not JSON ({error})") from None
         if not isinstance(metadata, dict):
             raise ValueError(f"{files['json'].name} holds no JSON object")

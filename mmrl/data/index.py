@@ -3,33 +3,26 @@
 With an index, any sample is one seek away, so a run resumes in the middle of an epoch without reading what came
 before. Scanning a tar's headers takes seconds per 100,000 members, so the index is stored: next to the shard as
 `shard-000000.tar.index` (written by `mmrl pack` and `mmrl check --index`), else in the cache folder when the shard is
-first opened. It is a safetensors file of arrays and JSON, so loading one runs no code.
+first opened (see index_file.py).
 """
 
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from mmrl.errors import InputError
 from mmrl.images.upright import format_of
-from mmrl.output.files import write_atomic
 
-SUFFIX = ".index"
 BAD_SAMPLES = "bad_samples.jsonl"
 """The file that lists the problems of a run, a pack or an embedding."""
-_FORMAT = "mmrl-index-1"
 BLOCK = 512
 """A tar's block size: each member begins with a header of one block."""
 # Headers, evenly spaced over the tar, that its fingerprint is made of.
@@ -69,7 +62,7 @@ class Problem:
 class NotATar(InputError):
     """A file is not a shard; `reason` says why, without the file's name."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"shards: {path} is {reason}.")
         self.reason = reason
 
@@ -132,6 +125,8 @@ class ShardIndex:
     tar: TarFingerprint
     problems: list[tuple[str, str]] = field(default_factory=list)
     """(key, reason) of what cannot be used."""
+    modified: int | None = None
+    """The tar's modification time in ns, if the index was loaded from the cache folder."""
 
     def __len__(self) -> int:
         return len(self.key_end)
@@ -151,7 +146,7 @@ class ShardIndex:
         return {self.extensions[self.kind[m]]: (int(self.offset[m]), int(self.size[m])) for m in indices}
 
 
-def index_shard(path: Path, opened: IO[bytes] | None = None) -> ShardIndex:
+def index_shard(path: Path | str, opened: IO[bytes] | None = None) -> ShardIndex:
     """Index a tar by scanning its headers.
 
     Consecutive members with the same key (the name up to its first dot, as in WebDataset) are one sample. If the tar
@@ -163,17 +158,20 @@ def index_shard(path: Path, opened: IO[bytes] | None = None) -> ShardIndex:
     Raises:
         NotATar: the file is not a plain tar.
     """
-    with contextlib.nullcontext(opened) if opened else path.open("rb") as raw:
+    with contextlib.nullcontext(opened) if opened else Path(path).open("rb") as raw:
         return _scan(path, raw)
 
 
-def _scan(path: Path, raw: IO[bytes]) -> ShardIndex:
+def _scan(path: Path | str, raw: IO[bytes]) -> ShardIndex:
     builder, length, damage, end = _IndexBuilder(), os.fstat(raw.fileno()).st_size, None, 0
     try:
         with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
-                if member.size < 0:  # tarfile would step back by it and loop forever
+                # By a negative size, of the member or stored for a sparse one, tarfile steps back and loops forever.
+                if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{member.name} has a size below 0")
+                if tar.offset > length and (member.issparse() or not member.isfile()):
+                    raise tarfile.ReadError(f"the file ends inside {member.name}")
                 if member.islnk() or member.issym() or member.issparse():
                     builder.add_link(member)
                     continue
@@ -317,7 +315,7 @@ class _IndexBuilder:
         return bool(self._members)
 
     def add_problem(self, key: str, reason: str) -> None:
-        self.problems.append((key, reason))
+        self.problems.append((printable(key), printable(reason)))
 
     def _finish_sample(self) -> None:
         if self._key is not None and not self._skipping:
@@ -341,77 +339,3 @@ class _IndexBuilder:
             tar=fingerprint,
             problems=self.problems,
         )
-
-
-# Fields of ShardIndex that are stored as arrays under their own names.
-_ARRAYS = ("key_bytes", "key_end", "first", "kind", "offset", "size")
-
-
-def save_index(index: ShardIndex, path: Path, modified: int | None = None) -> None:
-    """Writes an index atomically. `modified`: the tar's modification time in ns, for an index in the cache folder.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    header = {
-        "samples": len(index),
-        "extensions": index.extensions,
-        "counts": [*index.count_extensions().values()],
-        "problems": index.problems,
-        "tar": asdict(index.tar),
-        "modified": modified,
-    }
-    # One metadata entry: safetensors writes several in random order.
-    write_atomic(path, save({name: getattr(index, name) for name in _ARRAYS}, {_FORMAT: json.dumps(header)}))
-
-
-def load_index(path: Path) -> ShardIndex:
-    """Reads an index that `save_index` wrote.
-
-    Raises:
-        OSError: the file does not exist.
-        ValueError: it is damaged, or of another version.
-    """
-    with open_index(path) as (header, file):
-        index = ShardIndex(
-            **{name: file.get_tensor(name) for name in _ARRAYS},
-            extensions=header["extensions"],
-            tar=TarFingerprint(**header["tar"]),
-            problems=[(key, reason) for key, reason in header["problems"]],
-        )
-    if not _is_consistent(index) or len(index) != header["samples"]:
-        raise ValueError(f"{path} is a damaged index (its arrays do not match)")
-    return index
-
-
-def _is_consistent(index: ShardIndex) -> bool:
-    """Whether all values are within the index's arrays and within its tar: an index may be an untrusted download."""
-    first, key_end, members = index.first, index.key_end, len(index.kind)
-    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in (getattr(index, name) for name in _ARRAYS)):
-        return False
-    if len(first) != len(index) + 1 or first[0] != 0 or first[-1] != members:
-        return False
-    if not len(index.offset) == len(index.size) == members:
-        return False
-    if len(index.key_bytes) != (key_end[-1] if len(index) else 0):
-        return False
-    within = (index.kind >= 0) & (index.kind < len(index.extensions)) & (index.size >= 0) & (index.offset >= BLOCK)
-    within &= index.offset <= index.tar.size - index.size
-    return bool(within.all() and (np.diff(first) >= 0).all() and (np.diff(key_end) >= 0).all())
-
-
-@contextlib.contextmanager
-def open_index(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yields an index's JSON header and the open safetensors file, whose arrays are not read yet.
-
-    Raises:
-        OSError, ValueError: as load_index.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            header = (file.metadata() or {}).get(_FORMAT)
-            if header is None:
-                raise ValueError(f"{path} is not an index of format {_FORMAT}")
-            yield json.loads(header), file
-    except (SafetensorError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path} is a damaged index ({error})") from None

@@ -88,29 +88,40 @@ class EpochOrder:
         return shuffled - self._start_of_run[run] + self._index_of_run[run]
 
     def window_ids(self, positions: np.ndarray) -> np.ndarray:
-        """The ids of the shuffle windows that these positions are in, each once."""
-        lane, shuffled = self._shuffled(positions)
-        return np.unique(lane * self._windows_per_lane + shuffled // self._window)
+        """The ids of the shuffle windows that these positions of the epoch are in, each once. The window in which a
+        lane begins is also its last one, under another id."""
+        lane, shifted = self._shifted(positions)
+        rounds, shuffled = np.divmod(shifted, self._length_of_lane[lane])
+        return np.unique((2 * lane + rounds) * self._windows_per_lane + shuffled // self._window)
 
     def prefetch_indices(self, window_id: int, ahead: int) -> np.ndarray:
-        """One index per run of neighbouring samples that its lane reads in this shuffle window and in the `ahead`
-        windows after it, and at least in the `ahead` runs after it; those beyond the lane's end wrap around."""
-        lane, window = divmod(window_id, self._windows_per_lane)
-        length, first = int(self._length_of_lane[lane]), window * self._window
-        last = np.minimum([first + self._window, first + (1 + ahead) * self._window], [length, first + length]) - 1
-        start, end_of_window, end, first_run, last_run = self._run_at(
-            self._start_of_lane[lane] + np.array([first, *(last % length), 0, length - 1])
+        """One index per run of neighbouring samples that its lane reads in this shuffle window, and per run that it
+        reads next in this epoch, up to `ahead` of them."""
+        lane_and_round, window = divmod(window_id, self._windows_per_lane)
+        lane, rounds = divmod(lane_and_round, 2)
+        length, last = int(self._length_of_lane[lane]), int(self._offset[lane]) + int(self._length_of_lane[lane]) - 1
+        ends = np.array([window * self._window, min((window + 1) * self._window, length) - 1]) + rounds * length
+        last_window = last % length // self._window * self._window + self._window
+        end_of_epoch = last // length * length + min(last_window, length) - 1
+        edges, (first_run, last_run) = (
+            self._run_at(self._start_of_lane[lane] + places)
+            for places in (np.array([*ends, end_of_epoch]) % length, np.array([0, length - 1]))
         )
         runs = last_run - first_run + 1
-        beyond = end - start if last[1] < length else end - start + runs
-        count = min(max(beyond, end_of_window - start + ahead) + 1, runs)
-        return self._index_of_run[first_run + (start - first_run + np.arange(count)) % runs]
+        start, end, end_of_epoch = (edges - first_run + np.array([*ends, end_of_epoch]) // length * runs).tolist()
+        count = min(end + ahead, end_of_epoch) - start + 1
+        return self._index_of_run[first_run + (start + np.arange(min(count, runs))) % runs]
 
     def _shuffled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(lane, position in the lane after the cyclic shift) of these positions."""
+        lane, shifted = self._shifted(positions)
+        return lane, shifted % self._length_of_lane[lane]
+
+    def _shifted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `_shuffled`, without the wrap at the lane's end."""
         batch, row = np.divmod(positions, self._batch_size)
         lane, row_of_lane = np.divmod(row, self._rows_of_lane)
-        return lane, (batch * self._rows_of_lane + row_of_lane + self._offset[lane]) % self._length_of_lane[lane]
+        return lane, batch * self._rows_of_lane + row_of_lane + self._offset[lane]
 
     def _run_at(self, places: np.ndarray) -> np.ndarray:
         """The runs that these positions of the concatenated shards are in."""

@@ -3,60 +3,47 @@
 `mmrl check --against` compares all images, also those that only look alike.
 """
 
-import os
-from dataclasses import dataclass
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
-from mmrl.data.opening import Shard
+from mmrl.data.opening import read_index
 from mmrl.data.samples import SampleReader
 from mmrl.data.stores import is_remote
+from mmrl.errors import InputError
 
 # Limits: samples whose sizes are compared, bytes of an image that are, and comparisons.
 _SAMPLES, _BYTES, _COMPARISONS = 2_000_000, 4096, 4096
 
 
-@dataclass(frozen=True)
 class _Images:
-    """Where the images of a set are."""
+    """Where the images of a set's local shards are; of up to _SAMPLES samples, in whole shards spread over the set."""
 
-    shards: list[Shard]
-    shard_N: np.ndarray
-    offset_N: np.ndarray
-    size_N: np.ndarray
-
-    @classmethod
-    def of(cls, reader: SampleReader) -> "_Images":
-        """Those of the local shards, up to _SAMPLES samples, whole shards spread evenly over the set."""
-        sources = [(shard, source) for source in reader.sources for shard in source.shards]
-        sources = [(shard, source) for shard, source in sources if not is_remote(shard.location)]
-        total = sum(shard.samples for shard, _ in sources)
-        sources = sources[:: max(1, -(-total // _SAMPLES))]
-        shard_N, offset_N, size_N = [], [], []
-        for number, (shard, source) in enumerate(sources):
-            try:
-                index = shard.load()
-            except OSError:  # the shard has changed; whoever reads it will say so
-                continue
-            kinds = [n for n, one in enumerate(index.extensions) if one in source.fields.image_extensions]
-            rows = np.flatnonzero(np.isin(index.kind, kinds))
-            shard_N.append(np.full(len(rows), number))
-            offset_N.append(index.offset[rows])
-            size_N.append(index.size[rows])
-        empty = np.empty(0, np.int64)
-        return cls([shard for shard, _ in sources], *(np.concatenate([empty, *x]) for x in (shard_N, offset_N, size_N)))
+    def __init__(self, reader: SampleReader) -> None:
+        shards = [(shard, source.fields) for source in reader.sources for shard in source.shards]
+        shards = [(shard, fields) for shard, fields in shards if not is_remote(shard.location)]
+        shards = shards[:: max(1, -(-sum(shard.samples for shard, _ in shards) // _SAMPLES))]
+        self._locations = [shard.location for shard, _ in shards]
+        found = [np.empty((3, 0), np.int64)]
+        for number, (shard, fields) in enumerate(shards):
+            with suppress(OSError, InputError):  # the shard has changed; whoever reads it will say so
+                index = read_index(shard, reader.cache)
+                kinds = [n for n, one in enumerate(index.extensions) if one in fields.image_extensions]
+                rows = np.flatnonzero(np.isin(index.kind, kinds))
+                found.append(np.stack([np.full(len(rows), number), index.offset[rows], index.size[rows]]))
+        self._shard_N, self._offset_N, self.size_N = np.concatenate(found, axis=1)
 
     def read(self, row: int) -> bytes | None:
         """Bytes from the middle of an image; None if its shard cannot be read."""
-        length = min(int(self.size_N[row]), _BYTES)
+        size = int(self.size_N[row])
+        length = min(size, _BYTES)
         try:
-            file = os.open(self.shards[self.shard_N[row]].location, os.O_RDONLY)
+            with Path(self._locations[self._shard_N[row]]).open("rb", buffering=0) as file:
+                file.seek(int(self._offset_N[row]) + (size - length) // 2)
+                return file.read(length)
         except OSError:
             return None
-        try:
-            return os.pread(file, length, int(self.offset_N[row]) + (int(self.size_N[row]) - length) // 2)
-        finally:
-            os.close(file)
 
 
 def shared_images(train: SampleReader, other: SampleReader) -> tuple[int, int]:
@@ -65,7 +52,7 @@ def shared_images(train: SampleReader, other: SampleReader) -> tuple[int, int]:
     Those with the fewest training images of equal size are compared, up to _COMPARISONS pairs. Of a larger training
     set, as many whole shards are compared as have 2,000,000 samples.
     """
-    ours, theirs = _Images.of(train), _Images.of(other)
+    ours, theirs = _Images(train), _Images(other)
     order = np.argsort(ours.size_N, kind="stable")
     sizes = ours.size_N[order]
     first_N, end_N = (np.searchsorted(sizes, theirs.size_N, side=side) for side in ("left", "right"))

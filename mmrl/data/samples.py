@@ -1,13 +1,10 @@
-"""Read single samples by index: tar members -> image bytes, captions and group, or the reason why a sample is bad.
-
-Nothing here runs code from the data: members are read as images, text and JSON, whatever their names.
-"""
+"""Read single samples by index: image bytes, captions and group, or the reason why a sample is bad."""
 
 import hashlib
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -15,12 +12,13 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from mmrl.data.counts import Shard
 from mmrl.data.fields import EXTENSIONS_SHOWN, FIRST_DOT, FieldsConfig, hidden_images, merged_names, unused_note
-from mmrl.data.index import BLOCK, Problem, header_size, printable
-from mmrl.data.opening import Shard
+from mmrl.data.index import BLOCK, NotATar, Problem, ShardIndex, header_size, printable
+from mmrl.data.opening import CHANGED, forget, load_shard_index, stored_index
 from mmrl.data.order import SourceShare
+from mmrl.data.parsing import SAMPLE_ERRORS, parse, parse_metadata, reason_of
 from mmrl.data.stores import ShardCache, is_remote
-from mmrl.data.texts import caption_list, clean_captions, decode_text, group_name
 from mmrl.errors import InputError, did_you_mean
 from mmrl.images.decode import decode_pixels
 
@@ -40,72 +38,6 @@ class Sample:
     group: int
     """Hash of `group_name`, or NO_GROUP."""
     group_name: str = ""
-
-
-@dataclass(frozen=True)
-class ParsedSample:
-    """The fields of a sample's members."""
-
-    image: bytes
-    captions: list[str]
-    """The plain caption first, then those of the JSON that differ from it; stripped, never empty."""
-    group: str | None
-
-
-# What the functions below raise on a bad sample; `reason_of` turns it into the reason.
-SAMPLE_ERRORS = (ValueError, OSError, RecursionError)
-
-
-def parse(
-    fields: FieldsConfig,
-    extensions: Collection[str],
-    read: Callable[[str], bytes],
-    require_captions: bool = True,
-) -> ParsedSample:
-    """Parses a sample, given the extensions of its members and a function that reads the member with an extension.
-
-    Args:
-        require_captions: a sample without a caption is an error.
-
-    Raises:
-        one of SAMPLE_ERRORS: no image, no usable caption, text that is not UTF-8, invalid JSON; or what `read` raises.
-    """
-    image = next((extension for extension in fields.image_extensions if extension in extensions), None)
-    if image is None:
-        is_hidden = hidden_images(fields, extensions, require_captions)
-        raise ValueError(f"no image: {FIRST_DOT}" if is_hidden else f"no image: none of .{', .'.join(fields.image)}")
-    metadata = parse_metadata(fields, extensions, read)
-    captions = [decode_text(read(fields.text))] if fields.text in extensions else []
-    captions += caption_list(metadata.get(fields.captions))
-    usable = clean_captions(captions)
-    if not usable and require_captions:
-        raise ValueError("only empty captions" if captions else "no caption")
-    return ParsedSample(read(image), usable, group_name(metadata.get(fields.group)))
-
-
-def parse_metadata(fields: FieldsConfig, extensions: Collection[str], read: Callable[[str], bytes]) -> dict[str, Any]:
-    """A sample's JSON object; empty if it has none. Raises as `parse`."""
-    if fields.metadata not in extensions:
-        return {}
-    data = read(fields.metadata)
-    try:
-        metadata = json.loads(data)
-    except (json.JSONDecodeError, UnicodeError):
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"metadata not JSON: {error}") from None
-    if not isinstance(metadata, dict):
-        raise ValueError(f"metadata not JSON: .{fields.metadata} is not a JSON object")
-    return metadata
-
-
-def reason_of(error: BaseException) -> str:
-    """The reason of a Problem, for an error that `parse` raised."""
-    if isinstance(error, UnicodeError):
-        return f"text not UTF-8: {error}"
-    if isinstance(error, json.JSONDecodeError | RecursionError):
-        return f"metadata not JSON: {error}"
-    return f"shard out of reach: {error}" if isinstance(error, OSError) else str(error)
 
 
 class BadSample(Exception):
@@ -170,15 +102,16 @@ class SampleReader:
             self._preflight(source, int(first))
 
     def _reset_caches(self) -> None:
-        self._indexes = LruCache(_SAMPLES_INDEXED, lambda shard: self._shards[shard].load(), size_of=len)
+        self._indexes = LruCache(_SAMPLES_INDEXED, self._load_index, size_of=len)
         self._files = LruCache(_OPEN_FILES, self._open, close=os.close)
+        self._tars = {n: shard.tar for n, shard in enumerate(self._shards) if shard.tar is not None}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         """For spawned workers: without open files."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_indexes", "_files")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_indexes", "_files", "_tars")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -186,12 +119,21 @@ class SampleReader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the shards' names, order and headers and of the sources' repeats, for resuming on the same data."""
+        """A hash of the sources' repeats, and of their shards' names, order, numbers of samples and, where known,
+        headers."""
+        return self._hash(lambda shard: [shard.header.tar.digest if shard.header else ""])
+
+    @cached_property
+    def layout(self) -> str:
+        """As `fingerprint`, without the headers: equal however the samples were counted."""
+        return self._hash(lambda _: [])
+
+    def _hash(self, more: Callable[[Shard], list[str]]) -> str:
         facts = [
             [
                 source.name,
                 source.repeat,
-                [[source.name_of(shard), shard.samples, shard.tar.digest] for shard in source.shards],
+                [[source.name_of(shard), shard.samples, *more(shard)] for shard in source.shards],
             ]
             for source in self.sources
         ]
@@ -202,9 +144,12 @@ class SampleReader:
 
         Raises:
             BadSample: no image, no usable caption, text that is not UTF-8, invalid JSON, a missing shard.
+            InputError: the shard is not a tar, or has another number of samples than a file declares.
         """
         try:
             return self._parse(*self._locate(index))
+        except InputError:
+            raise
         except SAMPLE_ERRORS as error:
             raise BadSample(self.problem(index, reason_of(error))) from None
 
@@ -229,6 +174,11 @@ class SampleReader:
             key = f"sample {row}"
         return Problem(self._shards[shard].location, key, reason)
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the index headers of all shards are known, and so `fingerprint` depends on all tars."""
+        return all(shard.header for shard in self._shards)
+
     def prefetch(self, indices: Iterable[int]) -> None:
         """Starts to download the remote shards of these samples in the background."""
         self.cache.prefetch(self._shards[self._locate(index)[0]].location for index in indices)
@@ -239,8 +189,9 @@ class SampleReader:
         return any(is_remote(shard.location) for shard in self._shards)
 
     def shard_bytes(self) -> list[int]:
-        """The size of each shard."""
-        return [shard.tar.size for shard in self._shards]
+        """The size of each shard; that of the largest known one if it is unknown."""
+        largest = max([shard.size or 0 for shard in self._shards] + [tar.size for tar in self._tars.values()])
+        return [largest if shard.size is None else shard.size for shard in self._shards]
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample."""
@@ -249,17 +200,33 @@ class SampleReader:
 
     def _open(self, shard: int) -> int:
         """A file descriptor of the shard. Raises OSError if it cannot be opened or has changed since it was indexed."""
-        location, fingerprint = self._shards[shard].location, self._shards[shard].tar
+        location, fingerprint = self._shards[shard].location, self._tars.get(shard)
         file = self.cache.open(location)
-        if not fingerprint.matches(file):
+        if fingerprint is not None and not fingerprint.matches(file):
             os.close(file)
             self.cache.discard(location)  # download again: the cached copy may be of another version
             file = self.cache.open(location)
-        if not fingerprint.matches(file):
-            os.close(file)
-            self._shards[shard].discard_index()
-            raise OSError("it has changed since it was indexed; restore it, or restart the command to index it again")
+            if not fingerprint.matches(file):
+                os.close(file)
+                forget(location, self.cache)
+                raise OSError(CHANGED)
         return file
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        one = self._shards[shard]
+        try:
+            file = self._files[shard]
+        except OSError:
+            if (index := stored_index(one, self.cache)) is None:
+                raise
+            return index  # for the keys of what is missing
+        try:
+            index = load_shard_index(one, file, self.cache)
+        except NotATar:
+            self.cache.discard(one.location)  # e.g. a server's error page
+            raise
+        self._tars[shard] = index.tar
+        return index
 
     def _read_member(self, shard: int, offset: int, size: int) -> bytes:
         """A member's bytes. Its header is read as well, to detect that the shard has changed."""
@@ -296,8 +263,9 @@ class SampleReader:
     def _preflight(self, source: Source, first: int) -> None:
         """Raises InputError if no sample of a source has a configured field, which is a mistake in the config."""
         fields = source.fields
-        present = sorted({extension for shard in source.shards for extension in shard.extensions})
-        where = f"in {len(source.shards)} shards such as {printable(source.shards[0].location)}"
+        counts = self._count_extensions(source, first)
+        present, looked_at = sorted(counts), [shard for shard in source.shards if shard.header] or source.shards[:1]
+        where = f"in {len(looked_at)} shards such as {printable(looked_at[0].location)}"
         if set(fields.image_extensions).isdisjoint(present):
             more = ", …" if len(present) > EXTENSIONS_SHOWN else ""
             remedy = f" ({FIRST_DOT})" if hidden_images(fields, present, require_captions=False) else ""
@@ -305,23 +273,40 @@ class SampleReader:
                 f"fields.image: no sample {where} has .{' or .'.join(fields.image)}; "
                 f"the members there are .{', .'.join(present[:EXTENSIONS_SHOWN])}{more}{remedy}."
             )
-        self._note_unused(source)
+        self._note_unused(source, first, counts)
         for name in ("text", "metadata"):
             extension = getattr(fields, name)
-            if name in fields.model_fields_set and extension not in present:
+            if fields.is_renamed(name) and extension not in present:
                 hint = did_you_mean(extension, present)
                 raise InputError(f"fields.{name}: no sample {where} has .{extension}.{hint}")
         self._preflight_captions(source, first, where)
 
-    def _note_unused(self, source: Source) -> None:
-        """Adds the members that no field uses to the notes, and the images among them to the problems."""
+    def _count_extensions(self, source: Source, first: int) -> Counter[str]:
+        """Extension -> number of samples that have it, in the shards with a known index, or else in the first shard."""
         counts: Counter[str] = Counter()
         for shard in source.shards:
-            if fields := set(shard.extensions) - source.fields.extensions:
-                counts.update(shard.count_extensions())
-            if any("." in one for one in fields):
-                merged = merged_names(shard.load(), source.fields, self._require_captions)
-                self.problems += [Problem(shard.location, key, reason) for key, reason in merged]
+            counts.update(shard.count_extensions())
+        if not any(shard.header for shard in source.shards):
+            try:
+                counts.update(self._indexes[self._locate(first)[0]].count_extensions())
+            except OSError as error:
+                raise InputError(f"shards: {source.shards[0].location} cannot be read ({error}).") from None
+        return counts
+
+    def _note_unused(self, source: Source, first: int, counts: Counter[str]) -> None:
+        """Adds the members that no field uses to the notes, and the images among them to the problems."""
+        for shard, one in enumerate(source.shards, start=self._locate(first)[0]):
+            unused = one.count_extensions().keys() - source.fields.extensions
+            if not is_remote(one.location) and any("." in extension for extension in unused):
+                merged = merged_names(self._indexes[shard], source.fields, self._require_captions)
+                self.problems += [Problem(one.location, key, reason) for key, reason in merged]
+        unknown = sum(shard.header is None for shard in source.shards)
+        if unknown:
+            declared = next(shard.declared_by for shard in source.shards if shard.header is None)
+            self.notes.append(
+                f"{unknown:,} shards are counted by files such as {declared} and opened when they are needed; mmrl "
+                "check lists what is wrong inside them."
+            )
         if note := unused_note(counts, source.fields):
             self.notes.append(f"{source.name}: {note}" if source.name else note)
 
@@ -329,8 +314,8 @@ class SampleReader:
         fields, total = source.fields, source.share.total
         keys: set[str] = set()
         captioned, rejected = 0, ""
-        # Of remote shards only the first one is downloaded for this; training needs it anyway.
-        available = source.shards[0].samples if self.is_remote else total
+        # Of shards that are remote or not indexed only the first one is opened for this; training needs it anyway.
+        available = total if self.is_indexed and not self.is_remote else source.shards[0].samples
         count = min(available, _PREFLIGHT_SAMPLES)
         for index in first + np.linspace(0, available - 1, count).astype(int):
             try:
@@ -340,7 +325,7 @@ class SampleReader:
             keys |= self._metadata_keys(int(index), fields)
         for name in ("captions", "group"):
             key = getattr(fields, name)
-            if name in fields.model_fields_set and key not in keys:
+            if fields.is_renamed(name) and key not in keys:
                 raise InputError(
                     f"fields.{name}: none of {count} samples {where} has {key!r} in its JSON." + did_you_mean(key, keys)
                 )

@@ -5,13 +5,19 @@ Shapes: B images of a batch, M their captions in all, C channels, H and W the im
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from mmrl.data.index import Problem
 from mmrl.data.samples import BadSample, Sample
+from mmrl.data.workers import LostBatchWatch, start_new_session
+from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
+
+BATCH_SIZE = 256
+Tokenise = Callable[[list[str]], torch.Tensor]
 
 
 class ImageReader(Protocol):
@@ -45,41 +51,93 @@ class SequentialBatch:
     bad: list[Problem] = field(default_factory=list)
 
 
-def read_sequential(
-    reader: ImageReader,
-    image: ImageSpec,
-    text: Callable[[list[str]], torch.Tensor],
-    *,
-    batch_size: int = 256,
-    captions: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[SequentialBatch]:
-    """Yields this rank's contiguous share of the set in batches; bad samples are left out and listed in `bad`.
+class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
+    """Maps the index of a batch's first sample to the batch. An error is returned, since DataLoader would wrap a raised
+    one in a traceback."""
 
-    Args:
-        captions: at most this many captions per sample, the plain one first; None for all.
-    """
-    first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
-    for start in range(first, last, batch_size):
+    def __init__(
+        self, reader: ImageReader, image: ImageSpec, text: Tokenise, captions: int | None, batch_size: int, end: int
+    ) -> None:
+        self._reader, self._image, self._text = reader, image, text
+        self._captions, self._batch_size, self._end = captions, batch_size, end
+
+    def __getitem__(self, start: int) -> SequentialBatch | InputError | RunStopped:
+        try:
+            return self._read(range(start, min(start + self._batch_size, self._end)))
+        except (InputError, RunStopped) as error:
+            return error
+
+    def _read(self, wanted: range) -> SequentialBatch:
         keys, indices, images, groups, texts, rows = [], [], [], [], [], []
         bad: list[Problem] = []
-        for index in range(start, min(start + batch_size, last)):
+        for index in wanted:
             try:
-                sample, image_CHW = reader.read_image(index)
+                sample, image_CHW = self._reader.read_image(index)
             except BadSample as error:
                 bad.append(error.problem)
                 continue
-            images.append(image.pixels(image_CHW))
-            chosen = sample.captions[:captions]
+            images.append(self._image.pixels(image_CHW))
+            chosen = sample.captions[: self._captions]
             texts += chosen
             rows += [len(keys)] * len(chosen)
             keys.append(sample.name)
             indices.append(index)
             groups.append(sample.group)
         if not keys:  # an empty batch, for its list of bad samples
-            empty, no_image = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, image.height, image.width)
-            yield SequentialBatch([], no_image, empty[:, None], [], empty, empty, [], bad)
-            continue
-        row_of_text_M, group_B = torch.tensor(rows), torch.tensor(groups)
-        yield SequentialBatch(keys, torch.stack(images), text(texts), texts, row_of_text_M, group_B, indices, bad)
+            empty = torch.zeros(0, dtype=torch.int64)
+            no_image = torch.zeros(0, 3, self._image.height, self._image.width)
+            return SequentialBatch([], no_image, empty[:, None], [], empty, empty, [], bad)
+        row_of_text_M, group_B, image_BCHW = torch.tensor(rows), torch.tensor(groups), torch.stack(images)
+        return SequentialBatch(keys, image_BCHW, self._text(texts), texts, row_of_text_M, group_B, indices, bad)
+
+
+def read_sequential(
+    reader: ImageReader,
+    image: ImageSpec,
+    text: Tokenise,
+    *,
+    batch_size: int = BATCH_SIZE,
+    captions: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[SequentialBatch]:
+    """Yields this rank's contiguous share of the set in batches; bad samples are left out and listed in `bad`.
+
+    Args:
+        captions: at most this many captions per sample, the plain one first; None for all.
+        workers: processes that read and decode, each one batch ahead; 0 for this process.
+    """
+    first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
+    batches, starts = _Batches(reader, image, text, captions, batch_size, last), range(first, last, batch_size)
+    loaded = (
+        map(batches.__getitem__, starts) if not workers or len(starts) < 2 else _in_workers(batches, starts, workers)
+    )
+    for batch in loaded:
+        if not isinstance(batch, SequentialBatch):
+            raise batch
+        yield batch
+
+
+def _in_workers(batches: _Batches, starts: range, workers: int) -> Iterator[SequentialBatch | InputError | RunStopped]:
+    loader = DataLoader(
+        batches,
+        sampler=starts,
+        batch_size=None,
+        num_workers=min(workers, len(starts)),
+        prefetch_factor=1,
+        worker_init_fn=start_new_session,
+    )
+    iterator: Any = iter(loader)
+    with LostBatchWatch(iterator._workers, progress=lambda: None, lost_after_s=60) as watch:
+        for _ in starts:
+            try:
+                with watch.awaiting():
+                    batch = next(iterator)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise RunStopped(
+                    f"shards: a worker that decodes images was killed ({reason}), most likely because memory ran out; "
+                    "give the container more memory, then run this again."
+                ) from None
+            yield batch

@@ -1,5 +1,6 @@
 """Expand a shard spec (pattern, folder, list file, URL …) to a list of paths and URLs, without duplicates."""
 
+import glob
 import itertools
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import braceexpand
 
 from mmrl.data import starter
+from mmrl.data.index_file import SUFFIX
 from mmrl.data.stores import RemoteConfig, cache_folder, cache_name, check_location, is_remote, list_tars
 from mmrl.errors import InputError
 
@@ -94,6 +96,11 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
         ]
     if is_remote(spec):
         check_location(spec, allow_pipe)
+        if "*" in spec and not spec.startswith("pipe:"):
+            raise InputError(
+                f"shards: {spec} has a *, which is expanded for local files only; give the folder, "
+                f"{spec.partition('*')[0].rpartition('/')[0]}/, or a range such as {{000..127}}."
+            )
         expanded = _expand_braces(spec)
         is_folder = len(expanded) == 1 and not spec.startswith("pipe:") and not spec.partition("?")[0].endswith(".tar")
         return list_tars(spec) if is_folder else expanded
@@ -101,9 +108,20 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
         # Without hidden folders, where `mmrl pack` writes unfinished shards.
         found = sorted(str(path) for path in files_below(Path(spec)) if path.name.endswith(".tar"))
         if not found:
-            raise InputError(f"shards: the folder {spec} holds no .tar file.")
+            raise InputError(
+                f"shards: the folder {spec} holds no .tar file; images are packed by mmrl pack {spec} shards."
+            )
         return found
-    paths = [Path(name) for name in _expand_braces(spec)]
+    names = _expand_braces(spec)
+    if any(glob.has_magic(name) and not Path(name).exists() for name in names):
+        matches = [path for name in names for path in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
+        found = [path for path in matches if not path.endswith(SUFFIX)]
+        if not found:
+            raise InputError(f"shards: no file matches {spec!r}; correct the pattern.")
+        return [location for path in found for location in _expand_one(path, allow_pipe, keep_missing)]
+    if Path(spec).suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet"):
+        raise InputError(f"shards: {spec} is a table; it is packed by mmrl pack {spec} shards.")
+    paths = [Path(name) for name in names]
     missing = [] if keep_missing else [path for path in paths if not path.is_file()]
     if missing and len(paths) == 1:
         raise InputError(f"shards: {missing[0]} does not exist.")

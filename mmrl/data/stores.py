@@ -1,36 +1,48 @@
 """Local and remote shards: files, http(s), fsspec filesystems, pipes. A remote shard is read from a cached local copy.
 
-A copy is downloaded whole, resuming after a cut connection, into a cache folder of bounded size that all processes of
-a machine share. No command is run, except a `pipe:COMMAND` if data.allow_pipe is set.
+A copy is downloaded whole with its index, resuming after a cut connection, into a cache folder of bounded size that all
+processes of a host share. No command is run, except a `pipe:COMMAND` if data.allow_pipe is set.
+
+    CACHE/shards/    copies of remote shards, unfinished ones (.partial, .mark) and locks
+    CACHE/index/     indexes of remote shards, and of local ones without an index next to them
+    CACHE/sets/      what is known of each set that was opened, see opening.py
+    CACHE/slots/     locks, of which each background download of the host holds one
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
+import math
 import os
-import queue
 import random
 import re
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from mmrl.data.transport import PIPE, fsspec, open_remote
+from mmrl.data.download import (
+    MAX_RETRY_DELAY,
+    Prefetcher,
+    download,
+    locked,
+    partial_file,
+    retry_delays,
+    version_file,
+)
+from mmrl.data.index_file import SUFFIX
+from mmrl.data.transport import PIPE, RemoteFile, fsspec, open_remote
 from mmrl.errors import InputError
+from mmrl.output.files import write_atomic
 from mmrl.settings import Settings, machine_field
 
 _REMOTE = re.compile(r"^([a-z][a-z0-9+.]*)://\S", re.IGNORECASE)
-_MAX_RETRY_DELAY = 20.0
 # After a failed download, no process tries the shard again for the first value plus the time that the failure took, of
 # which the second is the maximum. Otherwise each of 1,000 samples of the shard would wait for all retries.
 _FAILURE_SECONDS, _MAX_FAILURE_SECONDS = 60.0, 600.0
 # Unfinished downloads of this age are deleted.
 _STALE_SECONDS = 86_400.0
-_PREFETCH_THREADS = 2
-_MAX_SMALL_FILE = 1 << 30
+_MOST_BYTES = 1 << 28
+T = TypeVar("T")
 
 
 class RemoteConfig(Settings):
@@ -39,14 +51,18 @@ class RemoteConfig(Settings):
     folder: str | None = machine_field(None)
     """Cache folder for copies of remote shards and for shard indexes (default: $MMRL_CACHE, else ~/.cache/mmrl)."""
     gigabytes: float = machine_field(100.0, gt=0)
-    """Size limit of the cached shards in GB; the least recently used ones are deleted first."""
+    """Size limit of the cached shards and indexes in GB; the least recently used ones are deleted first."""
     retries: int = machine_field(8, ge=0)
     """Retries, without receiving a byte, before a download fails; the delay doubles each time."""
     timeout: float = machine_field(30.0, gt=0)
     """Seconds without a byte after which a connection is given up and retried."""
-    read_ahead: int = machine_field(1, ge=0)
-    """Number of shuffle windows ahead, and at least of shards ahead, that are downloaded for each lane in the
-    background."""
+    read_ahead: int = machine_field(16, ge=0, le=1024)
+    """Shards that a host downloads at the same time in the background, each by a connection of its own, ahead of the
+    batches that need them; at least one is fetched ahead for each lane. 0 downloads a shard when a batch needs it."""
+
+    def shards_ahead(self, lanes: int) -> int:
+        """The shards that are fetched ahead of the current ones for each of a number of lanes."""
+        return math.ceil(self.read_ahead / lanes)
 
 
 def is_remote(location: str) -> bool:
@@ -111,19 +127,38 @@ def cache_name(location: str) -> str:
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', location.rsplit('/', 1)[-1])[-80:]}"
 
 
+def beside(location: str, ending: str) -> str:
+    """The location of a shard's file whose name has another ending; a URL keeps its query."""
+    path, mark, query = location.partition("?") if is_remote(location) else (location, "", "")
+    return f"{path}{ending}{mark}{query}"
+
+
+def sibling(location: str, name: str) -> str:
+    """The location of another file in a shard's folder; a URL keeps its query."""
+    path, mark, query = location.partition("?") if is_remote(location) else (location, "", "")
+    folder, slash, _ = path.rpartition("/")
+    return f"{folder}{slash}{name}{mark}{query}"
+
+
 class ShardCache:
     """Local copies of remote shards. Any number of processes may share one folder; a shard is downloaded by one."""
 
     def __init__(self, config: RemoteConfig) -> None:
         self.config = config
-        self.folder = cache_folder(config) / "shards"
-        # Process id and queue of the prefetch threads, and what is in the queue.
-        self._prefetcher: tuple[int, queue.SimpleQueue[str]] | None = None
-        self._queued: set[str] = set()
+        root = cache_folder(config)
+        self.folder, self.sets, self._index_folder, self._slots = (
+            root / name for name in ("shards", "sets", "index", "slots")
+        )
+        self._prefetcher: Prefetcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For spawned workers: without threads."""
-        return {**self.__dict__, "_prefetcher": None, "_queued": set()}
+        return {**self.__dict__, "_prefetcher": None}
+
+    def index_path(self, location: str) -> Path:
+        """The index of a shard in the cache folder."""
+        name = location if is_remote(location) else os.path.abspath(location)  # noqa: PTH100 (a string, for speed)
+        return self._index_folder / (cache_name(name) + SUFFIX)
 
     def open(self, location: str) -> int:
         """A file descriptor for reading the shard, which stays valid when its copy is evicted.
@@ -136,7 +171,7 @@ class ShardCache:
         target = self._cached_path(location)
         with contextlib.suppress(FileNotFoundError):
             return _open_copy(target)
-        with self._locked(target) as lock:
+        with locked(_lock_of(target), wait=True) as lock:
             with contextlib.suppress(FileNotFoundError):  # another process has downloaded it meanwhile
                 return _open_copy(target)
             return self._download_once(location, target, lock)
@@ -145,76 +180,103 @@ class ShardCache:
         """Deletes the copy of a remote shard, so that it is downloaded again."""
         if is_remote(location):
             target = self._cached_path(location)
-            for path in (target, _partial(target), _version_file(target)):
+            for path in (target, partial_file(target), version_file(target)):
                 path.unlink(missing_ok=True)
 
     def prefetch(self, locations: Iterable[str]) -> None:
-        """Starts to download shards in the background. Errors are raised later, when a shard is opened."""
-        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not survive a fork
-            self._prefetcher, self._queued = (os.getpid(), queue.SimpleQueue()), set()
-            for _ in range(_PREFETCH_THREADS):
-                # Daemons, so that the process can exit during a download.
-                threading.Thread(target=self._prefetch_loop, args=(self._prefetcher[1],), daemon=True).start()
-        for location in locations:
-            if is_remote(location) and location not in self._queued:
-                self._queued.add(location)
-                self._prefetcher[1].put(location)
+        """Starts to download shards in the background, in this order. Errors are raised later, when a shard is
+        opened."""
+        if not self.config.read_ahead:
+            return
+        if self._prefetcher is None or self._prefetcher.pid != os.getpid():  # threads do not survive a fork
+            self._prefetcher = Prefetcher(self._fetch_ahead, self.config.read_ahead)
+        self._prefetcher.add(one for one in locations if is_remote(one) and not self._cached_path(one).exists())
 
     def is_downloading(self) -> bool:
         """Whether any process is downloading a shard into the folder and has not waited for a byte for too long."""
-        patience = self.config.retries * (self.config.timeout + _MAX_RETRY_DELAY)
-        for path in self.folder.glob("*.lock"):
+        since = time.time() - self.config.retries * (self.config.timeout + MAX_RETRY_DELAY)
+        names = set[str]()
+        for path in self.folder.glob("*.*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.suffix in (".lock", ".partial") and path.stat().st_mtime > since:
+                    names.add(path.stem)
+        for name in names:
             try:
-                with _locked(path, wait=False):
+                with locked(self.folder / f"{name}.lock", wait=False):
                     continue
             except BlockingIOError:
-                files = [one for one in (path, path.with_suffix(".partial")) if one.exists()]
-                if time.time() - max(one.stat().st_mtime for one in files) < patience:
-                    return True
+                return True
         return False
 
-    def read_small(self, location: str) -> bytes | None:
-        """The contents of a small remote file, without caching it; None if it is missing or cannot be downloaded."""
+    def read_small(self, location: str, most_bytes: int | None = None) -> bytes | None:
+        """The contents of a small local or remote file, without caching it; None if there is none, or only one that is
+        larger than `most_bytes` or 256 MiB.
+
+        Raises:
+            OSError: the store cannot be reached.
+        """
+        most = _MOST_BYTES if most_bytes is None else min(most_bytes, _MOST_BYTES)
+
+        def read(file: RemoteFile) -> bytes | None:
+            data = file.read(most + 1)
+            if len(data) > most:
+                return None
+            if file.size not in (None, len(data)):
+                raise OSError(f"the connection ended after {len(data):,} of {file.size:,} bytes")
+            return data
+
+        if is_remote(location):
+            return self.read_remote(location, read)
+        try:
+            with Path(location).open("rb") as file:
+                return file.read()
+        except OSError:
+            return None
+
+    def read_remote(self, location: str, read: Callable[[RemoteFile], T]) -> T | None:
+        """What `read` makes of an opened remote file; None if there is none, or no permission to read it.
+
+        Raises:
+            OSError: the store cannot be reached.
+        """
         if location.startswith(PIPE):
             return None
-        delays = self._retry_delays()
+        delays = retry_delays(self.config.retries)
         while True:
             try:
-                with open_remote(location, 0, "", self.config.timeout) as (source, transfer):
-                    data = source.read(_MAX_SMALL_FILE)
-                if transfer.size in (None, len(data)):
-                    return data
+                with open_remote(location, 0, "", self.config.timeout) as source:
+                    return read(source)
             except (FileNotFoundError, PermissionError):
                 return None
-            except OSError:
-                pass
-            delay = next(delays, None)
-            if delay is None:
-                return None
+            except OSError as error:
+                if (delay := next(delays, None)) is None:
+                    raise OSError(f"{location}: {error}") from None
             time.sleep(delay)
 
     def _cached_path(self, location: str) -> Path:
         return self.folder / cache_name(location)
 
-    def _locked(self, target: Path, wait: bool = True) -> contextlib.AbstractContextManager[IO[str]]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return _locked(target.with_name(f"{target.name}.lock"), wait)
+    def _fetch_ahead(self, location: str) -> None:
+        """Downloads a shard in one of the host's slots, unless it is there or another process downloads it."""
+        target = self._cached_path(location)
+        with contextlib.suppress(Exception), self._slot():  # whoever needs the shard sees the error
+            if not target.exists():
+                with locked(_lock_of(target), wait=False) as lock:
+                    if not target.exists():
+                        os.close(self._download_once(location, target, lock))
 
-    def _prefetch_loop(self, locations: "queue.SimpleQueue[str]") -> None:
-        while True:
-            location = locations.get()
-            target = self._cached_path(location)
-            # Includes BlockingIOError: another process downloads it.
-            with contextlib.suppress(OSError):
-                if not target.exists():
-                    with self._locked(target, wait=False) as lock:
-                        if not target.exists():
-                            os.close(self._download_once(location, target, lock))
-            self._queued.discard(location)
-
-    def _retry_delays(self) -> Iterator[float]:
-        for attempt in range(self.config.retries):
-            yield min(0.1 * 2**attempt, _MAX_RETRY_DELAY) * random.uniform(0.5, 1.0)
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        slots = [self._slots / str(number) for number in range(self.config.read_ahead)]
+        random.shuffle(slots)
+        with contextlib.ExitStack() as stack:
+            for slot in slots:
+                with contextlib.suppress(BlockingIOError):
+                    stack.enter_context(locked(slot, wait=False))
+                    break
+            else:
+                stack.enter_context(locked(slots[0], wait=True))
+            yield
 
     def _download_once(self, location: str, target: Path, lock: IO[str]) -> int:
         """Downloads a shard, unless this or another process failed to shortly before, and returns a file descriptor.
@@ -222,61 +284,58 @@ class ShardCache:
         The lock file holds the last failure: "TIME MESSAGE".
         """
         lock.seek(0)
-        failed_at, _, message = lock.read().partition(" ")
-        if message and time.time() - float(failed_at) < _FAILURE_SECONDS:
-            raise OSError(message)
+        failure = re.match(r"(\d+\.?\d*) (.*)", lock.read(), re.DOTALL)
+        if failure and time.time() - float(failure[1]) < _FAILURE_SECONDS:
+            raise OSError(failure[2])
         began = time.time()
         os.utime(lock.fileno())  # for `is_downloading`
-        failure = ""
+        note = ""
         try:
             return self._download(location, target)
         except OSError as error:
             # A slow failure is remembered for longer.
-            failure = f"{time.time() + min(time.time() - began, _MAX_FAILURE_SECONDS)} {error}"
+            note = f"{time.time() + min(time.time() - began, _MAX_FAILURE_SECONDS)} {error}"
             raise
         finally:
             lock.seek(0)
             lock.truncate()
-            lock.write(failure)
+            lock.write(note)
 
     def _download(self, location: str, target: Path) -> int:
-        """Downloads a shard with retries, each of which resumes the partial file. Returns a file descriptor, opened
-        before another process can evict the copy."""
-        partial, delays = _partial(target), self._retry_delays()
-        while True:
-            size_before = partial.stat().st_size if partial.exists() else 0
-            try:
-                _append(location, target, self.config.timeout)
-                break
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise
-                if partial.exists() and partial.stat().st_size > size_before:
-                    delays = self._retry_delays()
-                delay = next(delays, None)
-                if delay is None:
-                    raise OSError(f"{location} cannot be fetched: {error}") from None
-                time.sleep(delay)
-        self._evict(partial.stat().st_size)
+        """Downloads a shard and its index. Returns a file descriptor, opened before another process can evict the
+        copy."""
+        config = self.config
+        partial = download(location, target, config.retries, config.timeout, config.gigabytes * 1e9)
+        size = partial.stat().st_size
+        self._download_index(location, size)
+        self.evict(size)
         file = os.open(partial, os.O_RDONLY)
         partial.replace(target)
-        _version_file(target).unlink(missing_ok=True)
+        version_file(target).unlink(missing_ok=True)
         return file
 
-    def _evict(self, size: int) -> None:
-        """Deletes the least recently used copies to make room for `size` bytes, and stale unfinished downloads.
-        Processes that have a deleted copy open can still read it."""
+    def _download_index(self, location: str, size: int) -> None:
+        """Fetches the index next to a shard of this size, if there is one. Without it, the copy is scanned."""
+        with contextlib.suppress(OSError):
+            # Each member has a header in the tar, which is longer than its entry in the index.
+            index = self.read_small(beside(location, SUFFIX), most_bytes=size)
+            if index is not None:
+                write_atomic(self.index_path(location), index)
+
+    def evict(self, size: int = 0) -> None:
+        """Deletes the least recently used copies and indexes to make room for `size` bytes, and stale unfinished
+        downloads. Processes that have a deleted copy open can still read it."""
         copies = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                if path.name.endswith((".partial", ".mark")):
-                    if time.time() - status.st_mtime > _STALE_SECONDS:
+        for folder in (self.folder, self._index_folder):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.suffix == ".lock":
+                    continue
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    if path.suffix not in (".partial", ".mark"):
+                        copies.append((status.st_mtime, status.st_size, path))
+                    elif time.time() - status.st_mtime > _STALE_SECONDS:
                         path.unlink()
-                elif not path.name.endswith(".lock"):
-                    copies.append((status.st_mtime, status.st_size, path))
         excess = size + sum(size for _, size, _ in copies) - self.config.gigabytes * 1e9
         for _, size_of_copy, path in sorted(copies):
             if excess <= 0:
@@ -292,51 +351,5 @@ def _open_copy(target: Path) -> int:
     return file
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(f"{target.name}.partial")
-
-
-def _version_file(target: Path) -> Path:
-    """Holds the version of the remote file that the partial file is of."""
-    return target.with_name(f"{target.name}.mark")
-
-
-def _append(location: str, target: Path, timeout: float) -> None:
-    """Downloads the rest of a partial file, or all of it if the remote file has changed since.
-
-    Raises:
-        OSError: the connection was cut before the end.
-    """
-    partial, version_file = _partial(target), _version_file(target)
-    offset = partial.stat().st_size if partial.exists() and version_file.exists() else 0
-    version = version_file.read_text() if offset else ""
-    with open_remote(location, offset, version, timeout) as (source, transfer):
-        version_file.write_text(transfer.version)
-        with partial.open("r+b" if offset else "wb") as file:
-            end = transfer.start
-            file.seek(end)
-            file.truncate()
-            while chunk := source.read(transfer.chunk_size):
-                file.write(chunk)
-                end += len(chunk)
-    if transfer.size is not None and end != transfer.size:
-        if end > transfer.size:
-            partial.unlink()
-        raise OSError(f"the connection ended after {end:,} of {transfer.size:,} bytes")
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[IO[str]]:
-    """Holds an exclusive lock, which the system releases if this process dies.
-
-    Raises:
-        BlockingIOError: another process holds it and `wait` is false.
-    """
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            yield file
-        finally:
-            file.flush()
-            # Not left to close(): a child forked meanwhile would keep the lock.
-            fcntl.flock(file, fcntl.LOCK_UN)
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lock")

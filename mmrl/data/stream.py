@@ -6,8 +6,8 @@ sample of the epoch; a worker needs only (epoch, position) to load its rows of a
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mmrl.data.order import lane_count
 from mmrl.data.samples import SampleReader
 from mmrl.data.shards import ShardSpec
 from mmrl.data.sources import DataConfig, open_training_set
-from mmrl.data.workers import MAX_PREFETCH, LostBatchWatch
+from mmrl.data.workers import LoaderMemory, LostBatchWatch, start_new_session
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
 from mmrl.settings import hyperparameters
@@ -46,12 +46,13 @@ class Stream:
         config: DataConfig | None = None,
         pin_memory: bool = False,
         micro_batch: int | None = None,
-        prefetch: int = MAX_PREFETCH,
+        prefetch: int | None = None,
         lost_after_s: float = 30.0,
     ) -> None:
         """`batch_size` and `micro_batch` count rows of this rank; with `micro_batch`, each batch is yielded in
-        batch_size / micro_batch chunks, of which each worker prepares `prefetch` in advance. Workers that load no
-        sample for `lost_after_s` seconds while a batch is awaited end the stream with RunStopped.
+        batch_size / micro_batch chunks. Workers load units of at most UNIT_ROWS rows and prepare `prefetch` of them
+        each in advance (default: LoaderMemory.units_ahead). If they load no sample for `lost_after_s` seconds while a
+        batch is awaited, that ends the stream with RunStopped.
         """
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
@@ -67,22 +68,25 @@ class Stream:
             )
         self.seed, self.epoch, self.position = seed, 0, 0
         self._workers, self._pin_memory = num_workers, pin_memory
-        self._micro_batches = batch_size // (micro_batch or batch_size)
+        micro_batches = batch_size // (micro_batch or batch_size)
         config = config or DataConfig()
         window, lanes = window_and_lanes(config, self.global_batch_size, self.samples)
         self._config = config
         self._dataset = BatchDataset(
-            reader, batch_size, self._micro_batches, rank, world_size, seed, image, text, config, window, lanes
+            reader, batch_size, micro_batches, rank, world_size, seed, image, text, config, window, lanes
         )
-        self._reader, self._prefetch = reader, prefetch if num_workers else None
+        self._reader, self._micro_batches = reader, micro_batches
+        memory = LoaderMemory(1, batch_size, batch_size // micro_batches, 1)
+        self._prefetch = (prefetch or memory.units_ahead(num_workers)) if num_workers else None
         self._lost_after_s = lost_after_s
         self._loader: DataLoader[Batch | InputError | RunStopped] | None = None
-        self._sampler = _MicroBatchSampler()
+        self._sampler = _UnitSampler()
 
     @property
     def _data(self) -> str:
-        """A fingerprint of the samples and of all settings that affect the contents of batches."""
-        return f"{self._reader.fingerprint}-{_config_fingerprint(self._config, self._dataset.window)}"
+        """A fingerprint of the shards' names and numbers of samples and of all settings that affect the contents of
+        batches."""
+        return f"{self._reader.layout}-{_config_fingerprint(self._config, self._dataset.window)}"
 
     @property
     def batches_per_epoch(self) -> int:
@@ -110,6 +114,7 @@ class Stream:
             "global_batch_size": self.global_batch_size,
             "lanes": self._dataset.lanes,
             "data": self._data,
+            "tars": self._reader.fingerprint if self._reader.is_indexed else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,7 +132,12 @@ class Stream:
                     f"stream: {name} was {state[name]} when this state was saved and is {value} now; resume with the "
                     "same shards, seed, global batch size and lanes."
                 )
-        if state["data"] != self._data:
+        tars, data = state.get("tars"), state["data"]
+        if "tars" not in state:  # saved when all shards were indexed at the start
+            tars, _, config = data.partition("-")
+            data = f"{self._reader.layout}-{config}"
+        ours = self.state_dict()["tars"]
+        if data != self._data or (tars and ours and tars != ours):
             raise InputError(
                 "stream: the shards, or the settings for shuffling, captions or augmentation, have changed since this "
                 "state was saved; resume with the same data and settings."
@@ -146,19 +156,22 @@ class Stream:
                 persistent_workers=self._workers > 0,
                 prefetch_factor=self._prefetch,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_start_new_session,
+                worker_init_fn=start_new_session,
             )
         step, usable = self.global_batch_size, self.batches_per_epoch * self.global_batch_size
-        self._sampler.start(self.epoch, self.position, step, usable, epochs, self._micro_batches)
-        for count, batch in enumerate(self._await_batches(iter(self._loader)), start=1):
+        units = self._dataset.units_of_micro_batch
+        self._sampler.start(self.epoch, self.position, step, usable, epochs, self._micro_batches * units)
+        loaded, count = self._await_units(iter(self._loader)), 0
+        while parts := list(islice(loaded, units)):
+            count += 1
             if count % self._micro_batches == 0:
                 self.position += step
             if self.position >= usable:
                 self.epoch, self.position = self.epoch + 1, 0
-            yield batch
+            yield Batch.join(parts)
 
-    def _await_batches(self, batches: Any) -> Iterator[Batch]:
-        """Yields the batches of DataLoader's iterator; raises a worker's error, and RunStopped if one was killed or a
+    def _await_units(self, batches: Any) -> Iterator[Batch]:
+        """Yields the units of DataLoader's iterator; raises a worker's error, and RunStopped if one was killed or a
         batch is lost."""
         watch = LostBatchWatch(batches._workers if self._workers else [], self._progress, self._lost_after_s)
         try:
@@ -197,13 +210,6 @@ class Stream:
         return int(self._dataset.progress or 0)
 
 
-def _start_new_session(_worker: int) -> None:
-    """Moves a worker to its own session. Ctrl-C, and SIGTERM in many batch systems, go to the whole process group, but
-    the trainer still needs a batch for its last step. It ends its workers itself, with SIGTERM, so that is not ignored.
-    """
-    os.setsid()
-
-
 def window_and_lanes(config: DataConfig, batch_size: int, samples: int) -> tuple[int, int]:
     """(samples of a shuffle window, number of lanes) of a stream of global batches, with `samples` per epoch."""
     window = config.shuffle_window or max(_SMALLEST_WINDOW, _BATCHES_PER_WINDOW * batch_size)
@@ -219,18 +225,18 @@ def _config_fingerprint(config: DataConfig, window: int) -> str:
     return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-class _MicroBatchSampler(Sampler[tuple[int, int, int]]):
-    """Yields (epoch, position of the batch, micro-batch) from a starting point on, for BatchDataset."""
+class _UnitSampler(Sampler[tuple[int, int, int]]):
+    """Yields (epoch, position of the batch, unit) from a starting point on, for BatchDataset."""
 
-    def start(self, epoch: int, position: int, step: int, usable: int, epochs: int | None, micro_batches: int) -> None:
-        self._first, self._step, self._usable, self._micro_batches = (epoch, position), step, usable, micro_batches
+    def start(self, epoch: int, position: int, step: int, usable: int, epochs: int | None, units: int) -> None:
+        self._first, self._step, self._usable, self._units = (epoch, position), step, usable, units
         self._last_epoch = None if epochs is None else epoch + epochs - 1
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         epoch, position = self._first
         while self._last_epoch is None or epoch <= self._last_epoch:
             for first in range(position, self._usable, self._step):
-                yield from ((epoch, first, micro_batch) for micro_batch in range(self._micro_batches))
+                yield from ((epoch, first, unit) for unit in range(self._units))
             epoch, position = epoch + 1, 0
 
 

@@ -58,6 +58,8 @@ class AugmentConfig(Settings):
     """Grey level of the area outside the source image; white by default, as in product photos."""
 
 
+# Images that are changed at a time: in float32 they take 16 times their memory.
+_ROWS = 32
 # Indices into a sample's random numbers. Append new ones at the end, so that the old ones keep their values.
 _AUGMENT_DRAW = 1 << 22
 _CROP_AREA, _CROP_RATIO, _CROP_Y, _CROP_X, _FLIP, _ROTATE, _ZOOM, _SHIFT_Y, _SHIFT_X = range(9)
@@ -89,6 +91,11 @@ class Augmentation:
         crop_CHW = image_CHW[:, top : top + height, left : left + width]
         return resize(crop_CHW, self.spec.height, self.spec.width, self.spec.interpolation)
 
+    def kept(self, image_CHW: torch.Tensor) -> torch.Tensor:
+        """What `crop_and_resize` needs of an image in all epochs, to be cached: all of it, or what it makes of it if it
+        always does the same."""
+        return image_CHW if self.config.random_resized_crop else self.spec.pixels(image_CHW).clone()
+
     def min_source_size(self) -> tuple[int, int]:
         """Height and width down to which a source may be decoded at a lower resolution.
 
@@ -114,11 +121,15 @@ class Augmentation:
         if not (self._has_affine or self._has_colour):
             return pixels_BCHW
         params = torch.from_numpy(params_BP).float()
+        parts = zip(pixels_BCHW.split(_ROWS), params.split(_ROWS), strict=True)
+        return torch.cat([self._change(pixels_bCHW, params_bP) for pixels_bCHW, params_bP in parts])
+
+    def _change(self, pixels_BCHW: torch.Tensor, params_BP: torch.Tensor) -> torch.Tensor:
         x_BCHW = pixels_BCHW.float()
         if self._has_affine:
-            x_BCHW = self._affine(x_BCHW, params)
+            x_BCHW = self._affine(x_BCHW, params_BP)
         if self._has_colour:
-            x_BCHW = self._colour_jitter(x_BCHW, params)
+            x_BCHW = self._colour_jitter(x_BCHW, params_BP)
         return x_BCHW.round_().clamp_(0, 255).to(torch.uint8)
 
     def _affine(self, x_BCHW: torch.Tensor, params_BP: torch.Tensor) -> torch.Tensor:

@@ -12,17 +12,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from mmrl.errors import InputError, RunStopped
 
-MAX_PREFETCH = 4
-"""Batches that each DataLoader worker prepares in advance, if the shared memory has room for them."""
+UNIT_ROWS = 256
+"""The most rows that a DataLoader worker loads at a time, which bounds its memory."""
+# What each DataLoader worker prepares in advance: this many samples, but not more than this many units.
+_SAMPLES_AHEAD, _UNITS_AHEAD = 512, 4
+# Bytes that a worker with augmentation allocates, besides this many times those of a unit (tests/benchmarks/data.py).
+_WORKER_BYTES, _UNITS_HELD = 300e6, 4
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a constant of Linux)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -108,37 +114,90 @@ class WorkerPool(Generic[T, R]):
         return RunStopped(f"A worker process died ({how}); run the same command again with fewer --workers.")
 
 
-def default_workers(batch_bytes: int, in_use: int, processes: int) -> int:
-    """DataLoader workers of each process: its share of the cores but one, if /dev/shm has room for a batch of each. The
-    arguments are those of `fitting_prefetch`."""
-    room = free_shared_memory() / processes / batch_bytes - in_use
-    return max(0, min(usable_cores() // processes - 1, int(min(room, 2**16))))
+def unit_count(rows: int) -> int:
+    """The number of units of at most UNIT_ROWS rows that a micro-batch is loaded in."""
+    return -(-rows // UNIT_ROWS)
 
 
-def fitting_prefetch(workers: int, batch_bytes: int, in_use: int, processes: int) -> int:
-    """How many batches each DataLoader worker can prepare in advance, at most MAX_PREFETCH: what /dev/shm has room for.
+@dataclass(frozen=True)
+class LoaderMemory:
+    """The memory, in bytes, of the DataLoader workers of a host, which pass units of a micro-batch in shared memory."""
 
-    Args:
-        batch_bytes: the bytes of the tensors of a batch.
-        in_use: the batches that a process has taken from its workers and not released yet.
-        processes: the processes of this host, which share the memory; each has `workers`.
+    sample_bytes: int
+    rows: int
+    """Of a batch, on each process."""
+    micro_batch: int
+    processes: int
+    """Of the host; each has its own workers."""
+    pins: bool = False
+    """Whether units are copied to page-locked memory at once. Else those of a step, unless they are joined, stay in
+    shared memory while those of the next step are loaded."""
 
-    Raises:
-        InputError: there is no room for one batch per worker.
-    """
-    if not workers:
-        return MAX_PREFETCH
-    free = free_shared_memory()
-    needed = [processes * batch_bytes * (workers * n + in_use) for n in range(1, MAX_PREFETCH + 1)]
-    if needed[0] > free:
-        raise InputError(
-            f"data.workers: {workers} workers on each of {processes} processes pass batches of "
-            f"{batch_bytes / 1e6:,.1f} MB through {_SHARED_MEMORY}, which needs {needed[0] / 1e6:,.0f} MB and has "
-            f"{free / 1e6:,.0f} MB free; give the container more (docker run --shm-size="
-            f"{math.ceil(needed[-1] / 2**20)}m; in Kubernetes an emptyDir with medium: Memory at {_SHARED_MEMORY}), or "
-            "lower data.workers (0 needs none) or train.micro_batch."
-        )
-    return sum(one <= free for one in needed)
+    @property
+    def unit_bytes(self) -> int:
+        """The bytes of the tensors of a unit."""
+        return -(-self.micro_batch // unit_count(self.micro_batch)) * self.sample_bytes
+
+    @property
+    def _taken(self) -> int:
+        """Units that a process has taken from its workers and not released yet."""
+        joined = unit_count(self.micro_batch)
+        return 1 if self.pins else joined if joined > 1 else 2 * self.rows // self.micro_batch
+
+    def units_ahead(self, workers: int) -> int:
+        """Units that each worker should prepare in advance: together at least a batch and one unit of each worker, so
+        that they load a batch while another one is trained on."""
+        units = self.rows // self.micro_batch * unit_count(self.micro_batch)
+        samples = self.unit_bytes // self.sample_bytes
+        return max(min(_UNITS_AHEAD, -(-_SAMPLES_AHEAD // samples)), 1 + -(-units // max(workers, 1)))
+
+    def shared(self, workers: int, units_ahead: int) -> int:
+        """Bytes of shared memory."""
+        return self.processes * self.unit_bytes * (workers * units_ahead + self._taken) if workers else 0
+
+    def private(self, workers: int) -> float:
+        """Bytes of the workers themselves."""
+        return self.processes * workers * (_WORKER_BYTES + _UNITS_HELD * self.unit_bytes)
+
+    def default_workers(self) -> int:
+        """Workers of each process: its share of the cores but one, as far as the shared memory has room for a unit of
+        each and half of the memory for themselves."""
+        room = free_shared_memory() / self.processes / self.unit_bytes - self._taken
+        room = min(room, host_memory() / 2 / self.private(1))
+        return max(0, min(usable_cores() // self.processes - 1, int(min(room, 2**16))))
+
+    def fitting_units_ahead(self, workers: int) -> int:
+        """As `units_ahead`, or fewer: what /dev/shm has room for.
+
+        Raises:
+            InputError: there is no room for one unit per worker, or too little memory for the workers.
+        """
+        if not workers:
+            return 1
+        wanted, free = self.units_ahead(workers), free_shared_memory()
+        who = f"data.workers: {workers} workers on each of {self.processes} processes"
+        if (needed := self.shared(workers, 1)) > free:
+            raise InputError(
+                f"{who} pass units of {self.unit_bytes / 1e6:,.1f} MB through {_SHARED_MEMORY}, which needs "
+                f"{needed / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB free; give the container more (docker run "
+                f"--shm-size={math.ceil(self.shared(workers, wanted) / 2**20)}m; in Kubernetes an emptyDir with "
+                f"medium: Memory at {_SHARED_MEMORY}), or lower data.workers (0 needs none)."
+            )
+        if (needed := self.shared(workers, 1) + self.private(workers)) > (memory := host_memory()):
+            raise InputError(
+                f"{who} need about {needed / 1e9:,.1f} GB of memory, and this host or container has "
+                f"{memory / 1e9:,.1f} GB; lower data.workers."
+            )
+        return max(n for n in range(1, wanted + 1) if self.shared(workers, n) <= free)
+
+
+def host_memory() -> float:
+    """Bytes of memory that the processes of this host may use together; in a container fewer than the machine has."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no limit
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 def free_shared_memory() -> float:
@@ -148,6 +207,13 @@ def free_shared_memory() -> float:
     except FileNotFoundError:
         return 0.0 if sys.platform == "linux" else math.inf
     return float(status.f_bavail * status.f_frsize)
+
+
+def start_new_session(_worker: int) -> None:
+    """Moves a worker to its own session. Ctrl-C, and SIGTERM in many batch systems, go to the whole process group, but
+    the trainer still needs a batch for its last step. It ends its workers itself, with SIGTERM, so that is not ignored.
+    """
+    os.setsid()
 
 
 class LostBatchWatch:

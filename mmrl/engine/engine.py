@@ -17,13 +17,17 @@ import torch
 from pydantic import Field, model_validator
 
 from mmrl.distributed import comm
+from mmrl.distributed.gradients import GradientReducer
 from mmrl.engine.loss_scale import LossScale
 from mmrl.engine.timing import StepTimer
 from mmrl.engine.zero_state import Fragment, fragment_of, gather_moments, scatter_moments
 from mmrl.hardware import has_native_bfloat16
 from mmrl.model.towers import Modality
-from mmrl.model.two_tower import MatryoshkaCLIP, Outputs
+from mmrl.model.two_tower import MatryoshkaCLIP, Outputs, Precision
 from mmrl.settings import Settings, machine_field
+
+Rows = torch.Tensor | tuple[torch.Tensor, ...]
+"""The rows of a batch in one tensor, or in several."""
 
 
 class EngineConfig(Settings):
@@ -73,8 +77,10 @@ class Engine:
     ) -> None:
         deepspeed = _import_deepspeed()
         world = comm.world()
-        self.precision = config.precision
-        if config.precision == "auto":
+        self.precision: Precision
+        if config.precision != "auto":
+            self.precision = config.precision
+        else:
             self.precision = "fp32" if comm.any_rank(not has_native_bfloat16(world.device)) else "bf16"
         if world.device.type == "cpu":
             _keep_freed_memory()
@@ -93,9 +99,13 @@ class Engine:
             ),
             dist_init_required=False,
         )
-        if world.size == 1 and config.zero_stage == 0:
-            # Otherwise it flattens all gradients, all-reduces them over one process and copies them back.
+        self._reducer: GradientReducer | None = None
+        if config.zero_stage == 0:
+            # DeepSpeed would reduce all gradients after the backward pass, with one process too.
             self._engine.enable_backward_allreduce = False
+            if world.size > 1:
+                trained = [p for p in model.parameters() if p.requires_grad]
+                self._reducer = GradientReducer(trained, bucket_size(sum(p.numel() for p in trained)))
         self.model = model
         self.device = world.device
         self.timer = StepTimer(world.device)
@@ -109,12 +119,16 @@ class Engine:
         # Without ZeRO, DeepSpeed does not return the gradient norm, so `step` clips instead.
         self._clip_norm = (clip_norm or math.inf) if config.zero_stage == 0 else None
 
-    def __call__(self, image_BCHW: torch.Tensor | None, text_BL: torch.Tensor | None) -> Any:
+    def __call__(self, image_BCHW: Rows | None, text_BL: Rows | None) -> Any:
         """The model's forward pass, in the configured precision, on the engine's device."""
         with self.timer.phase("towers"):
-            return self._engine(
-                *(None if x is None else x.to(self.device, non_blocking=True) for x in (image_BCHW, text_BL))
-            )
+            return self._engine(*(None if x is None else self.to_device(x) for x in (image_BCHW, text_BL)))
+
+    def to_device(self, rows: Rows) -> torch.Tensor:
+        """The rows in one tensor on the engine's device, without waiting for it if they are in page-locked memory."""
+        if isinstance(rows, tuple):  # several units of a batch
+            return torch.cat([self.to_device(one) for one in rows])
+        return rows.to(self.device, non_blocking=True)
 
     @property
     def full_model(self) -> MatryoshkaCLIP:
@@ -157,35 +171,52 @@ class Engine:
                     self.optimizer.override_loss_scale(self.loss_scale.value)  # ZeRO scales the loss itself
                 else:
                     loss = loss * self.loss_scale.value
+            if self._reducer is None or not last:
+                self._engine.backward(loss)
+                return
+            self._reducer.start()
             self._engine.backward(loss)
+            self._reducer.finish()
 
-    def step(self) -> float:
-        """Clips the gradients and updates the weights, unless fp16 gradients overflowed. Returns the gradient norm
-        before clipping; infinite on overflow."""
+    def step(self, values_N: torch.Tensor | None = None) -> list[float]:
+        """Clips the gradients and updates the weights, unless the gradient norm is not finite (fp16 overflowed, or the
+        run diverged).
+
+        Args:
+            values_N: float32 values to read from the device. They are read together with the norm, since the host waits
+                for each read. Without ZeRO the update is also left out if one of them is not finite.
+
+        Returns: the gradient norm before clipping, and the values.
+        """
+        values_N = torch.zeros(0, device=self.device) if values_N is None else values_N
         with self.timer.phase("optimizer"):
-            norm = self._step_without_zero() if self._clip_norm is not None else self._step_with_zero()
+            read = self._step_with_zero(values_N) if self._clip_norm is None else self._step_without_zero(values_N)
             if self.loss_scale is not None:
-                self.loss_scale.update(math.isfinite(norm))
-            return norm
+                self.loss_scale.update(math.isfinite(read[0]))
+            return read
 
-    def _step_with_zero(self) -> float:
+    def _step_with_zero(self, values_N: torch.Tensor) -> list[float]:
         """DeepSpeed clips, and skips the update if the norm is not finite."""
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = self._engine.get_global_grad_norm()  # a float if it is not finite
+        norm_1 = norm.reshape(1) if isinstance(norm, torch.Tensor) else values_N.new_full((1,), norm)
+        return torch.cat([norm_1.to(values_N), values_N]).tolist()
 
-    def _step_without_zero(self) -> float:
+    def _step_without_zero(self, values_N: torch.Tensor) -> list[float]:
         assert self._clip_norm is not None
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm * scale).item() / scale
-        if self.loss_scale is not None:
-            if not math.isfinite(norm):
-                self._engine.zero_grad()
-                return math.inf
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / scale)
-        self._engine.step()
-        return norm
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        read: list[float] = torch.cat([norm.reshape(1) / scale, values_N]).tolist()
+        if all(map(math.isfinite, read)):
+            # What clip_grad_norm_ multiplies by, and the loss scale, in one pass.
+            factor = min(1.0, self._clip_norm / (read[0] + 1e-6)) / scale
+            if factor != 1:
+                torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return read
 
     def moments(self) -> dict[str, torch.Tensor]:
         """The unsharded optimizer state by name, on rank 0. Collective."""
@@ -253,7 +284,7 @@ _NOT_ALLOWED = {"optimizer", "scheduler", "fp16", "bf16", "amp", "prescale_gradi
 
 
 def bucket_size(parameters: int) -> int:
-    """Elements that ZeRO reduces at once. While one bucket is reduced, the next one fills, so DeepSpeed keeps two; its
+    """Elements that are reduced at once. While one bucket is reduced, the next one fills, so DeepSpeed keeps two; its
     default of 500 million would take 4 GB, and would hold the gradients of a whole CLIP before the first is reduced."""
     return min(25_000_000, parameters)
 

@@ -13,11 +13,11 @@ from contextlib import nullcontext
 
 import torch
 
-from mmrl.engine.engine import Engine
+from mmrl.engine.engine import Engine, Rows
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model.two_tower import Outputs
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
+MicroBatch = tuple[Rows, torch.Tensor]
 """uint8 images (m, C, H, W), token ids (m, L)."""
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], NestedLoss]
 """(image (b, D), text (b, D), logit scale, logit bias or None) -> loss."""

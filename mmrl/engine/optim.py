@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mmrl.durations import Duration
 from mmrl.errors import InputError
@@ -53,6 +54,27 @@ class OptimConfig(Settings):
     """Learning rate at the end of the decay, as a fraction of the peak."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Maximum global gradient norm; null disables clipping."""
+
+
+class MovingAverage(AveragedModel):
+    """An exponential moving average of a model's parameters; the buffers are the model's."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Called after each step. AveragedModel would copy its counter to the device, and wait for that."""
+        averages: list[torch.Tensor] = [*self.module.parameters()]
+        current: list[torch.Tensor] = [*model.parameters()]
+        if int(self.n_averaged) == 0:  # pyright: ignore[reportArgumentType]
+            torch._foreach_copy_(averages, current)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_lerp_(averages, current, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+        self.n_averaged += 1
 
 
 def lr_factor(config: OptimConfig, step: int, total: int, warmup: int, cooldown: int) -> float:

@@ -1,9 +1,12 @@
 """`mmrl eval`: scores a stored encoder on sets of images with captions, or with class labels."""
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,13 @@ from mmrl.evaluate.ranking.ranks import KS
 from mmrl.evaluate.ranking.retrieval import check_ks
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.report.study import Study
-from mmrl.evaluate.report.tables import ceiling_note, result_tables
+from mmrl.evaluate.report.tables import all_tables, brief_tables, score_notes
 from mmrl.evaluate.zeroshot import read_classes, score_zero_shot
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
 from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.console import print_line
+from mmrl.output.files import check_report_folder
+from mmrl.output.next_steps import after_eval
 from mmrl.output.progress import progress_bar
 
 
@@ -54,7 +59,12 @@ class EvalOptions:
 
 
 def evaluate_model(
-    model: str, shards: Sequence[str], options: EvalOptions, out: Path | None = None, quiet: bool = False
+    model: str,
+    shards: Sequence[str],
+    options: EvalOptions,
+    out: Path | None = None,
+    quiet: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Scores a model on each set, prints the tables, writes the report to `out`; returns the content of retrieval.json.
 
@@ -62,13 +72,21 @@ def evaluate_model(
     writes.
 
     Raises:
-        InputError: no such model or shards, dims that the model does not have, two sets of one name.
+        InputError: no such model or shards, dims that the model does not have, two sets of one name; `out` holds other
+            files, or a report with other settings and `force` is not given.
     """
     ks = sorted({*KS, *options.ks})
     check_ks(ks)
     options = replace(options, ks=ks)
     _check(options)
-    opened = _open_sets(shards, options)
+    specs = _named(shards)
+    # Not the sets themselves: a URL can hold a password.
+    hashes = {name: hashlib.sha256(os.fsencode(spec)).hexdigest()[:12] for name, spec in specs.items()}
+    settings = json.loads(json.dumps({"model": model, "sets": hashes, **asdict(options)}))  # with lists, no tuples
+    if out is not None:
+        check_report_folder(out, "retrieval.json", ["report"], settings, force=force)
+    classes = None if options.classes is None else read_classes(options.classes, options.templates)
+    opened = {name: open_set(spec, classes) for name, spec in specs.items()}
     if launchers.detect_launch() is not None:
         comm.start()
     world = comm.world()
@@ -84,24 +102,28 @@ def evaluate_model(
     with progress_bar(console) as progress:
         for name, one in opened.items():
             if one.classes is None:
-                results[name], bad = _score_retrieval(name, one, encoder, dims, options, progress, study)
+                results[name], bad = _score_retrieval(name, specs[name], one, encoder, dims, options, progress, study)
             else:
                 with _task(progress, f"embedding {name}", len(one.reader)) as advance:
                     results[name], bad = score_zero_shot(one.reader, one.classes, encoder, dims, advance)
             if bad:
                 first = bad[0]
                 print_line(console, f"{name}: {len(bad)} bad samples left out, such as {first.key}: {first.reason}")
-    result = {**sets.as_retrieval_json(results), "nested_dims": list(encoder.nested_dims)}
-    for name in results:
-        console.print(*result_tables(name, results[name]), sep="\n")
-        if note := ceiling_note(results[name]):
-            print_line(console, f"{name}: {note}")
+    result = {**sets.as_retrieval_json(results), "nested_dims": list(encoder.nested_dims), "settings": settings}
+    for shown in brief_tables(results) if out else all_tables(results):
+        print_line(console, shown) if isinstance(shown, str) else console.print(shown)
+    for name, scores in results.items():
+        for note in score_notes(scores, CROSS_MODAL if out else DIRECTIONS):
+            print_line(console, f"{name}: {note}.")
     if study:
         study.print_advice(console)
     if out is not None and world.is_rank_0:
         sets.write_retrieval_json(out, result)
         page = study.write_report(out / "report", results) if study else None
-        print_line(console, f"Written: {out}/retrieval.json" + (f" and {page}" if page else ""))
+        print_line(console, f"All dims and directions: {page or out / 'retrieval.json'}")
+    advised = [one["analysis"]["advice"]["smallest"]["dim"] for one in results.values() if "analysis" in one]
+    smaller = [*advised, *sorted(encoder.nested_dims), encoder.dim][0]
+    print_line(console, after_eval(model, encoder.dim, smaller, next(iter(specs.values()))))
     return result
 
 
@@ -116,17 +138,16 @@ def _check(options: EvalOptions) -> None:
             raise InputError(f"{option}: needs the directions {' and '.join(CROSS_MODAL)}; add them to directions.")
 
 
-def _open_sets(shards: Sequence[str], options: EvalOptions) -> dict[str, OpenSet]:
-    """{name: set}, from SHARDS or NAME=SHARDS."""
-    classes = None if options.classes is None else read_classes(options.classes, options.templates)
-    opened: dict[str, OpenSet] = {}
+def _named(shards: Sequence[str]) -> dict[str, str]:
+    """{name: shards}, from SHARDS or NAME=SHARDS."""
+    specs: dict[str, str] = {}
     for spec in shards:
         named = re.match(r"([\w-]+)=(.+)", spec)
         name, inner = named.groups() if named else (_default_name(spec), spec)
-        if name in opened:
+        if name in specs:
             raise InputError(f"shards: two sets are called {name!r}; name them as NAME=SHARDS.")
-        opened[name] = open_set(inner, classes)
-    return opened
+        specs[name] = inner
+    return specs
 
 
 def _default_name(spec: str) -> str:
@@ -135,7 +156,7 @@ def _default_name(spec: str) -> str:
 
 
 @contextmanager
-def _task(progress: Progress, description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _task(progress: Progress, description: str, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar that is removed at the end; yields a function that advances it. This process may advance it by
     less than `total`, which counts the work of all processes."""
     task = progress.add_task(description, total=total)
@@ -147,6 +168,7 @@ def _task(progress: Progress, description: str, total: int) -> Iterator[Callable
 
 def _score_retrieval(
     name: str,
+    spec: str,
     one: OpenSet,
     encoder: EvaluatedEncoder,
     dims: Sequence[int],
@@ -166,5 +188,5 @@ def _score_retrieval(
             )
     if study and set(CROSS_MODAL) <= set(result["chance"]):
         with _task(progress, f"analysing {name}", study.steps) as advance:
-            study.analyse_set(name, one.reader, embedded, result, options.captions, advance)
+            study.analyse_set(name, spec, one.reader, embedded, result, options.captions, advance)
     return result, embedded.bad

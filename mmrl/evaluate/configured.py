@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from mmrl.data.samples import FieldsConfig, SampleReader
 from mmrl.data.sources import DataConfig, open_reader
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets
 from mmrl.evaluate.ranking.ranks import metric_names
 from mmrl.evaluate.readers import LABEL, check_labels, draw_shards
+from mmrl.evaluate.result_sheets import result_sheets
 from mmrl.evaluate.sets import EvaluationConfig, SetConfig
 from mmrl.evaluate.zeroshot import ACCURACIES, Classes, read_classes, score_zero_shot
 from mmrl.model.bundle import Bundle
@@ -19,6 +22,7 @@ from mmrl.model.bundle import Bundle
 class ConfiguredSet:
     """An evaluation set of a config, ready to be scored."""
 
+    name: str
     reader: SampleReader
     """The samples to score."""
     samples: int
@@ -28,10 +32,19 @@ class ConfiguredSet:
     classes: Classes | None = None
     """For zero-shot classification."""
 
-    def score(self, encoder: Bundle, dims: Sequence[int]) -> dict[str, Any]:
-        """The set's entry in retrieval.json. Collective: the work is divided over the processes."""
+    def score(
+        self, encoder: Bundle, dims: Sequence[int], pictures: dict[str, Image.Image] | None = None
+    ) -> dict[str, Any]:
+        """The set's entry in retrieval.json. Collective: the work is divided over the processes.
+
+        Args:
+            pictures: receives those of some queries' first results, by SET/QUERY.
+        """
         if self.classes is None:
-            result = sets.score(sets.embed(self.reader, encoder, captions=self.captions), dims, over_ranks=True)
+            embedded = sets.embed(self.reader, encoder, captions=self.captions)
+            result = sets.score(embedded, dims, over_ranks=True)
+            if pictures is not None:
+                pictures.update(result_sheets(self.name, embedded, self.reader, max(dims)))
         else:
             result, _ = score_zero_shot(self.reader, self.classes, encoder, dims)
         if len(self.reader) < self.samples:
@@ -86,7 +99,7 @@ def _open(name: str, config: SetConfig, most: int | None, data: DataConfig) -> C
     reader = draw_shards(whole, most)
     if classes is not None:
         check_labels(reader, classes)
-    return ConfiguredSet(reader, len(whole), config.captions, classes)
+    return ConfiguredSet(name, reader, len(whole), config.captions, classes)
 
 
 def _classes(name: str, config: SetConfig) -> Classes | None:

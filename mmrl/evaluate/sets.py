@@ -16,7 +16,8 @@ from pydantic import Field
 from mmrl.data.captions import caption_key
 from mmrl.data.index import Problem
 from mmrl.data.samples import FieldsConfig
-from mmrl.data.sequential import ImageReader, SequentialBatch, read_sequential
+from mmrl.data.sequential import BATCH_SIZE, ImageReader, SequentialBatch, read_sequential
+from mmrl.data.workers import LoaderMemory
 from mmrl.distributed import comm
 from mmrl.durations import Duration
 from mmrl.errors import InputError
@@ -31,6 +32,7 @@ from mmrl.evaluate.ranking.retrieval import (
     mean_over_folds,
     scores_by_dim,
 )
+from mmrl.images.image_spec import ImageSpec
 from mmrl.inference.evaluated import EvaluatedEncoder
 from mmrl.model.bundle import Bundle
 from mmrl.output.files import write_atomic
@@ -139,6 +141,7 @@ def embed(
         captions=captions,
         rank=world.rank,
         world_size=world.size,
+        workers=_decoding_workers(device, encoder.image_spec),
     )
     for batch in batches:
         bad += batch.bad
@@ -154,6 +157,15 @@ def embed(
     return _concatenate(
         [batch for batches, _ in gathered for batch in batches], [problem for _, bad in gathered for problem in bad]
     )
+
+
+def _decoding_workers(device: torch.device, spec: ImageSpec) -> int:
+    """Processes that read and decode while a GPU embeds; a CPU that embeds has no core to spare. Collective."""
+    if device.type != "cuda":
+        return 0
+    processes = comm.all_hosts().count(comm.host())
+    sample_bytes = 3 * spec.height * spec.width
+    return LoaderMemory(sample_bytes, BATCH_SIZE, BATCH_SIZE, processes).default_workers()
 
 
 def _no_tokens(texts: list[str]) -> torch.Tensor:
@@ -201,13 +213,14 @@ def score(
     check_embeddings("images", embedded.image_ND)
     check_embeddings("texts", embedded.text_MD)
     fold_list = [
-        _Fold.of(embedded, images, texts)
+        _Fold.of(embedded, images, texts, ks)
         for images, texts in fold_rows(embedded.image_group_N, embedded.text_group_M, folds)
     ]
     present = [direction for direction in directions if all(fold.has_positives(direction) for fold in fold_list)]
     if not present:
         raise InputError(f"directions: this set has no positives in {', '.join(directions)}.")
-    scores = [scores_by_dim(fold.ranks(dims, present, on_rows, over_ranks), ks) for fold in fold_list]
+    ranked = [fold.ranks(dims, present, on_rows, over_ranks) for fold in fold_list]
+    scores = [scores_by_dim(one, ks) for one in ranked]
     chances = [
         {direction: chance(*fold.groups(direction), ks, direction in SAME_MODAL) for direction in present}
         for fold in fold_list
@@ -217,6 +230,7 @@ def score(
         "num_images": len(embedded.keys),
         "num_texts": len(embedded.captions),
         "num_bad": len(embedded.bad),
+        "num_queries": {way: sum(len(one[way][dims[0]].query_Q) for one in ranked) for way in present},
         "chance": mean_over_folds([{0: one} for one in chances])[0],
         "ceiling": mean_over_folds([{0: fold.ceiling} for fold in fold_list])[0],
         **({"folds": folds} if folds > 1 else {}),
@@ -224,21 +238,29 @@ def score(
 
 
 def recall_ceiling(
-    captions: Sequence[str], text_group_M: torch.Tensor, image_group_N: torch.Tensor
+    captions: Sequence[str], text_group_M: torch.Tensor, image_group_N: torch.Tensor, ks: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """The R@1 of a perfect model: {direction: {"R@1": share}}. Below 1 if groups share captions, word for word.
+    """The recall of a perfect model: {direction: {"R@1": share}}. Below 1 if groups share captions, word for word.
 
-    The texts of a caption have one embedding. As queries, only those of one group can find their own images first. In
-    the gallery, those of other groups tie with those of an image's own group, and ties count against it; so an image
-    needs a caption that no other group has.
+    The texts of a caption have one embedding. As queries, those of at most K groups can find an own image among the
+    first K. In the gallery, those of other groups tie with those of an image's own group, and ties count against it; so
+    an image needs a caption that fewer than K texts of other groups repeat.
     """
     groups_of: dict[str, Counter[int]] = defaultdict(Counter)
     for caption, group in zip(captions, text_group_M.tolist(), strict=True):
         groups_of[caption][group] += 1
-    own = {group for groups in groups_of.values() if len(groups) == 1 for group in groups}
-    found_images = sum(group in own for group in image_group_N.tolist()) / len(image_group_N)
-    found_texts = sum(max(groups.values()) for groups in groups_of.values()) / len(captions)
-    return {"image_to_text": {"R@1": found_images}, "text_to_image": {"R@1": found_texts}}
+    ties_of: dict[int, int] = {}
+    for groups in groups_of.values():
+        for group, count in groups.items():
+            ties = groups.total() - count
+            ties_of[group] = min(ties, ties_of.get(group, ties))
+    ties_N = [ties_of.get(group, len(captions)) for group in image_group_N.tolist()]
+    found: dict[str, dict[str, float]] = {"image_to_text": {}, "text_to_image": {}}
+    for k in ks:
+        texts = sum(count for groups in groups_of.values() for _, count in groups.most_common(k))
+        found["image_to_text"][f"R@{k}"] = sum(ties < k for ties in ties_N) / len(ties_N)
+        found["text_to_image"][f"R@{k}"] = texts / len(captions)
+    return found
 
 
 def num_rows(embedded: Embedded, directions: Sequence[str]) -> int:
@@ -261,7 +283,9 @@ class _Fold:
     """See `recall_ceiling`."""
 
     @classmethod
-    def of(cls, embedded: Embedded, images: slice | torch.Tensor, texts: slice | torch.Tensor) -> "_Fold":
+    def of(
+        cls, embedded: Embedded, images: slice | torch.Tensor, texts: slice | torch.Tensor, ks: Sequence[int]
+    ) -> "_Fold":
         """The fold with those images and texts."""
         image_group_N, text_group_M = embedded.image_group_N[images], embedded.text_group_M[texts]
         rows = torch.arange(len(embedded.captions))[texts].tolist()
@@ -277,7 +301,7 @@ class _Fold:
             image_group_N,
             text_group_M,
             torch.tensor(distinct),
-            recall_ceiling([embedded.captions[row] for row in rows], text_group_M, image_group_N),
+            recall_ceiling([embedded.captions[row] for row in rows], text_group_M, image_group_N, ks),
         )
 
     def groups(self, direction: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,15 @@
 """The lines that `mmrl export` prints, and the model card (README.md) with the front matter that model hubs read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader
 
 from mmrl.evaluate.report.tables import recall_markdown
 from mmrl.export.formats.base import Format
 from mmrl.model.manifest import CARD
+from mmrl.output.files import parse_json
 
 # Kinds of images that some tools do not read as training does, and what to do.
 _REMEDIES = {
@@ -80,21 +81,29 @@ def write(
         run: the run that the encoder was trained in, for its recipe and scores; None if unknown.
         licence: an SPDX identifier, such as apache-2.0.
     """
-    dim = manifest["dim"]
-    sections = [
-        _front_matter(format, licence),
-        f"# Image-text encoder, {dim}-d\n",
-        f"Maps images and texts to {dim}-d embeddings; their cosine similarity scores how well they match. Embeddings "
-        f"can be truncated to fewer dims and renormalised. {_nested_dims(manifest)}\n",
-        f"## Usage\n\n{format.usage.replace('FOLDER', name)}",
-        f"## Source\n\n{_contract(manifest)}",
-        f"## Preprocessing\n\n{_preprocessing(manifest)}",
-        _variants(manifest),
-        _evaluation(run, manifest, name),
-        _recipe(run, manifest),
-        _limits(manifest, licence),
-    ]
-    (folder / CARD).write_text("\n".join(section for section in sections if section))
+    contract, source = manifest["contract"], manifest["source"]
+    about = source.get("rotated_from", source)
+    rotated = manifest.get("rotation") is not None or "rotated_from" in source
+    templates = Environment(  # noqa: S701 (Markdown has no HTML to escape)
+        loader=FileSystemLoader(Path(__file__).parent / "card_template"), trim_blocks=True, keep_trailing_newline=True
+    )
+    templates.filters["e"] = lambda value: f"{value:.0e}"
+    text = templates.get_template("card.md").render(
+        m=manifest,
+        name=name,
+        contract=contract,
+        about=about,
+        rotated=rotated,
+        licence=licence,
+        run=run,
+        front_matter=_front_matter(format, licence),
+        nested_dims=_nested_dims(manifest, rotated),
+        texts=_text_errors(contract),
+        images=_image_errors(contract),
+        remedies=[(kind, _REMEDIES[kind]) for kind in _special_images(contract) if kind in _REMEDIES],
+        **({} if run is None else {**_evaluation(run, manifest), **_recipe(run)}),
+    )
+    (folder / CARD).write_text(text)
 
 
 def _front_matter(format: Format, licence: str | None) -> str:
@@ -105,143 +114,38 @@ def _front_matter(format: Format, licence: str | None) -> str:
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["clip", "image-text-retrieval", "matryoshka", "feature-extraction", "mmrl"],
     }
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+    return yaml.safe_dump(fields, sort_keys=False)
 
 
-def _is_rotated(manifest: dict[str, Any]) -> bool:
-    """Whether `mmrl rotate` rotated the encoder, or the one that it was truncated from."""
-    return manifest.get("rotation") is not None or "rotated_from" in manifest["source"]
-
-
-def _nested_dims(manifest: dict[str, Any]) -> str:
+def _nested_dims(manifest: dict[str, Any], rotated: bool) -> str:
     """The trained dims, and whether the encoder's own is one of them."""
     dim, nested = manifest["dim"], sorted(manifest["nested_dims"], reverse=True)
     listed = ", ".join(map(str, nested)) or f"none up to {dim}"
     own = f" This encoder's own dim, {dim}, is not one of them." if nested and dim not in nested else ""
-    if _is_rotated(manifest):
-        return (
-            f"Nested dims: {listed}, those of `mmrl rotate`, which rotated the embedding of a trained model without "
-            f"training it.{own}"
-        )
-    return f"Trained dims: {listed}.{own}"
+    by_rotation = ", those of `mmrl rotate`, which rotated the embedding of a trained model without training it"
+    return f"Nested dims: {listed}{by_rotation}.{own}" if rotated else f"Trained dims: {listed}.{own}"
 
 
-def _contract(manifest: dict[str, Any]) -> str:
-    contract, source = manifest["contract"], manifest["source"]
-    image, text = (f"{contract['end_to_end_cosine_error'][modality]['mean']:.0e}" for modality in ("image", "text"))
-    samples = contract["samples"]
-    about = source.get("rotated_from", source)
-    step = f", step {about['step']:,}" if "step" in about else ""
-    rotated = ", rotated by `mmrl rotate`" if _is_rotated(manifest) else ""
-    whose = "the rotated encoder's" if rotated else "its"
-    return (
-        f"Exported from `{about.get('run', source['model'])}`{step}{rotated}. The embeddings equal {whose} "
-        f"{source['dim']}-d embeddings, truncated to "
-        f"{manifest['dim']} dims and renormalised. Checked at export with {contract['checked_by']} on "
-        f"{samples['count']} samples of {samples['set']}: on equal pixels and token ids the maximum difference of a "
-        f"value is {contract['worst_absolute_difference']:.0e}; end to end, from image file and text to embedding, the "
-        f"mean cosine error is {image} for images and {text} for texts.\n\n"
-        "Only the projections were truncated, so the encoder is as fast as its source.\n"
-    )
-
-
-def _preprocessing(manifest: dict[str, Any]) -> str:
-    """What the tool makes of difficult inputs, and what to do about it."""
-    contract = manifest["contract"]
-    lines = [f"- {line[0].upper()}{line[1:]}." for line in (_text_errors(contract), _image_errors(contract))]
-    if contract["hard_texts"]["tokenised_differently"]:
-        lines[0] += " Clean such texts first: `html.unescape(html.unescape(ftfy.fix_text(text)))`."
-    special = _special_images(contract)
-    lines[1] += "".join(f" If {kind}: {_REMEDIES[kind]} first." for kind in special if kind in _REMEDIES)
-    kinds = ", ".join(contract["hard_images_cosine_error"])
-    return (
-        f"From image and text to embedding, compared with training's preprocessing, with {contract['checked_by']} on "
-        "typographic, escaped and long texts of many scripts, and on one image of each kind that has another size than "
-        f"the encoder's ({kinds}):\n\n" + "\n".join(lines) + "\n"
-    )
-
-
-def _variants(manifest: dict[str, Any]) -> str:
-    if not manifest.get("variants"):
-        return ""
-    lines = ["| variant | MB | cosine error, images | texts | relative recall loss |", "|---|---:|---:|---:|---:|"]
-    for name, one in manifest["variants"].items():
-        image, text = (f"{one['cosine_error'][modality]['mean']:.0e}" for modality in ("image", "text"))
-        recall = one.get("recall")
-        loss = f"{100 * recall['relative_loss']:.1f} % on {recall['set']}" if recall else "not measured"
-        default = " (default)" if name == manifest["graphs"]["default"] else ""
-        lines.append(f"| {name}{default} | {one['megabytes']} | {image} | {text} | {loss} |")
-    return (
-        "## Variants\n\n"
-        + "\n".join(lines)
-        + "\n\n`int8` embeddings depend slightly on the other inputs of their batch, because the range of the "
-        "activations is computed per batch: they are not reproducible to the bit.\n"
-    )
-
-
-def _evaluation(run: Path | None, manifest: dict[str, Any], name: str) -> str:
-    """The run's scores at dims up to the encoder's, if the run stored them for the exported step."""
-    step = manifest["source"].get("step")
-    if run is None:
-        return ""
+def _evaluation(run: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The run's scores of the exported step, if it stored them: its tables of dims up to the encoder's, and whether its
+    own dim is among them."""
+    step, dim, tables = manifest["source"].get("step"), manifest["dim"], []
     stored = [path / "retrieval.json" for path in (run / "checkpoints" / f"step-{step}", run)]
-    results = [json.loads(path.read_text()) for path in stored if path.is_file()]
+    results = [parse_json(path.read_text()) for path in stored if path.is_file()]
     # The run's own file may hold scores of another step, or of `mmrl eval --out RUN`, which names no step.
-    result = next((one for one in results if step is not None and one.get("step") == step), None)
-    if result is None:
-        return (
-            "## Evaluation\n\n"
-            f"The run has no stored scores of the exported step{'' if step is None else f' ({step:,})'}. To measure "
-            f"them: `mmrl eval {name} SHARDS`.\n"
-        )
-    dim, tables = manifest["dim"], []
-    for set_name, scores in result["sets"].items():
-        kept = {d: values for d, values in scores["dims"].items() if int(d) <= dim}
-        if kept:
-            tables.append(recall_markdown(set_name, {**scores, "dims": kept}))
-    if tables:
-        tables.insert(0, f"Scores of step {step:,} on the run's evaluation sets:\n")
-    if any(str(dim) not in scores["dims"] for scores in result["sets"].values()):
-        tables.append(f"The run was not evaluated at {dim} dims. To measure them: `mmrl eval {name} SHARDS`.\n")
-    return "## Evaluation\n\n" + "\n".join(tables)
+    scores = next((one["sets"] for one in results if step is not None and one.get("step") == step), {})
+    for set_name, one in scores.items():
+        if kept := {d: values for d, values in one["dims"].items() if int(d) <= dim}:
+            tables.append(recall_markdown(set_name, {**one, "dims": kept}))
+    return {"scores": scores, "tables": tables, "measured": all(str(dim) in one["dims"] for one in scores.values())}
 
 
-def _recipe(run: Path | None, manifest: dict[str, Any]) -> str:
-    if run is None:
-        return "## Data and recipe\n\nNot recorded: this encoder was not exported from a checkpoint in a run folder.\n"
+def _recipe(run: Path) -> dict[str, Any]:
+    """What the run was trained on, and its config."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     recipe = {name: config[name] for name in _RECIPE_SECTIONS if name in config}
-    shards = config.get("data", {}).get("train") or [one.get("shards") for one in config["data"].get("sources", [])]
-    text = yaml.safe_dump(recipe, sort_keys=False)
-    step = manifest["source"].get("step")
-    what = "Trained" if step is None else f"Step {step:,} of a run"
-    at_end = (
-        "`rotate_at_end` rotated the run's last step only. " if recipe.get("nesting", {}).get("rotate_at_end") else ""
-    )
-    return f"## Data and recipe\n\n{what} with mmrl on `{shards}`. {at_end}The run's config:\n\n```yaml\n{text}```\n"
-
-
-def _transparency(image: dict[str, Any]) -> list[str]:
-    if image.get("background") is None:
-        return ["- Transparency is ignored: the colours that it hides are shown."]
-    return [
-        f"- `mmrl.load` and `encoder.py` show transparent pixels on the RGB colour {image['background']}. The "
-        "preprocessing of other tools has no such setting: composite such images first."
-    ]
-
-
-def _limits(manifest: dict[str, Any], licence: str | None) -> str:
-    image, length = manifest["image"], manifest["tokenizer"]["context_length"]
-    kind = "nested" if _is_rotated(manifest) else "trained"
-    lines = [
-        f"- Images are resized to {image['height']}×{image['width']} pixels (resize mode {image['resize_mode']}); "
-        f"texts are truncated to {length} tokens.",
-        *_transparency(image),
-        "- Scores on data unlike the training data are unknown until measured (`mmrl eval`). The encoder has the "
-        "biases of its training data.",
-        f"- Embeddings can be truncated to any dim from 1 to {manifest['dim']}. Between two {kind} dims, recall is "
-        "usually between theirs; below the smallest it falls quickly.",
-    ]
-    if licence is None:
-        lines.append("- The licence was not stated at export; the terms of the training data may apply.")
-    return "## Limits\n\n" + "\n".join(lines) + "\n"
+    return {
+        "shards": config.get("data", {}).get("train") or [one["shards"] for one in config["data"].get("sources", [])],
+        "recipe": yaml.safe_dump(recipe, sort_keys=False),
+        "rotate_at_end": recipe.get("nesting", {}).get("rotate_at_end"),
+    }

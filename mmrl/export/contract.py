@@ -57,6 +57,31 @@ class Reopened:
     token_ids: Callable[[list[str]], list[list[int]]]
     """The tool's token ids, with or without padding at their end."""
 
+    @classmethod
+    def of_torch(
+        cls,
+        tool: str,
+        encode_image: Callable[[torch.Tensor], torch.Tensor],
+        encode_text: Callable[[torch.Tensor], torch.Tensor],
+        normalise: Callable[[torch.Tensor], torch.Tensor],
+        prepare: Callable[[Image.Image], torch.Tensor],
+        tokenise: Callable[[list[str]], torch.Tensor],
+    ) -> "Reopened":
+        """A torch model: `encode_image` takes what `normalise` makes of uint8 pixels, or `prepare` of an image."""
+
+        @torch.inference_mode()
+        def run(encode: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> np.ndarray:
+            return encode(inputs).numpy()
+
+        return cls(
+            tool,
+            pixels=lambda pixels_BCHW: run(encode_image, normalise(pixels_BCHW)),
+            tokens=lambda tokens_BL: run(encode_text, tokens_BL),
+            images=lambda images: run(encode_image, torch.stack([prepare(image) for image in images])),
+            texts=lambda texts: run(encode_text, tokenise(texts)),
+            token_ids=lambda texts: tokenise(texts).tolist(),
+        )
+
 
 def read_samples(shards: str | None) -> Samples:
     """Reads samples evenly spread over a set, by default over the starter set's validation images.
@@ -172,23 +197,16 @@ class Reference:
         self, embedded: dict[str, np.ndarray], dim: int, max_error: float, problem: str
     ) -> dict[str, Any]:
         """The cosine errors by modality; raises RunStopped with `problem` ({}: the modality) beyond `max_error`."""
-        errors = {
-            modality: cosine_error(embedded[modality], expected_Bd)
-            for modality, expected_Bd in zip(("image", "text"), self.prefix(dim), strict=True)
-        }
-        for modality, error in errors.items():
-            if not error["mean"] <= max_error:  # so that NaN fails
+        errors: dict[str, Any] = {"allowed_mean": max_error}
+        for modality, expected_Bd in zip(("image", "text"), self.prefix(dim), strict=True):
+            error_B = cosine_errors(embedded[modality], expected_Bd)
+            errors[modality] = {"mean": float(error_B.mean()), "worst": float(error_B.max())}
+            if not error_B.mean() <= max_error:  # so that NaN fails
                 raise RunStopped(
-                    f"{problem.format(modality)}: mean cosine error {error['mean']:.1e}, more than the {max_error} "
+                    f"{problem.format(modality)}: mean cosine error {error_B.mean():.1e}, more than the {max_error} "
                     "allowed; nothing was written."
                 )
-        return {**errors, "allowed_mean": max_error}
-
-
-def cosine_error(vectors_Nd: np.ndarray, expected_Nd: np.ndarray) -> dict[str, float]:
-    """1 - cosine of the rows, as {"mean": …, "worst": …}; never below 0."""
-    error_N = cosine_errors(vectors_Nd, expected_Nd)
-    return {"mean": float(error_N.mean()), "worst": float(error_N.max())}
+        return errors
 
 
 def cosine_errors(vectors_Nd: np.ndarray, expected_Nd: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ int8 look far better than it is.
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from mmrl.data.sources import open_reader
@@ -46,22 +47,13 @@ class Recall:
         graphs = OnnxModel(folder.pixels, folder.tokens)
         encoder = EvaluatedEncoder(graphs, self._full.image_spec, self._full.tokenise, dim, self._full.nested_dims)
         variant = sets.score(sets.embed(self._reader, encoder), [dim], _KS)["dims"][str(dim)]
-        losses = [1 - _mean(variant, f"R@{k}") / max(_mean(source, f"R@{k}"), 1e-12) for k in _KS]
-        return {
-            "set": self._shards,
-            "count": len(self._source.keys),
-            "source": _recalls(source),
-            "variant": _recalls(variant),
-            "relative_loss": max(losses),
+        recalls = {
+            name: {direction: {f"R@{k}": one[f"R@{k}"] for k in _KS} for direction, one in scores.items()}
+            for name, scores in (("source", source), ("variant", variant))
         }
-
-
-def _mean(by_direction: dict[str, dict[str, float]], metric: str) -> float:
-    return sum(scores[metric] for scores in by_direction.values()) / len(by_direction)
-
-
-def _recalls(by_direction: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {name: {f"R@{k}": scores[f"R@{k}"] for k in _KS} for name, scores in by_direction.items()}
+        means = {name: [fmean(one[f"R@{k}"] for one in by.values()) for k in _KS] for name, by in recalls.items()}
+        losses = [1 - new / max(old, 1e-12) for old, new in zip(means["source"], means["variant"], strict=True)]
+        return {"set": self._shards, "count": len(self._source.keys), **recalls, "relative_loss": max(losses)}
 
 
 def default_variant(variants: dict[str, dict[str, Any]], preferred: Sequence[str]) -> str:

@@ -83,32 +83,29 @@ class VariableLengthText(nn.Module):
         return x if self.projection is None else self.projection(x)
 
 
-def write_image(
-    encoder: ProjectedTower, spec: ImageSpec, path: Path, *, raw: bool, names: tuple[str, str], external: bool
-) -> None:
-    """Writes the image tower's graph; `names` are those of its input and output.
+def write_image(encoder: ProjectedTower, spec: ImageSpec, path: Path, *, raw: bool) -> None:
+    """Writes the image tower's graph, image_embeds.
 
     Args:
-        raw: the graph takes uint8 pixels and normalises them itself.
-        external: write the weights to a separate file (ONNX external data), here and in the functions below.
+        raw: the graph takes uint8 `pixels` and normalises them itself, and its weights are in a separate file (ONNX
+            external data); else it takes normalised `pixel_values`.
     """
-    prepare = spec.normalise if raw else None
-    graph = UnitVectors(ProjectedTower(encoder.tower, encoder.projection, prepare)).eval()
+    graph = UnitVectors(ProjectedTower(encoder.tower, encoder.projection, spec.normalise if raw else None)).eval()
     example = torch.zeros(3, 3, spec.height, spec.width, dtype=torch.uint8 if raw else torch.float32)
-    _export(graph, example, {0: _batch()}, path, names, external)
+    names = ("pixels" if raw else "pixel_values", "image_embeds")
+    _export(graph, example, {0: _batch()}, path, names, external=raw)
 
 
-def write_text(
-    encoder: ProjectedTower, context_length: int, path: Path, *, names: tuple[str, str], external: bool
-) -> bool:
-    """Writes the text tower's graph; returns whether it takes texts shorter than the context length."""
+def write_text(encoder: ProjectedTower, context_length: int, path: Path, *, external: bool) -> bool:
+    """Writes the text tower's graph, input_ids -> text_embeds; returns whether it takes texts shorter than the context
+    length."""
     any_length = VariableLengthText.supports(encoder)
     graph = UnitVectors(VariableLengthText(encoder) if any_length else encoder).eval()
     example = torch.ones(3, context_length, dtype=torch.int64)
     dynamic = {0: _batch()}
     if any_length:
         dynamic[1] = torch.export.Dim("length", min=2, max=context_length)
-    _export(graph, example, dynamic, path, names, external)
+    _export(graph, example, dynamic, path, ("input_ids", "text_embeds"), external)
     return any_length
 
 

@@ -7,7 +7,6 @@ Shapes: C = 3 colour channels, or 4 with alpha if a pixel is transparent; H and 
 """
 
 import functools
-import io
 import warnings
 from mimetypes import MimeTypes
 from typing import Any
@@ -90,10 +89,11 @@ def _by_simplejpeg(data: bytes, min_size: tuple[int, int] | None) -> Any:
         height, width = int(tall), int(wide)
         if colour_space not in ("YCbCr", "Gray") or height * width > upright.MAX_PIXELS or _is_rotated(data):
             return None
+        upright.check_scans(data, width, height)
         reduction = 1 if min_size is None else upright.max_reduction(height, width, min_size)
         options = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)} if reduction > 1 else {}
         return simplejpeg.decode_jpeg(data, "RGB", **options)  # pyright: ignore[reportArgumentType]
-    except Exception:  # Pillow decides whether the file is damaged
+    except Exception:  # Pillow decides whether the file is damaged, and open_upright whether it is refused
         return None
 
 
@@ -102,4 +102,4 @@ def _is_rotated(data: bytes) -> bool:
     if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:
         return False
     with warnings.catch_warnings(action="ignore"):
-        return upright.orientation(Image.open(io.BytesIO(data), formats=("JPEG",))) is not None
+        return upright.orientation(Image.open(upright.LimitedFile(data), formats=("JPEG",))) is not None

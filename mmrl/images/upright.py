@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -25,6 +26,12 @@ else:
 # Larger images are rejected without decoding, as protection against decompression bombs. Product photos have fewer than
 # 64 megapixels. Decoding takes up to 20 bytes per pixel, and resizing 64 per pixel of the longer side.
 MAX_PIXELS, MAX_SIDE = 64_000_000, 1_000_000
+# Bounds on the time of decoding, in counts, so that each machine refuses the same files. Within them a file takes a few
+# seconds at the most. Each scan of a JPEG costs time for all its pixels, even if it has none of their data.
+MAX_SCANS, MAX_SCAN_PIXELS = 100, 2_000_000_000
+# Segments, chunks and strips that Pillow reads one by one; pixels and bytes of the kinds that it decodes in Python.
+MAX_PIECES, MAX_SLOW_SIZE = 250_000, 4_000_000
+_SLOW_DECODERS = ("bmp_rle", "fits_gzip", "ppm", "ppm_plain")
 # An allow-list, in the order in which they are tried. It leaves out formats for which Pillow starts other programs
 # (EPS), that have no signature, or whose decoder is slow Python code.
 FORMATS = (
@@ -46,7 +53,16 @@ _TIFF_TAGS = (
     *range(254, 260), 262, 266, *range(273, 280), 284, 292, 293, 317, *range(320, 326), *range(338, 342), 347,
     *range(529, 533),
 )  # fmt: skip
+# A marker of a JPEG that is followed by a segment; in the data of scans FF stands before 00 and restart markers only.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class SlowImage(ValueError):
+    """An image would take too long to decode."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"too slow a picture: {reason}; save it anew, as PNG or JPEG")
 
 
 @functools.cache
@@ -71,11 +87,13 @@ def open_upright(data: bytes, min_size: "tuple[int, int] | None" = None) -> Imag
             becomes smaller than this.
 
     Raises:
-        ValueError: not an image in one of FORMATS, damaged, or larger than MAX_PIXELS or MAX_SIDE.
+        ValueError: not an image in one of FORMATS, damaged, larger than MAX_PIXELS or MAX_SIDE, or SlowImage.
     """
     try:
         try:
             return _open(data, min_size)
+        except SlowImage:
+            raise
         except Exception:
             sound = without_metadata(data)
             if sound == data:
@@ -83,8 +101,10 @@ def open_upright(data: bytes, min_size: "tuple[int, int] | None" = None) -> Imag
             return _open(sound, min_size)
     except Image.UnidentifiedImageError:
         raise ValueError(f"no picture in a known format: not one of {', '.join(readable_formats())}") from None
-    except ValueError:
-        raise
+    except ValueError as error:
+        if "\n" not in str(error):
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"too large a picture: {error}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise many kinds
@@ -94,14 +114,73 @@ def open_upright(data: bytes, min_size: "tuple[int, int] | None" = None) -> Imag
 def _open(data: bytes, min_size: "tuple[int, int] | None") -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damage that it can repair
-        image = Image.open(io.BytesIO(data), formats=readable_formats())
+        if _tiff_strips(data) > MAX_PIECES:
+            raise SlowImage(f"more than {MAX_PIECES:,} strips or tiles")
+        file = LimitedFile(data)
+        image = Image.open(file, formats=readable_formats())
         check_size(*image.size)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(data, *image.size)
+        if any(tile[0] in _SLOW_DECODERS for tile in getattr(image, "tile", ())):
+            if max(image.width * image.height, len(data)) > MAX_SLOW_SIZE:
+                raise SlowImage(f"a rare kind of {image.format} with more than {MAX_SLOW_SIZE:,} pixels or bytes")
+            file.reads_left = 2 * MAX_SLOW_SIZE
         # For an image inside another one (ICO), whose size is not known before.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if min_size is not None:
             reduction = max_reduction(image.height, image.width, min_size)
             image.draft(None, (image.width // reduction, image.height // reduction))
         return upright(image)
+
+
+class LimitedFile(io.BytesIO):
+    """A file in memory of which only a number of pieces can be read. Raises SlowImage for more."""
+
+    reads_left = 4 * MAX_PIECES
+
+    def read(self, size: "int | None" = -1) -> bytes:
+        """As BytesIO.read."""
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise SlowImage(f"more than {MAX_PIECES:,} segments, chunks or strips")
+        return super().read(size)
+
+
+def check_scans(data: bytes, width: int, height: int) -> None:
+    """Raises SlowImage if a JPEG of this size has more scans than MAX_SCANS, or MAX_SCAN_PIXELS in all of them."""
+    limit = min(MAX_SCANS, max(1, MAX_SCAN_PIXELS // (width * height)))
+    if data.count(b"\xff\xda") <= limit:  # an upper bound: metadata and what follows the image count too
+        return
+    scans, start = 0, 2
+    for _ in range(MAX_PIECES):
+        found = _JPEG_MARKER.search(data, start)
+        if found is None or found[1] == b"\xd9":  # end of the image
+            return
+        scans += found[1] == b"\xda"
+        if scans > limit:
+            raise SlowImage(f"more than {limit:,} scans of {width}x{height} pixels")
+        start = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2]))
+    raise SlowImage(f"more than {MAX_PIECES:,} segments")
+
+
+def _tiff_strips(data: bytes) -> int:
+    """The number of strips or tiles that the first page of a TIFF names; 0 for malformed and other files."""
+    order = {b"II": "<", b"MM": ">"}.get(data[:2], "")
+    with contextlib.suppress(struct.error):
+        if order and data[2:4] in (b"*\0", b"\0*"):
+            start, first, entry = struct.unpack_from(order + "I", data, 4)[0], "H", "HHI4x"
+        elif order and data[2:4] in (b"+\0", b"\0+"):  # BigTIFF
+            start, first, entry = struct.unpack_from(order + "Q", data, 8)[0], "Q", "HHQ8x"
+        else:
+            return 0
+        count = struct.unpack_from(order + first, data, start)[0]
+        size = struct.calcsize(order + entry)
+        start += struct.calcsize(order + first)
+        entries = struct.iter_unpack(
+            order + entry, data[start : start + size * min(count, (len(data) - start) // size)]
+        )
+        return max((number for tag, _, number in entries if tag in (273, 324)), default=0)
+    return 0
 
 
 def without_metadata(data: bytes) -> bytes:

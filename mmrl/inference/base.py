@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from mmrl.errors import InputError
-
 if TYPE_CHECKING:
     import torch
 
@@ -53,14 +51,3 @@ class LoadedEncoder(ABC):
         Raises:
             InputError: `texts` is a single string, or the text tower was not loaded.
         """
-
-
-def check_text_list(texts: Sequence[str]) -> None:
-    """Raises InputError if `texts` is a single string instead of a list of strings."""
-    if isinstance(texts, str):
-        raise InputError(f"encode_texts: want a list of texts, got the single text {texts[:40]!r}; wrap it in [ ].")
-
-
-def tower_not_loaded(modality: str) -> InputError:
-    """The error of a call that needs a tower which was not loaded."""
-    return InputError(f"encode_{modality}s: this tower was not loaded; load with towers='both' or {modality!r}.")

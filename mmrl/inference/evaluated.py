@@ -61,14 +61,12 @@ def open_encoder(model: str) -> EvaluatedEncoder:
     if isinstance(source, StoredModel) and read_manifest(source.folder)["layout"] in GRAPH_LAYOUTS:
         from mmrl.inference.onnx_encoder import open_onnx
 
-        onnx = open_onnx(source.folder, dim=None, device=None, dtype=None, towers="both", variant=None)
-        return EvaluatedEncoder(
-            OnnxModel(onnx.encode_pixels, onnx.encode_tokens),
-            onnx.image_spec,
-            onnx.tokenise,
-            onnx.dim,
-            onnx.nested_dims,
-            onnx.variant,
-        )
+        onnx = open_onnx(source.folder)
+        graphs = OnnxModel(onnx.encode_pixels, onnx.encode_tokens)
+
+        def tokenise(texts: list[str]) -> Tensor:
+            return torch.from_numpy(onnx.tokenise(texts))
+
+        return EvaluatedEncoder(graphs, onnx.image_spec, tokenise, onnx.dim, onnx.nested_dims, onnx.variant)
     opened = bundle.open_model(source)
     return EvaluatedEncoder(opened.model, opened.image_spec, opened.tokenise, opened.dim, opened.nested_dims)

@@ -1,7 +1,7 @@
 """Encodes images and texts as unit vectors with the graphs of ONNX or OpenVINO. Imports neither torch nor mmrl.
 
-This file is copied into every export of graphs as encoder.py, with mmrl/images/upright.py in place of its import. It
-needs Python 3.10, numpy, Pillow 10.3, ftfy, tokenizers and onnxruntime or openvino:
+This file is copied into every export of graphs as encoder.py, with mmrl/images/upright.py and ValueError in place of
+the imports from mmrl. It needs Python 3.10, numpy, Pillow 10.3, ftfy, tokenizers and onnxruntime or openvino:
 
     from encoder import Encoder
 
@@ -19,6 +19,8 @@ Shapes: N inputs, d embedding dim, C = 3 channels, H and W the graph's image siz
 import hashlib
 import html
 import json
+import mmap
+import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from mmrl.errors import InputError
 from mmrl.images.upright import composite, fit, open_upright, upright
 
 ImageInput = Image.Image | str | Path | bytes
@@ -66,13 +69,14 @@ class Encoder:
         self.graphs: dict[str, Any] = self.manifest["graphs"]
         self.variant = variant or self.graphs["default"]
         if self.variant not in self.graphs["image"]:
-            raise ValueError(
+            raise InputError(
                 f"variant: {self.folder} has no {self.variant!r}; it has {', '.join(self.graphs['image'])}."
             )
         full = self.manifest["dim"]
         self.dim = full if dim is None else dim
         if not 1 <= self.dim <= full:
-            raise ValueError(f"dim: {self.dim} is out of range; this embedding has dims 1 to {full}.")
+            raise InputError(f"dim: {self.dim} is out of range; this embedding has dims 1 to {full}.")
+        self.nested_dims = tuple(d for d in self.manifest["nested_dims"] if d <= self.dim)
         self._graphs = {
             side: self._open(self.graphs[side][self.variant], device, threads)
             for side in ("image", "text")
@@ -92,9 +96,9 @@ class Encoder:
         """
         return self._encode("image", _chunks(images, batch_size), lambda chunk: np.stack([*map(self.pixels, chunk)]))
 
-    def encode_pixels(self, pixels_NCHW: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    def encode_pixels(self, pixels_NCHW: Any, batch_size: int = 64) -> np.ndarray:
         """uint8 pixels (N, C, H, W), resized by `pixels` -> float32 unit vectors (N, d)."""
-        return self._encode("image", _chunks(pixels_NCHW, batch_size), np.asarray)
+        return self._encode("image", _chunks(pixels_NCHW, batch_size), np.ascontiguousarray)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
@@ -102,18 +106,17 @@ class Encoder:
         Raises:
             ValueError: `texts` is a single string, or the text tower was not loaded.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"encode_texts: want a list of texts, got the single text {texts[:40]!r}; wrap it in [ ].")
+        check_text_list(texts)
         return self._encode("text", _chunks(texts, batch_size), self.tokenise)
 
-    def encode_tokens(self, tokens_NL: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    def encode_tokens(self, tokens_NL: Any, batch_size: int = 64) -> np.ndarray:
         """int64 token ids (N, L) from `tokenise` -> float32 unit vectors (N, d)."""
-        return self._encode("text", _chunks(tokens_NL, batch_size), np.asarray)
+        return self._encode("text", _chunks(tokens_NL, batch_size), np.ascontiguousarray)
 
     def tokenise(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int64 token ids (N, L): padded to the context length, or the longest text if the graph allows."""
         if self._tokenizer is None:
-            raise _not_loaded("text")
+            raise tower_not_loaded("text")
         limit = _CHARACTERS_PER_TOKEN * self.manifest["tokenizer"]["context_length"]
         cleaned = [clean(text[:_MOST_CLEANED], self.graphs["clean"])[:limit] for text in texts]
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
@@ -134,10 +137,9 @@ class Encoder:
     def _encode(self, side: str, chunks: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
         run = self._graphs.get(side)
         if run is None:
-            raise _not_loaded(side)
-        normalise = (
-            side == "image" and self.manifest.get("layout") == "transformers.js"
-        )  # other graphs do it themselves
+            raise tower_not_loaded(side)
+        # Other graphs normalise pixels themselves.
+        normalise = side == "image" and self.manifest.get("layout") == "transformers.js"
         rows = [np.zeros((0, self.dim), np.float32)]
         for chunk in chunks:
             inputs = prepare(chunk)
@@ -155,30 +157,53 @@ class Encoder:
 
     def _open(self, name: str, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
         graph = self._checked_path(name)
-        for weights in (f"{name}.data", Path(name).with_suffix(".bin").as_posix()):
-            if weights in self.manifest["files"]:  # which the runtime reads from the same folder
-                self._checked_path(weights)
+        weights = [Path(name).with_suffix(".bin").name] if graph.suffix == ".xml" else _named_weights(graph)
+        for one in weights:  # which the runtime reads
+            self._checked_path((Path(name).parent / one).as_posix())
         try:
             return (_open_vino if graph.suffix == ".xml" else _open_onnx)(graph, device, threads)
         except ValueError:
             raise
         except Exception as error:  # the runtimes' exceptions have no common base class
-            raise ValueError(f"{graph} cannot be opened: {' '.join(str(error).split())}") from error
+            raise InputError(f"{graph} cannot be opened: {' '.join(str(error).split())}") from error
 
     def _checked_path(self, name: str) -> Path:
-        """The path of a file in the folder; raises ValueError unless its SHA-256 equals the one in the manifest."""
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{self.folder / 'manifest.json'} names {name!r}, which is outside its folder.")
-        path, digest = self.folder / name, hashlib.sha256()
+        """The path of a file inside the folder; raises ValueError unless its SHA-256 equals the one in the manifest."""
+        path, root, digest = self.folder / name, self.folder.resolve(), hashlib.sha256()
+        # In the cache of a hub, files are links to a folder of the repository's contents.
+        roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
+        if ".." in Path(name).parts or not any(path.resolve().is_relative_to(one) for one in roots):
+            raise InputError(f"{self.folder / 'manifest.json'} names {name!r}, which is outside its folder.")
+        if name not in self.manifest["files"]:
+            raise InputError(f"{self.folder / 'manifest.json'} has no hash of {name}; export the encoder again.")
         try:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
         except FileNotFoundError:
-            raise ValueError(f"{self.folder} is incomplete: {name} is missing.") from None
-        if digest.hexdigest() != self.manifest["files"].get(name):
-            raise ValueError(f"{path} is not the file that manifest.json was written for; export the encoder again.")
+            raise InputError(f"{self.folder} is incomplete: {name} is missing.") from None
+        if digest.hexdigest() != self.manifest["files"][name]:
+            raise InputError(f"{path} is not the file that manifest.json was written for; export the encoder again.")
         return path
+
+
+def _named_weights(graph: Path) -> set[str]:
+    """The files with weights that an ONNX graph names: the entries `location` of its tensors' external data.
+
+    Found by their encoding, because onnxruntime cannot list them. A name in any other encoding is refused.
+    """
+    names, found = set(), 0
+    if not graph.stat().st_size:
+        raise InputError(f"{graph} is empty; export the encoder again.")
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for entry in re.finditer(rb"j(.)\n\x08location\x12(.)", data, re.DOTALL):
+            length = entry[2][0]
+            if length < 128 and entry[1][0] == length + 12:  # nothing else is in the entry
+                names.add(data[entry.end() : entry.end() + length].decode("utf-8", "replace"))
+                found += 1
+        if found != sum(1 for _ in re.finditer(b"location", data)):
+            raise InputError(f"{graph} names files in an unknown way; export the encoder again.")
+    return names
 
 
 def _open_onnx(graph: Path, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -190,7 +215,7 @@ def _open_onnx(graph: Path, device: str, threads: int | None) -> Callable[[np.nd
         options.intra_op_num_threads = threads
     if device != "cpu":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise ValueError(f"device: this onnxruntime has no {device!r}; pip install onnxruntime-gpu, or use 'cpu'.")
+            raise InputError(f"device: this onnxruntime has no {device!r}; pip install onnxruntime-gpu, or use 'cpu'.")
         providers.insert(0, "CUDAExecutionProvider")
     session = onnxruntime.InferenceSession(graph, options, providers=providers)
     name = session.get_inputs()[0].name
@@ -222,11 +247,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"{folder} is not an encoder: it has no manifest.json.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'manifest.json'} is not JSON ({error}); export the encoder again.") from None
-    if manifest.get("format") != "mmrl-bundle" or manifest.get("version") != 2 or "graphs" not in manifest:
-        raise ValueError(f"{folder / 'manifest.json'} is not the manifest of an mmrl ONNX export, version 2.")
+        raise InputError(f"{folder} is not an encoder: it has no manifest.json.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / 'manifest.json'} is not JSON ({error}); export the encoder again.") from None
+    kinds = {"dim": int, "nested_dims": list, **dict.fromkeys(("files", "graphs", "image", "tokenizer"), dict)}
+    is_export = isinstance(manifest, dict) and (manifest.get("format"), manifest.get("version")) == ("mmrl-bundle", 2)
+    if not is_export or any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        raise InputError(f"{folder / 'manifest.json'} is not the manifest of an mmrl ONNX export, version 2.")
     return manifest
 
 
@@ -242,12 +269,19 @@ def _open_image(source: ImageInput) -> Image.Image:
             return upright(source)
         return open_upright(source if isinstance(source, bytes) else Path(source).read_bytes())
     except Exception as error:  # of an opened image, Pillow's decoders raise many kinds
-        raise ValueError(f"image {name}: {error}") from None
+        raise InputError(f"image {name}: {error}") from None
 
 
 def _chunks(inputs: Any, size: int) -> Iterable[Any]:
     return (inputs[start : start + size] for start in range(0, len(inputs), size))
 
 
-def _not_loaded(side: str) -> ValueError:
-    return ValueError(f"encode_{side}s: this tower was not loaded; load with towers='both' or {side!r}.")
+def check_text_list(texts: Sequence[str]) -> None:
+    """Raises ValueError if `texts` is a single string instead of a list of strings."""
+    if isinstance(texts, str):
+        raise InputError(f"encode_texts: want a list of texts, got the single text {texts[:40]!r}; wrap it in [ ].")
+
+
+def tower_not_loaded(side: str) -> InputError:
+    """The error of a call that needs a tower which was not loaded."""
+    return InputError(f"encode_{side}s: this tower was not loaded; load with towers='both' or {side!r}.")

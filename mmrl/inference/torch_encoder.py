@@ -14,7 +14,8 @@ from mmrl.errors import InputError
 from mmrl.images.decode import decode_pixels, to_tensor
 from mmrl.images.image_spec import ImageSpec
 from mmrl.images.upright import upright
-from mmrl.inference.base import ImageInput, LoadedEncoder, check_text_list, tower_not_loaded
+from mmrl.inference.base import ImageInput, LoadedEncoder
+from mmrl.inference.standalone import check_text_list, tower_not_loaded
 from mmrl.model import bundle
 from mmrl.model.source import ModelSource, OpenClipModel
 from mmrl.model.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ logit scale). With probabilities p (a softmax or a sigmoid) and targets t, the g
 Shapes: as in sweep.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,9 +45,10 @@ class Gradients:
 def gradients(
     matrix: LogitMatrix,
     prob: ProbFunction,
-    grad_scale_K: Sequence[float],
+    grad_scale_K: torch.Tensor,
     targets: Targets,
     width: int,
+    distillation: float = 0.0,
     triton_lse: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Gradients:
     """Gradients of the loss with respect to embeddings and logit scales.
@@ -55,18 +56,19 @@ def gradients(
     Args:
         grad_scale_K: the gradient of a logit (base e) is this times (probability - target).
         width: number of embedding dims D; dims beyond the largest nested dim get zero gradient.
+        distillation: its weight, for kernels.py.
         triton_lse: log-sum-exps (base 2) of rows and columns; if given, kernels.py replaces `prob`.
     """
     K, like = len(grad_scale_K), matrix.rows.inverse_norm_Kn
     row_blocks, column_blocks = ([torch.zeros_like(b) for b in side.blocks] for side in (matrix.rows, matrix.columns))
     norm_grads = torch.zeros_like(like), torch.zeros_like(matrix.columns.inverse_norm_Kn)
     # The logits are in base 2; dividing by log2 e gives gradients for base e.
-    grad_scale_K1 = like.new_tensor(grad_scale_K)[:, None] / LOG2_E
+    grad_scale_K1 = grad_scale_K[:, None] / LOG2_E
     tiles = LogitTiles(matrix, targets, num_buffers=K + (3 if triton_lse is None else 0))
     if triton_lse is None:
         product_grads = _product_grads(tiles, prob, grad_scale_K1, targets, norm_grads)
     else:
-        product_grads = _product_grads_by_triton(tiles, triton_lse, grad_scale_K1, norm_grads)
+        product_grads = _product_grads_by_triton(tiles, triton_lse, grad_scale_K1, norm_grads, distillation)
     for tile, k, product_grad_IJ in product_grads:
         x, y = matrix.rows.low_precision_blocks[k][tile.rows], matrix.columns.low_precision_blocks[k][tile.columns]
         product_grad_IJ = product_grad_IJ.to(x.dtype)
@@ -118,6 +120,7 @@ def _product_grads_by_triton(
     lse: tuple[torch.Tensor, torch.Tensor],
     grad_scale_K1: torch.Tensor,
     norm_grads: tuple[torch.Tensor, torch.Tensor],
+    distillation: float,
 ) -> _ProductGrads:
     from mmrl.losses import kernels
 
@@ -127,14 +130,14 @@ def _product_grads_by_triton(
         for _ in tile.products():
             pass
         kernels.write_product_grads(
+            tile,
             tile.stacked_buffers,
             tile.stacked_buffers,
             factors=(tiles.row_factor_Kn[:, rows], tiles.column_factor_Km[:, columns]),
             lse=(lse[0][:, rows], lse[1][:, columns]),
             grad_scale_K=grad_scale_K1[:, 0],
-            groups=tile.groups,
-            diagonal=tile.diagonal,
             norm_grads=(norm_grads[0][:, rows], norm_grads[1][:, columns]),
+            distillation=distillation,
         )
         yield from ((tile, k, tile.buffers[k]) for k in reversed(range(K)))
 

@@ -11,6 +11,7 @@ import torch
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
+from mmrl.hardware import reads_at_once
 from mmrl.losses.sweep import LOG2_E, LogitMatrix, prefix_dots, split_into_blocks
 from mmrl.nesting import Nesting
 
@@ -72,33 +73,31 @@ def per_dim(name: str, value: torch.Tensor | float, dims: Sequence[int], like: t
     if not values.is_floating_point():
         values = values.float()
     ascending = sorted(range(len(dims)), key=lambda i: dims[i])
-    return values.expand(len(dims))[ascending]
+    # Not indexed by the list, which would be copied to the device.
+    return torch.stack([values.expand(len(dims))[i] for i in ascending])
 
 
-def positive_scales(scale_K: torch.Tensor) -> list[float]:
-    """The logit scales as floats. NaN passes: like a NaN embedding it comes from a diverged run, and gives a NaN loss.
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise InputError for a logit scale that is zero, negative or infinite.
 
-    Raises:
-        InputError: a scale is zero, negative or infinite.
+    NaN passes: like a NaN embedding it comes from a diverged run, and gives a NaN loss.
     """
-    scales: list[float] = scale_K.tolist()
     for scale in scales:
         if scale <= 0 or scale == float("inf"):
             raise InputError(f"logit_scale: {scale}; the multiplier must be positive and finite.")
-    return scales
 
 
 def local_logits(
     image_bD: torch.Tensor,
     text_BD: torch.Tensor,
-    scales: Sequence[float],
+    scale_K: torch.Tensor,
     nested: Nesting,
     groups: Sequence[torch.Tensor] = (),
 ) -> LogitMatrix:
     """The logits of the local images with all texts; `groups`, if any, are of the local images and of all texts."""
-    scales = [scale * LOG2_E for scale in scales]
     operands = (split_into_blocks(image_bD, nested.dims), split_into_blocks(text_BD, nested.dims))
-    return LogitMatrix(*operands, scales, comm.local_rows(len(image_bD)).start, *groups)
+    scale_K = (scale_K.detach().double() * LOG2_E).to(operands[0].inverse_norm_Kn)
+    return LogitMatrix(*operands, scale_K, comm.local_rows(len(image_bD)).start, *groups)
 
 
 def gather_groups(groups: Groups | None) -> torch.Tensor | None:
@@ -111,7 +110,7 @@ def gather_groups(groups: Groups | None) -> torch.Tensor | None:
     sides = groups if isinstance(groups, tuple) else (groups,)  # of images and of texts, or of both
     stacked_bGs = torch.stack([group.reshape(len(group), -1) for group in sides], dim=2)
     group_G2B = comm.all_gather_rows(stacked_bGs).permute(1, 2, 0).expand(-1, 2, -1)
-    if not group_G2B.is_cuda:  # there it would synchronise, and a mask takes no time
+    if reads_at_once(group_G2B):
         group_G2B = group_G2B[[bool(_count_equal(key_2B).any()) for key_2B in group_G2B]]
     return group_G2B if len(group_G2B) else None
 
@@ -149,6 +148,7 @@ def _count_equal(key_2B: torch.Tensor) -> torch.Tensor:
 
 def matching_logits(matrix: LogitMatrix) -> torch.Tensor:
     """The logits of the matching pairs, base 2: (K, b)."""
-    columns, scale_K = matrix.matching_columns, matrix.rows.inverse_norm_Kn.new_tensor(matrix.scale_K)
+    columns = matrix.matching_columns
     products_Kb = prefix_dots(matrix.rows.blocks, [y[columns] for y in matrix.columns.blocks])
-    return products_Kb * matrix.rows.inverse_norm_Kn * matrix.columns.inverse_norm_Kn[:, columns] * scale_K[:, None]
+    factors_Kb = matrix.rows.inverse_norm_Kn * matrix.columns.inverse_norm_Kn[:, columns]
+    return products_Kb * factors_Kb * matrix.scale_K[:, None]

@@ -2,15 +2,18 @@
 
 Each rank computes the logits of its local images with all texts. Communication, whatever the number of dims: forward
 one all-gather of the texts, one all-reduce of the columns' exponential sums and one of the loss; backward one
-reduce-scatter of the text gradient. Groups add an all-gather. Logits too large for a shared shift (see softmax.py) add
-two all-reduces of extremes.
+reduce-scatter of the text gradient. Groups add an all-gather. On a GPU, and where logits may be too large for a shared
+shift (see softmax.py), an all-reduce of K numbers decides on the shifts; shifts per row add one of extremes.
+
+On a GPU the host waits once: it reads the scales and the lowest logits of matching pairs together.
 
 Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,11 +21,21 @@ from torch.autograd.function import once_differentiable
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
+from mmrl.hardware import reads_at_once
 from mmrl.losses import inputs, softmax
 from mmrl.losses.backward import gradients
 from mmrl.losses.inputs import Groups, NestedLoss
 from mmrl.losses.softmax import Shift
-from mmrl.losses.sweep import LOG2_E, LogitMatrix, Targets, matmul_precision
+from mmrl.losses.sweep import (
+    LOG2_E,
+    LogitMatrix,
+    Targets,
+    constant,
+    matmul_precision,
+    prefix_dots,
+    split_into_blocks,
+)
+from mmrl.losses.triton_probe import require_triton, triton_problem
 from mmrl.nesting import Nesting
 from mmrl.settings import Settings, machine_field
 
@@ -41,8 +54,8 @@ class InfoNCEOptions(Settings):
     distillation: float = Field(default=0.0, ge=0)
     """Weight of KL(softmax of the largest dim, detached || softmax of the dim), added to each smaller dim's loss."""
     kernels: Literal["auto", "torch", "triton"] = machine_field("auto")
-    """PyTorch operations or fused Triton kernels between the matrix products. The kernels support the plain loss, also
-    with masked groups, in float32 or narrower. 'auto' uses them on a GPU where supported."""
+    """PyTorch operations or fused Triton kernels between the matrix products. 'auto' uses the kernels on a GPU where
+    they run: they need a C compiler, and embeddings in float32 or narrower."""
 
 
 DEFAULT_OPTIONS = InfoNCEOptions()
@@ -88,8 +101,52 @@ def nested_info_nce(
     """
     inputs.check_inputs(image_BD, text_BD, groups, check_finite)
     nested = Nesting.from_dims(dims, weights, image_BD.shape[1])
-    scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_BD)
-    total, by_dim_K, kl_K = _NestedInfoNCE.apply(image_BD, text_BD, scale_K, nested, groups, options)  # pyright: ignore[reportGeneralTypeIssues]
+    operands = Operands(image_BD, text_BD, inputs.per_dim("logit_scale", logit_scale, dims, image_BD), nested)
+    (limits,) = read_limits(operands)
+    return sweep_loss(operands, limits, groups, options)
+
+
+class Operands(NamedTuple):
+    """What the logits of one sweep are computed from."""
+
+    image_bD: torch.Tensor
+    text_bD: torch.Tensor
+    scale_K: torch.Tensor
+    nested: Nesting
+
+
+Limits = list[tuple[float, float]]
+"""Each dim's logit scale, and a lower bound of the logits of all ranks' matching pairs; both in base 2."""
+
+
+@torch.no_grad()
+def read_limits(*sweeps: Operands) -> list[Limits]:
+    """The limits of several sweeps, in one read: each read waits for the device. Collective.
+
+    Raises:
+        InputError: a logit scale is zero, negative or infinite.
+    """
+    scale_K = torch.cat([one.scale_K for one in sweeps]).double()
+    scales: list[float] = scale_K.tolist() if reads_at_once(scale_K) else []
+    lowest = [-scale for scale in scales]
+    if not scales or any(_may_underflow(scale * LOG2_E, -scale * LOG2_E) for scale in scales):
+        lowest_K = torch.cat([_lowest_matching_cosine(one) for one in sweeps]) * scale_K
+        scales, lowest = torch.stack([scale_K, -comm.all_reduce_max(-lowest_K)]).tolist()
+    inputs.check_scales(scales)
+    limits = iter([(scale * LOG2_E, low * LOG2_E) for scale, low in zip(scales, lowest, strict=True)])
+    return [list(islice(limits, len(one.scale_K))) for one in sweeps]
+
+
+def _lowest_matching_cosine(operands: Operands) -> torch.Tensor:
+    """Each dim's lowest cosine of a local matching pair: (K,)."""
+    x, y = (split_into_blocks(side, operands.nested.dims) for side in operands[:2])
+    return (prefix_dots(x.blocks, y.blocks) * x.inverse_norm_Kn * y.inverse_norm_Kn).amin(1).double()
+
+
+def sweep_loss(operands: Operands, limits: Limits, groups: Groups | None, options: InfoNCEOptions) -> NestedLoss:
+    """`nested_info_nce` of operands whose limits were read."""
+    nested = operands.nested
+    total, by_dim_K, kl_K = _NestedInfoNCE.apply(*operands, limits, groups, options)  # pyright: ignore[reportGeneralTypeIssues]
     by_dim = dict(zip(nested.dims, by_dim_K.unbind(), strict=True))
     # The largest dim is the teacher.
     distillation_by_dim = dict(zip(nested.dims[:-1], kl_K[:-1].unbind(), strict=True)) if options.distillation else {}
@@ -106,17 +163,17 @@ class _NestedInfoNCE(torch.autograd.Function):
         text_bD: torch.Tensor,
         scale_K: torch.Tensor,
         nested: Nesting,
+        limits: Limits,
         groups: Groups | None,
         options: InfoNCEOptions,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         text_BD = comm.all_gather_rows(text_bD)
-        scales = inputs.positive_scales(scale_K)
-        matrix = inputs.local_logits(image_bD, text_BD, scales, nested)
+        matrix = inputs.local_logits(image_bD, text_BD, scale_K, nested)
         matrix, targets = _add_groups(matrix, groups, options)
         matching_Kb, distillation = inputs.matching_logits(matrix), options.distillation
-        use_triton = _use_triton(matrix, targets, options)
+        use_triton = _use_triton(matrix, options)
         with matmul_precision(image_bD.dtype, image_bD.device):
-            shifts = _choose_shifts(matrix, targets, matching_Kb)
+            shifts = _choose_shifts(matrix, targets, limits)
             sums = softmax.exp_sums(matrix, shifts, targets, distillation > 0, use_triton)
 
         column_sums = [sums.column_Km] + ([sums.column_logit_gap_Km] if distillation else [])
@@ -132,15 +189,15 @@ class _NestedInfoNCE(torch.autograd.Function):
             row_kl_Kb = sums.row_logit_gap_Kn / sums.row_Kn[-1] + row_lse_Kb - row_lse_Kb[-1]
             column_kl_KB = column_gap[0] / exp_sum_KB[-1] + column_lse_KB - column_lse_KB[-1]
             kl_Kb = row_kl_Kb + column_kl_KB[:, matrix.matching_columns]
-        sums_2K = torch.stack([loss_Kb.sum(1) - sums.target_logit_K, kl_Kb.sum(1)])
+        sums_2K = torch.stack([(loss_Kb - sums.target_logit_Kn).sum(1), kl_Kb.sum(1)])
         by_dim_K, kl_K = comm.all_reduce_sum(sums_2K) / (2 * len(text_BD) * LOG2_E)
 
         local_groups = () if matrix.row_group_Gn is None else (matrix.row_group_Gn, matrix.column_group_Gm)
         ctx.save_for_backward(image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *local_groups)
         ctx.nested, ctx.shifts, ctx.targets, ctx.distillation = nested, shifts, targets, distillation
-        ctx.use_triton, ctx.scales = use_triton, scales
+        ctx.use_triton = use_triton
         ctx.mark_non_differentiable(by_dim_K, kl_K)
-        total = ((by_dim_K + distillation * kl_K) * by_dim_K.new_tensor(nested.weights)).sum()
+        total = ((by_dim_K + distillation * kl_K) * constant(nested.weights, by_dim_K)).sum()
         return total, by_dim_K, kl_K
 
     @staticmethod
@@ -150,15 +207,16 @@ class _NestedInfoNCE(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         image_bD, text_BD, scale_K, row_lse_Kb, column_lse_KB, *local_groups = ctx.saved_tensors
         # Ranks' gradients add up to the whole, and DDP averages them: hence the factor world size.
-        grad_scale_K = [weight * comm.world().size / (2 * len(text_BD)) for weight in ctx.nested.weights]
+        grad_scale_K = constant(ctx.nested.weights, row_lse_Kb) * (comm.world().size / (2 * len(text_BD)))
         lse = (row_lse_Kb, column_lse_KB)
         with matmul_precision(image_bD.dtype, image_bD.device):
             found = gradients(
-                inputs.local_logits(image_bD, text_BD, ctx.scales, ctx.nested, local_groups),
+                inputs.local_logits(image_bD, text_BD, scale_K, ctx.nested, local_groups),
                 softmax.SoftmaxProb(ctx.shifts, *lse, ctx.distillation),
                 grad_scale_K,
                 ctx.targets,
                 image_bD.shape[1],
+                distillation=ctx.distillation,
                 triton_lse=lse if ctx.use_triton else None,
             )
         text_grad_bD = comm.reduce_scatter_sum(found.column_mD)
@@ -166,9 +224,7 @@ class _NestedInfoNCE(torch.autograd.Function):
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),
             text_grad_bD.mul_(grads[0]).to(text_BD.dtype),
             (grads[0] * found.log_scale_K / scale_K).to(scale_K.dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -182,61 +238,51 @@ def _add_groups(matrix: LogitMatrix, groups: Groups | None, options: InfoNCEOpti
         matrix = replace(matrix, row_group_Gn=row_group_Gn, column_group_Gm=column_group_Gm)
     if not smooth and (group_G2B is None or not positive):
         return matrix, Targets(like.new_full((len(matrix.rows),), 2.0))
-    others_B2 = like.new_zeros(B, 2) if group_G2B is None else inputs.count_same_group(group_G2B).to(like)
-    target_B2 = (1 - smooth) / (1 + others_B2) if positive else torch.full_like(others_B2, 1 - smooth)
-    smooth_B2 = torch.full_like(others_B2, smooth / B) if positive else smooth / (B - others_B2)
+    others_2B = like.new_zeros(2, B)
+    if group_G2B is not None:
+        others_2B = inputs.count_same_group(group_G2B).to(like).T.contiguous()
+    target_2B = (1 - smooth) / (1 + others_2B) if positive else torch.full_like(others_2B, 1 - smooth)
+    smooth_2B = torch.full_like(others_2B, smooth / B) if positive else smooth / (B - others_2B)
     return matrix, Targets(
-        matching_n=target_B2[local].sum(1),
+        matching_n=target_2B[:, local].sum(0),
         mask_same_group=not positive,
-        same_group=(target_B2[local, 0], target_B2[:, 1]) if positive else None,
-        smoothing=(smooth_B2[local, 0], smooth_B2[:, 1]) if smooth else None,
+        same_group=(target_2B[0, local], target_2B[1]) if positive else None,
+        smoothing=(smooth_2B[0, local], smooth_2B[1]) if smooth else None,
     )
 
 
-def require_triton(device: torch.device) -> None:
-    """Raise InputError if the Triton kernels cannot run on this device."""
-    if not _triton_runs_on(device):
-        raise InputError("loss.kernels: triton needs an NVIDIA GPU and the triton package; leave it at 'auto'.")
-
-
-def _triton_runs_on(device: torch.device) -> bool:
-    try:
-        from mmrl.losses import kernels
-    except ImportError:
-        return False
-    return kernels.can_run_on(device)
-
-
-def _use_triton(matrix: LogitMatrix, targets: Targets, options: InfoNCEOptions) -> bool:
+def _use_triton(matrix: LogitMatrix, options: InfoNCEOptions) -> bool:
     """Whether to use the Triton kernels.
 
     Raises:
-        InputError: `kernels: triton` is set, but they do not support this device or these options.
+        InputError: `kernels: triton` is set, but they do not support this device or dtype.
     """
     like = matrix.rows.inverse_norm_Kn
-    plain = targets.smoothing is None and targets.same_group is None and not options.distillation
-    supported = plain and like.dtype == torch.float32
+    supported = like.dtype == torch.float32
     if options.kernels != "triton":
-        return options.kernels == "auto" and like.is_cuda and supported and _triton_runs_on(like.device)
+        return options.kernels == "auto" and like.is_cuda and supported and triton_problem(like.device) is None
     require_triton(like.device)
     if not supported:
-        raise InputError(
-            "loss.kernels: triton supports only the plain loss in float32 or narrower (no label_smoothing, no "
-            "distillation, no same_group: positive); leave it at 'auto'."
-        )
+        raise InputError("loss.kernels: triton supports only float32 or narrower embeddings; leave it at 'auto'.")
     return True
 
 
-def _choose_shifts(matrix: LogitMatrix, targets: Targets, matching_Kb: torch.Tensor) -> list[Shift]:
-    """For each dim one shared shift if no exponential can overflow and no sum (each has its matching pair) can
-    underflow, else the maximum logit of each row and column. The same choice on all ranks."""
-    shared = [max(0.0, scale - _MAX_EXPONENT) for scale in matrix.scale_K]
+def _shared_shift(scale: float) -> float:
+    """The shift of all logits of a dim of this scale (base 2), so that no exponential overflows."""
+    return max(0.0, scale - _MAX_EXPONENT)
+
+
+def _may_underflow(scale: float, lowest: float) -> bool:
+    """Whether with the shared shift a row's sum, which has its matching pair's logit, may underflow."""
+    return lowest < _shared_shift(scale) + _MIN_EXPONENT
+
+
+def _choose_shifts(matrix: LogitMatrix, targets: Targets, limits: Limits) -> list[Shift]:
+    """For each dim one shared shift if no sum can underflow, else the maximum logit of each row and column. The same
+    choice on all ranks."""
+    shared = [_shared_shift(scale) for scale, _ in limits]
     shifts: list[Shift] = [*shared]
-    # No logit is below -scale: up to a scale of 62 this decides without a device synchronisation or a collective.
-    if all(-scale >= shift + _MIN_EXPONENT for scale, shift in zip(matrix.scale_K, shared, strict=True)):
-        return shifts
-    lowest_K = -comm.all_reduce_max(-matching_Kb.amin(1))
-    needs_max_K = [low < shift + _MIN_EXPONENT for low, shift in zip(lowest_K.tolist(), shared, strict=True)]
+    needs_max_K = [_may_underflow(*one) for one in limits]
     if any(needs_max_K):
         row_Kb, column_KB = softmax.max_logits(matrix, needs_max_K, targets)
         column_KB = comm.all_reduce_max(column_KB)

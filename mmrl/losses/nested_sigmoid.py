@@ -17,7 +17,7 @@ from mmrl.errors import InputError
 from mmrl.losses import inputs
 from mmrl.losses.backward import gradients
 from mmrl.losses.inputs import Groups, NestedLoss
-from mmrl.losses.sweep import LOG2_E, LogitMatrix, LogitTile, LogitTiles, Targets, matmul_precision
+from mmrl.losses.sweep import LOG2_E, LogitMatrix, LogitTile, LogitTiles, Targets, constant, matmul_precision
 from mmrl.nesting import Nesting
 
 _LN_2 = math.log(2)
@@ -76,68 +76,69 @@ class _NestedSigmoid(torch.autograd.Function):
         positive: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text_BD = comm.all_gather_rows(text_bD)
-        local, local_groups, num_positives = comm.local_rows(len(image_bD)), (), len(image_bD)
+        local, local_groups, num_positives = comm.local_rows(len(image_bD)), (), scale_K.new_full((), len(image_bD))
         group_G2B = inputs.gather_groups(groups)
         if group_G2B is not None:
             local_groups = inputs.local_groups(group_G2B, local)
-            num_positives += int(inputs.count_same_group(group_G2B)[local, 0].sum()) if positive else 0
-        scales = inputs.positive_scales(scale_K)
-        matrix, targets = _logits_and_targets(image_bD, text_BD, scales, nested, local_groups, positive)
-        biases = [bias * LOG2_E for bias in bias_K.tolist()]
+            if positive:
+                num_positives = num_positives + inputs.count_same_group(group_G2B)[local, 0].sum()
+        inputs.check_scales(scale_K.tolist())
+        matrix, targets = _logits_and_targets(image_bD, text_BD, scale_K, nested, local_groups, positive)
         with matmul_precision(image_bD.dtype, image_bD.device):
-            loss_K = _loss_sums(matrix, biases, targets)
+            loss_K = _loss_sums(matrix, _in_base_2(bias_K, matrix), targets)
         by_dim_K = comm.all_reduce_sum(loss_K) / len(text_BD)
-        ctx.save_for_backward(image_bD, text_BD, scale_K, *local_groups)
-        ctx.nested, ctx.biases, ctx.bias_dtype = nested, biases, bias_K.dtype
-        ctx.positive, ctx.num_positives, ctx.scales = positive, num_positives, scales
+        ctx.save_for_backward(image_bD, text_BD, scale_K, bias_K, *local_groups)
+        ctx.nested, ctx.positive, ctx.num_positives = nested, positive, num_positives
         ctx.mark_non_differentiable(by_dim_K)
-        return (by_dim_K * by_dim_K.new_tensor(nested.weights)).sum(), by_dim_K
+        return (by_dim_K * constant(nested.weights, by_dim_K)).sum(), by_dim_K
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's decorator has no types)
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        image_bD, text_BD, scale_K, *local_groups = ctx.saved_tensors
-        matrix, targets = _logits_and_targets(image_bD, text_BD, ctx.scales, ctx.nested, local_groups, ctx.positive)
-        prob = _SigmoidProb(ctx.biases, like=matrix.rows.inverse_norm_Kn)
-        grad_scale_K = [weight * comm.world().size / len(text_BD) for weight in ctx.nested.weights]
+        image_bD, text_BD, scale_K, bias_K, *local_groups = ctx.saved_tensors
+        matrix, targets = _logits_and_targets(image_bD, text_BD, scale_K, ctx.nested, local_groups, ctx.positive)
+        prob = _SigmoidProb(_in_base_2(bias_K, matrix))
+        grad_scale_K = constant(ctx.nested.weights, matrix.scale_K) * (comm.world().size / len(text_BD))
         with matmul_precision(image_bD.dtype, image_bD.device):
             found = gradients(matrix, prob, grad_scale_K, targets, image_bD.shape[1])
         text_grad_bD = comm.reduce_scatter_sum(found.column_mD)
-        bias_grad_K = (prob.sum_K - ctx.num_positives) * prob.sum_K.new_tensor(grad_scale_K)
+        bias_grad_K = (prob.sum_K - ctx.num_positives) * grad_scale_K
         return (
             found.row_nD.mul_(grads[0]).to(image_bD.dtype),
             text_grad_bD.mul_(grads[0]).to(text_BD.dtype),
             (grads[0] * found.log_scale_K / scale_K).to(scale_K.dtype),
-            (grads[0] * bias_grad_K).to(ctx.bias_dtype),
-            None,
-            None,
-            None,
+            (grads[0] * bias_grad_K).to(bias_K.dtype),
+            *[None] * 3,
         )
 
 
 def _logits_and_targets(
     image_bD: torch.Tensor,
     text_BD: torch.Tensor,
-    scales: Sequence[float],
+    scale_K: torch.Tensor,
     nested: Nesting,
     local_groups: Sequence[torch.Tensor],
     positive: bool,
 ) -> tuple[LogitMatrix, Targets]:
     """The local logits and their targets: 1 for matching pairs and, with `positive`, for all pairs of one group."""
-    matrix = inputs.local_logits(image_bD, text_BD, scales, nested, local_groups)
+    matrix = inputs.local_logits(image_bD, text_BD, scale_K, nested, local_groups)
     row_n, column_m = matrix.rows.inverse_norm_Kn[0], matrix.columns.inverse_norm_Kn[0]
     same_group = (torch.ones_like(row_n), torch.zeros_like(column_m)) if positive and local_groups else None
     return matrix, Targets(torch.ones_like(row_n), mask_same_group=not positive, same_group=same_group)
 
 
-def _loss_sums(matrix: LogitMatrix, biases: Sequence[float], targets: Targets) -> torch.Tensor:
+def _in_base_2(bias_K: torch.Tensor, matrix: LogitMatrix) -> torch.Tensor:
+    return (bias_K.detach().double() * LOG2_E).to(matrix.scale_K)
+
+
+def _loss_sums(matrix: LogitMatrix, bias_K: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Each dim's sum over the local logits of -log sigmoid(± logit): (K,)."""
-    loss_K = matrix.rows.inverse_norm_Kn.new_zeros(len(biases))
+    loss_K = torch.zeros_like(bias_K)
     for tile in LogitTiles(matrix, targets, num_buffers=2):
         for k in tile.products(keep_all=False):
-            logits_IJ = tile.logits(k, tile.buffers[0], out=tile.buffers[1]).add_(biases[k]).mul_(_LN_2)
+            logits_IJ = tile.logits(k, tile.buffers[0], out=tile.buffers[1]).add_(bias_K[k]).mul_(_LN_2)
             # -log sigmoid(x) = softplus(x) - x for a positive pair, and softplus(x) for a negative one.
             matching = tile.matching_pairs(logits_IJ)
             if matching is not None:
@@ -152,15 +153,15 @@ def _loss_sums(matrix: LogitMatrix, biases: Sequence[float], targets: Targets) -
 class _SigmoidProb:
     """A `backward.ProbFunction`: the sigmoid of each logit. `sum_K` adds them up for the bias gradient."""
 
-    def __init__(self, biases: Sequence[float], like: torch.Tensor) -> None:
-        self._biases = biases
-        self.sum_K = like.new_zeros(len(biases))
+    def __init__(self, bias_K: torch.Tensor) -> None:
+        self._bias_K = bias_K
+        self.sum_K = torch.zeros_like(bias_K)
 
     def __call__(
         self, k: int, tile: LogitTile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
     ) -> torch.Tensor:
         """See `backward.ProbFunction`."""
-        torch.add(logits_IJ, self._biases[k], out=out).mul_(_LN_2).sigmoid_()
+        torch.add(logits_IJ, self._bias_K[k], out=out).mul_(_LN_2).sigmoid_()
         if tile.mask_IJ is not None:
             out.masked_fill_(tile.mask_IJ, 0)
         self.sum_K[k] += out.sum()

@@ -24,7 +24,14 @@ import torch
 from mmrl.errors import InputError
 from mmrl.losses import inputs
 from mmrl.losses.inputs import Groups, NestedLoss
-from mmrl.losses.nested_infonce import DEFAULT_OPTIONS, InfoNCEOptions, nested_info_nce
+from mmrl.losses.nested_infonce import (
+    DEFAULT_OPTIONS,
+    InfoNCEOptions,
+    Operands,
+    nested_info_nce,
+    read_limits,
+    sweep_loss,
+)
 from mmrl.nesting import Nesting
 
 
@@ -60,16 +67,26 @@ def rotated_nested_info_nce(
         raise InputError(f"prefix_gradient: {prefix_gradient} is out of range; give a value from 0 to 1.")
     nested = Nesting.from_dims(dims, weights, full_dim)
     scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_bD)
-    full = nested_info_nce(image_bD, text_bD, scale_K[-1], [full_dim], None, groups, options)
     if not sum(nested.weights[:-1]):
-        return full
+        return nested_info_nce(image_bD, text_bD, scale_K[-1], [full_dim], None, groups, options)
+    inputs.check_inputs(image_bD, text_bD, groups, check_finite=False)
     both_z_2bD = rotation(_ScaleGradient.apply(torch.cat([image_bD, text_bD]), prefix_gradient))
     image_z_bD, text_z_bD = both_z_2bD.chunk(2)
     # For distillation the full dim takes part as the teacher, with weight 0; its logits and scale are held fixed.
     count = len(nested.dims) if options.distillation else len(nested.dims) - 1
     scales, prefix_weights = torch.cat([scale_K[:-1], scale_K[-1:].detach()]), [*nested.weights[:-1], 0.0]
-    prefixes = nested_info_nce(
-        image_z_bD, text_z_bD, scales[:count], nested.dims[:count], prefix_weights[:count], groups, options
+    sweeps = (
+        Operands(image_bD, text_bD, scale_K[-1:], Nesting.from_dims([full_dim], None, full_dim)),
+        Operands(
+            image_z_bD,
+            text_z_bD,
+            scales[:count],
+            Nesting.from_dims(nested.dims[:count], prefix_weights[:count], full_dim),
+        ),
+    )
+    full, prefixes = (
+        sweep_loss(operands, limits, groups, options)
+        for operands, limits in zip(sweeps, read_limits(*sweeps), strict=True)
     )
     return NestedLoss(full.total + prefixes.total, prefixes.by_dim | full.by_dim, prefixes.distillation_by_dim)
 

@@ -27,8 +27,8 @@ class ExpSums:
     """Sums over the columns of 2^(logit - shift)."""
     column_Km: torch.Tensor
     """Sums over the rows of 2^(logit - shift)."""
-    target_logit_K: torch.Tensor
-    """Sums of target * logit (base 2), without the matching pairs' targets (`Targets.matching_n`)."""
+    target_logit_Kn: torch.Tensor
+    """Sums over the columns of target * logit (base 2), without the matching pairs' targets (`Targets.matching_n`)."""
     row_logit_gap_Kn: torch.Tensor
     """For distillation: sums over the columns of 2^(teacher logit - shift) * (teacher logit - logit of dim k), where
     the teacher is the largest dim."""
@@ -41,17 +41,17 @@ def exp_sums(
 ) -> ExpSums:
     """The forward pass: sums of exponentials over rows and columns, and the other sums the loss needs."""
     K, row_Kn, column_Km = len(shifts), matrix.rows.inverse_norm_Kn, matrix.columns.inverse_norm_Kn
-    result = ExpSums(*(torch.zeros_like(x) for x in (row_Kn, column_Km, row_Kn[:, 0], row_Kn, column_Km)))
-    tiles = LogitTiles(matrix, targets, num_buffers=1 if use_triton else (K if distillation else 1) + 3)
+    result = ExpSums(*(torch.zeros_like(x) for x in (row_Kn, column_Km, row_Kn, row_Kn, column_Km)))
+    tiles = LogitTiles(matrix, targets, num_buffers=(K if distillation else 1) + (0 if use_triton else 3))
     for tile in tiles:
-        spare = tile.buffers[-3:]
         if use_triton:
-            _add_exp_sums_by_triton(tiles, tile, shifts, result)
+            _add_sums_by_triton(tiles, tile, shifts, distillation, result)
             continue
+        spare = tile.buffers[-3:]
         for k in tile.products(keep_all=distillation):
             logits_IJ = tile.logits(k, tile.buffers[k if distillation else 0], out=spare[0])
             if tile.target_IJ is not None:
-                result.target_logit_K[k] += (tile.target_IJ * logits_IJ).sum()
+                result.target_logit_Kn[k, tile.rows] += torch.linalg.vecdot(tile.target_IJ, logits_IJ)
             row_exp_IJ, column_exp_IJ = _exponentials(logits_IJ, shifts[k], tile, spare[0], spare[1])
             result.row_Kn[k, tile.rows] += row_exp_IJ.sum(1)
             result.column_Km[k, tile.columns] += column_exp_IJ.sum(0)
@@ -60,24 +60,28 @@ def exp_sums(
     return result
 
 
-def _add_exp_sums_by_triton(tiles: LogitTiles, tile: LogitTile, shifts: Sequence[Shift], result: ExpSums) -> None:
+def _add_sums_by_triton(
+    tiles: LogitTiles, tile: LogitTile, shifts: Sequence[Shift], distillation: bool, result: ExpSums
+) -> None:
     from mmrl.losses import kernels
 
     rows, columns = tile.rows, tile.columns
-    for k in tile.products(keep_all=False):
-        shift = shifts[k]
-        if isinstance(shift, tuple):
-            shift = (shift[0][rows], shift[1][columns])
-        factors = (tiles.row_factor_Kn[k, rows], tiles.column_factor_Km[k, columns])
+    of_tile = [(one[0][rows], one[1][columns]) if isinstance(one, tuple) else one for one in shifts]
+    factors = tiles.row_factor_Kn[:, rows], tiles.column_factor_Km[:, columns]
+    for k in tile.products(keep_all=distillation):
         sums = result.row_Kn[k, rows], result.column_Km[k, columns]
-        kernels.add_exp_sums(tile.buffers[0], factors, shift, tile.groups, tile.diagonal, *sums)
+        product_IJ, target_logit_I = tile.buffers[k if distillation else 0], result.target_logit_Kn[k, rows]
+        kernels.add_exp_sums(tile, product_IJ, (factors[0][k], factors[1][k]), of_tile[k], sums, target_logit_I)
+    if distillation:
+        gaps = result.row_logit_gap_Kn[:, rows], result.column_logit_gap_Km[:, columns]
+        kernels.add_logit_gaps(tile, tile.stacked_buffers, factors, of_tile[-1], gaps)
 
 
 def _add_logit_gaps(
     result: ExpSums, tile: LogitTile, row_exp_IJ: torch.Tensor, column_exp_IJ: torch.Tensor, spare: torch.Tensor
 ) -> None:
     """Add a tile's `logit_gap` sums, from the exponentials of the teacher (the largest dim)."""
-    K, rows, columns = len(result.target_logit_K), tile.rows, tile.columns
+    K, rows, columns = len(result.row_Kn), tile.rows, tile.columns
     teacher_IJ = tile.logits(K - 1, tile.buffers[K - 1], out=spare)
     for k in range(K - 1):
         logit_gap_IJ = teacher_IJ - tile.logits(k, tile.buffers[k], out=tile.buffers[k])
@@ -114,18 +118,18 @@ class SoftmaxProb:
         self._shifts, self._row_lse_Kn, self._column_lse_Km = shifts, row_lse_Kn, column_lse_Km
         self._distillation = distillation
         self._teacher_IJ = row_lse_Kn
-        shared_K1 = row_lse_Kn.new_tensor([[shift if isinstance(shift, float) else 0.0] for shift in shifts])
-        self._row_normaliser_Kn1 = torch.exp2(shared_K1 - row_lse_Kn)[:, :, None]
-        self._column_normaliser_Km = torch.exp2(shared_K1 - column_lse_Km)
+        self._normalisers = [
+            None if isinstance(shift, tuple) else (torch.exp2(shift - row_n)[:, None], torch.exp2(shift - column_m))
+            for shift, row_n, column_m in zip(shifts, row_lse_Kn, column_lse_Km, strict=True)
+        ]
 
     def __call__(
         self, k: int, tile: LogitTile, logits_IJ: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
     ) -> torch.Tensor:
         """See `backward.ProbFunction`."""
-        rows, columns = tile.rows, tile.columns
-        if isinstance(self._shifts[k], float):
+        if (normaliser := self._normalisers[k]) is not None:
             _exponentials(logits_IJ, self._shifts[k], tile, out, out)
-            torch.add(self._row_normaliser_Kn1[k, rows], self._column_normaliser_Km[k, columns], out=spare)
+            torch.add(normaliser[0][tile.rows], normaliser[1][tile.columns], out=spare)
             out.mul_(spare)
         else:
             _exponentials(logits_IJ, (self._row_lse_Kn[k], self._column_lse_Km[k]), tile, out, spare)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from mmrl.hardware import has_native_bfloat16
+from mmrl.hardware import has_native_bfloat16, reads_at_once
 
 LOG2_E = math.log2(math.e)
 # The default of torch.nn.functional.normalize: a zero vector stays a zero vector.
@@ -60,6 +60,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def constant(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of these numbers, with the dtype and device of `like`. Made once: a copy of numbers waits for a GPU."""
+    return _constant(tuple(values), like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def prefix_dots(x_blocks: Sequence[torch.Tensor], y_blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Row-wise dot products of x and y for every prefix: (K, n)."""
     # Not torch.linalg.vecdot, which autocast would run in low precision.
@@ -75,7 +86,7 @@ class LogitMatrix:
 
     rows: EmbeddingBlocks
     columns: EmbeddingBlocks
-    scale_K: Sequence[float]
+    scale_K: torch.Tensor
     """The logit scales, in base 2."""
     offset: int
     """Row i and column i + offset are a matching pair (an image and its text)."""
@@ -126,6 +137,24 @@ class LogitTile:
             return None
         return self._matrix.row_group_Gn[:, self.rows], self._matrix.column_group_Gm[:, self.columns]
 
+    @property
+    def matching_target_I(self) -> torch.Tensor:
+        """`Targets.matching_n` of the rows."""
+        return self._targets.matching_n[self.rows]
+
+    @property
+    def smoothing(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`Targets.smoothing` of the rows (I,) and of the columns (J,)."""
+        return self._of_tile(self._targets.smoothing)
+
+    @property
+    def same_group_targets(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`Targets.same_group` of the rows (I,) and of the columns (J,)."""
+        return self._of_tile(self._targets.same_group)
+
+    def _of_tile(self, pair: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if pair is None else (pair[0][self.rows], pair[1][self.columns])
+
     @functools.cached_property
     def _same_group_IJ(self) -> torch.Tensor | None:
         """True for non-matching pairs of one group; None if there are none."""
@@ -137,8 +166,7 @@ class LogitTile:
         matching = self.matching_pairs(same_IJ)
         if matching is not None:
             matching[1].fill_(False)
-        # On a GPU, any() would synchronise at every tile.
-        return same_IJ if same_IJ.is_cuda or same_IJ.any() else None
+        return None if reads_at_once(same_IJ) and not same_IJ.any() else same_IJ
 
     @property
     def mask_IJ(self) -> torch.Tensor | None:
@@ -148,14 +176,13 @@ class LogitTile:
     @functools.cached_property
     def target_IJ(self) -> torch.Tensor | None:
         """All targets except `Targets.matching_n`; None if all are zero."""
-        targets, rows, columns = self._targets, self.rows, self.columns
-        target_IJ = None
-        if targets.smoothing is not None:
-            target_IJ = targets.smoothing[0][rows, None] + targets.smoothing[1][columns]
+        target_IJ, smoothing, same_group = None, self.smoothing, self.same_group_targets
+        if smoothing is not None:
+            target_IJ = smoothing[0][:, None] + smoothing[1]
             if self.mask_IJ is not None:
                 target_IJ = target_IJ.masked_fill(self.mask_IJ, 0)
-        if targets.same_group is not None and self._same_group_IJ is not None:
-            positive_IJ = (targets.same_group[0][rows, None] + targets.same_group[1][columns]) * self._same_group_IJ
+        if same_group is not None and self._same_group_IJ is not None:
+            positive_IJ = (same_group[0][:, None] + same_group[1]) * self._same_group_IJ
             target_IJ = positive_IJ if target_IJ is None else target_IJ + positive_IJ
         return target_IJ
 
@@ -194,7 +221,7 @@ class LogitTiles:
         height, width = tile_shape(n, m, num_buffers, like)
         self.buffers = like.new_empty(num_buffers, height * width)
         # logit = dot product * row factor * column factor
-        self.row_factor_Kn = like * like.new_tensor(matrix.scale_K)[:, None]
+        self.row_factor_Kn = like * matrix.scale_K[:, None]
         self.column_factor_Km = matrix.columns.inverse_norm_Kn
         self._rows = [slice(start, min(start + height, n)) for start in range(0, n, height)]
         self._columns = [slice(start, min(start + width, m)) for start in range(0, m, width)]

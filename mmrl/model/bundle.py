@@ -19,10 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrl.errors import InputError
-from mmrl.images.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec, Normaliser
 from mmrl.model import layouts, registry, tokenizer, towers, two_tower
 from mmrl.model.guards import library_code_only, offline
-from mmrl.model.manifest import FORMAT, VERSION, check_files, hash_files, read_manifest, write_manifest
+from mmrl.model.manifest import (
+    FORMAT,
+    TEXT_MODEL,
+    TOKENIZER,
+    VERSION,
+    check_files,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
 from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
 from mmrl.model.source import RANDOM, ModelSource, StoredModel, parse_model, parse_name
@@ -32,7 +41,6 @@ from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP, ProjectedTowe
 from mmrl.nesting import check_dims, rotate_weight
 
 WEIGHTS = layouts.LAYOUTS["bundle"].weights
-_TOKENIZER, _TEXT_MODEL = "tokenizer", registry.TEXT_MODEL
 SCALE, BIAS = "log_logit_scale", "logit_bias"
 
 
@@ -78,9 +86,9 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
     except SafetensorError as error:  # what a full disk raises
         raise OSError(str(error)) from error
-    tokenizer_info = bundle.tokenise.save(folder / _TOKENIZER)
-    registry.save_text_config(bundle.model.text.tower, folder / _TEXT_MODEL)
-    files = hash_files(folder, (WEIGHTS, _TOKENIZER, _TEXT_MODEL))
+    tokenizer_info = bundle.tokenise.save(folder / TOKENIZER)
+    registry.save_text_config(bundle.model.text.tower, folder / TEXT_MODEL)
+    files = hash_files(folder, (WEIGHTS, TOKENIZER, TEXT_MODEL))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -196,7 +204,7 @@ def load(folder: Path) -> Bundle:
         model=model.eval(),
         tokenise=load_tokenizer(folder, manifest),
         image_spec=ImageSpec.from_json(manifest["image"]),
-        model_cfg=registry.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL),
+        model_cfg=registry.with_local_text_config(manifest["model_cfg"], folder / TEXT_MODEL),
         dim=manifest["dim"],
         nested_dims=tuple(manifest["nested_dims"]),
         named_cfg=manifest["model_cfg"],
@@ -207,28 +215,23 @@ def load_towers(
     folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
 ) -> dict[Modality, ProjectedTower]:
     """Builds the requested towers of a bundle and loads their weights from `state`."""
+    model_cfg, dim = registry.with_local_text_config(manifest["model_cfg"], folder / TEXT_MODEL), manifest["dim"]
     loaded: dict[Modality, ProjectedTower] = {}
     for modality in modalities:
-        tower = _build_tower(folder, manifest, modality)
+        with library_code_only(), offline():
+            projection = added_projection(model_cfg, modality, dim)
+            tower = towers.build_tower(model_cfg, modality, dim if projection is None else model_cfg["embed_dim"])
+        prepare = Normaliser(ImageSpec.from_json(manifest["image"])) if modality == "image" else None
+        loaded[modality] = ProjectedTower(tower, projection, prepare)
         prefix = f"{modality}."
-        tower.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        loaded[modality] = tower
+        weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        loaded[modality].load_state_dict(weights)
     return loaded
 
 
 def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     """Loads the tokenizer of a bundle."""
-    return tokenizer.load_tokenizer(folder / _TOKENIZER, manifest["tokenizer"], manifest["model_cfg"])
-
-
-def _build_tower(folder: Path, manifest: dict[str, Any], modality: Modality) -> ProjectedTower:
-    """Builds one tower of a bundle without loading weights."""
-    model_cfg, dim = registry.with_local_text_config(manifest["model_cfg"], folder / _TEXT_MODEL), manifest["dim"]
-    with library_code_only(), offline():
-        projection = added_projection(model_cfg, modality, dim)
-        tower = towers.build_tower(model_cfg, modality, dim if projection is None else model_cfg["embed_dim"])
-    prepare = ImageSpec.from_json(manifest["image"]).normalise if modality == "image" else None
-    return ProjectedTower(tower, projection, prepare)
+    return tokenizer.load_tokenizer(folder / TOKENIZER, manifest["tokenizer"], manifest["model_cfg"])
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -238,8 +241,9 @@ def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tens
         InputError: a file is missing or does not have the hash in the manifest, or the layout has no weights.
     """
     layout = layouts.layout_of_manifest(manifest, folder)
-    # Manifests of version 1 have no hash but that of the weights.
-    check_files(folder, {"files": {layout.weights: manifest["weights_sha256"], **manifest["files"]}})
+    if manifest["version"] == 1:  # which has no hash but that of the weights
+        manifest = {**manifest, "files": {layout.weights: manifest["weights_sha256"]}}
+    check_files(folder, manifest, [layout.weights, *layout.others, *manifest["files"]])
     state = load_file(folder / layout.weights)
     for other in map(Path, layout.others):
         state |= {f"{other.parent.name}.{name}": tensor for name, tensor in load_file(folder / other).items()}

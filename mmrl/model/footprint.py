@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmrl.images.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec, Normaliser
 from mmrl.model import registry, towers, two_tower
 from mmrl.model.towers import Modality
 from mmrl.model.two_tower import MatryoshkaCLIP, ModelConfig
@@ -118,7 +118,7 @@ def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -
     side = registry.input_side(model_cfg)
     spec = ImageSpec(height=side, width=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return two_tower.MatryoshkaCLIP(
-        two_tower.ProjectedTower(built["image"], two_tower.added_projection(model_cfg, "image"), spec.normalise),
+        two_tower.ProjectedTower(built["image"], two_tower.added_projection(model_cfg, "image"), Normaliser(spec)),
         two_tower.ProjectedTower(built["text"], two_tower.added_projection(model_cfg, "text")),
         torch.ones(1),
         recomputes=on_gpu or config.grad_checkpointing,

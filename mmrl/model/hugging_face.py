@@ -22,6 +22,7 @@ from mmrl.model import layouts
 from mmrl.model.guards import quiet
 from mmrl.model.model_cfg import check_config_folder, check_model_cfg
 from mmrl.model.source import HUB, OPEN_CLIP_CONFIG, read_hugging_face_config
+from mmrl.output.files import parse_json, path_inside
 
 # (quick_gelu, act_kwargs) of open_clip.
 _ACTIVATIONS: dict[str, tuple[bool, dict[str, str]]] = {
@@ -175,10 +176,11 @@ def _weights_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if any(Path(one).name != one or not (folder / one).is_file() for one in names):
-                raise InputError(f"{index}: one of its files is missing or outside of the folder.")
-            return [folder / one for one in names]
+            names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
+            paths = [path_inside(folder, one) for one in names]
+            if missing := [path.name for path in paths if not path.is_file()]:
+                raise InputError(f"{index}: its file {missing[0]} is missing.")
+            return paths
     raise InputError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin.")
 
 
@@ -215,11 +217,7 @@ def _clip_cfg(config: dict[str, Any], vision: dict[str, Any], text: dict[str, An
     quick, text_act = _activation(text, "text_config", source)
     if quick != _activation(vision, "vision_config", source)[0]:
         raise InputError(f"{source}: hidden_act: open_clip's towers have quick_gelu both or none.")
-    text_cfg = _transformer_cfg(text, text_act, 1e-5) | {
-        "heads": text["num_attention_heads"],
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-    }
+    text_cfg = _text_cfg(text, text_act)
     end = text["eos_token_id"]
     # Id 2 means the largest id (old configs); the last id of the vocabulary is the largest as well.
     if end not in (2, text["vocab_size"] - 1):
@@ -261,14 +259,7 @@ def _siglip_cfg(config: dict[str, Any], vision: dict[str, Any], text: dict[str, 
         "timm_proj": "none",
         "act_kwargs": image_act,
     }
-    text_cfg = _transformer_cfg(text, text_act, 1e-5) | {
-        "heads": text["num_attention_heads"],
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-        "no_causal_mask": True,
-        "proj_bias": True,
-        "pool_type": "last",
-    }
+    text_cfg = _text_cfg(text, text_act) | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
     width = text.get("projection_size") or text["hidden_size"]
     return {"embed_dim": width, "init_logit_bias": -10, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
 
@@ -276,7 +267,7 @@ def _siglip_cfg(config: dict[str, Any], vision: dict[str, Any], text: dict[str, 
 def _vit_cfg(config: dict[str, Any], vision: dict[str, Any], source: Path) -> dict[str, Any]:
     """All but `text_cfg` of a model with CLIP's image tower."""
     quick, act = _activation(vision, "vision_config", source)
-    vision_cfg = _transformer_cfg(vision, act, 1e-5) | {
+    vision_cfg = _transformer_cfg(vision, act) | {
         "head_width": vision["hidden_size"] // vision["num_attention_heads"],
         "patch_size": vision["patch_size"],
         "image_size": vision["image_size"],
@@ -284,7 +275,15 @@ def _vit_cfg(config: dict[str, Any], vision: dict[str, Any], source: Path) -> di
     return {"embed_dim": config["projection_dim"], "quick_gelu": quick, "vision_cfg": vision_cfg}
 
 
-def _transformer_cfg(config: dict[str, Any], act: dict[str, str], default_eps: float) -> dict[str, Any]:
+def _text_cfg(text: dict[str, Any], act: dict[str, str]) -> dict[str, Any]:
+    return _transformer_cfg(text, act) | {
+        "heads": text["num_attention_heads"],
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+    }
+
+
+def _transformer_cfg(config: dict[str, Any], act: dict[str, str]) -> dict[str, Any]:
     width, inner = config["hidden_size"], config["intermediate_size"]
     ratio = inner / width
     eps = config["layer_norm_eps"]
@@ -293,7 +292,7 @@ def _transformer_cfg(config: dict[str, Any], act: dict[str, str], default_eps: f
         "layers": config["num_hidden_layers"],
         "mlp_ratio": ratio if int(width * ratio) == inner else (inner + 0.5) / width,
         **({"act_kwargs": act} if act.get("approximate") == "tanh" else {}),
-        **({"norm_kwargs": {"eps": eps}} if eps != default_eps else {}),
+        **({"norm_kwargs": {"eps": eps}} if eps != 1e-5 else {}),
     }
 
 
@@ -309,14 +308,14 @@ def _bert_folder(config: str) -> str:
 def _longest_text(folder: Path) -> int:
     """model_max_length of the tokenizer."""
     path = folder / "tokenizer_config.json"
-    return int(json.loads(path.read_text()).get("model_max_length", 512)) if path.is_file() else 512
+    return int(parse_json(path.read_text()).get("model_max_length", 512)) if path.is_file() else 512
 
 
 def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
     for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         if path.is_file():
             try:
-                config = json.loads(path.read_text())
+                config = parse_json(path.read_text())
                 config = config.get("image_processor", config)
                 if len(config["image_mean"]) == len(config["image_std"]) == 3:
                     return path, config

@@ -71,31 +71,23 @@ class Layout:
     """Further weights files, whose names get the name of their folder as a prefix."""
 
 
+def _renamed(state: State, prefixes: dict[str, str]) -> State:
+    """The tensors whose names begin with one of `prefixes`, {old: new}."""
+    names = {name: old for name in state for old in prefixes if name.startswith(old)}
+    return {prefixes[old] + name.removeprefix(old): state[name] for name, old in names.items()}
+
+
 def _to_open_clip(state: State) -> State:
     """Requires towers with their own projections. Of several logit scales the full dim's is kept."""
-    renamed = {"image.tower.": "visual.", "text.tower.": "text."}
-    converted = {}
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), None)
-        if prefix is not None:
-            converted[renamed[prefix] + name.removeprefix(prefix)] = tensor
-    converted["logit_scale"] = state[_SCALE][-1].clone()
-    if _BIAS in state:
-        converted["logit_bias"] = state[_BIAS][-1].clone()
-    return converted
+    converted = _renamed(state, {"image.tower.": "visual.", "text.tower.": "text."})
+    scalars = {_SCALE: "logit_scale", _BIAS: "logit_bias"}
+    return converted | {foreign: state[name][-1].clone() for name, foreign in scalars.items() if name in state}
 
 
 def _from_open_clip(state: State) -> State:
-    converted = {}
-    for name, tensor in state.items():
-        if name.startswith("visual."):
-            converted[f"image.tower.{name.removeprefix('visual.')}"] = tensor
-        elif name.startswith("text."):
-            converted[f"text.tower.{name.removeprefix('text.')}"] = tensor
-    converted[_SCALE] = state["logit_scale"].reshape(1)
-    if "logit_bias" in state:
-        converted[_BIAS] = state["logit_bias"].reshape(1)
-    return converted
+    converted = _renamed(state, {"visual.": "image.tower.", "text.": "text.tower."})
+    scalars = {"logit_scale": _SCALE, "logit_bias": _BIAS}
+    return converted | {name: state[foreign].reshape(1) for foreign, name in scalars.items() if foreign in state}
 
 
 def _to_transformers(state: State) -> State:
@@ -130,39 +122,46 @@ def _to_transformers(state: State) -> State:
 def _from_transformers(state: State) -> State:
     """From the names of CLIPModel."""
     return {
-        _SCALE: state["logit_scale"].reshape(1),
-        "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
+        **_import_image(state),
         "text.tower.text_projection": state["text_projection.weight"].T.contiguous(),
-        **_import_tower(state, "vision_model", "image.tower.", _IMAGE),
         **_import_tower(state, "text_model", "text.tower.", _TEXT),
     }
 
 
 def _from_chinese_clip(state: State) -> State:
     """From the names of ChineseCLIPModel: CLIP's image tower, and a BERT as a Hugging Face text tower."""
-    bert = "text_model."
-    names = {name: name.removeprefix(bert) for name in state if name.startswith(bert) and "position_ids" not in name}
     return {
-        _SCALE: state["logit_scale"].reshape(1),
-        "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
+        **_import_image(state),
+        **_import_bert(state, "text_model."),
         "text.tower.proj.weight": state["text_projection.weight"],
-        **_import_tower(state, "vision_model", "image.tower.", _IMAGE),
-        **{f"text.tower.transformer.{inner}": state[name] for name, inner in names.items() if "pooler" not in inner},
     }
 
 
 def _from_modules(state: State) -> State:
     """From the modules of a SentenceTransformer with a Hugging Face text tower."""
-    text, image = "text_0_Transformer.", "image_0_Transformer."
+    image = "image_0_Transformer."
     vision = {f"vision_model.{name.removeprefix(image).removeprefix('vision_model.')}": state[name] for name in state}
-    bert = {name.removeprefix(text): tensor for name, tensor in state.items() if name.startswith(text)}
+    names = {"image_1_Dense.linear.weight": "visual_projection.weight", "logit_scale": "logit_scale"}
     return {
-        _SCALE: state["logit_scale"],
-        "image.tower.proj": state["image_1_Dense.linear.weight"].T.contiguous(),
+        **_import_image(vision | {foreign: state[name] for name, foreign in names.items()}),
+        **_import_bert(state, "text_0_Transformer."),
         "text.tower.proj.weight": state["text_2_Dense.linear.weight"],
-        **_import_tower(vision, "vision_model", "image.tower.", _IMAGE),
-        **{f"text.tower.transformer.{name}": bert[name] for name in bert if not name.startswith("pooler.")},
     }
+
+
+def _import_image(state: State) -> State:
+    """The logit scale and CLIP's image tower with its projection."""
+    return {
+        _SCALE: state["logit_scale"].reshape(1),
+        "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
+        **_import_tower(state, "vision_model", "image.tower.", _IMAGE),
+    }
+
+
+def _import_bert(state: State, prefix: str) -> State:
+    """A BERT as a Hugging Face text tower."""
+    renamed = _renamed(state, {prefix: "text.tower.transformer."})
+    return {name: renamed[name] for name in renamed if ".pooler." not in name and "position_ids" not in name}
 
 
 def _from_siglip(state: State) -> State:

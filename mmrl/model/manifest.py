@@ -13,11 +13,13 @@ from pydantic import Field, ValidationError
 
 from mmrl.errors import InputError
 from mmrl.model.model_cfg import check_model_cfg
-from mmrl.output.files import check_out_folder
+from mmrl.output.files import check_out_folder, parse_json, path_inside
 from mmrl.settings import Settings
 
 FORMAT, VERSION = "mmrl-bundle", 2
 MANIFEST, CARD = "manifest.json", "README.md"
+INNER = TOKENIZER, TEXT_MODEL = "tokenizer", "text_model"
+"""Folders of an encoder with the files of its tokenizer, and the config.json of its Hugging Face text tower."""
 Layout = Literal["bundle", "open_clip", "onnx", "openvino", "sentence_transformers", "transformers", "transformers.js"]
 GRAPH_LAYOUTS = ("onnx", "openvino", "transformers.js")
 """Layouts of graphs: they give embeddings but hold no weights that could be truncated or trained."""
@@ -103,7 +105,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_json(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{folder} is not an encoder: it has no {MANIFEST}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -120,6 +122,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {key}: {first['msg']}; export the encoder again.") from None
     check_model_cfg(checked.model_cfg, path)
+    if checked.version > 1 and not checked.files:
+        raise InputError(f"{path}: files: the list of hashes is empty; export the encoder again.")
     if (checked.layout in GRAPH_LAYOUTS) != (checked.graphs is not None):
         raise InputError(
             f"{path}: graphs: required for the layouts {', '.join(GRAPH_LAYOUTS)}, not allowed for others; "
@@ -159,17 +163,22 @@ def hash_files(folder: Path, within: Iterable[str] = (".",)) -> dict[str, str]:
     return {name: sha256(path) for name, path in names.items() if name not in (MANIFEST, CARD)}
 
 
-def check_files(folder: Path, manifest: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Checks the hashes of the files `names`, by default of all files in the manifest.
+def check_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Checks the hashes of the files `names` and of all files of the tokenizer and of the text tower's config.
 
     Raises:
-        InputError: a file is missing or does not have the hash in the manifest.
+        InputError: a file is missing, leads out of the folder, has no hash in the manifest or another one.
     """
-    for name in manifest["files"] if names is None else names:
-        path = folder / name
+    inner = {path.relative_to(folder).as_posix() for name in INNER for path in (folder / name).rglob("*")}
+    for name in dict.fromkeys([*names, *sorted(inner)]):
+        path, expected = path_inside(folder, name), manifest["files"].get(name)
+        if name in inner and (path.is_dir() or manifest["version"] == 1):
+            continue
         if not path.is_file():
             raise InputError(f"{folder} is incomplete: {name} is missing.")
-        if sha256(path) != manifest["files"].get(name):
+        if expected is None:
+            raise InputError(f"{folder / MANIFEST} has no hash of {name}; export the encoder again.")
+        if sha256(path) != expected:
             raise InputError(f"{path} is not the file that {MANIFEST} was written for; export the encoder again.")
 
 

@@ -5,7 +5,6 @@ open_clip, timm and transformers pass many values on to constructors, and some o
 with its type and range; any other is refused before one of the three libraries sees it.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from mmrl.errors import InputError
+from mmrl.output.files import parse_json
 from mmrl.settings import Settings
 
 # Large enough for every published tower, too small to exhaust a machine's memory by a single value.
@@ -155,8 +155,8 @@ def check_config_folder(folder: Path) -> None:
     """
     for path in sorted(folder.glob("*.json")):
         try:
-            config = json.loads(path.read_text())
-        except (ValueError, RecursionError, OSError) as error:
+            config = parse_json(path.read_text())
+        except (ValueError, OSError) as error:
             raise InputError(f"{path} cannot be read as JSON ({error}); export the encoder again.") from None
         if path.name.removesuffix(".json") in ("tokenizer", "vocab"):  # token tables: any string may be a key
             continue

@@ -14,13 +14,12 @@ from torch import nn
 from mmrl.errors import InputError
 from mmrl.model import hugging_face
 from mmrl.model.guards import library_code_only, quiet
-from mmrl.model.manifest import read_manifest
+from mmrl.model.manifest import TEXT_MODEL, TOKENIZER, check_files, read_manifest
 from mmrl.model.model_cfg import check_config_folder, check_model_cfg
 from mmrl.model.source import HUB, LOCAL, StoredModel, parse_name
 from mmrl.model.tokenizer import Tokenizer, load_tokenizer
+from mmrl.output.files import parse_json
 
-TEXT_MODEL = "text_model"
-"""Subfolder of a stored encoder with the config.json of its Hugging Face text tower."""
 # Model configs of mmrl, in open_clip's format and found by name like open_clip's.
 OWN_CONFIGS = Path(__file__).parent / "open_clip_configs"
 
@@ -38,6 +37,7 @@ def read_model_cfg(name: str) -> dict[str, Any]:
     source = parse_name(name)
     if isinstance(source, StoredModel):
         manifest = read_manifest(source.folder)
+        check_files(source.folder, manifest, ())
         stored_cfg = with_local_text_config(manifest["model_cfg"], source.folder / TEXT_MODEL)
         return {**stored_cfg, "embed_dim": manifest["dim"]}
     name = source.name
@@ -79,7 +79,7 @@ def build_tokenizer(name: str) -> Tokenizer:
     model_cfg = read_model_cfg(name)
     source = parse_name(name)
     if isinstance(source, StoredModel):
-        return load_tokenizer(source.folder / "tokenizer", read_manifest(source.folder)["tokenizer"], model_cfg)
+        return load_tokenizer(source.folder / TOKENIZER, read_manifest(source.folder)["tokenizer"], model_cfg)
     name = source.name
     if hugging_face.find_folder(name):
         return tokenizer_of(name, model_cfg)
@@ -145,7 +145,7 @@ def register(name: str) -> str:
     path = Path(name)
     if path.suffix == ".json":
         try:
-            settings = json.loads(path.read_text())
+            settings = parse_json(path.read_text())
         except FileNotFoundError:
             raise InputError(f"model.name: the file {name} does not exist.") from None
         except json.JSONDecodeError as error:

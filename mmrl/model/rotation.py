@@ -8,12 +8,12 @@ Shapes: N rows, D embedding width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import orthogonal
 
 
 class NestedRotation(nn.Module):
@@ -33,8 +33,9 @@ class NestedRotation(nn.Module):
         nn.init.eye_(linear.weight)
         if dims is not None:
             parametrize.register_parametrization(linear, "weight", _BetweenBlocks(dim, dims), unsafe=True)
-        self.linear = orthogonal(linear, orthogonal_map="cayley")
-        self.linear.weight = torch.eye(dim)  # initialises a chain of parametrizations
+        parametrize.register_parametrization(linear, "weight", _Cayley())
+        linear.weight = torch.eye(dim)  # initialises a chain of parametrizations
+        self.linear = linear
 
     @property
     def weight(self) -> torch.Tensor:
@@ -58,6 +59,29 @@ class NestedRotation(nn.Module):
         left_DD, singular_D, right_DD = torch.linalg.svd(self.weight.detach().cpu().double())
         assert (singular_D - 1).abs().max() < 1e-3, "the Cayley map keeps the matrix orthogonal"
         return left_DD @ right_DD
+
+
+class _Cayley(nn.Module):
+    """Maps a (D, D) parameter, by its entries below the diagonal, to an orthogonal matrix; 0 to the identity.
+
+    Unlike torch's parametrization it does not ask the device whether the system was solvable: I + A always is.
+    """
+
+    def forward(self, parameter_DD: torch.Tensor) -> torch.Tensor:
+        lower_DD = parameter_DD.tril(-1)
+        half_DD = (lower_DD - lower_DD.T) / 2
+        identity_DD = torch.eye(len(parameter_DD), dtype=parameter_DD.dtype, device=parameter_DD.device)
+        return torch.linalg.solve_ex(identity_DD - half_DD, identity_DD + half_DD).result
+
+    def right_inverse(self, value_DD: torch.Tensor) -> torch.Tensor:
+        """The initial parameter; the value must be the identity."""
+        return torch.zeros_like(value_DD)
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] (torch passes all by position)
+        self, state_dict: dict[str, Any], prefix: str, *others: Any
+    ) -> None:
+        state_dict.pop(f"{prefix}base", None)  # the identity; torch's parametrization, used before, had it
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class _BetweenBlocks(nn.Module):

@@ -3,13 +3,13 @@
 No torch here: `mmrl.load` opens ONNX encoders without it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmrl.errors import InputError
 from mmrl.model.manifest import MANIFEST
+from mmrl.output.files import parse_json, path_inside
 
 FORMS = (
     "a run folder, a checkpoint, an exported folder, open_clip:NAME[:TAG or FILE], [open_clip:]hf-hub:ORG/NAME, "
@@ -121,10 +121,7 @@ def read_hugging_face_config(folder: Path) -> tuple[Path, dict[str, Any]] | None
                 f"{modules}: the modules {', '.join(names) or 'of this file'} are more than a CLIP model; allowed: "
                 "one model, followed by Normalize at most."
             )
-        inner = (folder / str(entries[0].get("path", ""))).resolve()
-        if not inner.is_relative_to(folder.resolve()):
-            raise InputError(f"{modules}: path: {entries[0]['path']!r} leads out of the folder.")
-        folder = inner if inner != folder.resolve() else folder
+        folder = path_inside(folder, str(entries[0].get("path", "")))
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -159,8 +156,8 @@ def _in_folder(text: str, path: Path, key: str) -> ModelSource:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError, OSError) as error:
+        return parse_json(path.read_text())
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); save the model again.") from None
 
 

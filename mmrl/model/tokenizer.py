@@ -5,7 +5,7 @@ open_clip takes seconds to import, so it is imported inside the functions.
 
 import gzip
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +27,8 @@ BPE_CHARACTERS, OTHER_CHARACTERS = 64, 1024
 _MOST_CLEANED = 1 << 20
 # Files of Hugging Face tokenizers, of which each has one.
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
-# Bytes of a word beyond which `merge_pairs` replaces open_clip's algorithm, whose time is quadratic in them.
-_LONG_WORD = 64
+# Words whose tokens are kept, and the bytes of the longest of them.
+_MAX_KNOWN_WORDS, _LONG_WORD = 50_000, 64
 
 
 class Tokenizer:
@@ -43,7 +43,7 @@ class Tokenizer:
         self.max_characters: int = tokenizer.context_length * (BPE_CHARACTERS if is_bpe else OTHER_CHARACTERS)
         tokenizer.clean_fn = _BoundedCleaning(tokenizer.clean_fn, self.max_characters)
         if is_bpe:
-            tokenizer.bpe = _FastBPE(tokenizer.bpe, tokenizer.bpe_ranks)
+            tokenizer.bpe = _BoundedBPE(tokenizer.cache, tokenizer.bpe_ranks)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         return self.tokenizer(texts)
@@ -148,16 +148,25 @@ class _BoundedCleaning:
         return self._clean(text[:_MOST_CLEANED])[: self._max_characters]
 
 
-class _FastBPE:
-    """A word, as characters that stand for bytes -> its tokens, joined by spaces."""
+class _BoundedBPE:
+    """A word, as characters that stand for bytes -> its tokens, joined by spaces. open_clip's takes a time quadratic in
+    the word's length, and keeps every word that it ever saw."""
 
-    def __init__(self, bpe: Callable[[str], str], ranks: Mapping[tuple[str, str], int]) -> None:
-        self._bpe, self._ranks = bpe, ranks
+    def __init__(self, special: Iterable[str], ranks: Mapping[tuple[str, str], int]) -> None:
+        self._ranks, self._special = ranks, frozenset(special)
+        self._known: dict[str, str] = {}
 
     def __call__(self, word: str) -> str:
+        if word in self._special:
+            return word
+        if (known := self._known.get(word)) is not None:
+            return known
+        tokens = " ".join(merge_pairs([*word[:-1], word[-1] + "</w>"], self._ranks))
         if len(word) <= _LONG_WORD:
-            return self._bpe(word)
-        return " ".join(merge_pairs([*word[:-1], word[-1] + "</w>"], self._ranks))
+            if len(self._known) == _MAX_KNOWN_WORDS:
+                self._known.clear()
+            self._known[word] = tokens
+        return tokens
 
 
 def merge_pairs(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:

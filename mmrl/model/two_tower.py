@@ -4,17 +4,20 @@ Shapes: B images, C channels, H and W the image's size, M texts, L tokens, D the
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmrl.images.image_spec import Normaliser
 from mmrl.model.towers import Modality, Towers, TowersConfig, projection_axes
 from mmrl.settings import Settings
 
+Precision = Literal["fp32", "bf16", "fp16"]
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.01, 100.0
 # Initial values for the sigmoid loss (arXiv 2303.15343, section 3.2): the bias offsets the many negatives.
 _SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
@@ -77,7 +80,7 @@ class MatryoshkaCLIP(nn.Module):
         recomputes: bool = False,
     ) -> None:
         super().__init__()
-        self._recomputes = recomputes
+        self._recomputes, self._autocast_dtype = recomputes, None
         self.image = image
         self.text = text
         # Never 0-d: DeepSpeed cannot broadcast a scalar parameter.
@@ -91,12 +94,30 @@ class MatryoshkaCLIP(nn.Module):
         text_MD = None if text_ML is None else self.encode_text(text_ML)
         return image_BD, text_MD, self.logit_scale, self.logit_bias
 
+    @contextmanager
+    def encoding_in(self, precision: Precision) -> Iterator[None]:
+        """Within, `encode_image` and `encode_text` compute as in training in this precision."""
+        self._autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        try:
+            yield
+        finally:
+            self._autocast_dtype = None
+
     def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) -> (B, D)."""
-        return self.image(image_BCHW)
+        with self._autocast(image_BCHW):
+            return self.image(image_BCHW)
 
     def encode_text(self, text_ML: torch.Tensor) -> torch.Tensor:
         """Token ids (M, L) -> (M, D)."""
+        with self._autocast(text_ML):
+            return self._encode_text(text_ML)
+
+    def _autocast(self, x: torch.Tensor) -> AbstractContextManager[object]:
+        dtype = self._autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
+
+    def _encode_text(self, text_ML: torch.Tensor) -> torch.Tensor:
         # On CPUs flash attention takes half of the text tower's backward time in bfloat16. Not with gradient
         # checkpointing: the recomputation runs outside this context and must choose the same kernel.
         if self.training and text_ML.device.type == "cpu" and not self._recomputes:
@@ -130,7 +151,7 @@ def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bia
         assert projection is not None, "the same tower had an added projection when it was stored"
         projection.load_state_dict({"weight": weight_DD})
     return MatryoshkaCLIP(
-        ProjectedTower(towers.image, projections["image"], towers.image_spec.normalise),
+        ProjectedTower(towers.image, projections["image"], Normaliser(towers.image_spec)),
         ProjectedTower(towers.text, projections["text"]),
         torch.full((count,), init),
         torch.full((count,), _SIGMOID_BIAS if bias_init is None else bias_init) if with_bias else None,

@@ -7,15 +7,16 @@ learned by the nested loss of the prefixes, on embeddings only (learned.py). ste
 Shapes: N images or texts, D the embedding's width.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 
 from mmrl import nesting
 from mmrl.data.samples import SampleReader
@@ -23,6 +24,8 @@ from mmrl.data.sources import open_reader
 from mmrl.distributed import comm
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
+from mmrl.evaluate.directions import CROSS_MODAL
+from mmrl.evaluate.report.tables import all_tables
 from mmrl.evaluate.sets import Embedded
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
@@ -82,16 +85,25 @@ def rotate_model(
     validation = None if validate is None else open_reader(validate)
     encoder = bundle.open_model(source)
     encoder.model.to(world.device)
-    dims = _checked_dims(encoder, dims)
-    _check_keep(encoder, keep)
+    trained = [dim for dim in encoder.nested_dims if dim < encoder.dim]
+    dims = _checked_dims(encoder.dim, trained, dims)
+    if keep is not None and not 0 <= keep < encoder.dim - 1:
+        raise InputError(
+            f"keep: {keep} of {encoder.dim} dims leaves nothing to rotate; give 0 to {encoder.dim - 2}, e.g. the "
+            "largest trained dim that must not change."
+        )
     _check_count(shards, len(reader), encoder.dim)
-    _print_model_notes(console, encoder, keep, validate)
+    if trained and not keep and validate is None:
+        print_line(
+            console,
+            f"Note: this model was trained at the dims {', '.join(map(str, encoder.nested_dims))}. The rotation may "
+            "make the smallest of them worse: --validate SHARDS measures that and leaves dims unchanged where it is "
+            "better.",
+        )
     found = moments.compute_moments(model, encoder, reader, samples, captions, console, with_pairs=steps > 0)
     _check_count(shards, found.images, encoder.dim)
     _print_sample_notes(console, encoder.dim, found)
-    candidates = [keep or 0]
-    if validation is not None and keep is None:
-        candidates = [0, *(dim for dim in encoder.nested_dims if dim < encoder.dim)]
+    candidates = [0, *trained] if validation is not None and keep is None else [keep or 0]
     scale = encoder.model.logit_scale[-1].item()
     rotations = {
         kept: learned.find_rotation(found.moment_DD, found.pairs, scale, dims, kept, steps) for kept in candidates
@@ -121,29 +133,17 @@ def rotate_model(
 # ------------------------------------------------------------------------------------------------ checks, notes
 
 
-def _checked_dims(encoder: Bundle, dims: Sequence[int] | None) -> list[int]:
+def _checked_dims(full_dim: int, trained: Sequence[int], dims: Sequence[int] | None) -> list[int]:
     """The dims to optimise, ascending."""
     if dims is not None:
-        nesting.check_dims(dims, encoder.dim)
+        nesting.check_dims(dims, full_dim)
         return sorted(dims)
-    if _is_nested(encoder):
-        return sorted({*encoder.nested_dims, encoder.dim})
-    halves = [encoder.dim]
+    if trained:
+        return sorted({*trained, full_dim})
+    halves = [full_dim]
     while halves[0] % 2 == 0 and halves[0] // 2 >= _MIN_DIM:
         halves.insert(0, halves[0] // 2)
     return halves
-
-
-def _is_nested(encoder: Bundle) -> bool:
-    return any(dim < encoder.dim for dim in encoder.nested_dims)
-
-
-def _check_keep(encoder: Bundle, keep: int | None) -> None:
-    if keep is not None and not 0 <= keep < encoder.dim - 1:
-        raise InputError(
-            f"keep: {keep} of {encoder.dim} dims leaves nothing to rotate; give 0 to {encoder.dim - 2}, e.g. the "
-            "largest trained dim that must not change."
-        )
 
 
 def _check_count(shards: str, count: int, dim: int) -> None:
@@ -151,16 +151,6 @@ def _check_count(shards: str, count: int, dim: int) -> None:
         raise InputError(
             f"shards: {shards} has {count:,} usable samples, too few for {dim:,} dims; give at least {dim:,}, better "
             f"{_SAMPLES_PER_DIM * dim:,}."
-        )
-
-
-def _print_model_notes(console: Console, encoder: Bundle, keep: int | None, validate: str | None) -> None:
-    if _is_nested(encoder) and not keep and validate is None:
-        trained = ", ".join(str(dim) for dim in encoder.nested_dims)
-        print_line(
-            console,
-            f"Note: this model was trained at the dims {trained}. The rotation may make the smallest of them worse: "
-            "--validate SHARDS measures that and leaves dims unchanged where it is better.",
         )
 
 
@@ -206,23 +196,18 @@ def _best_on_validation(
     after = {kept: sets.score(_rotate(embedded, rotation_DD), dims) for kept, rotation_DD in rotations.items()}
     before, after = comm.broadcast_object((before, after))  # ranks may round differently
     best = max(after, key=lambda kept: _mean_map(after[kept]))
-    helps = _mean_map(after[best]) >= _mean_map(before) + _MIN_GAIN
     for kept, scores in after.items():
+        which = f"all but the first {kept} dims" if kept else "all dims"
         gain = f"mean mAP {100 * _mean_map(before):.2f} → {100 * _mean_map(scores):.2f} %"
-        print_line(console, f"rotating {_which_dims(kept)}: {gain}")
-    shown = best if helps else min(after)
-    console.print(_before_and_after(before, after[shown], shown))
-    if not helps:
+        print_line(console, f"rotating {which}: {gain}")
+    console.print(*all_tables({"before": before, "rotated": after[best]}), sep="\n")
+    if _mean_map(after[best]) < _mean_map(before) + _MIN_GAIN:
         raise RunStopped(
             f"The rotation does not help on {len(embedded.keys):,} validation images (mean mAP over the dims "
             f"{100 * _mean_map(before):.2f} % without, {100 * _mean_map(after[best]):.2f} % with the best one); "
             "nothing was written. Use the model as it is."
         )
     return best, {"before": before["dims"], "after": after[best]["dims"]}
-
-
-def _which_dims(kept: int) -> str:
-    return f"all but the first {kept} dims" if kept else "all dims"
 
 
 def _rotate(embedded: Embedded, rotation_DD: torch.Tensor) -> Embedded:
@@ -233,31 +218,7 @@ def _rotate(embedded: Embedded, rotation_DD: torch.Tensor) -> Embedded:
 
 
 def _mean_map(scores: Result) -> float:
-    values = [one["mAP"] for by_direction in scores["dims"].values() for one in _cross_modal(by_direction)]
-    return sum(values) / len(values)
-
-
-def _cross_modal(by_direction: Result) -> list[dict[str, float]]:
-    return [by_direction["image_to_text"], by_direction["text_to_image"]]
-
-
-def _before_and_after(before: Result, after: Result, kept: int) -> Table:
-    table = Table(
-        title=f"{before['num_images']:,} images, {before['num_texts']:,} texts; mean of both directions, in %"
-    )
-    table.caption = f"before → after rotating {_which_dims(kept)}"
-    for column in ("dim", "R@1", "R@10", "mAP"):
-        table.add_column(column, justify="right")
-    for dim, by_direction in before["dims"].items():
-        pairs = [
-            [
-                100 * sum(one[metric] for one in _cross_modal(scores)) / 2
-                for scores in (by_direction, after["dims"][dim])
-            ]
-            for metric in ("R@1", "R@10", "mAP")
-        ]
-        table.add_row(dim, *(f"{old:.1f} → {new:.1f}" for old, new in pairs))
-    return table
+    return fmean(by_direction[way]["mAP"] for by_direction in scores["dims"].values() for way in CROSS_MODAL)
 
 
 def _shares(rotation_DD: torch.Tensor, moment_DD: torch.Tensor, dims: Sequence[int]) -> dict[str, float]:
@@ -330,7 +291,7 @@ def _manifest_source(source: ModelSource, encoder: Bundle) -> Result:
 def _max_difference(encoder: Bundle, rotated: Bundle, reader: SampleReader) -> float:
     """The greatest change of a full-dim similarity, on the first chunk with usable samples."""
     rotated.model.to(comm.world().device)
-    batch = next(batch for batch in moments.read_chunks(encoder, reader) if batch.keys)
+    batch = next(batch for batch in moments.read_chunks(encoder, reader, itertools.count()) if batch.keys)
     old, new = (_similarities(*moments.embed(one, batch)) for one in (encoder, rotated))
     return float((old - new).abs().max())
 

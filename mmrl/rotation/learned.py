@@ -120,15 +120,14 @@ def find_rotation(
         logit_scale: the model's scale of the full dim.
         keep: leave the first `keep` dims unchanged.
     """
-    found = None
+    rotation_DD, learned = torch.empty(0), None
     if comm.world().is_rank_0:
         rotation_DD = nesting.principal_rotation(moment_DD, keep)
-        with comm.single_process():
-            learned = None if pairs is None else learn_rotation(pairs, logit_scale, rotation_DD, dims, keep, steps)
-        found = (rotation_DD, None) if learned is None else (learned.rotation_DD, learned)
-    found = comm.broadcast_object(found)
-    assert found is not None
-    return found
+        if pairs is not None:
+            with comm.single_process():
+                learned = learn_rotation(pairs, logit_scale, rotation_DD, dims, keep, steps)
+    rotation_DD, learned = comm.broadcast_object((rotation_DD, learned))
+    return (learned.rotation_DD if learned else rotation_DD), learned
 
 
 def learn_rotation(
@@ -227,12 +226,8 @@ def mean_reciprocal_rank(pairs: Pairs, dims: Sequence[int]) -> float:
 
     All of one group match; ties rank before the match.
     """
-    text_N = _first_index(pairs.image_of_text_M, len(pairs.image_ND))
+    count, texts = len(pairs.image_ND), torch.arange(len(pairs.text_MD))
+    text_N = torch.zeros(count).long().scatter_reduce(0, pairs.image_of_text_M, texts, "amin", include_self=False)
     group_N = _groups(pairs)
     both = rank_both(pairs.image_ND, pairs.text_MD[text_N], group_N, group_N, dims)
     return float(torch.cat([1 / ranked[dim].rank_Q for ranked in both for dim in dims]).mean())
-
-
-def _first_index(value_M: torch.Tensor, count: int) -> torch.Tensor:
-    """The first index of each value 0 … count - 1."""
-    return torch.full((count,), len(value_M)).scatter_reduce(0, value_M, torch.arange(len(value_M)), "amin")

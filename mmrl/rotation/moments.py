@@ -7,7 +7,7 @@ Shapes: N images or texts, D the embedding's width.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,25 +46,20 @@ class Moments:
 class SecondMoment:
     """The mean of x xᵀ over unit rows x, in one pass, over all ranks.
 
-    Sums are kept in integers, which add exactly in any order: the rotation does not depend on the number of ranks.
-    The unit 2**-44 rounds a chunk's sum less than float64 rounds a sum of a thousand chunks.
+    Sums are kept in integers, which add exactly in any order: the rotation does not depend on the number of ranks. The
+    unit 2**-30 rounds a chunk's sum far less than float32 rounds its embeddings, and 2**33 rows fit.
     """
 
-    _UNIT = 2.0**-44
-    _LOW_BITS = 32
+    _UNIT = 2.0**-30
 
     def __init__(self, dim: int, device: torch.device) -> None:
-        self._high_DD = torch.zeros(dim, dim, dtype=torch.int64, device=device)
-        self._low_DD = torch.zeros_like(self._high_DD)
+        self._sum_DD = torch.zeros(dim, dim, dtype=torch.int64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, rows_ND: torch.Tensor) -> None:
-        """Adds fewer than 2**18 rows, of any length."""
-        assert len(rows_ND) < 1 << 18, "the sum would not fit into 63 bits"
+        """Adds rows of any length."""
         unit_ND = F.normalize(rows_ND.double(), dim=-1)
-        sum_DD = (unit_ND.T @ unit_ND / self._UNIT).round().long()
-        self._high_DD += sum_DD >> self._LOW_BITS
-        self._low_DD += sum_DD & ((1 << self._LOW_BITS) - 1)
+        self._sum_DD += (unit_ND.T @ unit_ND / self._UNIT).round().long()
         self._count += len(rows_ND)
 
     def count(self) -> int:
@@ -73,8 +68,7 @@ class SecondMoment:
 
     def mean(self) -> torch.Tensor:
         """The mean over the rows of all ranks: float64 (D, D)."""
-        high_DD, low_DD = comm.all_reduce_sum(self._high_DD), comm.all_reduce_sum(self._low_DD)
-        return (high_DD.double() * 2.0**self._LOW_BITS + low_DD.double()) * self._UNIT / self.count()
+        return comm.all_reduce_sum(self._sum_DD).double() * self._UNIT / self.count()
 
 
 @torch.inference_mode()
@@ -103,9 +97,11 @@ def compute_moments(
     bad = list(reader.problems) if world.is_rank_0 else []
     not_finite: list[str] = []
     kept: list[Pairs] = []
+    all_chunks = spread_chunks(-(-len(reader) // CHUNK_SIZE), samples)
+    chunks = all_chunks[len(all_chunks) * world.rank // world.size : len(all_chunks) * (world.rank + 1) // world.size]
+    pair_images = max_images(encoder.dim) if with_pairs else 0
+    pair_chunks = {all_chunks[i] for i in spread_chunks(len(all_chunks), pair_images)}
     with progress_bar(console) as progress:
-        chunks = local_chunks(len(reader), samples)
-        pair_chunks = set(_spread(_all_chunks(len(reader), samples), -(-max_images(encoder.dim) // CHUNK_SIZE)))
         task = progress.add_task("embedding", total=min(len(chunks) * CHUNK_SIZE, len(reader)))
         for chunk, batch in zip(chunks, read_chunks(encoder, reader, chunks, captions), strict=True):
             progress.advance(task, len(batch.keys) + len(batch.bad))
@@ -118,7 +114,7 @@ def compute_moments(
                 break
             of_images.add(image_ND)
             of_texts.add(text_ND)
-            if with_pairs and chunk in pair_chunks:
+            if chunk in pair_chunks:
                 kept.append(Pairs(image_ND.float().cpu(), text_ND.float().cpu(), batch.row_of_text_M, batch.group_B))
     by_rank = comm.all_gather_objects((not_finite, bad))
     not_finite = [key for keys, _ in by_rank for key in keys]
@@ -140,22 +136,10 @@ def max_images(dim: int) -> int:
     return min(IMAGES_PER_DIM * dim, MAX_IMAGES)
 
 
-def local_chunks(count: int, samples: int | None) -> list[int]:
-    """Indices of the chunks that this rank reads, of a set of `count` samples."""
-    chunks, world = _all_chunks(count, samples), comm.world()
-    return chunks[len(chunks) * world.rank // world.size : len(chunks) * (world.rank + 1) // world.size]
-
-
-def _all_chunks(count: int, samples: int | None) -> list[int]:
-    """Indices of the chunks that all ranks together read."""
-    chunks = range(-(-count // CHUNK_SIZE))
-    return list(chunks) if samples is None else _spread(chunks, -(-samples // CHUNK_SIZE))
-
-
-def _spread(chunks: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` of the chunks, evenly spaced."""
-    count = min(len(chunks), limit)
-    return [chunks[len(chunks) * i // count] for i in range(count)]
+def spread_chunks(count: int, samples: int | None) -> list[int]:
+    """The indices of as many of `count` chunks as hold this many samples, evenly spaced; None: of all."""
+    chosen = count if samples is None else min(count, -(-samples // CHUNK_SIZE))
+    return [count * i // chosen for i in range(chosen)]
 
 
 def _gather_pairs(kept: Sequence[Pairs]) -> Pairs | None:
@@ -173,11 +157,11 @@ def _gather_pairs(kept: Sequence[Pairs]) -> Pairs | None:
 
 
 def read_chunks(
-    encoder: Bundle, reader: SampleReader, chunks: Sequence[int] | None = None, captions: int | None = None
+    encoder: Bundle, reader: SampleReader, chunks: Iterable[int], captions: int | None = None
 ) -> Iterator[SequentialBatch]:
-    """Reads the chunks of a set with these indices, by default all; one batch per chunk."""
+    """Reads the chunks of a set with these indices; one batch per chunk."""
     count = -(-len(reader) // CHUNK_SIZE)
-    for chunk in range(count) if chunks is None else chunks:
+    for chunk in chunks:
         yield from read_sequential(
             reader,
             encoder.image_spec,

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
+from mmrl.errors import InputError
 from mmrl.inference.base import LoadedEncoder
 from mmrl.search.batching import Batcher
 from mmrl.search.calibrate import K
@@ -61,7 +63,8 @@ class SearchOptions(BaseModel):
 class TextQuery(SearchOptions):
     """A search by text."""
 
-    text: str = Field(min_length=1, max_length=MAX_TEXT_LENGTH, examples=["red running shoes"])
+    # Checked by `check_query_text`, with the same message as `mmrl search`.
+    text: str = Field(examples=["red running shoes"], json_schema_extra={"maxLength": MAX_TEXT_LENGTH})
 
 
 class ItemQuery(SearchOptions):
@@ -129,17 +132,42 @@ class IndexInfo(BaseModel):
     most_upload: int = Field(description="Maximum size of an uploaded image, in bytes")
 
 
+class _LiveIndex:
+    """The served index as it is on disk: what is deleted from it disappears without a restart."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        self._searcher, self._lock = searcher, threading.Lock()
+        self.info = _index_info(searcher)
+
+    def __call__(self) -> Searcher:
+        """The searcher of now. Raises HTTPException 503 if the index was rebuilt with another encoder."""
+        with self._lock:
+            before = self._searcher.index
+            try:
+                index = before.reopened()
+            except InputError:  # it is being replaced
+                index = before
+            if index.manifest["encoder"]["origin_sha256"] != before.manifest["encoder"]["origin_sha256"]:
+                raise HTTPException(503, "The index was rebuilt with another encoder; restart the server.")
+            if index is not before:
+                self._searcher = replace(self._searcher, index=index)
+                self.info = _index_info(self._searcher)
+            return self._searcher
+
+
 class _QueryRunner:
     """Runs searches in a thread pool with a limited queue, and caches recent query embeddings."""
 
-    def __init__(self, searcher: Searcher) -> None:
-        self.searcher = searcher
+    def __init__(self, live: _LiveIndex) -> None:
+        self._live = live
         self._pool = ThreadPoolExecutor(_MAX_CONCURRENT, "search")
         self._pending = 0
         self._cache_lock = threading.Lock()
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
-    async def run(self, encode: Callable[[], np.ndarray], cache_key: bytes, options: SearchOptions) -> SearchResponse:
+    async def run(
+        self, encode: Callable[[Searcher], np.ndarray], cache_key: bytes | None, options: SearchOptions
+    ) -> SearchResponse:
         """Encodes a query, unless `cache_key` is in the cache, and searches.
 
         Raises:
@@ -161,35 +189,43 @@ class _QueryRunner:
         if not future.cancelled():
             future.exception()  # retrieved, so that asyncio does not log the error of a search that timed out
 
-    def _search(self, encode: Callable[[], np.ndarray], cache_key: bytes, options: SearchOptions) -> SearchResponse:
-        start = time.perf_counter()
-        query_D, cached = self._query_vector(encode, cache_key)
+    def _search(
+        self, encode: Callable[[Searcher], np.ndarray], cache_key: bytes | None, options: SearchOptions
+    ) -> SearchResponse:
+        searcher, start = self._live(), time.perf_counter()
+        query_D = self._cached(cache_key)
+        cached = query_D is not None
+        if query_D is None:
+            query_D = encode(searcher)
+            self._keep(cache_key, query_D)
         encoded = time.perf_counter()
-        hits = self.searcher.search(query_D, options.dim, options.k, options.group or None, options.exact)
+        hits = searcher.search(query_D, options.dim, options.k, options.group or None, options.exact)
         searched = time.perf_counter()
-        dim = self.searcher.max_dim if options.dim is None else options.dim
+        dim = searcher.max_dim if options.dim is None else options.dim
         milliseconds = Milliseconds(
             encode=0.0 if cached else round((encoded - start) * 1e3, 2), search=round((searched - encoded) * 1e3, 2)
         )
         return SearchResponse(
             dim=dim,
-            trained=dim in self.searcher.nested_dims,
+            trained=dim in searcher.nested_dims,
             bytes_per_vector=4 * dim,
             milliseconds=milliseconds,
-            results=[_result(hit) for hit in hits],
+            results=[_result(searcher, hit) for hit in hits],
         )
 
-    def _query_vector(self, encode: Callable[[], np.ndarray], cache_key: bytes) -> tuple[np.ndarray, bool]:
+    def _cached(self, key: bytes | None) -> np.ndarray | None:
         with self._cache_lock:
-            if cache_key in self._cache:
-                self._cache.move_to_end(cache_key)
-                return self._cache[cache_key], True
-        query_D = encode()
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        return None
+
+    def _keep(self, key: bytes | None, query_D: np.ndarray) -> None:
         with self._cache_lock:
-            self._cache[cache_key] = query_D
+            if key is not None:
+                self._cache[key] = query_D
             if len(self._cache) > _CACHED_QUERIES:
                 self._cache.popitem(last=False)
-        return query_D, False
 
 
 def create_app(
@@ -237,19 +273,20 @@ def create_app(
 
 def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
     """Adds the routes that the search page uses."""
-    runner = _QueryRunner(searcher)
-    info = _index_info(searcher)
+    live = _LiveIndex(searcher)
+    runner = _QueryRunner(live)
 
     @app.get("/api/index", tags=["index"])
     def index() -> IndexInfo:
         """The index: its size, dims, codes, largest groups and example queries."""
-        return info
+        live()
+        return live.info
 
     @app.get("/api/groups", tags=["index"])
     def groups(containing: Annotated[str, Query(max_length=1000)] = "") -> list[GroupCount]:
         """The 50 largest groups whose name contains a string, ignoring case."""
         wanted = containing.casefold()
-        named = searcher.index.items.named_groups
+        named = live().index.items.named_groups
         matches = (GroupCount(name=name, count=count) for name, count in named if wanted in name.casefold())
         return list(islice(matches, 50))
 
@@ -259,14 +296,16 @@ def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
         group: Annotated[str | None, Query(max_length=1000)] = None,
     ) -> list[IndexedImage]:
         """A fixed random sample of images."""
+        searcher = live()
         rows = searcher.index.sample(k, group or None)
         pairs = zip(rows, searcher.index.items.take(rows), strict=True)
-        return [IndexedImage(**_image_fields(int(row), item)) for row, item in pairs]
+        return [IndexedImage(**_image_fields(searcher, int(row), item)) for row, item in pairs]
 
     @app.get("/api/thumbnails/{row}", tags=["index"], response_class=Response,
              responses={200: {"content": {"image/webp": {}}}})  # fmt: skip
     def thumbnail(row: int) -> Response:
         """The WebP thumbnail of an image, at most 160 pixels on the longer side."""
+        searcher = live()
         item = searcher.index.items[_checked_row(searcher, row)]
         return Response(item.thumbnail, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
@@ -274,7 +313,7 @@ def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
     async def search_text(query: TextQuery) -> SearchResponse:
         """The images most similar to a text."""
         cache_key = b"text" + hashlib.sha256(query.text.encode("utf-8", "surrogatepass")).digest()
-        return await runner.run(lambda: batcher.encode("text", check_query_text(query.text)), cache_key, query)
+        return await runner.run(lambda _: batcher.encode("text", check_query_text(query.text)), cache_key, query)
 
     @app.post("/api/search/image", tags=["search"])
     async def search_image(
@@ -288,13 +327,16 @@ def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
         data = await picture.read()
         cache_key = b"picture" + hashlib.sha256(data).digest()
         options = SearchOptions(dim=dim, k=k, group=group, exact=exact)
-        return await runner.run(lambda: batcher.encode("image", data), cache_key, options)
+        return await runner.run(lambda _: batcher.encode("image", data), cache_key, options)
 
     @app.post("/api/search/item", tags=["search"])
     async def search_item(query: ItemQuery) -> SearchResponse:
         """The images most similar to an image of the index. That image itself ranks first."""
-        row = _checked_row(searcher, query.row)
-        return await runner.run(lambda: np.array(searcher.index.vectors_ND[row]), b"row%d" % row, query)
+
+        def vector(searcher: Searcher) -> np.ndarray:
+            return np.array(searcher.index.vectors_ND[_checked_row(searcher, query.row)])
+
+        return await runner.run(vector, None, query)
 
 
 def _page_file(name: str, _: Request) -> FileResponse:
@@ -320,18 +362,21 @@ def _index_info(searcher: Searcher) -> IndexInfo:
     )
 
 
-def _image_fields(row: int, item: Item) -> dict[str, Any]:
+def _image_fields(searcher: Searcher, row: int, item: Item) -> dict[str, Any]:
+    data = searcher.index.manifest[
+        "data"
+    ]  # a browser must not take the thumbnail of another data folder from its cache
     return {
         "row": row,
         "key": item.key,
         "captions": item.captions,
         "group_name": item.group_name,
-        "thumbnail": f"/api/thumbnails/{row}" if item.thumbnail else "",
+        "thumbnail": f"/api/thumbnails/{row}?of={data}" if item.thumbnail else "",
     }
 
 
-def _result(hit: Hit) -> Result:
-    return Result(rank=hit.rank, score=round(hit.score, 6), **_image_fields(hit.row, hit.item))
+def _result(searcher: Searcher, hit: Hit) -> Result:
+    return Result(rank=hit.rank, score=round(hit.score, 6), **_image_fields(searcher, hit.row, hit.item))
 
 
 def _checked_row(searcher: Searcher, row: int) -> int:

@@ -34,7 +34,11 @@ class Batcher:
             "text": deque(),
             "image": deque(),
         }
-        metrics.waiting = lambda: sum(map(len, self._waiting.values()))
+        metrics.waiting = lambda: sum(map(self.waiting, self._waiting))
+
+    def waiting(self, modality: Modality) -> int:
+        """The number of inputs that wait to be encoded."""
+        return len(self._waiting[modality])
 
     def submit(self, modality: Modality, inputs: Sequence[str | bytes]) -> list[Future[np.ndarray]]:
         """A future of each input's embedding, (D,) at the encoder's dim; its exception is that of the encoder."""

@@ -24,8 +24,7 @@ from mmrl.data.pack.tables import arrow
 from mmrl.errors import InputError
 from mmrl.nesting import Nesting, check_dims, untrained_note
 from mmrl.output.console import print_line
-from mmrl.output.files import atomic_path, check_out_folder, create_folder, write_atomic
-from mmrl.search import items
+from mmrl.output.files import atomic_path, check_out_folder, create_folder, describe_difference, write_atomic
 from mmrl.search.calibrate import QUERIES, Codes, K, write_codes
 from mmrl.search.embeddings import Batches, caption_vectors, embedding_files, open_embeddings
 from mmrl.search.index import (
@@ -139,8 +138,7 @@ def _difference(out: Path, parts: dict[str, Any], metadata: dict[str, Any], code
     stored |= {"code": stored_codes.get("code", "exact"), "dim of codes": stored_codes.get("dim")}
     now = {**parts, "encoder": metadata["origin_sha256"], "dim": metadata["dim"]}
     now |= {"code": codes.code if codes else "exact", "dim of codes": codes.dim if codes else None}
-    key = next((key for key in now if stored[key] != now[key]), None)
-    return key and f"an index whose {key} was {stored[key]}, not {now[key]}"
+    return describe_difference("an index", stored, now)
 
 
 def add_to_index(embeddings: Path, folder: Path, quiet: bool = False) -> dict[str, Any]:
@@ -174,7 +172,7 @@ def add_to_index(embeddings: Path, folder: Path, quiet: bool = False) -> dict[st
             captions_MD = np.concatenate([captions_MD, new_MD[:, : index.dim]])
         source = _IndexSource(
             len(index.vectors_ND) - len(np.union1d(index.deleted, replaced)) + count,
-            index.items.schema,
+            index.items.table.schema,
             partial(_old_and_new, index, replaced, batches),
             captions_MD,
         )
@@ -254,7 +252,7 @@ def compact_index(folder: Path, quiet: bool = False) -> dict[str, Any]:
     for index in reversed(_indexes(folder).values()):
         captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
         batches = partial(_remaining_batches, index, np.zeros(0, np.int64))
-        source = _IndexSource(len(index), index.items.schema, batches, captions_MD)
+        source = _IndexSource(len(index), index.items.table.schema, batches, captions_MD)
         manifest = _write(index.folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
     return manifest
 
@@ -268,11 +266,12 @@ def _codes_of(index: Index) -> Codes | None:
 def _remaining_batches(index: Index, replaced: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
     """The rows of an index that are neither deleted nor replaced."""
     pyarrow, _ = arrow("mmrl index")
-    mask_N = np.ones(len(index.vectors_ND), bool)
+    mask_N, start = np.ones(len(index.vectors_ND), bool), 0
     mask_N[index.deleted] = mask_N[replaced] = False
-    for start, batch in index.items.batches():
-        mask_n = mask_N[start : start + len(batch)]
-        yield index.vectors_ND[start : start + len(batch)][mask_n], batch.filter(pyarrow.array(mask_n))
+    for batch in index.items.table.to_batches():
+        rows = slice(start, start + len(batch))
+        yield index.vectors_ND[rows][mask_N[rows]], batch.filter(pyarrow.array(mask_N[rows]))
+        start += len(batch)
 
 
 def _choose_codes(
@@ -364,7 +363,10 @@ def _write_rows(data: Path, source: _IndexSource, dim: int) -> np.ndarray:
     shape = (source.count, dim)
     vectors_ND = np.lib.format.open_memmap(data / VECTORS, mode="w+", dtype=np.float32, shape=shape)
     start = 0
-    with items.item_writer(data / ITEMS, source.schema) as writer:
+    pyarrow, _ = arrow("mmrl index")
+    from pyarrow import ipc
+
+    with pyarrow.OSFile(str(data / ITEMS), "wb") as sink, ipc.new_file(sink, source.schema) as writer:
         for rows_nD, batch in source.batches():
             if len(batch):
                 vectors_ND[start : start + len(batch)] = rows_nD

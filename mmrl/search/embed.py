@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ from mmrl.inference.load import load
 from mmrl.model.bundle import dims_up_to
 from mmrl.nesting import check_dims, truncate, untrained_note
 from mmrl.output.console import print_line
-from mmrl.output.files import atomic_path, check_out_folder, create_folder, write_atomic
+from mmrl.output.files import check_out_folder, create_folder, describe_difference, parse_json, write_atomic
 from mmrl.output.progress import progress_bar
 from mmrl.search import table
 from mmrl.search.encoder_identity import identify_encoder
@@ -163,15 +163,13 @@ def _difference(out: Path, metadata: dict[str, Any], texts: bool) -> str | None:
         return None
     pyarrow, parquet = arrow("mmrl embed")
     try:
-        stored = json.loads(parquet.read_schema(file).metadata[table.METADATA_KEY])
+        stored = parse_json(parquet.read_schema(file).metadata[table.METADATA_KEY])
     except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
         return f"a file {file.name} of another program"
     stored, now = {**stored, "texts": (out / TEXTS).is_file()}, {**metadata, "texts": texts}
-    changed = (key for key in now if key != "mmrl_version" and stored.get(key, now[key]) != now[key])
-    key = next(changed, None)
-    if key == "source_sha256":
-        return "embeddings of another source"
-    return key and f"embeddings whose {key} was {stored[key]}, not {now[key]}"
+    same_source = stored.get("source_sha256") == now.pop("source_sha256")
+    found = describe_difference("embeddings", stored, {**now, "mmrl_version": stored.get("mmrl_version")})
+    return found if found or same_source else "embeddings of another source"
 
 
 def _prepare_chunks(
@@ -191,7 +189,7 @@ def _prepare_chunks(
     }
     file = folder / _PLAN
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored = parse_json(file.read_text())
         differing = next((key for key in plan if stored.get(key) != plan[key]), None)
         if differing is None:
             return
@@ -248,66 +246,61 @@ class _ChunkEmbedder:
         return self.folder / f"{start:012}.parquet"
 
     def __call__(self, span: tuple[int, int]) -> _ChunkResult:
-        rows, bad, vectors, pixels = table.Rows(), [], [], []
+        rows, bad, pixels = [], [], []
+        vectors = [np.zeros((0, self.encoder.dim), np.float32)]
+
+        def encode_pixels() -> None:
+            if pixels:
+                vectors.append(self.encoder.encode_pixels(torch.stack(pixels), self.batch_size))
+                pixels.clear()
+
         for read in self.samples.read(*span):
             if isinstance(read, Problem):
                 bad.append(read)
                 continue
             sample, image_CHW = read
-            rows.add(sample, None if image_CHW is None else to_pil(image_CHW))
-            if image_CHW is None:
-                continue
-            pixels.append(self.encoder.image_spec.pixels(image_CHW))
+            rows.append(table.image_row(sample, None if image_CHW is None else to_pil(image_CHW)))
+            if image_CHW is not None:
+                pixels.append(self.encoder.image_spec.pixels(image_CHW))
             if len(pixels) == self.batch_size:
-                vectors.append(self.encoder.encode_pixels(torch.stack(pixels), self.batch_size))
-                pixels = []
-        if pixels:
-            vectors.append(self.encoder.encode_pixels(torch.stack(pixels), self.batch_size))
-        path = self.chunk_path(span[0])
-        texts = len(rows.text_rows()) if self.texts else 0
+                encode_pixels()
+        encode_pixels()
+        path, text_rows = self.chunk_path(span[0]), table.text_rows(rows) if self.texts else []
         if self.texts:
-            captions = [caption for captions in rows.captions for caption in captions]
-            text_vectors = self._vector_columns(self.encoder.encode_texts(captions, self.batch_size))
-            schema = table.text_schema(self.columns, self.metadata)
-            _write_chunk(rows.as_text_table(schema, text_vectors), _text_chunk_path(path))
-        images = rows if self.samples.has_images else table.Rows()
-        result = _ChunkResult(len(images.keys), texts, span[1] - span[0], bad)
-        stored = {
-            "samples": result.images,
-            "texts": result.texts,
-            "fresh": result.new,
-            "bad": [asdict(problem) for problem in bad],
-        }
-        full_ND = np.concatenate(vectors) if vectors else np.zeros((0, self.columns[0].dim), np.float32)
-        schema = table.image_schema(self.columns, self.metadata)
-        chunk = images.as_table(schema, self._vector_columns(full_ND))
-        # Written last: a chunk is complete once this file exists.
-        _write_chunk(chunk.replace_schema_metadata({b"mmrl-part": json.dumps(stored)}), path)
+            text_ND = self.encoder.encode_texts([row["caption"] for row in text_rows], self.batch_size)
+            self._write_chunk(_text_chunk_path(path), table.text_schema, text_rows, text_ND)
+        if not self.samples.has_images:
+            rows = []
+        self._write_chunk(path, table.image_schema, rows, np.concatenate(vectors))
+        result = _ChunkResult(len(rows), len(text_rows), span[1] - span[0], bad)
+        write_atomic(_result_path(path), json.dumps(asdict(result)))  # last: a chunk is complete once this file exists
         return result
 
-    def _vector_columns(self, full_ND: np.ndarray) -> list[np.ndarray]:
-        """The vectors at each column's dim and precision."""
-        at_dim = {column.dim: truncate(torch.from_numpy(full_ND), column.dim).numpy() for column in self.columns}
-        return [encode(at_dim[column.dim], column.precision) for column in self.columns]
+    def _write_chunk(
+        self, path: Path, schema: Callable[..., Any], rows: Sequence[dict[str, Any]], full_ND: np.ndarray
+    ) -> None:
+        """Writes rows with their vectors at each column's dim and precision."""
+        vectors = [
+            encode(truncate(torch.from_numpy(full_ND), column.dim).numpy(), column.precision) for column in self.columns
+        ]
+        chunk = table.to_table(schema(self.columns, self.metadata), rows, vectors)
+        arrow("mmrl embed")[1].write_table(chunk, path)
 
 
 def _text_chunk_path(path: Path) -> Path:
     return path.with_suffix(".texts.parquet")
 
 
-def _write_chunk(chunk: Any, path: Path) -> None:
-    with atomic_path(path) as partial:
-        arrow("mmrl embed")[1].write_table(chunk, partial)
+def _result_path(path: Path) -> Path:
+    return path.with_suffix(".json")
 
 
 def _read_chunk_result(path: Path) -> _ChunkResult | None:
     """The result of a chunk that an earlier run completed, else None."""
-    pyarrow, parquet = arrow("mmrl embed")
-    try:
-        stored = json.loads(parquet.read_schema(path).metadata[b"mmrl-part"])
-    except (OSError, pyarrow.ArrowException, KeyError, TypeError):
+    if not _result_path(path).is_file():
         return None
-    return _ChunkResult(stored["samples"], stored["texts"], 0, [Problem(**problem) for problem in stored["bad"]])
+    stored = parse_json(_result_path(path).read_text())
+    return _ChunkResult(stored["images"], stored["texts"], 0, [Problem(**problem) for problem in stored["bad"]])
 
 
 def _embed_chunks(
@@ -329,16 +322,9 @@ def _embed_chunks(
             results[span] = result
             new += result.new
             bar.update(task, completed=completed + new, speed=f"{new / (time.monotonic() - began):,.0f} samples/s")
-    return _sum_results([result for result in results.values() if result is not None])
-
-
-def _sum_results(results: Sequence[_ChunkResult]) -> _ChunkResult:
-    return _ChunkResult(
-        sum(result.images for result in results),
-        sum(result.texts for result in results),
-        sum(result.new for result in results),
-        [problem for result in results for problem in result.bad],
-    )
+    done = [result for result in results.values() if result is not None]
+    bad = [problem for result in done for problem in result.bad]
+    return _ChunkResult(sum(one.images for one in done), sum(one.texts for one in done), new, bad)
 
 
 def _merge_chunks(
@@ -382,4 +368,4 @@ def _print_summary(console: Console, out: Path, result: dict[str, Any], bad: Seq
             f"Skipped {len(bad):,} bad samples, listed in {out / BAD_SAMPLES}; "
             f"the first is {bad[0].key}: {bad[0].reason}"
         )
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, "\n".join(lines))

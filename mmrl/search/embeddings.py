@@ -3,7 +3,6 @@
 Shapes: n rows of one batch, M captions, D dim of the index's vectors.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmrl.errors import InputError
 from mmrl.inference.load import load
 from mmrl.nesting import truncate
 from mmrl.output.console import print_line
+from mmrl.output.files import parse_json
 from mmrl.search import items
 from mmrl.search.embed import EMBEDDINGS, EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION, TEXTS
 from mmrl.search.encoder_identity import identify_encoder
@@ -68,7 +68,7 @@ def open_embeddings(path: Path, kind: Kind) -> tuple[dict[str, Any], int, Batche
         ) from None
     names = items.COLUMNS if kind == "images" else ["key", "caption", "group", "group_name"]
     missing = {"embedding", *names} - set(schema.names)
-    metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    metadata = parse_json((schema.metadata or {}).get(METADATA_KEY, b"{}"))
     if missing or metadata.get("format") != EMBEDDINGS_FORMAT or metadata.get("version") != EMBEDDINGS_VERSION:
         lacks = f"it lacks column {sorted(missing)[0]!r}" if missing else "it lacks mmrl's metadata of that version"
         raise InputError(
@@ -91,8 +91,7 @@ def open_embeddings(path: Path, kind: Kind) -> tuple[dict[str, Any], int, Batche
                 rows = batch.select(names) if kind == "images" else _text_items(batch)
                 yield truncate(rows_nD, dim).numpy(), rows
 
-    fields = image_schema([], {}).remove_metadata()
-    return metadata, count, batches, pyarrow.schema([fields.field(name) for name in items.COLUMNS])
+    return metadata, count, batches, image_schema([], {}).remove_metadata()
 
 
 def _text_items(batch: Any) -> Any:
@@ -102,11 +101,8 @@ def _text_items(batch: Any) -> Any:
     columns = {name: batch.column(name) for name in ("key", "group", "group_name")}
     columns["captions"] = pyarrow.ListArray.from_arrays(offsets, batch.column("caption"))
     columns["thumbnail"] = pyarrow.array([b""] * len(batch), pyarrow.binary())
-    fields = image_schema([], {})
-    return pyarrow.record_batch(
-        [columns[name].cast(fields.field(name).type) for name in items.COLUMNS],
-        schema=pyarrow.schema([fields.field(name) for name in items.COLUMNS]),
-    )
+    schema = image_schema([], {}).remove_metadata()
+    return pyarrow.record_batch([columns[field.name].cast(field.type) for field in schema], schema=schema)
 
 
 def caption_vectors(embeddings: Path, metadata: dict[str, Any], count: int, console: Console) -> np.ndarray:

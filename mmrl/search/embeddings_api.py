@@ -13,7 +13,6 @@ import base64
 import binascii
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -28,8 +27,8 @@ from mmrl.errors import InputError
 from mmrl.inference.base import LoadedEncoder
 from mmrl.nesting import check_dims, truncate
 from mmrl.search.batching import Batcher, Modality
-from mmrl.search.embed import MAX_TEXT_LENGTH
 from mmrl.search.limits import MAX_IMAGES, MAX_TEXTS, MAX_WAITING
+from mmrl.search.query import check_text
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _SENT_AS = "send it as a data URL, data:image/jpeg;base64,…"
@@ -111,7 +110,6 @@ def add_embeddings_api(app: FastAPI, encoder: LoadedEncoder, batcher: Batcher, n
     """Adds the routes to an application. `name` is the model's id."""
     nested_dims = list(encoder.nested_dims)
     model = Model(id=name, created=int(time.time()), dimensions=encoder.dim, trained_dimensions=nested_dims)
-    waiting = Counter[Modality]()
 
     @app.get("/v1/models", tags=["embeddings"])
     async def models() -> Models:
@@ -124,14 +122,10 @@ def add_embeddings_api(app: FastAPI, encoder: LoadedEncoder, batcher: Batcher, n
         dim = encoder.dim if request.dimensions is None else request.dimensions
         check_dims([dim], encoder.dim, "dimensions")
         modality, inputs = parse_inputs(request)
-        if waiting[modality] + len(inputs) > MAX_WAITING[modality]:
+        if batcher.waiting(modality) + len(inputs) > MAX_WAITING[modality]:
             raise HTTPException(503, f"Too many {modality}s wait to be encoded; try again in a moment.")
-        waiting[modality] += len(inputs)
-        try:
-            futures = batcher.submit(modality, inputs)
-            results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        finally:
-            waiting[modality] -= len(inputs)
+        futures = batcher.submit(modality, inputs)
+        results = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         for number, result in enumerate(results):
             if isinstance(result, InputError):
                 raise InputError(f"input[{number}]: {result}")
@@ -187,13 +181,7 @@ def _check_text(text: object, name: str) -> str:
         raise InputError(f"{name}: want a text.")
     if _DATA_URL.match(text):
         raise InputError(f"{name}: a data URL is no text; to embed the image, send modality: image with it.")
-    if len(text) > MAX_TEXT_LENGTH:
-        raise InputError(f"{name}: the text has {len(text):,} characters, more than the {MAX_TEXT_LENGTH:,} allowed.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name}: the text is not valid Unicode (half of a surrogate pair).") from None
-    return text
+    return check_text(text, name)
 
 
 def _read_data_url(url: object, name: str) -> bytes:

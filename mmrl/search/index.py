@@ -14,7 +14,6 @@
 Shapes: N rows of the index, n selected rows, D dim of its vectors, d the searched dim.
 """
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from mmrl.data.samples import group_id
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.ranking.ranks import top_k
 from mmrl.nesting import check_dims, truncate
+from mmrl.output.files import parse_json, path_inside
 from mmrl.search.calibrate import K
 from mmrl.search.funnel import Funnel, memory_map
 from mmrl.search.items import Items
@@ -54,6 +54,8 @@ class Index:
     funnel: Funnel | None = None
     deleted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Deleted rows, ascending. No search returns them."""
+    stamp: tuple[int, ...] = ()
+    """Of the manifest's file when the index was opened: it changes with the index."""
     _norms: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -69,6 +71,10 @@ class Index:
     def __len__(self) -> int:
         """The number of rows, without deleted ones."""
         return len(self.vectors_ND) - len(self.deleted)
+
+    def reopened(self) -> "Index":
+        """This index, or what its folder holds by now. Raises InputError as `open_index`."""
+        return self if _stamp(self.folder) in (self.stamp, ()) else open_index(self.folder)
 
     def nearest(
         self, query_D: np.ndarray, dim: int, k: int, *, group: str | None = None, exact: bool = False
@@ -174,8 +180,11 @@ def open_index(folder: Path) -> Index:
     Raises:
         InputError: the folder is not an index, has an unsupported version, or is damaged.
     """
+    stamp = _stamp(folder)
     manifest = read_manifest(folder)
-    data = folder / manifest["data"]
+    data = path_inside(folder, manifest["data"])
+    for path in data.glob("*"):
+        path_inside(folder, f"{data.name}/{path.name}")
     vectors_ND = memory_map(data / VECTORS)
     shape = (manifest["rows"], manifest["dim"])
     if vectors_ND.shape != shape or vectors_ND.dtype != np.float32:
@@ -191,7 +200,16 @@ def open_index(folder: Path) -> Index:
         )
     funnel = Funnel.open(data, manifest["codes"], manifest["rows"]) if manifest["codes"] else None
     deleted = memory_map(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
-    return Index(folder, manifest, vectors_ND, items, funnel, deleted)
+    return Index(folder, manifest, vectors_ND, items, funnel, deleted, stamp)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Of the manifest's file; empty if there is none."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def index_of(folder: Path, kind: str | None) -> Path:
@@ -212,7 +230,7 @@ def index_of(folder: Path, kind: str | None) -> Path:
 def is_index(folder: Path) -> bool:
     """Whether the folder is an index, of any version; an encoder's folder has a manifest of another format."""
     try:
-        return json.loads((folder / MANIFEST).read_text()).get("format") == INDEX_FORMAT
+        return parse_json((folder / MANIFEST).read_text()).get("format") == INDEX_FORMAT
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -224,7 +242,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: the folder is not an index, or has an unsupported version.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_json((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"index: {folder} is not an index: it has no {MANIFEST}; make one with mmrl index.") from None
     except ValueError as error:

@@ -3,8 +3,7 @@
 Shapes: N rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -45,35 +44,24 @@ class Items:
         from pyarrow import ipc
 
         try:
-            reader = ipc.open_file(pyarrow.memory_map(str(path)))
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            self.table = ipc.open_file(pyarrow.memory_map(str(path))).read_all()  # views of the mapped file
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None
-        self.schema = reader.schema
-        self._batches = batches  # views of the mapped file
-        self._ends = np.cumsum([len(batch) for batch in batches])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self.table)
 
     def __getitem__(self, row: int) -> Item:
-        i = int(np.searchsorted(self._ends, row, side="right"))
-        batch = self._batches[i]
-        return Item(**batch.slice(row - int(self._ends[i]) + len(batch), 1).to_pylist()[0])
+        return Item(**self.table.slice(row, 1).to_pylist()[0])
 
     def take(self, rows: Iterable[int]) -> list[Item]:
         """The items of these rows, in the order given."""
         return [self[int(row)] for row in rows]
 
-    def batches(self) -> Iterator[tuple[int, Any]]:
-        """All record batches, each with the row at which it starts."""
-        for end, batch in zip(self._ends, self._batches, strict=True):
-            yield int(end) - len(batch), batch
-
     @cached_property
     def groups_N(self) -> np.ndarray:
         """Group ids, int64 (N,); -1 for no group."""
-        return np.concatenate([batch.column("group").to_numpy() for batch in self._batches])
+        return self.table["group"].to_numpy()
 
     @cached_property
     def named_groups(self) -> list[tuple[str, int]]:
@@ -90,19 +78,6 @@ class Items:
         """The rows whose key is one of `keys`, and the keys that no row has."""
         pyarrow, _ = arrow(_PURPOSE)
         compute: Any = import_module("pyarrow.compute")  # as Any: its functions are generated at import time
-        wanted, rows, seen = pyarrow.array(list(keys), pyarrow.string()), [], set()
-        for start, batch in self.batches():
-            matches = compute.is_in(batch.column("key"), value_set=wanted).to_numpy(zero_copy_only=False)
-            rows.append(start + np.flatnonzero(matches))
-            seen.update(batch.column("key").filter(pyarrow.array(matches)).to_pylist())
-        return np.concatenate(rows), [key for key in keys if key not in seen]
-
-
-@contextmanager
-def item_writer(path: Path, schema: Any) -> Iterator[Any]:
-    """A writer of record batches with the columns COLUMNS."""
-    pyarrow, _ = arrow("mmrl index")
-    from pyarrow import ipc
-
-    with pyarrow.OSFile(str(path), "wb") as sink, ipc.new_file(sink, schema) as writer:
-        yield writer
+        is_wanted = compute.is_in(self.table["key"], value_set=pyarrow.array(list(keys), pyarrow.string()))
+        found = set(self.table["key"].filter(is_wanted).to_pylist())
+        return np.flatnonzero(is_wanted.to_numpy()), [key for key in keys if key not in found]

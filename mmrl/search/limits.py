@@ -5,10 +5,12 @@ Errors are one sentence: {"detail": …}, or on /v1 the body that OpenAI's clien
 """
 
 import asyncio
+import ctypes
 import hmac
 import re
 import time
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, nullcontext, suppress
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +29,13 @@ MAX_TEXTS, MAX_IMAGES = 2048, 32
 """Limits of one request to /v1/embeddings: those of OpenAI's API and of Infinity."""
 MAX_WAITING = {"text": 2 * MAX_TEXTS, "image": 8 * MAX_IMAGES}
 """Inputs of /v1/embeddings that are accepted before they are encoded; a request beyond them gets status 503."""
+MAX_BODIES_BYTES = 4 * MAX_UPLOAD_BYTES
+"""Limit of the bodies of all requests that are read or answered at a time; further ones wait. Small bodies, which the
+number of connections limits, are not counted."""
+_SMALL_BODY, _LARGE_BODY = 64 << 10, 4 << 20
 _READ_TIMEOUT_S = 20
+# Others wait for the memory of a body at least as long as this before it is given up.
+_PATIENCE_S = 1.0
 _TOO_LARGE = f"The request is too large; an image may have {MAX_UPLOAD_BYTES >> 20} MB."
 _NO_KEY = "This server needs its API key: send the header Authorization: Bearer KEY."
 _HEADERS = {
@@ -87,6 +95,78 @@ def error_response(path: str, message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": error}, status, headers)
 
 
+class _Bodies:
+    """Reads request bodies, for which it reserves memory of MAX_BODIES_BYTES in all."""
+
+    def __init__(self) -> None:
+        self._free, self._changed = MAX_BODIES_BYTES, asyncio.Event()
+        self._arriving: dict[asyncio.Timeout, tuple[float, int, bytearray]] = {}
+        self._trim: asyncio.TimerHandle | None = None
+
+    @asynccontextmanager
+    async def reserved(self, size: int) -> AsyncIterator[None]:
+        """Waits until `size` bytes are free, and reserves them; raises HTTPException 503 after _READ_TIMEOUT_S."""
+        try:
+            async with asyncio.timeout(_READ_TIMEOUT_S):
+                while self._free < size:
+                    self._changed.clear()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), _PATIENCE_S)
+                    self._give_up_slow_ones()
+        except TimeoutError:
+            raise HTTPException(503, "Too many large requests at once; try again in a moment.") from None
+        self._free -= size
+        try:
+            yield
+        finally:
+            self._free += size
+            self._changed.set()
+            if size > _LARGE_BODY:  # the request itself is freed a moment later
+                if self._trim is not None:
+                    self._trim.cancel()
+                self._trim = asyncio.get_running_loop().call_later(1.0, _trim_memory)
+
+    async def read(self, receive: Receive, size: int) -> bytearray | None:
+        """The body of a request, of at most `size` or _SMALL_BODY bytes; None if the client has gone.
+
+        Raises:
+            HTTPException: 413 if it is larger, 408 if it takes too long.
+        """
+        body, limit = bytearray(), asyncio.timeout(_READ_TIMEOUT_S)
+        self._arriving[limit] = time.monotonic(), size, body
+        try:
+            async with limit:
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > max(size, _SMALL_BODY):
+                        raise HTTPException(413, _TOO_LARGE)
+                    if not message.get("more_body", False):
+                        return body
+        except TimeoutError:
+            problem = f"The request body did not arrive within {_READ_TIMEOUT_S} seconds, or too slowly to wait for it."
+            raise HTTPException(408, problem) from None
+        finally:
+            del self._arriving[limit]
+
+    def _give_up_slow_ones(self) -> None:
+        """Ends the reading of large bodies that at their speed will not arrive in time: a few slow clients must not
+        keep the memory that others wait for."""
+        for limit, (began, size, body) in self._arriving.items():
+            seconds = time.monotonic() - began
+            is_slow = seconds > _PATIENCE_S and len(body) / max(size, 1) < seconds / _READ_TIMEOUT_S
+            if is_slow and size > _SMALL_BODY and not limit.expired():
+                limit.reschedule(0)
+
+
+def _trim_memory() -> None:
+    """Gives freed memory back to the system where the C library can: it keeps that of large bodies else."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class _Checks:
     """ASGI middleware: refuses requests without the API key, and bodies that are too large or too slow, before they are
     parsed; sets the security headers; counts the request."""
@@ -94,6 +174,7 @@ class _Checks:
     def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, public: frozenset[str]) -> None:
         self._app, self._metrics, self._public = app, metrics, public
         self._api_key = None if api_key is None else api_key.encode()
+        self._bodies = _Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,20 +193,15 @@ class _Checks:
 
         try:
             self._check_key(scope)
-            body = await _read_body(scope, receive)
+            size = _body_size(scope)
+            async with self._bodies.reserved(size) if size > _SMALL_BODY else nullcontext():
+                body = await self._bodies.read(receive, size)
+                if body is not None:
+                    await self._app(scope, _replay(body, receive), send_with_headers)
         except HTTPException as error:
             response = error_response(scope["path"], error.detail, error.status_code)
             response.headers["Connection"] = "close"
             await response(scope, receive, send_with_headers)
-        else:
-            if body is None:
-                return
-            messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-            async def replay() -> Message:
-                return messages.pop() if messages else await receive()
-
-            await self._app(scope, replay, send_with_headers)
         finally:
             # The path of the route, not of the request: a client must not be able to create counters.
             path = getattr(scope.get("route"), "path", "other")
@@ -141,26 +217,24 @@ class _Checks:
             raise HTTPException(401, _NO_KEY)
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The request body; None if the client has gone.
+def _replay(body: bytearray, receive: Receive) -> Receive:
+    """Returns the body as one message, then what `receive` returns."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _body_size(scope: Scope) -> int:
+    """The size of the request body; MAX_UPLOAD_BYTES if the client does not say it.
 
     Raises:
-        HTTPException: 413 if it is larger than MAX_UPLOAD_BYTES, 408 if it takes more than _READ_TIMEOUT_S.
+        HTTPException: 413 if it is larger.
     """
-    content_length = dict(scope["headers"]).get(b"content-length", b"0")
-    if not content_length.isdigit() or len(content_length) > 15 or int(content_length) > MAX_UPLOAD_BYTES:
+    headers = dict(scope["headers"])
+    size = headers.get(b"content-length", b"0")
+    if not size.isdigit() or len(size) > 15 or int(size) > MAX_UPLOAD_BYTES:
         raise HTTPException(413, _TOO_LARGE)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_READ_TIMEOUT_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body += message.get("body", b"")
-                if len(body) > MAX_UPLOAD_BYTES:
-                    raise HTTPException(413, _TOO_LARGE)
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        raise HTTPException(408, f"The request body did not arrive within {_READ_TIMEOUT_S} seconds.") from None
+    return MAX_UPLOAD_BYTES if b"transfer-encoding" in headers else int(size)

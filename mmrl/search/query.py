@@ -21,7 +21,7 @@ from mmrl.inference.load import load
 from mmrl.model.bundle import dims_up_to
 from mmrl.model.guards import offline
 from mmrl.nesting import check_dims, untrained_note
-from mmrl.output.console import print_line
+from mmrl.output.console import print_line, visible
 from mmrl.search.embed import MAX_TEXT_LENGTH
 from mmrl.search.encoder_identity import identify_encoder
 from mmrl.search.index import Index, index_of, open_index
@@ -40,15 +40,8 @@ class Hit:
 
     def to_json(self) -> dict[str, Any]:
         """A result as `mmrl search --json` prints it."""
-        item = self.item
-        return {
-            "rank": self.rank,
-            "score": self.score,
-            "key": item.key,
-            "captions": item.captions,
-            "group": item.group,
-            "group_name": item.group_name,
-        }
+        item = {name: getattr(self.item, name) for name in ("key", "captions", "group", "group_name")}
+        return {"rank": self.rank, "score": self.score, **item}
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,14 @@ class Searcher:
         """
         return self.encoder.encode_images([image])[0]
 
+    def check_options(self, dim: int | None, k: int) -> int:
+        """The dim to search at (None: `max_dim`); raises InputError as `search`."""
+        if k < 1:
+            raise InputError(f"k: {k} is too small; give at least 1.")
+        dim = self.max_dim if dim is None else dim
+        check_dims([dim], self.max_dim, "dim")
+        return dim
+
     def search(
         self, query_D: np.ndarray, dim: int | None, k: int, group: str | None = None, exact: bool = False
     ) -> list[Hit]:
@@ -113,10 +114,7 @@ class Searcher:
         Raises:
             InputError: k is below 1, or the index or its encoder lacks this dim or group.
         """
-        if k < 1:
-            raise InputError(f"k: {k} is too small; give at least 1.")
-        dim = self.max_dim if dim is None else dim
-        check_dims([dim], self.max_dim, "dim")
+        dim = self.check_options(dim, k)
         rows, scores = self.index.nearest(query_D, dim, k, group=group, exact=exact)
         return [
             Hit(rank, int(row), float(score), item)
@@ -157,16 +155,13 @@ def search_index(
     """
     if image is None:
         text = check_query_text(text)
-    if k < 1:
-        raise InputError(f"k: {k} is too small; give at least 1.")
     if picture is not None:
         contact_sheet.check_path(picture)
     searcher = Searcher.open(folder, model, "text" if image is None else "image", kind)
     index = searcher.index
     if picture is not None and index.kind == "texts":
         raise InputError("picture: texts have no thumbnails; leave out --picture, or search --in images.")
-    dim = searcher.max_dim if dim is None else dim
-    check_dims([dim], searcher.max_dim, "dim")
+    dim = searcher.check_options(dim, k)
     query_D = searcher.encode_text(str(text)) if image is None else searcher.encode_image(image)
     hits = searcher.search(query_D, dim, k, group, exact)
     console = Console(quiet=quiet)
@@ -196,19 +191,25 @@ def check_query_text(text: str | None) -> str:
     """The text of a query.
 
     Raises:
-        InputError: it is empty, has more than MAX_TEXT_LENGTH characters, or is not valid Unicode.
+        InputError: it is empty, or as `check_text`.
     """
     if text is None or not text.strip():
         raise InputError("query: give a text, or an image with --image FILE.")
+    return check_text(text, "query")
+
+
+def check_text(text: str, name: str) -> str:
+    """Raises InputError, whose sentence begins with `name`, if a text has more than MAX_TEXT_LENGTH characters or is
+    not valid Unicode."""
     if len(text) > MAX_TEXT_LENGTH:
         raise InputError(
-            f"query: the text has {len(text):,} characters, more than the {MAX_TEXT_LENGTH:,} allowed; the encoder "
-            "reads only the first few dozen words."
+            f"{name}: the text has {len(text):,} characters, more than the {MAX_TEXT_LENGTH:,} allowed; shorten it: "
+            "the encoder reads only the first few dozen words."
         )
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError("query: the text is not valid Unicode; give it as UTF-8.") from None
+        raise InputError(f"{name}: the text is not valid Unicode; give it as UTF-8.") from None
     return text
 
 
@@ -234,7 +235,7 @@ def _find_encoder(index: Index, model: str | None) -> str | Path:
 
 
 def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
-    title = Text(f"{query}: {len(hits)} nearest of {len(index):,}, {dim}-d")
+    title = Text(f"{visible(query)}: {len(hits)} nearest of {len(index):,}, {dim}-d")
     table = Table(title=title)
     table.add_column("rank", justify="right")
     table.add_column("score", justify="right")
@@ -242,5 +243,5 @@ def _table(query: str, index: Index, dim: int, hits: Sequence[Hit]) -> Table:
     table.add_column("caption")
     for hit in hits:
         # As Text: rich would read a caption such as "[red] shoe" as markup.
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(hit.item.key), Text(hit.item.caption))
+        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(visible(hit.item.key)), Text(visible(hit.item.caption)))
     return table

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,7 +19,7 @@ from mmrl.search.query import Searcher
 
 API_KEY = "MMRL_API_KEY"
 """The environment variable that holds the API key."""
-_MAX_CONNECTIONS, _KEEP_ALIVE_S = 256, 5
+_KEEP_ALIVE_S = 5
 
 
 def serve(source: str, model: str | None = None, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -33,7 +34,7 @@ def serve(source: str, model: str | None = None, host: str = "127.0.0.1", port: 
             index; the address is unavailable, or not loopback without an API key; FastAPI or uvicorn is not installed.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from mmrl.search.app import create_app
     except ImportError as error:
@@ -53,11 +54,19 @@ def serve(source: str, model: str | None = None, host: str = "127.0.0.1", port: 
         print_line(console, f"Serving {what} at {address} (API: {address}/docs). Press Ctrl-C to stop.")
         if searches:
             print_line(console, untrained_note([served.max_dim], served.nested_dims))
-        config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_KEEP_ALIVE_S,
-            server_header=False,
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app).run(sockets=[listener])
+
+
+def make_server(app: Any) -> Any:
+    """The uvicorn server of an application, with limits on what slow clients can hold."""
+    import uvicorn
+
+    from mmrl.search.connections import BoundedProtocol
+
+    config = uvicorn.Config(
+        app, http=BoundedProtocol, log_level="warning", timeout_keep_alive=_KEEP_ALIVE_S, server_header=False
+    )
+    return uvicorn.Server(config)
 
 
 def _api_key(host: str) -> str | None:

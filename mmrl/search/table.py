@@ -6,7 +6,7 @@ Shapes: N images, M captions, d width of a vector column.
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mmrl.data.samples import Sample
 from mmrl.output.files import atomic_path
 
 METADATA_KEY = b"mmrl"
+VECTORS = "embedding"
+"""The name of the first vector column; the names of others begin with it."""
 _THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 160, 88
 _BATCH_ROWS = 2048
 
@@ -50,7 +52,7 @@ def columns_of(dims: list[int], precisions: list[Precision]) -> list[Column]:
         (dim, precision) for dim in sorted(dims, reverse=True) for precision in precisions
     ]
     return [
-        Column(f"embedding_{dim}_{precision}" if position else "embedding", dim, precision)
+        Column(f"{VECTORS}_{dim}_{precision}" if position else VECTORS, dim, precision)
         for position, (dim, precision) in enumerate(pairs)
     ]
 
@@ -91,58 +93,33 @@ def read_vectors(batch: Any, name: str) -> np.ndarray:
     return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
 
 
-@dataclass
-class Rows:
-    """The columns of some images, without their vectors."""
-
-    keys: list[str] = field(default_factory=list)
-    captions: list[list[str]] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    group_names: list[str | None] = field(default_factory=list)
-    thumbnails: list[bytes] = field(default_factory=list)
-
-    def add(self, sample: Sample, image: Image.Image | None) -> None:
-        """Appends a row. `image` is stored as a thumbnail; None: the row has texts only."""
-        self.keys.append(sample.name)
-        self.captions.append(sample.captions)
-        self.groups.append(sample.group)
-        self.group_names.append(sample.group_name or None)
-        self.thumbnails.append(b"" if image is None else thumbnail(image))
-
-    def as_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
-        """An Arrow table of `image_schema`. `vectors`: (N, width) for each vector column, in the schema's order."""
-        items = {
-            "key": self.keys,
-            "captions": self.captions,
-            "group": self.groups,
-            "group_name": self.group_names,
-            "thumbnail": self.thumbnails,
-        }
-        return _table(schema, items, vectors)
-
-    def text_rows(self) -> list[int]:
-        """The image row of each caption."""
-        return [row for row, captions in enumerate(self.captions) for _ in captions]
-
-    def as_text_table(self, schema: Any, vectors: Sequence[np.ndarray]) -> Any:
-        """An Arrow table of `text_schema`. `vectors`: (M, width) of the captions for each vector column."""
-        rows = self.text_rows()
-        items = {
-            "key": [self.keys[row] for row in rows],
-            "caption": [caption for captions in self.captions for caption in captions],
-            "group": [self.groups[row] for row in rows],
-            "group_name": [self.group_names[row] for row in rows],
-        }
-        return _table(schema, items, vectors)
+def image_row(sample: Sample, image: Image.Image | None) -> dict[str, Any]:
+    """The row of a sample, without its vectors. `image` is stored as a thumbnail; None: the row has texts only."""
+    return {
+        "key": sample.name,
+        "captions": sample.captions,
+        "group": sample.group,
+        "group_name": sample.group_name or None,
+        "thumbnail": b"" if image is None else thumbnail(image),
+    }
 
 
-def _table(schema: Any, items: dict[str, list[Any]], vectors: Sequence[np.ndarray]) -> Any:
-    """An Arrow table of a schema: columns by name, and the others, which are vectors, in the schema's order."""
+def text_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per caption of some image rows."""
+    return [{**row, "caption": caption} for row in rows for caption in row["captions"]]
+
+
+def to_table(schema: Any, rows: Sequence[dict[str, Any]], vectors: Sequence[np.ndarray]) -> Any:
+    """An Arrow table of `image_schema` or `text_schema`; `vectors` holds (N, width) for each vector column."""
     pyarrow, _ = arrow("mmrl embed")
-    arrays = {name: pyarrow.array(values, schema.field(name).type) for name, values in items.items()}
-    others = [name for name in schema.names if name not in items]
-    arrays |= {name: vector_array(pyarrow, rows_Nd) for name, rows_Nd in zip(others, vectors, strict=True)}
-    return pyarrow.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
+    remaining = iter(vectors)
+    arrays = [
+        vector_array(pyarrow, next(remaining))
+        if field.name.startswith(VECTORS)
+        else pyarrow.array([row[field.name] for row in rows], field.type)
+        for field in schema
+    ]
+    return pyarrow.Table.from_arrays(arrays, schema=schema)
 
 
 def thumbnail(image: Image.Image) -> bytes:
@@ -181,7 +158,7 @@ def write_npy(out: Path, images: Path, texts: Path | None, columns: Sequence[Col
     metadata = pyarrow.table({"image_path": items["key"], "caption": pyarrow.array(first, pyarrow.string())})
     parquet.write_table(metadata, out / "metadata" / "metadata_0.parquet")
     for column in columns:
-        suffix = column.name.removeprefix("embedding")
+        suffix = column.name.removeprefix(VECTORS)
         _copy_vectors(images, column, out / f"img_emb{suffix}" / f"img_emb{suffix}_0.npy", None, len(first))
         if texts is not None:
             counts_N = np.array([len(one) for one in captions])

@@ -5,6 +5,7 @@ ends in an error message."""
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import shutil
 import statistics
@@ -12,7 +13,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -69,16 +71,15 @@ def check(config: Config, world: World, console: Console) -> None:
     """
     if world.size == 1:
         return
-    facts = comm.all_gather_objects(_facts(config))
-    problems = problems_of(facts)
-    rate = float("nan")
+    own = _facts(config)
+    facts = comm.all_gather_objects(own)
+    problems, rate = problems_of(facts), math.nan
     if not problems:
         received, rate = _rates(world)
-        slow = comm.all_gather_objects(received)
-        facts = [HostFacts(**{**vars(one), "receives_gb_s": speed}) for one, speed in zip(facts, slow, strict=True)]
+        facts = comm.all_gather_objects(replace(own, receives_gb_s=received))
     if world.is_rank_0:
         console.print(table(facts))
-        if rate == rate:
+        if not math.isnan(rate):
             console.print(f"All-reduce: {rate:.2f} GB/s per process.", highlight=False)
         for note in notes_of(facts):
             console.print(f"Note: {note}", highlight=False, soft_wrap=True)
@@ -121,7 +122,8 @@ def same_folder(config: Config, world: World) -> None:
     """
     if world.size == 1:
         return
-    file, wanted = Path(config.run) / "config.yaml", comm.broadcast_object(dump_config(config))
+    file = Path(config.run) / "config.yaml"
+    wanted = comm.broadcast_object(file.read_text() if world.is_rank_0 else None)
 
     def look() -> None:
         for _ in range(10):  # a network file system may show a new file a moment later
@@ -145,19 +147,12 @@ def _stop_all(world: World, sentence: str) -> NoReturn:
 def problems_of(facts: Sequence[HostFacts]) -> list[str]:
     """One sentence for each host that differs; empty if none does."""
     problems = [f"Host {one.host}: {one.problem}" for one in _one_per_host(facts) if one.problem]
-    answered = [one for one in facts if not one.problem]
+    answered, remedy = [one for one in facts if not one.problem], "install the same version on all hosts"
     for name in sorted({name for one in answered for name in one.versions}):
-        problems += _differing(
-            answered,
-            lambda one, name=name: one.versions.get(name, "none"),
-            name,
-            "install the same version on all hosts",
-        )
-    problems += _differing(answered, lambda one: str(one.seed), "seed", "give all processes the same command")
-    if not any(problem.startswith("Host") and "seed" in problem for problem in problems):
-        problems += _differing(
-            answered, lambda one: one.config, "config", "give all processes the same command and file"
-        )
+        problems += _differing(answered, lambda one, name=name: one.versions.get(name, "none"), name, remedy)
+    remedy = "give all processes the same command and file"
+    seeds = _differing(answered, lambda one: str(one.seed), "seed", remedy)  # a part of the config
+    problems += seeds or _differing(answered, lambda one: one.config, "config", remedy)
     median = statistics.median([one.clock for one in answered] or [0.0])
     for one in _one_per_host(answered):
         if abs(one.clock - median) > _MAX_CLOCK_DIFFERENCE_S:
@@ -185,11 +180,11 @@ def _differing(facts: Sequence[HostFacts], value: Callable[[HostFacts], str], wh
 def notes_of(facts: Sequence[HostFacts]) -> list[str]:
     """Differences that may be intended: slow links, unequal devices."""
     notes = []
-    hosts = _one_per_host(facts)
-    median = statistics.median(one.receives_gb_s for one in hosts)
-    for one in hosts:
-        if len(hosts) > 2 and one.receives_gb_s < _SLOW_SHARE * median:
-            before = facts[(next(r for r, other in enumerate(facts) if other is one) - 1) % len(facts)]
+    first_of_host = {one.host: rank for rank, one in reversed(list(enumerate(facts)))}
+    median = statistics.median(facts[rank].receives_gb_s for rank in first_of_host.values())
+    for rank in sorted(first_of_host.values()):
+        one, before = facts[rank], facts[rank - 1]
+        if len(first_of_host) > 2 and one.receives_gb_s < _SLOW_SHARE * median:
             notes.append(
                 f"host {one.host} receives {one.receives_gb_s:.2f} GB/s from host {before.host}, others {median:.2f} "
                 "GB/s; the slowest link limits the whole run."
@@ -213,23 +208,20 @@ def table(facts: Sequence[HostFacts]) -> Table:
     shown = Table(title="Hosts", title_justify="left")
     for heading in ("host", "ranks", "device", "torch", "clock", "free", "receives", ""):
         shown.add_column(heading, justify="right" if heading in ("clock", "free", "receives") else "left")
-    median = statistics.median(one.clock for one in facts)
-    hosts = list(dict.fromkeys(one.host for one in facts))
-    for host in hosts:
+    median, problems = statistics.median(one.clock for one in facts), problems_of(facts)
+    for host in dict.fromkeys(one.host for one in facts):
         ranks = [rank for rank, one in enumerate(facts) if one.host == host]
-        first = facts[ranks[0]]
-        speed = min((facts[rank].receives_gb_s for rank in ranks), default=float("nan"))
-        problem = next((facts[rank].problem for rank in ranks if facts[rank].problem), None)
-        off = any(line.startswith(f"Host {host}:") for line in problems_of(facts))
+        first, speed = facts[ranks[0]], min(facts[rank].receives_gb_s for rank in ranks)
+        has_problem = any(facts[rank].problem for rank in ranks)
         shown.add_row(
             host,
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}",
             first.device,
             first.versions.get("torch", "?"),
-            "?" if problem else f"{first.clock - median:+.1f} s",
-            "?" if problem else f"{first.free_gb:,.0f} GB",
-            f"{speed:.2f} GB/s" if speed == speed else "–",
-            "differs" if off else "ok",
+            "?" if has_problem else f"{first.clock - median:+.1f} s",
+            "?" if has_problem else f"{first.free_gb:,.0f} GB",
+            "–" if math.isnan(speed) else f"{speed:.2f} GB/s",
+            "differs" if any(line.startswith(f"Host {host}:") for line in problems) else "ok",
         )
     return shown
 
@@ -266,11 +258,8 @@ def _free_gb(config: Config) -> float:
     remote = [one for one in named_sources(config.data) if any(is_remote(spec) for spec in _specs(one.shards))]
     if remote:
         folders.append(cache_folder(config.data.remote))
-    free = []
-    for folder in folders:
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        free.append(shutil.disk_usage(existing).free / 1e9)
-    return min(free)
+    paths = ([folder.absolute(), *folder.absolute().parents] for folder in folders)
+    return min(shutil.disk_usage(next(path for path in some if path.exists())).free for some in paths) / 1e9
 
 
 def _touch_shards(config: Config) -> None:
@@ -291,25 +280,21 @@ def _specs(shards: str | list[str]) -> list[str]:
 
 def _within(seconds: float, work: Callable[[], T], what: str) -> T:
     """Runs work() in a thread with a time limit: a call that hangs in the kernel cannot be interrupted."""
-    outcome: list[T | Exception] = []
+    outcome = Future[T]()
 
     def run() -> None:
         try:
-            outcome.append(work())
+            outcome.set_result(work())
         except Exception as error:
-            outcome.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise InputError(f"{what}: no answer within {seconds:.0f} s; check whether the file system hangs.")
-    result = outcome[0]
-    if isinstance(result, OSError):
-        raise InputError(f"{what}: {result}.") from result
-    if isinstance(result, Exception):
-        raise result
-    return result
+    threading.Thread(target=run, daemon=True).start()  # unlike the threads of a pool, it keeps no process alive
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise InputError(f"{what}: no answer within {seconds:.0f} s; check whether the file system hangs.") from None
+    except OSError as error:
+        raise InputError(f"{what}: {error}.") from error
 
 
 def _digest_of_code() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from PIL import Image
 from rich.console import Console
 
 from mmrl.config import Config
@@ -19,10 +20,11 @@ from mmrl.engine.engine import Engine
 from mmrl.engine.timing import peak_memory
 from mmrl.engine.tracking import Tracker
 from mmrl.evaluate import sets
-from mmrl.evaluate.report.tables import one_line, result_tables
+from mmrl.evaluate.report.tables import brief_tables, one_line
 from mmrl.evaluate.report.write import write_report
 from mmrl.hardware import peak_flops
 from mmrl.model import footprint
+from mmrl.output.next_steps import after_train
 from mmrl.train.bad_samples import BadSamples
 from mmrl.train.preflight import PreparedRun
 from mmrl.train.step import Schedule, StepResult
@@ -142,12 +144,19 @@ class TrainingLog:
         if summary := self._bad_samples.summary():
             self.lines(f"End of epoch {epochs:,}; {summary}")
 
-    def evaluation(self, step: int, results: Mapping[str, dict[str, Any]], retrieval: dict[str, Any]) -> None:
-        """Logs an evaluation: retrieval.json, evaluations.jsonl, TensorBoard, one console line per set."""
+    def evaluation(
+        self,
+        step: int,
+        results: Mapping[str, dict[str, Any]],
+        retrieval: dict[str, Any],
+        pictures: Mapping[str, Image.Image],
+    ) -> None:
+        """Logs an evaluation: retrieval.json, evaluations.jsonl, the boards, one console line per set."""
         if not self._tracker:
             return
         sets.write_retrieval_json(self._folder, retrieval)
-        self._tracker.evaluation({"step": step, "samples": step * self._config.train.batch_size, "sets": results})
+        record = {"step": step, "samples": step * self._config.train.batch_size, "sets": results}
+        self._tracker.evaluation(record, pictures)
         for name, result in results.items():
             self.lines(f"step {step:,}  {name}, {one_line(result)}")
 
@@ -156,15 +165,17 @@ class TrainingLog:
         evaluations = self._tracker.evaluations() if self._tracker else []
         if evaluations:
             last = evaluations[-1]["sets"]
-            self.lines(*(table for name, result in last.items() for table in result_tables(name, result)))
+            self.lines(*brief_tables(last))
             self.lines(f"Plot: {write_report(self._folder / 'report', self._folder.name, evaluations)}")
         which = "best" if self._config.evaluation.best else "last"
         used = "" if self._utilisation is None else f"; model FLOPs utilisation {100 * self._utilisation:.1f} %"
         self.lines(f"Done: the encoder is {self._folder}/checkpoints/{which}{used}")
+        sets = {name: one.shards for name, one in self._config.evaluation.sets.items() if one.classes is None}
+        self.lines(after_train(self._folder, sets, self._folder / "eval"))
 
     def _record(self, step: int, result: StepResult, speed: float, timings: list[StepTimings]) -> dict[str, Any]:
         """One line of metrics.jsonl."""
-        scales, bias, loss_scale = result.logit_scale.tolist(), result.logit_bias, self._engine.loss_scale
+        scales, loss_scale = result.logit_scale, self._engine.loss_scale
         used = self._utilisation
         return {
             "step": step,
@@ -172,7 +183,7 @@ class TrainingLog:
             "epoch": step / self._stream.batches_per_epoch,
             **self._losses(result),
             "logit_scale": scales[0] if len(scales) == 1 else scales,
-            **({} if bias is None else {"logit_bias": bias.tolist()}),
+            **({"logit_bias": result.logit_bias} if result.logit_bias else {}),
             "lr": result.lr,
             "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             **({} if loss_scale is None else {"loss_scale": loss_scale.value, "skipped_steps": loss_scale.skipped}),
@@ -185,19 +196,18 @@ class TrainingLog:
 
     def _losses(self, result: StepResult) -> dict[str, Any]:
         """`loss` is the weighted mean of all dims' losses, whatever the towers receive of it."""
-        nested, loss = self._prepared.nested, result.loss
-        by_dim = {dim: value.item() for dim, value in loss.by_dim.items()}
+        nested, by_dim = self._prepared.nested, result.loss_by_dim
         record: dict[str, Any] = {
             "loss": sum(weight * by_dim[dim] for dim, weight in zip(nested.dims, nested.weights, strict=True)),
             "loss_by_dim": {str(dim): value for dim, value in by_dim.items()},
         }
-        if loss.distillation_by_dim:
-            record["distillation_by_dim"] = {str(dim): kl.item() for dim, kl in loss.distillation_by_dim.items()}
-            record["tower_loss"] = loss.total.item()
+        if result.distillation_by_dim:
+            record["distillation_by_dim"] = {str(dim): kl for dim, kl in result.distillation_by_dim.items()}
+            record["tower_loss"] = result.loss
         if result.prefix_gradient is not None:
             full = by_dim[nested.dims[-1]]
             record["prefix_gradient"] = result.prefix_gradient
-            record["prefix_loss"] = loss.total.item() - full  # P
+            record["prefix_loss"] = result.loss - full  # P
             record["tower_loss"] = full + result.prefix_gradient * record["prefix_loss"]  # L_D + a P
         return record
 

@@ -6,15 +6,12 @@ covers all parameters that DeepSpeed holds, so there a large gradient of Q would
 Shapes: D the embedding's width, K nested dims, k = K - 1 smaller dims.
 """
 
-import math
-
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmrl.distributed import comm
 from mmrl.engine import optim
-from mmrl.engine.optim import OptimConfig
+from mmrl.engine.optim import MovingAverage, OptimConfig
 from mmrl.model.rotation import NestedRotation
 from mmrl.model.two_tower import clamp_log_scale
 from mmrl.nesting import Nesting
@@ -32,13 +29,13 @@ class Prefixes:
         ema: decay of the moving average.
         """
         self._module = _PrefixModule(nested, log_scale_1.detach()).to(device)
-        self._average = None if ema is None else AveragedModel(self._module, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self._average = None if ema is None else MovingAverage(self._module, ema)
         scale_lr = config.lr if config.lr_logit_scale is None else config.lr_logit_scale
         groups = [
             {"params": list(self._module.rotation.parameters()), "lr": 0.0, "peak_lr": config.lr_rotation},
             {"params": [self._module.log_scale_k], "lr": 0.0, "peak_lr": scale_lr},
         ]
-        self._optimizer = torch.optim.Adam(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+        self._optimizer = torch.optim.Adam(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
     @property
     def rotation(self) -> NestedRotation:
@@ -62,28 +59,28 @@ class Prefixes:
         log_scale_k = module.log_scale_k.detach()
         return module.rotation.matrix(), torch.cat([log_scale_k, log_scale_1.detach().to(log_scale_k.device)])
 
-    def step(self, lr_factor: float, skip: bool) -> float:
-        """Averages the gradients over ranks, updates, and clears the gradients. Collective.
-
-        Args:
-            lr_factor: factor on the peak learning rates.
-            skip: do not update, because the towers' update was skipped.
-
-        Returns: the gradient norm.
-        """
+    def reduce(self) -> torch.Tensor:
+        """Averages the gradients over ranks; returns their norm, (). Collective."""
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
         assert gradients, "the loss of the smaller dims was not differentiated"
         mean = comm.all_reduce_sum(torch.cat([grad.flatten() for grad in gradients])) / comm.world().size
         for grad, flat in zip(gradients, mean.split([grad.numel() for grad in gradients]), strict=True):
             grad.copy_(flat.view_as(grad))
-        norm = mean.norm().item()
-        if not skip and math.isfinite(norm):
+        return mean.norm()
+
+    def step(self, lr_factor: float, skip: bool) -> None:
+        """Updates and clears the gradients.
+
+        Args:
+            lr_factor: factor on the peak learning rates.
+            skip: do not update, because the towers' update was skipped.
+        """
+        if not skip:
             optim.set_lr(self._optimizer, lr_factor)
             self._optimizer.step()
         if self._average is not None:  # as often as that of the towers
             self._average.update_parameters(self._module)
         self._optimizer.zero_grad()
-        return norm
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters, their moving average and the optimizer's moments by name, on the CPU."""
@@ -103,9 +100,7 @@ class Prefixes:
         for name, parameter in self._module.named_parameters():
             for kind in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{kind}/{name}" in tensors:
-                    # Adam keeps its step counter on the CPU.
-                    device = "cpu" if kind == "step" else parameter.device
-                    self._optimizer.state[parameter][kind] = tensors[f"{kind}/{name}"].to(device)
+                    self._optimizer.state[parameter][kind] = tensors[f"{kind}/{name}"].to(parameter.device)
 
 
 class _PrefixModule(nn.Module):

@@ -4,28 +4,28 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmrl.config import Config, config_differences, dump_config, load_config
+import torch
+
+from mmrl.config import Config
 from mmrl.data.overlap import overlap_note
 from mmrl.data.pack.hub import pack_missing
 from mmrl.data.samples import SampleReader
 from mmrl.data.sources import named_sources, open_training_set
 from mmrl.data.stream import window_and_lanes
-from mmrl.data.workers import MAX_PREFETCH, default_workers, fitting_prefetch
+from mmrl.data.workers import LoaderMemory
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
-from mmrl.engine.checkpoint import Checkpoints
 from mmrl.errors import InputError
 from mmrl.evaluate.configured import ConfiguredSet, check_best, open_configured
-from mmrl.losses.nested_infonce import require_triton
+from mmrl.losses.triton_probe import require_triton, triton_problem
 from mmrl.model import registry
 from mmrl.nesting import Nesting, check_dims
-from mmrl.output.files import write_atomic
 from mmrl.train import host_checks
+from mmrl.train.run_folder import open_run
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PreparedRun:
     workers: int
     """DataLoader worker processes of each process."""
     prefetch: int
-    """Micro-batches that each data worker prepares in advance."""
+    """Units that each data worker prepares in advance, see LoaderMemory."""
     resume_from: Path | None
 
 
@@ -65,22 +65,21 @@ def prepare(config: Config, world: World) -> PreparedRun:
     ranks_here = comm.all_hosts().count(comm.host())
     prepared = host_checks.agree(world, lambda: _check(config, world, ranks_here))
     assert prepared is not None
-    if prepared.prefetch < MAX_PREFETCH:
-        prepared.reader.notes.append(
-            f"The shared memory has room for {prepared.prefetch} of the {MAX_PREFETCH} batches that each data worker "
-            "would prepare in advance; give the container more (docker run --shm-size)."
-        )
     readers = (prepared.reader, *(one.reader for one in prepared.evaluation_sets.values()))
     fingerprints = tuple(reader.fingerprint for reader in readers)
     seen = comm.all_gather_objects(fingerprints)
     if len(set(seen)) > 1:
         host_checks.agree(world, lambda: _check_same_shards(fingerprints, seen))
-    resume_from = host_checks.agree(world, lambda: open_run(config), rank_0_only=True)
+    steps_per_epoch = sum(share.per_epoch for share in prepared.reader.shares) // config.train.batch_size
+    opened = host_checks.agree(world, lambda: open_run(config, steps_per_epoch), rank_0_only=True)
+    resume_from, note = comm.broadcast_object(opened)
+    kernels_note = _kernels_note(config, world.device)
     if world.is_rank_0:
-        for name, one in prepared.evaluation_sets.items():
-            prepared.reader.notes += filter(None, [overlap_note(name, prepared.reader, one.reader)])
+        sets = prepared.evaluation_sets.items()
+        prepared.reader.notes += filter(None, (overlap_note(name, prepared.reader, one.reader) for name, one in sets))
+        prepared.reader.notes += filter(None, [note, kernels_note])
     host_checks.same_folder(config, world)
-    return replace(prepared, resume_from=comm.broadcast_object(resume_from))
+    return replace(prepared, resume_from=resume_from)
 
 
 def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
@@ -101,13 +100,11 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
     model_cfg = registry.read_model_cfg(config.model.name)
     width = model_cfg["embed_dim"]
-    # Without page-locked copies, the batches of a step stay in shared memory while those of the next one are loaded.
-    in_use = 1 if world.device.type == "cuda" else 2 * (share // micro_batch)
-    batch_bytes = micro_batch * bytes_per_sample(model_cfg)
+    memory = LoaderMemory(bytes_per_sample(model_cfg), share, micro_batch, ranks_here, pins=world.device.type == "cuda")
     workers = config.data.workers
     if workers is None:
-        workers = 0 if config.data.cache else default_workers(batch_bytes, in_use, ranks_here)
-    prefetch = fitting_prefetch(workers, batch_bytes, in_use, ranks_here)
+        workers = 0 if config.data.cache else memory.default_workers()
+    prefetch = memory.fitting_units_ahead(workers)
     nested = _check_nesting(config, width)
     if config.loss.kernels == "triton":
         require_triton(world.device)
@@ -119,6 +116,11 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
     check_dims(evaluation_dims, width, "evaluation.dims")
     check_best(config.evaluation, evaluation_dims)
     reader = open_training_set(config.data)
+    if workers and prefetch < (wanted := memory.units_ahead(workers)):
+        reader.notes.append(
+            f"The shared memory has room for {prefetch} of the {wanted} units of {memory.unit_bytes / 1e6:,.1f} MB "
+            "that each data worker would prepare in advance; give the container more (docker run --shm-size)."
+        )
     _check_cache_size(config, reader, ranks_here / world.size)
     return PreparedRun(
         nested=nested,
@@ -137,12 +139,13 @@ def _check_cache_size(config: Config, reader: SampleReader, share_of_host: float
     remote, sizes = config.data.remote, reader.shard_bytes()
     samples = sum(share.per_epoch for share in reader.shares)
     lanes = math.ceil(window_and_lanes(config.data, config.train.batch_size, samples)[1] * share_of_host)
-    needed = min(sum(sizes), lanes * (1 + remote.read_ahead) * max(sizes)) / 1e9
+    shards = 1 + remote.shards_ahead(lanes)
+    needed = min(sum(sizes), lanes * shards * max(sizes)) / 1e9
     if reader.is_remote and needed > remote.gigabytes:
         raise InputError(
             f"data.remote.gigabytes: {remote.gigabytes:g} GB are too few for the shards that this host reads at one "
-            f"time ({lanes} lanes, each with {1 + remote.read_ahead} shards of up to {max(sizes) / 1e9:.2g} GB), so "
-            f"all would be downloaded several times; set it to at least {needed:.3g}, or data.lanes lower."
+            f"time ({lanes} lanes, each with {shards} shards of up to {max(sizes) / 1e9:.2g} GB), so all would be "
+            f"downloaded several times; set it to at least {needed:.3g}, or data.lanes or data.remote.read_ahead lower."
         )
 
 
@@ -180,83 +183,16 @@ def _check_nesting(config: Config, width: int) -> Nesting:
     return nested
 
 
+def _kernels_note(config: Config, device: torch.device) -> str | None:
+    """A line for the console if the loss's Triton kernels cannot run on the GPU of a rank. Collective."""
+    uses = device.type == "cuda" and config.loss.name == "infonce" and config.loss.kernels == "auto"
+    problems = comm.all_gather_objects(triton_problem(device) if uses else None)
+    for rank, problem in enumerate(problems):
+        if problem:
+            return f"Note: rank {rank} computes the loss by PyTorch operations, as its Triton kernels fail: {problem}"
+    return None
+
+
 def _check_same_shards(fingerprints: tuple[str, ...], seen: list[tuple[str, ...]]) -> None:
     if fingerprints != Counter(seen).most_common(1)[0][0]:
         raise InputError("data: the shards of this host differ from those of the other hosts; copy them again.")
-
-
-def open_run(config: Config) -> Path | None:
-    """Creates the run folder, or finds the checkpoint to resume from; writes config.yaml.
-
-    Raises:
-        InputError: the folder is not a run, holds a run without resume=auto, or a run of another config.
-    """
-    try:
-        return _open_run(config, Path(config.run))
-    except OSError as error:
-        raise InputError(f"run: {config.run} cannot be written ({error}); choose another with run=FOLDER.") from error
-
-
-# Keys (section, key), and what runs that began before a key existed do.
-_OLDER = {
-    ("data", "lanes"): 1,
-    ("data", "mask_equal_captions"): False,
-    ("data", "shuffle_window"): 16384,
-    ("engine", "precision"): "fp32",
-    ("image", "background"): None,
-}
-
-
-def keep_older_values(config: Config, world: World) -> Config:
-    """The config; where it does not set one of the keys _OLDER, it takes it from the run that it resumes, if any.
-    Collective.
-
-    Raises:
-        InputError: on rank 0, the run's config is damaged; other ranks exit with code 2.
-    """
-    stored = host_checks.agree(world, lambda: _stored_config(Path(config.run)), rank_0_only=True)
-    stored = comm.broadcast_object(stored)
-    if stored is None:
-        return config
-    return _with_defaults(config, {one: getattr(getattr(stored, one[0]), one[1]) for one in _OLDER})
-
-
-def _stored_config(folder: Path) -> Config | None:
-    """The config of the run in a folder, if any; keys that it lacks have the values of _OLDER."""
-    try:
-        if not (folder / "config.yaml").exists():
-            return None
-        stored = load_config(folder / "config.yaml")
-    except OSError:
-        return None  # open_run names the error
-    return _with_defaults(stored, _OLDER)
-
-
-def _with_defaults(config: Config, defaults: Mapping[tuple[str, str], Any]) -> Config:
-    """The config with these values of keys that it does not set."""
-    for (section, key), value in defaults.items():
-        before = getattr(config, section)
-        if key not in before.model_fields_set:
-            config = config.model_copy(update={section: before.model_copy(update={key: value})})
-    return config
-
-
-def _open_run(config: Config, folder: Path) -> Path | None:
-    stored = folder / "config.yaml"
-    if folder.exists() and not stored.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"run: {folder} exists and is not a run folder; choose another with run=FOLDER.")
-    last = Checkpoints(folder, config.checkpoint.keep).last()
-    if before := _stored_config(folder):
-        differing = config_differences(before, config)
-        if differing:
-            raise InputError(
-                f"run: {folder} holds a run of another config ({'; '.join(differing[:3])}); "
-                "choose another folder with run=FOLDER."
-            )
-    if last and config.resume is None:
-        raise InputError(
-            f"run: {folder} already holds a run (last checkpoint {last.name}); "
-            "add resume=auto to continue it, or choose another folder with run=FOLDER."
-        )
-    write_atomic(stored, dump_config(config))
-    return last

@@ -4,7 +4,7 @@ Shapes: b pairs of this process, D the embedding's width, K dims, G keys of a gr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,22 +34,29 @@ class Schedule:
     total: int
     warmup: int
     cooldown: int
+    rise: int
+    """Of nesting.prefix_gradient."""
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step computed."""
 
-    loss: NestedLoss
-    """`total` is L_D + P with a rotation, else the weighted mean of all dims."""
+    loss: float
+    """L_D + P with a rotation, else the weighted mean of all dims."""
+    loss_by_dim: dict[int, float]
+    distillation_by_dim: dict[int, float]
+    """As in `NestedLoss`."""
     grad_norm: float
     lr: float
-    logit_scale: torch.Tensor
-    """(1,) or (K,), in ascending order of the dims."""
-    logit_bias: torch.Tensor | None
-    """(1,) or (K,), of the sigmoid loss."""
+    logit_scale: list[float]
+    """1 or K values, in ascending order of the dims."""
+    logit_bias: list[float]
+    """1 or K values of the sigmoid loss; empty with another loss."""
     prefix_gradient: float | None
     """The factor on the gradient that the smaller dims send into the towers; None without a rotation."""
+    stopping: bool
+    """Whether any rank was asked to stop."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,7 +64,11 @@ class NonFiniteError(ArithmeticError):
 
 
 class TrainStep:
-    """Forward, loss, backward and update. The model's weights change here and nowhere else during a run."""
+    """Forward, loss, backward and update. The model's weights change here and nowhere else during a run.
+
+    The host waits for a GPU twice in a step: the loss reads what decides on its exponents, and before the update all
+    values of the step are read together.
+    """
 
     def __init__(
         self,
@@ -71,51 +82,89 @@ class TrainStep:
         self._config, self._nested, self._engine, self._schedule = config, nested, engine, schedule
         self._ema, self._prefixes = ema, prefixes
 
-    def __call__(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
-        """Trains step `step` (from 0) on this process's share of the global batch.
+    def __call__(
+        self,
+        step: int,
+        micro_batches: Sequence[Batch],
+        stop_requested: Callable[[], bool],
+        meanwhile: Callable[[], None],
+    ) -> StepResult:
+        """Trains step `step` (from 0) on this process's share of the global batch. Collective.
+
+        Args:
+            stop_requested: whether this process was asked to stop.
+            meanwhile: called once, while a GPU computes the step.
 
         Raises:
-            NonFiniteError: the loss, before the update; or the gradient norm, which is known only after the update, so
-                the weights may be damaged and must not be saved.
+            NonFiniteError: the loss or a gradient norm. Nothing was updated, or under ZeRO the towers alone.
         """
         engine, schedule = self._engine, self._schedule
         factor = optim.lr_factor(self._config.optim, step, schedule.total, schedule.warmup, schedule.cooldown)
         lr = optim.set_lr(engine.optimizer, factor)
-        group_bG = torch.cat([batch.groups for batch in micro_batches]).to(engine.device)
+        group_bG = torch.cat([batch.groups for batch in micro_batches]).to(engine.device, non_blocking=True)
         keys = [key for batch in micro_batches for key in batch.keys]
         prefix_gradient = None
         if self._prefixes is not None:
-            prefix_gradient = self._config.nesting.prefix_gradient.at(step + 1, schedule.total)
-        scales: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+            prefix_gradient = self._config.nesting.prefix_gradient.at(step + 1, schedule.rise)
+        embeddings: list[torch.Tensor] = []
+        to_read: dict[str, torch.Tensor] = {}
 
         def loss_of(
             image_bD: torch.Tensor, text_bD: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
         ) -> NestedLoss:
             if self._prefixes is not None:
                 scale = torch.cat([self._prefixes.logit_scale_k, scale])
-            # Copies, since the bias is the parameter itself, which the step changes.
-            scales.append((scale.detach().clone(), None if bias is None else bias.detach().clone()))
-            loss = self._loss(group_bG, image_bD, text_bD, scale, bias, prefix_gradient)
-            if not math.isfinite(value := loss.total.item()):
-                origin = describe_non_finite(image_bD, text_bD, keys)
-                raise NonFiniteError(f"the loss is {value}" + (f" ({origin})" if origin else ""))
-            return loss
+            embeddings.extend((image_bD, text_bD))
+            to_read["scale"] = scale
+            if bias is not None:
+                to_read["bias"] = bias
+            return self._loss(group_bG, image_bD, text_bD, scale, bias, prefix_gradient)
 
         inputs = [(batch.image, batch.text) for batch in micro_batches]
         loss = grad_cache.backward(engine, inputs, loss_of, partial(self._seed_dropout, step))
-        norm = engine.step()
-        if self._prefixes is not None and not math.isfinite(
-            prefix_norm := self._prefixes.step(factor, skip=not math.isfinite(norm))
-        ):
+        to_read |= {"loss": loss.total, "by_dim": torch.stack([*loss.by_dim.values()])}
+        if loss.distillation_by_dim:
+            to_read["distillation"] = torch.stack([*loss.distillation_by_dim.values()])
+        if self._prefixes is not None:
+            to_read["prefix_norm"] = self._prefixes.reduce()
+        to_read["stop"] = comm.all_reduce_max(torch.full((1,), float(stop_requested()), device=engine.device))
+        packed = torch.cat([x.detach().float().flatten() for x in to_read.values()])
+        meanwhile()
+        norm, *values = engine.step(packed)
+        of = {name: [values.pop(0) for _ in range(x.numel())] for name, x in to_read.items()}
+        if not math.isfinite(of["loss"][0]):
+            origin = describe_non_finite(embeddings[0], embeddings[1], keys)
+            raise NonFiniteError(f"the loss is {of['loss'][0]}" + (f" ({origin})" if origin else ""))
+        self._update_others(factor, norm, of.get("prefix_norm", [0.0])[0])
+        return StepResult(
+            loss=of["loss"][0],
+            loss_by_dim=dict(zip(loss.by_dim, of["by_dim"], strict=True)),
+            distillation_by_dim=dict(zip(loss.distillation_by_dim, of.get("distillation", []), strict=True)),
+            grad_norm=norm,
+            lr=lr,
+            logit_scale=of["scale"],
+            logit_bias=of.get("bias", []),
+            prefix_gradient=prefix_gradient,
+            stopping=bool(of["stop"][0]),
+        )
+
+    def _update_others(self, lr_factor: float, norm: float, prefix_norm: float) -> None:
+        """Updates the rotation and the moving averages after the towers, whose gradient norm is `norm`.
+
+        Raises:
+            NonFiniteError: a norm is not finite, and fp16 is not the cause.
+        """
+        engine = self._engine
+        if not math.isfinite(prefix_norm):
             raise NonFiniteError(
                 f"the gradient norm of the rotation and the smaller dims' logit scales is {prefix_norm}"
             )
         if not math.isfinite(norm) and (engine.loss_scale is None or engine.loss_scale.is_exhausted):
             raise NonFiniteError(f"the gradient norm is {norm}")
+        if self._prefixes is not None:
+            self._prefixes.step(lr_factor, skip=not math.isfinite(norm))
         if self._ema is not None:
             self._ema.update_parameters(engine.model)
-        logit_scale, logit_bias = scales[-1]
-        return StepResult(loss, norm, lr, logit_scale, logit_bias, prefix_gradient)
 
     def _loss(
         self,

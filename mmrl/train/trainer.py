@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmrl import durations
 from mmrl.config import Config
@@ -23,18 +22,23 @@ from mmrl.engine import optim
 from mmrl.engine.checkpoint import Checkpoints, read_checkpoint
 from mmrl.engine.engine import Engine
 from mmrl.engine.loss_scale import LossScale
+from mmrl.engine.optim import MovingAverage
 from mmrl.engine.timing import ThroughputMeter, Trace
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
 from mmrl.model import bundle, folding, two_tower
 from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
+from mmrl.output.console import print_line
+from mmrl.output.files import exclusive
 from mmrl.train import host_checks
 from mmrl.train.bad_samples import BadSamples
+from mmrl.train.feed import BatchFeed
 from mmrl.train.log import TrainingLog
 from mmrl.train.prefixes import Prefixes
-from mmrl.train.preflight import PreparedRun, keep_older_values, pack_data_sets, prepare
+from mmrl.train.preflight import PreparedRun, pack_data_sets, prepare
 from mmrl.train.rotate import rotation_of_run
+from mmrl.train.run_folder import with_stored_values
 from mmrl.train.signals import StopRequest, stop_on_signals
 from mmrl.train.step import NonFiniteError, Schedule, StepResult, TrainStep
 
@@ -51,9 +55,11 @@ def train(config: Config, console: Console | None = None) -> Path:
     with Heartbeat(world, config.engine.lost_after_seconds) as heartbeat:
         pack_data_sets(config, world)
         host_checks.check(config, world, console)
-        config = keep_older_values(config, world)
+        config = with_stored_values(config, world)
         prepared = prepare(config, world)
-        with stop_on_signals() as stop:
+        with contextlib.ExitStack() as held, stop_on_signals() as stop:
+            lock = exclusive(Path(config.run), "mmrl train")
+            host_checks.agree(world, lambda: held.enter_context(lock), rank_0_only=True)
             Trainer(config, prepared, world, console, heartbeat).run(stop)
     return Path(config.run)
 
@@ -70,7 +76,7 @@ class Trainer:
         heartbeat: Heartbeat | None = None,
     ) -> None:
         self.config, self.prepared, self.world, self.console = config, prepared, world, console
-        self._heartbeat = heartbeat
+        self._heartbeat, self._stop = heartbeat, StopRequest()
         torch.manual_seed(config.seed)
         built = bundle.initial_towers(config.model)
         if built.random and prepared.resume_from is None:
@@ -103,9 +109,10 @@ class Trainer:
             config.optim.clip_norm,
             config.train.batch_size // world.size // prepared.accumulation,
         )
+        self._feed = BatchFeed(self.stream, prepared.accumulation, self.engine)
         self.ema = None
         if config.train.ema is not None:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema))
+            self.ema = MovingAverage(model, config.train.ema)
         self._prefixes = None
         if learns_rotation:
             log_scale_1 = self.engine.full_model.log_logit_scale
@@ -116,7 +123,9 @@ class Trainer:
         """What is evaluated and saved."""
         if learns_rotation or config.nesting.rotate_at_end:
             self.encoder = folding.share_weights(self._trained, len(dims) if learns_rotation else None)
-        self.checkpoints = Checkpoints(Path(config.run), config.checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            Path(config.run), config.checkpoint.keep, lambda line: print_line(self.console, line)
+        )
         self.schedule = self._schedule()
         self._train_step = TrainStep(config, prepared.nested, self.engine, self.schedule, self.ema, self._prefixes)
         self.step_done = 0
@@ -132,8 +141,11 @@ class Trainer:
         """Steps, logs, evaluates and saves until the last step or a signal. Collective."""
         if self.step_done >= self.schedule.total or (self._stopped_early and self._is_out_of_patience()):
             if self.world.is_rank_0:
-                self.console.print(f"This run is finished: {self.config.run}", soft_wrap=True, highlight=False)
+                longer = "evaluation.patience" if self._stopped_early else "train.duration"
+                line = f"This run is finished: {self.config.run} (a larger {longer} lengthens it)"
+                self.console.print(line, soft_wrap=True, highlight=False)
             return
+        self._stop = stop
         with TrainingLog(
             self.config,
             self.prepared,
@@ -146,10 +158,10 @@ class Trainer:
             self.console,
         ) as log:
             log.start()
-            self._loop(log, stop)
+            self._loop(log)
             log.end()
 
-    def _loop(self, log: TrainingLog, stop: StopRequest) -> None:
+    def _loop(self, log: TrainingLog) -> None:
         config, total = self.config, self.schedule.total
         save_every = max(1, self._steps(config.checkpoint.every))
         evaluate_every = max(1, self._steps(config.evaluation.every))
@@ -158,17 +170,16 @@ class Trainer:
             log.lines(f"before the first step: {self._rotate_at_start()}")
         if config.evaluation.at_start and is_new and self.evaluate(log):
             self._save(log, is_best=True)
-        clock, batches, epoch = ThroughputMeter(self.step_done), self.stream.forever(), self.stream.epoch
+        clock, epoch = ThroughputMeter(self.step_done), self._feed.epoch
         trace = Trace(Path(config.run) / "profile", self.world.rank, config.tracking.profile)
         while self.step_done < total:
             self._report("loading data")
-            with self.engine.timer.phase("data"):
-                micro_batches = list(islice(batches, self.prepared.accumulation))
+            micro_batches = self._feed.take()
             self._report("training")
             result = self.step(micro_batches)
             trace.step()
-            if self.stream.epoch != epoch:
-                epoch = self.stream.epoch
+            if self._feed.epoch != epoch:
+                epoch = self._feed.epoch
                 log.bad_samples(self.step_done)
                 log.epoch(epoch)
             last = self.step_done == total
@@ -176,8 +187,9 @@ class Trainer:
             if last or self.step_done % config.tracking.log_every == 0:
                 log.step(self.step_done, result, clock.steps_per_second(self.step_done) * config.train.batch_size)
             with clock.paused():
-                stopping = comm.any_rank(stop.requested)
-                is_best = False
+                is_best, stopping = False, result.stopping
+                if not last and self.step_done % evaluate_every == 0:  # a request during the step is not known yet
+                    stopping = comm.any_rank(self._stop.requested)
                 if last or (self.step_done % evaluate_every == 0 and not stopping):
                     is_best, last = self._evaluate_or_end(log, last)
                 if last or stopping or is_best or self.step_done % save_every == 0:
@@ -186,7 +198,7 @@ class Trainer:
             if stopping and not last:
                 self.checkpoints.finish()
                 raise RunStopped(
-                    f"Stopped by {stop.signal_name or 'a signal to another rank'} at step {self.step_done:,} of "
+                    f"Stopped by {self._stop.signal_name or 'a signal to another rank'} at step {self.step_done:,} of "
                     f"{total:,}; all is saved. Resume with the same command and resume=auto."
                 )
             if last:
@@ -200,15 +212,20 @@ class Trainer:
         Raises:
             RunStopped: the loss or the gradient norm is not finite.
         """
+        is_last = self.step_done + 1 >= self.schedule.total
+        meanwhile = (lambda: None) if is_last else self._feed.load_ahead
         try:
-            result = self._train_step(self.step_done, micro_batches)
+            result = self._train_step(self.step_done, micro_batches, lambda: self._stop.requested, meanwhile)
         except NonFiniteError as error:
             self.checkpoints.finish()
             last = self.checkpoints.last()
-            remedy = f"The last good checkpoint is {last}" if last else "No checkpoint was written before it"
-            raise RunStopped(
-                f"Step {self.step_done + 1:,}: {error}. {remedy}; lower optim.lr or lengthen optim.warmup."
-            ) from None
+            remedy = (
+                f"The last good checkpoint is {last}; resume from it with resume=auto 'resume_allow=[optim.lr]' and a "
+                "lower optim.lr"
+                if last
+                else "No checkpoint was written before it; lower optim.lr or lengthen optim.warmup"
+            )
+            raise RunStopped(f"Step {self.step_done + 1:,}: {error}. {remedy}.") from None
         self.step_done += 1
         for batch in micro_batches:
             self._bad_samples.add(batch)
@@ -241,11 +258,12 @@ class Trainer:
         Returns: whether `evaluation.best` improved.
         """
         self._report("evaluating")
-        results = self.score_sets()
+        pictures: dict[str, Image.Image] = {}
+        results = self.score_sets(pictures if self.config.tracking.has_board and self.world.is_rank_0 else None)
         best, improved = self.config.evaluation.best, False
         if results:
             self._scores = {"step": self.step_done, **sets.as_retrieval_json(results)}
-            log.evaluation(self.step_done, results, self._scores)
+            log.evaluation(self.step_done, results, self._scores, pictures)
         if best and results:
             score = sets.best_score(best, results)
             improved, self.best = score > self.best, max(score, self.best)
@@ -257,13 +275,18 @@ class Trainer:
         patience = self.config.evaluation.patience
         return patience is not None and self._evaluations_since_best >= patience
 
-    def score_sets(self) -> dict[str, dict[str, Any]]:
-        """The scores of each evaluation set at every dim, on every rank. Collective: the work is divided."""
+    def score_sets(self, pictures: dict[str, Image.Image] | None = None) -> dict[str, dict[str, Any]]:
+        """The scores of each evaluation set at every dim, on every rank. Collective: the work is divided.
+
+        Args:
+            pictures: receives those of some queries' first results.
+        """
         self._update_encoder()
         prepared = self.prepared
-        with self._in_evaluation(self.encoder.model):
+        model = self.encoder.model
+        with self._in_evaluation(model), model.encoding_in(self.engine.precision):
             return {
-                name: one.score(self.encoder, prepared.evaluation_dims)
+                name: one.score(self.encoder, prepared.evaluation_dims, pictures)
                 for name, one in prepared.evaluation_sets.items()
             }
 
@@ -319,7 +342,7 @@ class Trainer:
         self._update_encoder()
         state = {
             "step": self.step_done,
-            "stream": self.stream.state_dict(),
+            "stream": self._feed.state_dict(),
             "best": self.best if math.isfinite(self.best) else None,
             "evaluations_since_best": self._evaluations_since_best,
             "stopped_early": self._stopped_early,
@@ -371,7 +394,8 @@ class Trainer:
     def _schedule(self) -> Schedule:
         config = self.config
         total = max(1, self._steps(config.train.duration))
-        return Schedule(total, self._steps(config.optim.warmup), self._steps(config.optim.cooldown))
+        rise = self._steps(config.nesting.prefix_gradient.duration or total)
+        return Schedule(total, self._steps(config.optim.warmup), self._steps(config.optim.cooldown), max(1, rise))
 
     def _steps(self, duration: int | str) -> int:
         return durations.to_steps(duration, self.config.train.batch_size, self.stream.batches_per_epoch)

@@ -1,6 +1,6 @@
 """Speed of the data pipeline compared with open_clip's, and the cost of resuming and of long runs:
 
-    python tests/benchmarks/data.py [decode] [workers] [resume] [memory] [pack] [check]     (default: all)
+    python tests/benchmarks/data.py [decode] [workers] [resume] [memory] [peak] [pack] [check]   (default: all)
 
 decode    samples per second of one core, from tar to 224-pixel training crops: open_clip's transforms on its WebDataset
           pipeline; our stream (uint8, which is normalised on the device, and also with normalisation on the same core);
@@ -9,6 +9,7 @@ workers   two worker processes compared with one; the consumer does nothing.
 resume    1,000,000 small samples in 100 shards: from a new stream to its first batch, at the start and at 90 % of an
           epoch, with the index present; and the size of the state.
 memory    resident memory of all loader processes together over 20 epochs with persistent workers.
+peak      memory of one loader worker, which it shares with no other process, while it loads a batch.
 pack      `mmrl pack` compared with a loop that reads the files and writes them into a tar, also with downscaling.
 check     `mmrl check` without decoding: bytes per second of one worker.
 
@@ -19,11 +20,13 @@ import argparse
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +197,37 @@ def measure_memory(work: Path, epochs: int = 20) -> None:
             print(f"memory   after epoch {epoch + 1:3}            {_memory_of_all():7.0f} MiB", flush=True)
 
 
+def measure_peak(work: Path) -> None:
+    """Sampled every 20 ms (Linux)."""
+    folder = photos(work)
+    for rows, augment in ((64, {}), (1024, {}), (1024, {"flip": 0.5, "rotate": 5, "brightness": 0.2})):
+        config = DataConfig(augment=AugmentConfig.model_validate({"random_resized_crop": CROP, **augment}))
+        stream = Stream(open_training_set(config.model_copy(update={"train": str(folder)})), rows, num_workers=1,
+                        image=SPEC, config=config)  # fmt: skip
+        peak, done = 0, threading.Event()
+
+        def watch(done: threading.Event = done) -> None:
+            nonlocal peak
+            while not done.wait(0.02):
+                peak = max([peak, *(_private_bytes(one.pid or 0) for one in multiprocessing.active_children())])
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        next(iter(stream))
+        done.set()
+        thread.join()
+        what = f"{rows} rows, {'augmented' if augment else 'cropped'}"
+        print(f"peak     {what:26} {peak / 1e6:8.0f} MB")
+
+
+def _private_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
 def measure_pack(work: Path, rounds: int = 3) -> None:
     """One worker. The plain loop reads, decodes (and downscales) each image and writes it into a tar."""
     folder = work / "files"
@@ -266,6 +300,7 @@ MEASURES: dict[str, Callable[[Path], Any]] = {
     "workers": measure_workers,
     "resume": measure_resume,
     "memory": measure_memory,
+    "peak": measure_peak,
     "pack": measure_pack,
     "check": measure_check,
 }

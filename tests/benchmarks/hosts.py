@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import mmrl
-from mmrl.data.index import index_shard, save_index
+from mmrl.data.counts import LIST, write_list
+from mmrl.data.index import index_shard
+from mmrl.data.index_file import save_index
 from mmrl.data.sources import DataConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -84,6 +86,7 @@ class RemoteSet:
             names = [f"{shard:05}-{number:05}" for number in range(SAMPLES_PER_SHARD)]
             write_tar(path, [(f"{name}.{end}", b"caption" * 300) for name in names for end in ("jpg", "txt")])
             save_index(index_shard(path), Path(f"{path}.index"))
+        write_list(folder / "set" / LIST, {one.name: Path(f"{one}.index") for one in (folder / "set").glob("*.tar")})
         self.bytes = sum(path.stat().st_size for path in (folder / "set").glob("*.tar"))
         self.pattern = f"{{00000..{shards - 1:05}}}.tar"
 

@@ -67,6 +67,7 @@ def loss_steps(width: int, batch: int) -> dict[str, Step]:
         arguments = (scale_K, dims, prefixes.rotation, 0.3, None, None, options)
         rotated_nested_info_nce(image_BD, text_BD, *arguments).total.backward()
         prefixes._module.log_scale_k.grad = torch.zeros(len(dims) - 1)
+        prefixes.reduce()
         prefixes.step(1.0, skip=False)
 
     return {

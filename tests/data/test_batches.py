@@ -1,6 +1,7 @@
 """Loading of batches: captions, groups and decoding, and the replacement of bad samples."""
 
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +40,58 @@ def test_scaled_decode_changes_pixels_only_slightly(tmp_path: Path) -> None:
         difference = batches[0].image.float() - batches[1].image.float()
         assert difference.abs().max() > 0
         assert 10 * torch.log10(255**2 / difference.square().mean()) > 40
+
+
+def test_a_batch_in_units_equals_one_that_is_loaded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bad samples, whose replacements have random numbers of their own."""
+    path = write_tar(tmp_path / "some-bad.tar", bad_members())
+    augment = AugmentConfig(random_resized_crop=[0.5, 1.0], rotate=20, brightness=0.2)
+    config = DataConfig(train=str(path), max_bad_fraction=1.0, augment=augment)
+
+    def load(**options: int) -> list[Batch]:
+        stream = Stream(open_reader(path), 12, image=SPEC, config=config, **options)  # pyright: ignore[reportArgumentType]
+        batches = stream.forever()
+        loaded = [next(batches) for _ in range(7)]
+        return loaded if not options.get("micro_batch") else [Batch.join(loaded[i : i + 2]) for i in range(0, 6, 2)]
+
+    whole = load()
+    monkeypatch.setattr("mmrl.data.workers.UNIT_ROWS", 5)
+    monkeypatch.setattr("mmrl.data.transforms._ROWS", 3)
+    for batches in (load(), load(micro_batch=6), load(num_workers=2)):
+        for one, other in zip(batches, whole, strict=False):
+            assert one.keys == other.keys
+            assert one.text == other.text
+            assert one.bad == other.bad
+            assert all(torch.equal(getattr(one, x), getattr(other, x)) for x in ("image", "groups"))
+
+
+def test_units_in_page_locked_memory_are_joined_without_a_copy_of_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a GPU, which a CPU can only pretend."""
+    monkeypatch.setattr("mmrl.data.batches._is_pinned", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    units = [
+        Batch(keys=[str(n)] * n, image=torch.rand(n, 3, 2, 2), text=torch.full((n, 4), n), group=torch.arange(n))
+        for n in (2, 3)
+    ]
+    batch = Batch.join(units)
+    assert all(one is unit.image for one, unit in zip(batch.image, units, strict=True))
+    assert batch.keys == ["2", "2", "3", "3", "3"]
+    assert batch.text[:, 0].tolist() == [2, 2, 3, 3, 3]
+    assert batch.group.tolist() == [0, 1, 0, 1, 2]
+    assert Batch.join(units[:1]) is units[0]
+
+
+def test_a_worker_holds_one_image_of_the_files_size(tmp_path: Path) -> None:
+    image = encoded(drawing(1)[0].resize((640, 480)), "JPEG")
+    members = [(f"{n}.{kind}", data) for n in range(32) for kind, data in (("jpg", image), ("txt", b"a caption"))]
+    reader = open_reader(write_tar(tmp_path / "a.tar", members))
+    for spec in (SPEC, lambda image: image.size):
+        next(iter(Stream(reader, 32, image=spec)))
+        tracemalloc.start()
+        next(iter(Stream(reader, 32, image=spec)))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 4 * 3 * 640 * 480
 
 
 def test_groups_are_stable_hashes_and_minus_one_if_absent(tmp_path: Path) -> None:

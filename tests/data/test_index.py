@@ -8,8 +8,10 @@ from conftest import sample_members, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from mmrl.data import opening
-from mmrl.data.index import SUFFIX, ShardIndex, index_shard, load_index, save_index
-from mmrl.data.opening import open_shards
+from mmrl.data.counts import Shard
+from mmrl.data.index import ShardIndex, index_shard
+from mmrl.data.index_file import SUFFIX, load_index, save_index
+from mmrl.data.opening import load_shard_index, open_shards
 from mmrl.data.stores import RemoteConfig, ShardCache
 from mmrl.errors import InputError
 
@@ -126,27 +128,46 @@ def test_an_index_is_created_once_and_then_loaded(
     assert open_shards(locations, cache(tmp_path)) == first
 
 
-def test_an_index_next_to_the_shard_is_used_unless_it_is_of_another_tar(shards: Path, tmp_path: Path) -> None:
+def load(shard: Shard, folder: Path) -> ShardIndex:
+    with Path(shard.location).open("rb") as file:
+        return load_shard_index(shard, file.fileno(), cache(folder))
+
+
+def test_an_index_next_to_the_shard_is_used_unless_it_is_of_another_tar(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tar = tmp_path / "a.tar"
     shutil.copy(shards / "part-0.tar", tar)
     neighbour = tmp_path / f"a.tar{SUFFIX}"
     save_index(index_shard(tar), neighbour)
-    (shard,) = open_shards([str(tar)], cache(tmp_path / "cache"))
-    assert shard.index_path == neighbour
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "index_shard", None)
+        (shard,) = open_shards([str(tar)], cache(tmp_path / "cache"))
+        assert len(load(shard, tmp_path / "cache")) == 20
+    assert not (tmp_path / "cache" / "index").exists()
     # Of the same size: only the headers differ.
     data = tar.read_bytes()
     write_tar(tar, [m for number in range(100, 120) for m in sample_members(number)])
     tar.write_bytes(tar.read_bytes().ljust(len(data), b"\0")[: len(data)])
     (shard,) = open_shards([str(tar)], cache(tmp_path / "cache"))
-    assert shard.load().key(0) == "00100"
+    assert load(shard, tmp_path / "cache").key(0) == "00100"
     for damage in (b"", b"no index", neighbour.read_bytes()[:100]):
         neighbour.write_bytes(damage)
         (shard,) = open_shards([str(tar)], cache(tmp_path / "cache"))
-        assert shard.load().key(0) == "00100"
+        assert load(shard, tmp_path / "cache").key(0) == "00100"
 
 
-def test_an_index_that_cannot_be_stored_stays_in_memory(shards: Path, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_one_sentence_where_it_is_needed(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    (shard,) = open_shards([str(shards / "part-1.tar")], cache(tmp_path / "file"))
-    assert shard.index_path is None
-    assert len(shard.load()) == 17
+    tar = tmp_path / "a.tar"
+    shutil.copy(shards / "part-1.tar", tar)
+    says = (
+        r"^data\.remote\.folder: .*/file cannot be written \(.*\), but the index of .*a\.tar is to be .* or MMRL_CACHE "
+    )
+    with pytest.raises(InputError, match=says):
+        open_shards([str(tar)], cache(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"^data\.remote\.folder: .*http://127\.0\.0\.1:9/a\.tar"):
+        open_shards(["http://127.0.0.1:9/a.tar"], cache(tmp_path / "file"))
+    save_index(index_shard(tar), tmp_path / f"a.tar{SUFFIX}")
+    (shard,) = open_shards([str(tar)], cache(tmp_path / "file"))
+    assert len(load(shard, tmp_path / "file")) == 17

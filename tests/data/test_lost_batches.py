@@ -17,11 +17,12 @@ from conftest import sample_members, write_tar
 from helpers.samples import SPEC
 
 from mmrl.config import load_config
+from mmrl.data.download import locked
 from mmrl.data.samples import SampleReader
 from mmrl.data.sources import open_reader
-from mmrl.data.stores import RemoteConfig, ShardCache, _locked
+from mmrl.data.stores import RemoteConfig, ShardCache
 from mmrl.data.stream import Stream
-from mmrl.data.workers import default_workers, fitting_prefetch
+from mmrl.data.workers import LoaderMemory
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError, RunStopped
 from mmrl.train.preflight import bytes_per_sample, prepare
@@ -103,7 +104,7 @@ def test_a_download_is_waited_for_while_bytes_may_come(tmp_path: Path, monkeypat
     assert not cache.is_downloading()
     cache.folder.mkdir(parents=True)
     lock = cache.folder / "a.tar.lock"
-    with _locked(lock, wait=True):
+    with locked(lock, wait=True):
         assert cache.is_downloading()
         os.utime(lock, (0, 0))
         assert not cache.is_downloading()
@@ -140,24 +141,50 @@ def space(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
 
 
+MEGABYTE = 1 << 20
+
+
+def test_what_is_prepared_in_advance_is_counted_in_samples() -> None:
+    for rows, micro_batch, workers, units, rows_of_unit in (
+        (12, 12, 2, 4, 12), (64, 64, 8, 4, 64), (128, 128, 8, 4, 128), (256, 256, 8, 2, 256), (2048, 2048, 15, 2, 256),
+        (2048, 2048, 2, 5, 256), (300, 300, 4, 4, 150), (8192, 64, 8, 17, 64),
+    ):  # fmt: skip
+        memory = LoaderMemory(1, rows, micro_batch, processes=1)
+        assert (memory.units_ahead(workers), memory.unit_bytes) == (units, rows_of_unit)
+
+
 def test_the_prefetch_is_what_the_shared_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    megabyte = 1 << 20
+    memory = LoaderMemory(MEGABYTE, rows=1, micro_batch=1, processes=2)
     for free, fitting in ((8, 1), (11, 1), (12, 2), (20, 4), (1000, 4)):
-        space(monkeypatch, free * megabyte)
-        assert fitting_prefetch(workers=2, batch_bytes=megabyte, in_use=2, processes=2) == fitting
-    space(monkeypatch, 64 * megabyte)
-    says = r"2 workers on each of 1 processes pass batches of 38\.5 MB .* needs 154 MB and has 67 MB free; .*=368m; "
+        space(monkeypatch, free * MEGABYTE)
+        assert memory.fitting_units_ahead(workers=2) == fitting
+        assert memory.shared(2, fitting) <= free * MEGABYTE
+    space(monkeypatch, 64 * MEGABYTE)
+    memory = LoaderMemory(3 * 224 * 224, rows=256, micro_batch=256, processes=1)
+    says = r"2 workers on each of 1 processes pass units of 38\.5 MB .* needs 154 MB and has 67 MB free; .*=221m; "
     with pytest.raises(InputError, match=says):
-        fitting_prefetch(workers=2, batch_bytes=256 * 3 * 224 * 224, in_use=2, processes=1)
-    assert fitting_prefetch(workers=0, batch_bytes=megabyte, in_use=2, processes=8) == 4
+        memory.fitting_units_ahead(workers=2)
+    assert memory.fitting_units_ahead(workers=0) == 1
+    assert memory.shared(workers=0, units_ahead=4) == memory.private(workers=0) == 0
+
+
+def test_workers_that_do_not_fit_into_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    space(monkeypatch, 10**12)
+    monkeypatch.setattr("mmrl.data.workers.host_memory", lambda: 4e9)
+    memory = LoaderMemory(3 * 224 * 224, rows=256, micro_batch=256, processes=2)
+    assert memory.fitting_units_ahead(workers=2) == 2
+    with pytest.raises(InputError, match=r"^data.workers: 16 workers on each of 2 processes need about .* has 4\.0 GB"):
+        memory.fitting_units_ahead(workers=16)
+    monkeypatch.setattr("mmrl.data.workers.usable_cores", lambda: 64)
+    assert 1 <= memory.default_workers() <= 5
 
 
 def test_the_default_number_of_workers_fits_cores_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    megabyte = 1 << 20
     monkeypatch.setattr("mmrl.data.workers.usable_cores", lambda: 16)
+    monkeypatch.setattr("mmrl.data.workers.host_memory", lambda: 1e15)
     for processes, free, wanted in ((1, 10**6, 15), (8, 10**6, 1), (16, 10**6, 0), (1, 8, 6), (2, 8, 2), (1, 2, 0)):
-        space(monkeypatch, free * megabyte)
-        assert default_workers(batch_bytes=megabyte, in_use=2, processes=processes) == wanted
+        space(monkeypatch, free * MEGABYTE)
+        assert LoaderMemory(MEGABYTE, 1, 1, processes).default_workers() == wanted
 
 
 def test_a_batch_takes_the_bytes_that_are_counted(make_stream: Callable[..., Stream]) -> None:
@@ -177,20 +204,20 @@ def test_too_little_shared_memory_is_refused_before_the_run(
 ) -> None:
     config = load_config(write_config(data={"train": str(shards), "workers": 2}, evaluation={}))
     space(monkeypatch, 150_000)
-    with pytest.raises(InputError, match=r"^data.workers: 2 workers on each of 1 processes .* or train.micro_batch\.$"):
+    with pytest.raises(InputError, match=r"^data.workers: 2 workers on each of 1 processes .* lower data.workers"):
         prepare(config, World())
     assert not (tmp_path / "run").exists()
     space(monkeypatch, 300_000)
     prepared = prepare(config, World())
     assert prepared.prefetch == 2
-    assert "memory has room for 2 of the 4 batches" in prepared.reader.notes[-1]
+    assert any("memory has room for 2 of the 4 units of" in note for note in prepared.reader.notes)
 
 
 _UNDER_64_MB = """
 import sys, time
 from mmrl.data.sources import DataConfig, SourceConfig, open_training_set
 from mmrl.data.stream import Stream
-from mmrl.data.workers import fitting_prefetch
+from mmrl.data.workers import LoaderMemory
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
 from mmrl.train.preflight import bytes_per_sample
@@ -204,10 +231,10 @@ def run(rows, prefetch, steps):
         next(batches)
         time.sleep(1)  # the workers fill the shared memory meanwhile
 try:
-    fitting_prefetch(2, 256 * row, 2, 1)
+    LoaderMemory(row, 256, 256, 1).fitting_units_ahead(2)
 except InputError as error:
     print("256:", error)
-run(64, fitting_prefetch(2, 64 * row, 2, 1), 5)
+run(64, LoaderMemory(row, 64, 64, 1).fitting_units_ahead(2), 5)
 print("64: fits")
 try:
     run(64, 4, 60)
@@ -226,7 +253,7 @@ def test_in_a_container_with_64_mb(tmp_path: Path) -> None:
         ["unshare", "-rm", "sh", "-c", mounted], input=_UNDER_64_MB, capture_output=True, text=True, timeout=120
     )
     refused, fits, full = done.stdout.splitlines()
-    assert refused.startswith("256: data.workers: 2 workers on each of 1 processes pass batches of 38.7 MB")
+    assert refused.startswith("256: data.workers: 2 workers on each of 1 processes pass units of 38.7 MB")
     assert fits == "64: fits"
     assert full.startswith("64 x 4: data: a batch does not fit into the shared memory, /dev/shm (unable to allocate")
     assert "Traceback" not in done.stderr

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import drawing, encoded, sample_members, write_tar
+from safetensors.numpy import load, save
 
 from mmrl.data.check.command import check_shards
-from mmrl.data.index import index_shard, load_index, printable, save_index
+from mmrl.data.index import index_shard, printable
+from mmrl.data.index_file import load_index, save_index
 from mmrl.data.pack.command import pack_shards
 from mmrl.data.samples import FieldsConfig, group_id
 from mmrl.data.sources import DataConfig, SourceConfig, open_reader, open_training_set
@@ -74,10 +76,10 @@ def test_counts_of_extensions_are_stored_and_made_up_for_in_older_indexes(tmp_pa
     path = write_tar(tmp_path / "a.tar", [*sample_members(1), *sample_members(2), ("00002.cls", b"3")])
     note = open_reader(path).notes  # writes the index
     assert open_reader(path).notes == note == ["1 members that no field uses: .cls 1."]
-    older = index_shard(path)
-    save_index(older, tmp_path / "a.tar.index")
-    raw = (tmp_path / "a.tar.index").read_bytes()
-    (tmp_path / "a.tar.index").write_bytes(raw.replace(b'\\"counts\\": [', b'\\"cOunts\\": ['))
+    index, stored = index_shard(path), tmp_path / "a.tar.index"
+    save_index(index, stored)
+    header = {"samples": 2, "extensions": index.extensions, "problems": [], "tar": vars(index.tar)}
+    stored.write_bytes(save(load(stored.read_bytes()), {"mmrl-index-1": json.dumps(header)}))
     assert load_index(tmp_path / "a.tar.index").count_extensions() == {"png": 2, "txt": 2, "json": 2, "cls": 1}
     assert open_reader(path).notes == note
 
@@ -154,6 +156,24 @@ def test_links_and_sparse_members_are_told_as_what_they_are(tmp_path: Path) -> N
     # Each of the four is a bad sample, none is missing from the count.
     result = check_shards(path, workers=1, quiet=True)
     assert (result.sets[0].samples, result.bad_samples) == (5, 4)
+
+
+@pytest.mark.parametrize("size", [-512, -1, -(10**6), -(2**40), 2**60])
+@pytest.mark.parametrize("kind", [b"0", b"S", b"x", b"g", b"L", b"5", b"1", b"Z"])
+def test_no_size_makes_a_scan_loop_or_fail(tmp_path: Path, kind: bytes, size: int) -> None:
+    samples = write_tar(tmp_path / "good.tar", [*sample_members(1), *sample_members(2)]).read_bytes().rstrip(b"\0")
+    samples += bytes(-len(samples) % 512)
+    header = bytearray(tarfile.TarInfo("b.png").tobuf(tarfile.GNU_FORMAT)[:512])
+    header[124:136], header[156:157] = tarfile.itn(size, 12, tarfile.GNU_FORMAT), kind  # pyright: ignore
+    if kind == b"S":
+        header[483:495] = b"00000000144\0"  # the size that the sparse member has without its holes
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "a.tar"
+    path.write_bytes(samples + header + bytes(2048) + samples + bytes(1024))
+    index = index_shard(path)
+    assert index.key(0) == "00001"
+    assert index.problems
 
 
 def test_fields_in_another_case_are_read_or_told(tmp_path: Path) -> None:

@@ -60,26 +60,34 @@ def test_with_repeat_one_half_two_epochs_are_one_pass() -> None:
     assert not first & second
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_prefetch_indices_cover_the_shards_of_the_next_windows(lanes: int) -> None:
-    order = EpochOrder([SourceShare([10] * 50)], seed=1, epoch=0, window=40 * lanes, batch_size=8, lanes=lanes)
-    per_lane = 500 // lanes
-    for window in order.window_ids(np.arange(0, 496, 5)).tolist():
-        for ahead in (0, 1, 2, 50):
-            lane, number = divmod(window, -(-per_lane // 40))
-            found = order.prefetch_indices(window, ahead)
-            windows = {lane * -(-per_lane // 40) + (number + i) % -(-per_lane // 40) for i in range(ahead + 1)}
-            positions = [p for p in range(500) if order.window_ids(np.array([p]))[0] in windows]
-            needed = {int(index) // 10 for index in order.indices(np.array(positions))}
-            assert needed <= {int(index) // 10 for index in found}
-            assert len(found) <= min(5 * (ahead + 1) + 2, per_lane // 10 + 2)
+@pytest.mark.parametrize(("lanes", "window"), [(1, 40), (4, 160), (2, 8), (1, 300)])
+def test_prefetch_covers_the_window_and_the_next_shards_until_the_epoch_ends(lanes: int, window: int) -> None:
+    order = EpochOrder([SourceShare([10] * 50)], seed=1, epoch=0, window=window, batch_size=8, lanes=lanes)
+    rows = np.arange(496).reshape(-1, lanes, 8 // lanes)
+    for lane in range(lanes):
+        positions = rows[:, lane].ravel()
+        window_ids = np.array([order.window_ids(np.array([p]))[0] for p in positions.tolist()])
+        shards = order.indices(positions) // 10
+        assert len(np.unique(window_ids)) == (np.diff(window_ids) != 0).sum() + 1  # each id is one stretch of the epoch
+        for window_id in np.unique(window_ids).tolist():
+            at = int(np.flatnonzero(window_ids == window_id)[-1])
+            needed = set(shards[window_ids == window_id].tolist())
+            later = list(dict.fromkeys(shards[at + 1 :].tolist()))  # by their first use
+            for ahead in (0, 1, 3, 50):
+                found = (order.prefetch_indices(window_id, ahead) // 10).tolist()
+                assert needed <= {*found}
+                assert len(found) <= len({*found}) + 1 <= window // lanes // 10 + 3 + ahead
+                new = [one for one in later if one not in needed]
+                assert len({*found} & {*new}) >= min(len(new), ahead) - (window // lanes // 10 + 1 if ahead < 50 else 0)
+                if ahead == 50:
+                    assert {*new} <= {*found}
 
 
-def test_at_least_one_shard_per_lane_is_prefetched_ahead_of_a_small_window() -> None:
-    order = EpochOrder([SourceShare([100] * 20)], seed=1, epoch=0, window=8, batch_size=8, lanes=2)
-    for window in order.window_ids(np.arange(2000)).tolist():
-        assert len(order.prefetch_indices(window, 0)) in (1, 2)  # a window may lie across the edge of two shards
-        assert len(order.prefetch_indices(window, 1)) in (2, 3)
+def test_nothing_is_prefetched_beyond_the_end_of_the_epoch() -> None:
+    order = EpochOrder([SourceShare([10] * 50)], seed=1, epoch=0, window=20, batch_size=10, lanes=1)
+    (last,) = order.window_ids(np.array([499]))
+    needed = {int(one) // 10 for one in order.indices(np.arange(470, 500))}
+    assert {int(one) // 10 for one in order.prefetch_indices(int(last), 20)} <= needed
 
 
 @pytest.mark.parametrize(("counts", "batch_size", "lanes"), [

@@ -11,8 +11,11 @@ def test_expand_takes_folders_patterns_lists_and_the_starter_set(shards: Path, t
     names = ["part-0.tar", "part-1.tar", "part-2.tar"]
     listing = tmp_path / "list.txt"
     listing.write_text(f"# a comment\n{shards}/part-0.tar\n\n{shards}/part-{{1..2}}.tar\n")
-    for spec in (str(shards), f"{shards}/part-{{0..2}}.tar", f"@{listing}", [shards / name for name in names]):
+    (shards / "part-0.tar.index").touch()  # matches part-*, and is no shard
+    named = [shards / name for name in names]
+    for spec in (str(shards), f"{shards}/part-{{0..2}}.tar", f"{shards}/part-*", f"@{listing}", named):
         assert [Path(path).name for path in expand(spec)] == names  # pyright: ignore[reportArgumentType]
+    (shards / "part-0.tar.index").unlink()
     assert len(expand("starter:train")) == 4
 
 
@@ -22,7 +25,10 @@ def test_expand_takes_folders_patterns_lists_and_the_starter_set(shards: Path, t
         ("nowhere.tar", "nowhere.tar does not exist"),
         ("{shards}/part-{{0..5}}.tar", "names 6 files and 3 of them do not exist, such as .*part-3.tar"),
         ("@nolist.txt", "list file nolist.txt does not exist"),
-        ("{empty}", "holds no .tar file"),
+        ("{empty}", "holds no .tar file; images are packed by mmrl pack .*empty shards"),
+        ("{shards}/*.zip", r"no file matches '.*\*\.zip'"),
+        ("items.csv", "items.csv is a table; it is packed by mmrl pack items.csv shards"),
+        ("https://example.org/a/*.tar", r"for local files only; give the folder, https://example.org/a/, or a range"),
         ("pipe:rm -rf x", "would run a command; set data.allow_pipe=true"),
         ("http://example.org/shards/", r"cannot be listed; give a pattern such as http://example.org/shards/shard-"),
         ("nostore://bucket/a.tar", r"nostore:// in .* is not supported; use a path or one of http, https, "),

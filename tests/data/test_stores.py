@@ -12,8 +12,9 @@ import pytest
 from conftest import sample_members, write_tar
 from helpers.server import Server
 
-from mmrl.data import stores
-from mmrl.data.index import SUFFIX, index_shard, save_index
+from mmrl.data import download, stores
+from mmrl.data.index import index_shard
+from mmrl.data.index_file import SUFFIX, save_index
 from mmrl.data.samples import BadSample
 from mmrl.data.sources import DataConfig, open_reader, open_training_set
 from mmrl.data.stores import RemoteConfig, ShardCache
@@ -37,7 +38,7 @@ def serve(shards: Path) -> Iterator[type[Server]]:
 
 @pytest.fixture(autouse=True)
 def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "_MAX_RETRY_DELAY", 0.05)
+    monkeypatch.setattr(download, "MAX_RETRY_DELAY", 0.05)
 
 
 def config(folder: Path, **options: object) -> RemoteConfig:
@@ -142,9 +143,13 @@ def test_the_index_next_to_a_remote_shard_spares_its_download(
     server = serve(folder)
     reader = open_reader(server.url + "/part-{0..2}.tar", remote=config(tmp_path / "cache"))
     assert len(reader) == 48
-    assert set(server.requests) == {"/part-0.tar", *(f"/part-{n}.tar{SUFFIX}" for n in range(3))}
+    indexes = [f"/part-{n}.tar{SUFFIX}" for n in range(3)]
+    assert {path for path in server.requests if ".tar" in path} == {"/part-0.tar", *indexes}
+    # Their headers were read at the start; one whole index came with its shard.
+    assert [path.name[-10:] for path in (tmp_path / "cache" / "index").glob(f"*{SUFFIX}")] == [f"-0.tar{SUFFIX}"[-10:]]
     reader.read(47)
     assert server.requests["/part-2.tar"] == 1
+    assert server.requests["/part-1.tar"] == 0
 
 
 def test_a_missing_remote_shard_is_an_error_without_retries(shards: Path, tmp_path: Path, serve: type[Server]) -> None:
@@ -226,9 +231,6 @@ def test_prefetch_downloads_shards_in_the_background(shards: Path, tmp_path: Pat
     cache = ShardCache(config(tmp_path))
     cache.prefetch([f"{server.url}/part-{n}.tar" for n in range(3)])
     deadline = time.monotonic() + 20
-    while len(server.requests) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert set(server.requests) == {f"/part-{n}.tar" for n in range(3)}
     pickle.loads(pickle.dumps(cache))  # as to a spawned worker, which starts its own threads  # noqa: S301
     copies = cache.folder
     while len(list(copies.glob("*.tar"))) < 3 and time.monotonic() < deadline:

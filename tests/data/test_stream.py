@@ -1,6 +1,10 @@
+import itertools
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from hypothesis import strategies as st
 
 import mmrl
 from mmrl.data.batches import Batch
-from mmrl.data.samples import FieldsConfig
+from mmrl.data.samples import FieldsConfig, SampleReader
 from mmrl.data.sequential import read_sequential
 from mmrl.data.sources import DataConfig, open_reader, open_training_set
 from mmrl.data.stream import Stream
 from mmrl.data.transforms import AugmentConfig
-from mmrl.errors import InputError
+from mmrl.errors import InputError, RunStopped
+from mmrl.images.image_spec import ImageSpec
 
 AUGMENT = AugmentConfig(
     random_resized_crop=[0.5, 1.0], rotate=20, zoom=[0.8, 1.2], shift=0.1, flip=0.5, brightness=0.2, grey=0.3
@@ -116,12 +121,18 @@ def test_a_state_from_before_there_were_lanes_continues_with_one(shards: Path) -
     assert today.state_dict()["lanes"] == 1
 
 
-def test_cached_images_give_the_same_batches(shards: Path) -> None:
-    config = DataConfig(train=str(shards), augment=AUGMENT, shuffle_window=10, cache=True)
-    cached = Stream(open_reader(shards), 12, seed=4, image=SPEC, text=tokens, config=config).forever()
-    plain = make(shards).forever()
-    for _ in range(12):
-        assert_equal(next(cached), next(plain))
+@pytest.mark.parametrize("crop", [None, [0.5, 1.0]])
+def test_cached_images_give_the_same_batches(crop: list[float] | None, shards: Path) -> None:
+    augment = AUGMENT.model_copy(update={"random_resized_crop": crop})
+    spec = ImageSpec(height=16, width=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    cached, plain = (
+        Stream(open_reader(shards), 12, image=spec, text=tokens, config=DataConfig(augment=augment, cache=cache))
+        for cache in (True, False)
+    )
+    for one, other in itertools.islice(zip(cached.forever(), plain.forever(), strict=True), 12):
+        assert_equal(one, other)
+    sizes = {tuple(image_CHW.shape) for _, image_CHW in cached._dataset._decoded.values()}
+    assert sizes == {(3, 32, 32) if crop else (3, 16, 16)}
 
 
 def test_an_epoch_resumed_with_another_world_size_has_each_sample_once(shards: Path) -> None:
@@ -264,6 +275,29 @@ def test_read_sequential_on_several_ranks_reads_each_sample_once(shards: Path) -
     assert batch.captions[:2] == ["a red square number 0", "a red square number 0, again"]
     first = next(read_sequential(reader, SPEC, tokens, captions=1))
     assert len(first.captions) == len(first.keys)
+
+
+def test_read_sequential_reads_the_same_in_workers(shards: Path) -> None:
+    reader = open_reader(str(shards))
+    here, there = (list(read_sequential(reader, SPEC, tokens, batch_size=20, workers=n)) for n in (0, 2))
+    for one, other in zip(here, there, strict=True):
+        for name, value in vars(one).items():
+            found = getattr(other, name)
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
+
+
+def test_a_killed_worker_of_read_sequential_is_one_sentence(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = os.getpid()
+
+    def read_image(self: SampleReader, index: int) -> Any:
+        if index == 30 and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, index)
+
+    real = SampleReader.read_image
+    monkeypatch.setattr(SampleReader, "read_image", read_image)
+    with pytest.raises(RunStopped, match="a worker that decodes images was killed"):
+        list(read_sequential(open_reader(str(shards)), SPEC, tokens, batch_size=20, workers=1))
 
 
 def test_read_sequential_continues_after_a_batch_of_bad_samples(tmp_path: Path) -> None:

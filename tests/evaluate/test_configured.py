@@ -86,7 +86,7 @@ def test_both_kinds_of_sets_are_scored_and_tracked_during_training(
     shown = console.export_text()
     first = history[0]["sets"]["colours"]["dims"]["16"]["classification"]["top1"]
     assert f"step 2  colours, zero-shot accuracy: 16d {100 * first:.1f}" in shown
-    assert "colours: 40 images, 4 classes; accuracy in %" in shown
+    assert "colours: 40 images, 4 classes; zero-shot accuracy in %" in shown
     report = (folder / "report" / "report.md").read_text()
     assert "40 images, 4 classes; zero-shot accuracy in %." in report
     assert "(recall_by_step.png)" in report

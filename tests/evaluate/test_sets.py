@@ -27,7 +27,6 @@ from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.evaluate.degrade import KINDS, degrade_image, sample_rows
 from mmrl.evaluate.directions import CROSS_MODAL, DIRECTIONS
 from mmrl.evaluate.readers import draw_shards, open_set
-from mmrl.evaluate.report.tables import ceiling_note
 from mmrl.evaluate.sets import Embedded
 from mmrl.evaluate.zeroshot import class_embeddings, read_classes, score_classification, score_zero_shot
 from mmrl.model import bundle, towers, two_tower
@@ -132,9 +131,13 @@ def test_eval_prints_the_ceiling(model_folder: Path, tmp_path: Path, capsys: pyt
     ]
     shard = write_tar(tmp_path / "a.tar", members)
     result = evaluate_model(str(model_folder), [str(shard)], EvalOptions())
-    assert result["ceiling"] == {"image_to_text": {"R@1": 0.25}, "text_to_image": {"R@1": 0.5}}
-    assert "no model can exceed an R@1 of image→text 25.0 %, text→image 50.0 %" in capsys.readouterr().out
-    assert "no model can exceed" not in ceiling_note({"ceiling": {"text_to_image": {"R@1": 1.0}}})
+    every = {"R@5": 1.0, "R@10": 1.0}
+    assert result["ceiling"] == {"image_to_text": {"R@1": 0.25, **every}, "text_to_image": {"R@1": 0.5, **every}}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "equal captions, so no model can exceed image→text R@1 25.0 %, R@5 100.0 %, R@10 100.0 %; text→image" in shown
+    )
+    assert "limit │ 25.0 │ 100.0 │ 100.0 │ 50.0 │ 100.0 │ 100.0" in shown
 
 
 def test_a_query_is_not_its_own_positive() -> None:

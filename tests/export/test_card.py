@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 
 import mmrl
 from mmrl.export import bundles
-from mmrl.export.card import summary
+from mmrl.export.card import summary, write
+from mmrl.export.formats import base
 from mmrl.model.manifest import hash_files, read_manifest
 from mmrl.rotation.command import rotate_model
 
@@ -161,19 +162,19 @@ def test_a_card_can_be_edited(source: Path, tmp_path: Path) -> None:
     assert "README.md" not in hash_files(tmp_path / "out")
 
 
-def test_inputs_that_a_tool_reads_otherwise_are_named() -> None:
-    from mmrl.export.card import _image_errors, _preprocessing, _text_errors
-
-    contract = {
-        "checked_by": "tool 1",
+def test_inputs_that_a_tool_reads_otherwise_are_named(source: Path, tmp_path: Path) -> None:
+    export_card(source, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    contract = manifest["contract"] | {
         "hard_texts": {"count": 200, "tokenised_differently": ["x", "Â£5"], "worst_cosine_error": 0.3, "worst": "x"},
         "hard_images_cosine_error": {"landscape": 5e-4, "CMYK": None, "rotated by EXIF": 0.25, "transparent": 1e-3},
     }
-    assert _text_errors(contract) == (
-        "texts: training's token ids for 198 of 200 difficult texts, cosine error up to 3e-01 for the others, e.g. 'x'"
-    )
-    assert _image_errors(contract) == "images: cosine error up to 1e-03; CMYK refused; rotated by EXIF 2e-01"
-    text = _preprocessing({"contract": contract})
+    write(tmp_path, "out", base.get_format("bundle"), manifest | {"contract": contract}, None, None)
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "Texts: training's token ids for 198 of 200 difficult texts, cosine error up to 3e-01 for the others, e.g. 'x'."
+    ) in text
+    assert "Images: cosine error up to 1e-03; CMYK refused; rotated by EXIF 2e-01." in text
     assert "Clean such texts first: `html.unescape(html.unescape(ftfy.fix_text(text)))`." in text
     assert "If CMYK: convert to RGB first. If rotated by EXIF: apply `PIL.ImageOps.exif_transpose` first." in text
 

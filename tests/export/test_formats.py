@@ -1,5 +1,7 @@
 """Each format, opened by the tool that it is for: its embeddings equal the prefix of the source's."""
 
+import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from mmrl.export.card import summary
 from mmrl.export.formats import base
 from mmrl.model import bundle
 from mmrl.model.manifest import read_manifest, write_manifest
+from mmrl.model.registry import build_tokenizer
 
 PAGE = Path(__file__).parent / "clip.mjs"
 
@@ -414,6 +418,84 @@ def test_damaged_graphs_are_refused(graphs: Path, tmp_path: Path) -> None:
         mmrl.load(tmp_path / "online", variant="fp32")
 
 
+def outside(folder: Path, manifest: dict[str, Any]) -> str:
+    manifest["graphs"]["text"]["fp32"] = "../text.onnx"
+    shutil.copy(folder / "text.onnx", folder.parent)
+    return r"graphs\.text\.fp32"
+
+
+def linked_graph(folder: Path, manifest: dict[str, Any]) -> str:
+    (folder / "text.onnx").rename(folder.parent / "elsewhere.onnx")
+    (folder / "text.onnx").symlink_to("../elsewhere.onnx")
+    return "text.onnx"
+
+
+def unlisted_weights(folder: Path, manifest: dict[str, Any]) -> str:
+    del manifest["files"]["text.onnx.data"]
+    return "has no hash of text.onnx.data"
+
+
+def no_list(folder: Path, manifest: dict[str, Any]) -> str:
+    manifest["files"] = {}
+    return "files: the list of hashes is empty"
+
+
+def weights_elsewhere(folder: Path, manifest: dict[str, Any]) -> str:
+    rename_weights(folder, manifest, b"\x12\x0etext.onnx.data", b"\x12\x0c../text.data")
+    return "names files in an unknown way"  # a name of another length
+
+
+def unlisted_name(folder: Path, manifest: dict[str, Any]) -> str:
+    rename_weights(folder, manifest, b"\x12\x0etext.onnx.data", b"\x12\x0e../other.datax")
+    return "other.datax"
+
+
+def second_value(folder: Path, manifest: dict[str, Any]) -> str:
+    """Of a field that stands twice, protobuf takes the last."""
+    rename_weights(folder, manifest, b"j\x1a\n\x08location\x12\x0etext.onnx.data",
+                   b"j\x2a\n\x08location\x12\x0etext.onnx.data\x12\x0e../other.datax")  # fmt: skip
+    return "names files in an unknown way"
+
+
+def rename_weights(folder: Path, manifest: dict[str, Any], old: bytes, new: bytes) -> None:
+    data = (folder / "text.onnx").read_bytes()
+    assert old in data
+    (folder / "text.onnx").write_bytes(data.replace(old, new))
+    manifest["files"]["text.onnx"] = hashlib.sha256((folder / "text.onnx").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change", [outside, linked_graph, unlisted_weights, no_list, weights_elsewhere, unlisted_name, second_value]
+)
+def test_graphs_stay_inside_their_folder(
+    graphs: Path, tmp_path: Path, change: Callable[[Path, dict[str, Any]], str]
+) -> None:
+    folder = tmp_path / "online"
+    shutil.copytree(graphs, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    says = change(folder, manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=says):
+        mmrl.load(folder, variant="fp32", towers="text")
+    spec = importlib.util.spec_from_file_location("encoder", folder / "encoder.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(encoder := importlib.util.module_from_spec(spec))
+    with pytest.raises(ValueError, match=r"outside its folder|has no hash of|unknown way"):
+        encoder.Encoder(folder, variant="fp32", towers="text")
+
+
+def test_links_of_a_hub_cache_are_followed(graphs: Path, source: Path, tmp_path: Path) -> None:
+    for origin in (graphs, source):
+        snapshot, blobs = tmp_path / origin.name / "snapshots" / "abc" / "512", tmp_path / origin.name / "blobs"
+        shutil.copytree(origin, snapshot)
+        blobs.mkdir()
+        for number, path in enumerate(path for path in snapshot.rglob("*") if path.is_file()):
+            path.rename(blobs / str(number))
+            path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+        np.testing.assert_array_equal(mmrl.load(snapshot).encode_texts(TEXTS), mmrl.load(origin).encode_texts(TEXTS))
+
+
 @pytest.mark.parametrize("layout", ["open_clip", "bundle"])
 def test_a_changed_file_is_refused(source: Path, tmp_path: Path, layout: str) -> None:
     bundles.export(str(source), tmp_path / "out", [8], layout)
@@ -423,6 +505,51 @@ def test_a_changed_file_is_refused(source: Path, tmp_path: Path, layout: str) ->
         mmrl.load(tmp_path / "out")
     with pytest.raises(InputError, match="has weights, no ONNX graphs"):
         mmrl.load(tmp_path / "out", variant="int8")
+
+
+def unhashed_tokenizer(folder: Path, manifest: dict[str, Any]) -> str:
+    del manifest["files"]["tokenizer/bpe_simple_vocab_16e6.txt.gz"]
+    return "has no hash of tokenizer/bpe_simple_vocab_16e6.txt.gz"
+
+
+def unhashed_weights(folder: Path, manifest: dict[str, Any]) -> str:
+    del manifest["files"]["model.safetensors"]
+    return "has no hash of model.safetensors"
+
+
+def linked_weights(folder: Path, manifest: dict[str, Any]) -> str:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere")
+    (folder / "model.safetensors").symlink_to("../elsewhere")
+    return "leads out of"
+
+
+def linked_tokenizer(folder: Path, manifest: dict[str, Any]) -> str:
+    (folder / "tokenizer").rename(folder.parent / "tokenizer")
+    (folder / "tokenizer").symlink_to("../tokenizer")
+    return "leads out of"
+
+
+def added_tokenizer_file(folder: Path, manifest: dict[str, Any]) -> str:
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    return "has no hash of tokenizer/tokenizer_config.json"
+
+
+@pytest.mark.parametrize(
+    "change", [no_list, unhashed_tokenizer, unhashed_weights, linked_weights, linked_tokenizer, added_tokenizer_file]
+)
+def test_a_bundle_reads_only_hashed_files_of_its_folder(
+    source: Path, tmp_path: Path, change: Callable[[Path, dict[str, Any]], str]
+) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(source, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    says = change(folder, manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=says):
+        mmrl.load(folder)
+    if "weights" not in change.__name__:
+        with pytest.raises(InputError, match=says):
+            build_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize(

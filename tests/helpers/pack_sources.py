@@ -12,6 +12,7 @@ from conftest import drawing, encoded
 
 from mmrl.data.pack.pairs import safe_key
 from mmrl.data.pack.writer import BAD_SAMPLES
+from mmrl.output.files import LOCK
 
 Rows = list[dict[str, Any]]
 
@@ -40,8 +41,9 @@ def bad_lines(out: Path) -> list[dict[str, str]]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """All files of a pack, by path."""
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    """All files of a pack, by path, without the lock of one that was killed."""
+    paths = [path for path in out.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
 def write_csv(path: Path, rows: Rows, separator: str = ",") -> None:

@@ -1,10 +1,13 @@
-"""A local web server of a folder that simulates network failures."""
+"""A local web server of a folder that simulates network failures, and the server of `mmrl serve` in a thread."""
 
 import http.server
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +22,12 @@ class _FlakyHandler(http.server.BaseHTTPRequestHandler):
     failure_rate: float
     with_ranges: bool
     failures: Counter[str]
+    gate: Callable[[str], None]
+    link: "Link | None"
 
     def do_GET(self) -> None:
         self.requests[self.path] += 1
+        self.gate(self.path)
         path = self.folder / self.path.lstrip("/")
         if not path.is_file():
             self.send_error(404)
@@ -44,6 +50,8 @@ class _FlakyHandler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("ETag", version)
         self.end_headers()
@@ -55,17 +63,48 @@ class _FlakyHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(0.7)
             return
-        self.wfile.write(rest)
+        for piece in self.link.pieces(rest) if self.link else [rest]:
+            self.wfile.write(piece)
         self.sent[self.path] += len(rest)
 
     def log_message(self, format: str, *args: object) -> None:
         """Logs nothing."""
 
 
+class Link:
+    """A network of a limited rate, which all connections share, with a lower limit for each of them."""
+
+    def __init__(self, rate: float, rate_of_connection: float, latency: float) -> None:
+        """Rates in bytes per second; each answer begins `latency` seconds late."""
+        self.rate, self.rate_of_connection, self.latency = rate, rate_of_connection, latency
+        self._lock, self._free_at = threading.Lock(), 0.0
+
+    def pieces(self, data: bytes, size: int = 1 << 16) -> Iterator[bytes]:
+        """The data in pieces, each when the link has room for it."""
+        time.sleep(self.latency)
+        sent_at = time.monotonic()
+        for start in range(0, len(data), size):
+            piece = data[start : start + size]
+            with self._lock:
+                self._free_at = max(self._free_at, time.monotonic()) + len(piece) / self.rate
+                link_at = self._free_at
+            sent_at = max(sent_at + len(piece) / self.rate_of_connection, link_at)
+            time.sleep(max(0.0, sent_at - time.monotonic()))
+            yield piece
+
+
 class Server:
     """A running flaky server; `requests` counts requests per path, and `sent` the bytes of their answers."""
 
-    def __init__(self, folder: Path, failure_rate: float = 0.0, with_ranges: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        failure_rate: float = 0.0,
+        with_ranges: bool = True,
+        gate: Callable[[str], None] = lambda _: None,
+        link: Link | None = None,
+    ) -> None:
+        """`gate` is called with the path of each request before it is answered."""
         self.requests: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
@@ -77,6 +116,8 @@ class Server:
             "rng": np.random.default_rng(0),
             "failure_rate": failure_rate,
             "with_ranges": with_ranges,
+            "gate": staticmethod(gate),
+            "link": link,
         }
         handler = type("Handler", (_FlakyHandler,), attributes)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -90,3 +131,21 @@ class Server:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def serving_app(app: Any) -> Iterator[tuple[str, Any]]:
+    """The address of `mmrl serve`'s server of an application, and the server."""
+    from mmrl.search.serve import make_server, open_listener
+
+    with open_listener("127.0.0.1", 0) as listener:
+        server = make_server(app)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
+        finally:
+            server.should_exit = True
+            thread.join()

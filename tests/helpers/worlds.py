@@ -25,6 +25,8 @@ _PRELOADED: set[int | None] = set()
 def run_in_world(size: int, work: Callable[[Path], None], folder: Path, start_method: str = "fork") -> None:
     """Runs work(folder) on `size` processes. Those that go backward need the start method "forkserver", since a fork of
     a process that has may refuse to."""
+    if torch.cuda.is_available():  # a fork cannot use CUDA, not even to find that it may not
+        start_method = "forkserver"
     if start_method == "forkserver":
         preload()
     torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from mmrl.images.decode import decode
-from mmrl.images.image_spec import ImageSpec
+from mmrl.images.image_spec import ImageSpec, Normaliser
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -45,6 +45,20 @@ def test_preprocessing_equals_open_clips_within_rounding(
     levels_CHW = (ours_CHW - theirs_CHW).abs() * torch.tensor(STD).view(3, 1, 1) * 255
     assert levels_CHW.max() < 2.5
     assert levels_CHW.mean() < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpus_single_kernel_rounds_the_normalised_pixels_once(dtype: torch.dtype) -> None:
+    spec = ImageSpec(height=4, width=64, mean=MEAN, std=STD)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 4, 64).expand(1, 3, 4, 64)
+    expected = (levels.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    normaliser = Normaliser(spec)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        here = normaliser(levels)
+    for pixels in (here, normaliser.in_one_kernel(levels, dtype), spec.normalise(levels).to(dtype)):
+        assert pixels.dtype == dtype
+        torch.testing.assert_close(pixels.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert not normaliser.state_dict(), "checkpoints do not contain the constants"
 
 
 def test_a_spec_is_equal_after_json() -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
 
 from mmrl.model.rotation import NestedRotation
 
@@ -54,6 +55,18 @@ def test_it_resumes_from_its_state(learned: NestedRotation) -> None:
     again = NestedRotation(64)
     again.load_state_dict(learned.state_dict())
     assert torch.equal(again.matrix(), learned.matrix())
+
+
+def test_it_is_torchs_parametrization_and_loads_a_state_of_it() -> None:
+    """Earlier versions used it, so checkpoints and loops of users have its state."""
+    linear = torch.nn.Linear(8, 8, bias=False)
+    torch.nn.init.eye_(linear.weight)
+    torchs = orthogonal(linear, orthogonal_map="cayley")
+    state = torchs.state_dict()
+    state["parametrizations.weight.original"] += torch.randn(8, 8)
+    ours = NestedRotation(8)
+    ours.load_state_dict({f"linear.{name}": value for name, value in state.items()})
+    assert torch.equal(ours.weight, torchs.weight)  # pyright: ignore[reportArgumentType]
 
 
 def test_dims_between_two_nested_dims_are_not_rotated_among_each_other() -> None:

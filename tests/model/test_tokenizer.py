@@ -69,6 +69,17 @@ def test_an_unbroken_caption_costs_no_more_than_its_beginning(bounded: Tokenizer
     assert time.process_time() - began < 5
 
 
+def test_the_words_that_are_kept_are_bounded(plain: SimpleTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmrl.model.tokenizer._MAX_KNOWN_WORDS", 5)
+    tokenizer = Tokenizer(SimpleTokenizer())
+    for _ in range(2):
+        for word in ("red", "<end_of_text>", "blue", "a" * 500, "shoes", "green", "dress", "large", "photo"):
+            assert tokenizer.tokenizer.encode(word) == plain.encode(word)
+    kept = [*tokenizer.tokenizer.bpe._known, *tokenizer.tokenizer.cache]
+    assert len(kept) <= 5 + 2
+    assert max(map(len, kept)) <= 64
+
+
 def test_it_can_be_pickled_for_workers(bounded: Tokenizer) -> None:
     text = "abcdefghij" * 1000
     copy = pickle.loads(pickle.dumps(bounded))  # noqa: S301

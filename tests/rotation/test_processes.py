@@ -45,6 +45,7 @@ def _rotate_in_chunks_of_seven(plain: Path, shards: Path, folder: Path) -> None:
     assert "learnt" in rotate_model(str(plain), str(shards), folder / "out", steps=20, quiet=True)["rotation"]
 
 
+@pytest.mark.slow
 def test_processes_that_slurm_starts_divide_the_samples(plain: Path, shards: Path, tmp_path: Path) -> None:
     """As for `mmrl train`: every launcher of mmrl.distributed.launchers, not only torchrun's WORLD_SIZE."""
     with socket.socket() as free:
@@ -71,7 +72,7 @@ def test_samples_are_spread_over_the_shards(
     monkeypatch.setattr(moments, "CHUNK_SIZE", 8)
     manifest = rotate_model(str(plain), str(shards), tmp_path / "out", samples=20, steps=20)
     assert manifest["rotation"]["images"] == 24
-    assert moments.local_chunks(48, 20) == [0, 2, 4]
+    assert moments.spread_chunks(6, 20) == [0, 2, 4]
 
 
 def test_the_pairs_to_learn_from_are_spread_over_the_shards(

@@ -1,6 +1,7 @@
 """Building, compressing, adding to, deleting from and compacting an index; searches are compared with brute force."""
 
 import json
+import shutil
 from pathlib import Path
 
 import faiss
@@ -289,3 +290,13 @@ def test_foreign_codes_are_refused(embeddings: Path, tmp_path: Path) -> None:
     codes.write_bytes((tmp_path / "j" / "data-1" / CODES_FILE).read_bytes())
     with pytest.raises(InputError, match="has 3000 codes of 32 dims, and the manifest says 3000 of 16"):
         open_index(tmp_path / "i")
+
+
+@pytest.mark.parametrize("name", ["data-1", "data-1/vectors.npy", "data-1/codes.faiss"])
+def test_an_index_stays_inside_its_folder(compressed: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "i"
+    shutil.copytree(compressed, folder)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{name} leads out of"):
+        open_index(folder)

@@ -15,6 +15,7 @@ import pytest
 from conftest import drawing, encoded
 from helpers.encoders import prefix
 from helpers.indexes import indexed
+from helpers.server import serving_app
 from PIL import Image
 
 import mmrl
@@ -23,12 +24,11 @@ from mmrl.export import hard_inputs
 from mmrl.inference.base import LoadedEncoder
 from mmrl.search import embeddings_api
 from mmrl.search.query import Searcher
-from mmrl.search.serve import _api_key, _open, open_listener
+from mmrl.search.serve import _api_key, _open
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 openai = pytest.importorskip("openai", reason="openai is not installed")
 
-import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from mmrl.search.app import create_app  # noqa: E402
@@ -53,18 +53,12 @@ def data_url(data: bytes) -> str:
 @contextmanager
 def serving(encoder: LoadedEncoder, api_key: str | None = None) -> Iterator[Any]:
     """A client of OpenAI's library, connected to a running server."""
-    listener = open_listener("127.0.0.1", 0)
     app = create_app(encoder, ["127.0.0.1"], "tiny", api_key)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    with listener, openai.OpenAI(base_url=url, api_key=api_key or "any", max_retries=0) as client:
-        try:
-            yield client
-        finally:
-            server.should_exit = True
-            thread.join()
+    with (
+        serving_app(app) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "any", max_retries=0) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +235,7 @@ class SlowEncoder:
 
 def test_requests_that_arrive_together_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     slow: Any = SlowEncoder()
-    monkeypatch.setattr(embeddings_api, "MAX_WAITING", {"text": 30, "image": 0})
+    monkeypatch.setattr(embeddings_api, "MAX_WAITING", {"text": 29, "image": 0})
     with serving(slow) as client, ThreadPoolExecutor(30) as pool:
         embed = lambda text: client.embeddings.create(model="x", input=text)  # noqa: E731
         answers = [pool.submit(embed, "0")]

@@ -2,7 +2,6 @@
 
 import base64
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import drawing, encoded
 from helpers.indexes import indexed
+from helpers.server import serving_app
 
 from mmrl.search.query import Searcher, search_index
 
@@ -24,22 +24,10 @@ __all__ = ["indexed"]
 @contextmanager
 def running(indexed: Path, api_key: str | None = None) -> Iterator[str]:
     """The URL of a running server."""
-    import uvicorn
-
     from mmrl.search.app import create_app
-    from mmrl.search.serve import open_listener
 
-    listening = open_listener("127.0.0.1", 0)
-    app = create_app(Searcher.open(indexed / "index"), ["127.0.0.1"], api_key=api_key)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
+    with serving_app(create_app(Searcher.open(indexed / "index"), ["127.0.0.1"], api_key=api_key)) as (url, _):
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The JSON API of `mmrl serve`: responses equal `mmrl search`, invalid and oversized requests get an error."""
 
 import io
+import json
 import socket
 import threading
 import time
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from conftest import drawing, encoded
 from helpers.indexes import COUNT, indexed
+from helpers.slow_images import of_scans
 from PIL import Image
 
 from mmrl.errors import InputError
 from mmrl.search import app as app_module
-from mmrl.search.build import delete_from_index, write_index
+from mmrl.search.build import compact_index, delete_from_index, write_index
 from mmrl.search.query import Searcher, search_index
 from mmrl.search.serve import serve
 
@@ -84,13 +86,34 @@ def test_thumbnails(client: TestClient) -> None:
         assert client.get(f"/api/thumbnails/{path}").status_code in (404, 422)
 
 
-def test_deleted_images_are_not_served(indexed: Path, tmp_path: Path) -> None:
-    write_index(indexed / "embeddings", tmp_path / "i", quiet=True)
-    delete_from_index(tmp_path / "i", ["images.tar/00000"], quiet=True)
-    client = TestClient(app_module.create_app(Searcher.open(tmp_path / "i", str(indexed / "model")), ["*"]))
+def test_a_running_server_shows_the_index_as_it_is(indexed: Path, tmp_path: Path) -> None:
+    index = tmp_path / "i"
+    write_index(indexed / "embeddings", index, quiet=True)
+    client = TestClient(app_module.create_app(Searcher.open(index, str(indexed / "model")), ["*"]))
+
+    def keys() -> list[str]:
+        return [one["key"] for one in client.post("/api/search/text", json={"text": "x", "k": 100}).json()["results"]]
+
+    first = keys()
+    assert (len(first), client.get("/api/thumbnails/0").status_code) == (COUNT + 1, 200)
+    delete_from_index(index, ["images.tar/00000"], quiet=True)
+    assert keys() == [key for key in first if key != "images.tar/00000"]
     assert client.get("/api/thumbnails/0").status_code == 404
     assert client.post("/api/search/item", json={"row": 0}).status_code == 404
     assert client.get("/api/index").json()["count"] == COUNT
+    compact_index(index, quiet=True)
+    assert keys() == [key for key in first if key != "images.tar/00000"]
+    assert client.get("/api/sample").json()[0]["thumbnail"].endswith("?of=data-2")
+    manifest = json.loads((index / "manifest.json").read_text())
+    (index / "manifest.json").write_text("half of")  # while it is replaced, the index that is open is served
+    assert len(keys()) == COUNT
+    manifest["encoder"]["origin_sha256"] = "0" * 64
+    (index / "manifest.json").write_text(json.dumps(manifest))
+    answer = client.post("/api/search/text", json={"text": "x"})
+    assert (answer.status_code, answer.json()["detail"]) == (
+        503,
+        "The index was rebuilt with another encoder; restart the server.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ page and docs
@@ -126,7 +149,12 @@ def test_every_operation_of_the_api_is_described(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "request_", "status", "message"),
     [
-        ("text", {"json": {"text": "x" * 100_000}}, 422, "text: String should have at most 10000 characters"),
+        (
+            "text",
+            {"json": {"text": "x" * 100_000}},
+            422,
+            "100,000 characters, more than the 10,000 allowed; shorten",
+        ),
         ("text", {"json": {"text": "   "}}, 422, "query: give a text"),
         ("text", {"json": {"text": "x", "k": 1000}}, 422, "k: Input should be less than or equal to 100"),
         ("text", {"json": {"text": "x", "group": "nobody"}}, 422, "group: no image has the group 'nobody'"),
@@ -160,6 +188,9 @@ def test_a_decompression_bomb_is_refused(client: TestClient) -> None:
     answer = client.post("/api/search/image", files={"picture": buffer.getvalue()})
     assert answer.status_code == 422
     assert "too large a picture: 10000x10000 pixels" in answer.json()["detail"]
+    answer = client.post("/api/search/image", files={"picture": of_scans(3600)})
+    assert answer.status_code == 422
+    assert "too slow a picture: more than 100 scans" in answer.json()["detail"]
 
 
 def test_a_body_without_content_length_is_limited(client: TestClient) -> None:

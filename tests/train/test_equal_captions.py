@@ -11,7 +11,7 @@ from conftest import sample_members, write_tar
 from mmrl.config import load_config
 from mmrl.distributed import comm
 from mmrl.errors import InputError
-from mmrl.train.preflight import keep_older_values, open_run
+from mmrl.train.run_folder import open_run, with_stored_values
 from mmrl.train.trainer import train
 
 WriteConfig = Callable[..., Path]
@@ -39,18 +39,19 @@ def test_a_run_of_an_earlier_version_stays_without_the_mask(write_config: WriteC
     world, path = comm.start(), write_config()
     config = load_config(path)
     stored = Path(config.run) / "config.yaml"
-    assert keep_older_values(config, world).data.mask_equal_captions, "a new run masks"
-    open_run(config)
+    assert with_stored_values(config, world).data.mask_equal_captions, "a new run masks"
+    open_run(config, 1)
+    (stored.parent / "checkpoints").mkdir()  # else its start has failed, and another run may take the folder
     values = yaml.safe_load(stored.read_text())
     assert values["data"].pop("mask_equal_captions") is True
     assert values["image"].pop("background") == [255, 255, 255]
     stored.write_text(yaml.safe_dump(values))
     for _ in range(2):  # the first time without the key, the second time with what the first has written
-        resumed = keep_older_values(config, world)
+        resumed = with_stored_values(config, world)
         assert not resumed.data.mask_equal_captions
         assert resumed.image.background is None
-        open_run(resumed)
+        open_run(resumed, 1)
     assert yaml.safe_load(stored.read_text())["data"]["mask_equal_captions"] is False
     explicit = load_config(path, ["data.mask_equal_captions=true"])
     with pytest.raises(InputError, match=r"holds a run of another config \(data\.mask_equal_captions: False -> True"):
-        open_run(keep_older_values(explicit, world))
+        open_run(with_stored_values(explicit, world), 1)

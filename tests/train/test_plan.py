@@ -14,15 +14,17 @@ from typer.testing import CliRunner
 
 from mmrl.cli import app
 from mmrl.config import load_config, parse_config
+from mmrl.data.workers import LoaderMemory
 from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.hardware import peak_flops
 from mmrl.losses.nested_infonce import nested_info_nce
 from mmrl.losses.rotated import rotated_nested_info_nce
-from mmrl.model import footprint, towers, two_tower
+from mmrl.model import footprint, registry, towers, two_tower
 from mmrl.model.footprint import Footprint
 from mmrl.model.rotation import NestedRotation
-from mmrl.train import plan
+from mmrl.train import costs, plan
+from mmrl.train.preflight import bytes_per_sample
 
 WriteConfig = Callable[..., Path]
 MODEL = Footprint(
@@ -146,7 +148,7 @@ def test_the_losss_memory(write_config: WriteConfig, batch: int, width: int, rot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmrl.losses.sweep._cache_bytes", lambda: 1 << 19)  # small tiles: the rest is what is planned
         measured = _allocated_at_the_peak(step)
-    predicted = plan.loss_bytes(config, model, gpus=1)
+    predicted = costs.loss_bytes(config, model, gpus=1)
     assert 0.5 * predicted < measured < 1.1 * predicted
 
 
@@ -188,7 +190,7 @@ def test_weights_and_optimiser_state_are_what_deepspeed_keeps(tmp_path: Path) ->
     run_in_world(2, _live_bytes, tmp_path, "forkserver")
     found = torch.load(tmp_path / "rank0.pt")
     for stage in (0, 1, 2):
-        weights, _, optimizer = plan.state_bytes(MODEL, stage, gpus=2)
+        weights, _, optimizer = costs.state_bytes(MODEL, stage, gpus=2)
         assert found[stage] == pytest.approx((weights + optimizer) / 4 / MODEL.parameters, rel=0.05), stage
 
 
@@ -239,14 +241,15 @@ def test_the_network_carries_what_the_formulas_say(rotates: bool) -> None:
         (0, 4, 2, 2), (1, 4, 3, 3), (2, 1, 3, 3), (2, 4, 3, 9), (3, 1, 3, 3), (3, 4, 13, 16),
     ):  # fmt: skip
         for each, times in ((False, moved), (True, moved_each)):
-            traffic, _ = plan.traffic_of(config, MODEL, 4, stage, accumulation, "fp32", each)
+            traffic, _ = costs.traffic_of(config, MODEL, 4, stage, accumulation, "fp32", each)
             assert traffic == pytest.approx((loss + times * gradients) * 3 / 4)
-    assert plan.traffic_of(config, MODEL, 1, 2, 1, "fp32") == (0.0, 0)
+    assert costs.traffic_of(config, MODEL, 1, 2, 1, "fp32") == (0.0, 0)
 
 
 def test_slower_gpus_take_longer(write_config: WriteConfig) -> None:
     config = load_config(
-        write_config(train={"batch_size": 32768, "duration": "100 steps"}, engine={"precision": "auto"})
+        write_config(train={"batch_size": 32768, "duration": "100 steps"}, engine={"precision": "auto"}),
+        ["data.workers=null"],
     )
     plans = {gpu: plan.plan_resources(config, 64, gpu, 24, measured=MODEL) for gpu in ("h100", "a100", "l4", "t4")}
     assert [plans[gpu].precision for gpu in plans] == ["bf16", "bf16", "bf16", "fp32"]
@@ -255,10 +258,22 @@ def test_slower_gpus_take_longer(write_config: WriteConfig) -> None:
     assert hours == sorted(hours)
     best = plans["a100"].stages[plans["a100"].best or 0]
     assert hours[1] == pytest.approx(100 * best.step_seconds / 3600)
-    assert plans["a100"].images_per_host_s == pytest.approx(32768 / best.step_seconds / 8)
+    host = plans["a100"].host
+    assert host is not None
+    assert host.images_s == pytest.approx(32768 / best.step_seconds / 8)
+    assert host.workers_per_gpu * 450 * 8 >= host.images_s
+    sample = bytes_per_sample(registry.read_model_cfg(config.model.name))
+    memory = LoaderMemory(sample, 512, best.micro_batch or 1, 8, pins=True)
+    assert host.shared_gb == memory.shared(host.workers_per_gpu, memory.units_ahead(host.workers_per_gpu)) / 1e9
+    assert host.workers_gb > 0.1 * 8 * host.workers_per_gpu
+    faster = plan.plan_resources(config, 64, "a100", 24, measured=MODEL, tflops=1e4, gigabytes=1e4).host
+    assert faster is not None
+    assert faster.workers_per_gpu > host.workers_per_gpu
     assert any(line.startswith("Time of the run: about") for line in plan.plan_lines(plans["a100"]))
     distilled = config.model_copy(update={"loss": config.loss.model_copy(update={"distillation": 1.0})})
-    assert plan.loss_memory_traffic(distilled) / plan.loss_memory_traffic(config) == pytest.approx(208 / 36)
+    passes = distilled.model_copy(update={"loss": distilled.loss.model_copy(update={"kernels": "torch"})})
+    traffic = [costs.loss_memory_traffic(one) for one in (config, distilled, passes)]
+    assert [one / traffic[0] for one in traffic] == pytest.approx([1, 40 / 36, 208 / 36])
     with pytest.raises(InputError, match="gpu: 'h1000' is not known; choose from h100-pcie, "):
         plan.plan_resources(config, 64, "h1000", measured=MODEL)
     in_bf16 = load_config(write_config(engine={"precision": "bf16"}))

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mmrl.config import Config, load_config
 from mmrl.data.order import SourceShare
 from mmrl.errors import InputError
+from mmrl.train import preflight
 from mmrl.train.preflight import _check_cache_size
 
 
@@ -31,3 +33,14 @@ def test_a_cache_too_small_for_the_lanes_of_a_host_is_refused() -> None:
         _check_cache_size(config(100), many, share_of_host=1)
     many.is_remote = False
     _check_cache_size(config(100), many, share_of_host=1)
+
+
+def test_kernels_that_fail_on_a_gpu_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "triton_problem", lambda _: "Failed to find C compiler")
+    gpu, quickstart = torch.device("cuda"), config(51)
+    assert preflight._kernels_note(quickstart, torch.device("cpu")) is None
+    note = preflight._kernels_note(quickstart, gpu)
+    assert note is not None
+    assert note.endswith("by PyTorch operations, as its Triton kernels fail: Failed to find C compiler")
+    monkeypatch.setattr(preflight, "triton_problem", lambda _: None)
+    assert preflight._kernels_note(quickstart, gpu) is None

@@ -125,21 +125,20 @@ def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: 
 
 
 def _train_until_a_signal() -> None:
-    """`mmrl train`; the last two arguments are a step and the signal that the process then gets."""
+    """`mmrl train`; the last two arguments are a step and the signal that the process gets during it."""
     number, at, step = int(sys.argv.pop()), int(sys.argv.pop()), Trainer.step
 
     def signalled(self: Any, micro_batches: Sequence[Batch]) -> StepResult:
-        result = step(self, micro_batches)
-        if self.step_done == at:
+        if self.step_done == at - 1:
             os.kill(os.getpid(), number)
-        return result
+        return step(self, micro_batches)
 
     Trainer.step = signalled
     cli.main()
 
 
 def _kill_at(path: Path, step: int, number: signal.Signals) -> tuple[int | None, str, str]:
-    """Starts (or goes on with) a run that gets a signal after `step`."""
+    """Starts (or goes on with) a run that gets a signal during `step`."""
     arguments = ["train", str(path), "resume=auto", str(step), str(int(number))]
     return Program(_train_until_a_signal, arguments, path.parent).wait()
 
@@ -192,7 +191,8 @@ def test_sigterm_saves_and_says_how_to_go_on(write_config: WriteConfig, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(write_config: WriteConfig) -> None:
     path = write_config(optim={"lr": 1e30, "clip_norm": None}, checkpoint={"every": "1 steps"})
-    with pytest.raises(RunStopped, match=r"Step 2: the loss is nan. The last good .* is .*step-1; lower optim.lr"):
+    says = r"Step 2: the loss is nan. The last good .*step-1; resume from it .*a lower optim.lr\."
+    with pytest.raises(RunStopped, match=says):
         run(path)
 
 
@@ -214,7 +214,12 @@ def _train_with_a_killed_loader() -> None:
     ("number", "processes", "says"),
     [
         (signal.SIGKILL, 1, "mmrl: data: a DataLoader worker was killed ("),
-        (signal.SIGSTOP, 1, "mmrl: data: a batch was lost: for 5 s no DataLoader worker has loaded a sample"),
+        pytest.param(
+            signal.SIGSTOP,
+            1,
+            "mmrl: data: a batch was lost: for 5 s no DataLoader worker has loaded a sample",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(signal.SIGSTOP, 2, "mmrl: data: a batch was lost: for 5 s no", marks=pytest.mark.slow),
     ],
 )
@@ -338,7 +343,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     results = run_programs(processes, _train_with_a_full_disk, ["train", str(path)], tmp_path)
     errors = "".join(error for _, _, error in results)
     assert [code for code, _, _ in results] == [1] * processes
-    assert "mmrl: The checkpoint of step 6 could not be written (" in errors
+    output = "".join(shown for _, shown, _ in results)
+    assert "The checkpoint of step 6 could not be written (" in output
+    assert "mmrl: The checkpoint of step 8 could not be written (" in errors
     assert "step-3 is complete; run again with resume=auto." in errors
     assert "engine/checkpoint.py" not in errors
     folder = tmp_path / "run"
@@ -353,14 +360,17 @@ def test_a_start_that_is_not_surpassed_is_the_best(write_config: WriteConfig) ->
     assert (folder / "checkpoints" / "best").resolve().name == "step-0"
 
 
-def test_a_damaged_checkpoint_is_named_before_training(write_config: WriteConfig) -> None:
+def test_a_damaged_checkpoint_is_named_and_not_resumed_from(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_config(evaluation={}, checkpoint={"every": "4 steps"})
     folder = run(path)
     moments = folder / "checkpoints" / "last" / "training" / "optimizer.safetensors"
     moments.write_bytes(moments.read_bytes()[:1000])
-    go_back_to(folder, "step-8")
-    with pytest.raises(InputError, match=r"resume: .*step-8 is damaged or of an older version .*; delete it"):
-        run(path, "resume=auto", "train.duration=8 steps")
+    run(path, "resume=auto")
+    shown = capsys.readouterr()
+    assert "step-8 is damaged: training/optimizer.safetensors is missing or is not the file that was" in shown.err
+    assert "Resumed after step 4." in shown.out
 
 
 def test_a_run_folder_is_never_mixed(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -1,29 +1,33 @@
 """`mmrl check`: finds the problems of a set of shards before a run, and counts its steps.
 
-Shards are checked in parallel, each by one process. The code that training reads with (`samples.parse`, `SampleReader`,
+Shards are checked in parallel, each by one process. The code that training reads with (`parsing.parse`, `SampleReader`,
 `Stream`) decides which samples are bad and whether training would start.
 
     shard.py       checks one shard, in a worker process
+    sortedness.py  tests whether neighbouring samples are more alike than random ones
     findings.py    combines the results of all shards, finds duplicates
     report.py      console output and contact sheet
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from mmrl.data.check import report
 from mmrl.data.check.findings import CheckResult, Findings, RunEstimate, SetFacts, find_duplicates, find_overlap
 from mmrl.data.check.report import counted
-from mmrl.data.check.shard import CUT_SHORT, CheckOptions, ShardFacts, TokenCounter, check_shard
-from mmrl.data.index import Problem, summarise_problems
+from mmrl.data.check.shard import CUT_SHORT, CheckOptions, TokenCounter, check_shard
+from mmrl.data.check.sortedness import order_note
+from mmrl.data.counts import LIST, write_list
+from mmrl.data.index import summarise_problems
+from mmrl.data.index_file import SUFFIX
 from mmrl.data.opening import open_shards
-from mmrl.data.samples import FieldsConfig, SampleReader, Source
+from mmrl.data.samples import SampleReader, Source
 from mmrl.data.shards import ShardSpec, expand
 from mmrl.data.sources import DataConfig, SourceConfig, named_sources
 from mmrl.data.stores import ShardCache, is_remote
-from mmrl.data.stream import Stream
+from mmrl.data.stream import Stream, window_and_lanes
 from mmrl.data.workers import WorkerPool, usable_cores
 from mmrl.errors import InputError
 from mmrl.images import contact_sheet
@@ -49,26 +53,18 @@ def check_shards(
 ) -> CheckResult:
     """Reads all samples of a set of shards, prints and returns the problems found.
 
-    Args:
+    Args: as the options of `mmrl check` (cli/shards.py), and
         data: shards, or the `data:` section of a run, with its fields, sources and limits.
-        batch_size: global batch size of a run; given, the result has its steps per epoch.
-        world_size: ranks of the run.
-        loader_workers: loader processes per rank; default: `data.workers`.
-        decode: decode every image as training does; several times slower than reading alone.
         tokens: counts the captions' lengths in tokens.
         least_side: images with a shorter side below this number of pixels are counted.
-        workers: processes that check; default: all usable cores.
-        index: write the index of each local shard next to it; else all indexes go into the cache folder.
-        list_file: receives every problem, one JSON object per line, in the format of bad_samples.jsonl.
-        sheet_file: receives an image of random samples with their captions.
-        against: shards of another set, e.g. for validation. Its images that the checked set has too, or that look like
-            one of them, are counted; nothing else of it is checked.
 
     Raises:
         InputError: no such shards, a batch size that the ranks do not divide, a file that cannot be written.
         RunStopped: a worker process was killed.
     """
-    config = data if isinstance(data, DataConfig) else _as_config(data)
+    if not isinstance(data, DataConfig):
+        data = DataConfig(train=str(data) if isinstance(data, str | Path) else [str(one) for one in data])
+    config = data
     _check_run(batch_size, world_size, loader_workers)
     sources = named_sources(config)
     locations = [expand(one.shards, config.allow_pipe, keep_missing=True) for one in sources]
@@ -80,7 +76,7 @@ def check_shards(
     tasks = [(x, one.fields or config.fields) for one, some in zip(sources, locations, strict=True) for x in some]
     workers = max(1, min(usable_cores() if workers is None else workers, len(tasks)))
     findings = Findings([len(some) for some in locations], [one.repeat for one in sources], list_file)
-    work = partial(_check_task, options=CheckOptions(cache, decode, tokens, index, against is not None))
+    work = partial(check_shard, options=CheckOptions(cache, decode, tokens, index, against is not None, len(tasks)))
     with (
         WorkerPool(work, workers, preload=check_shard.__module__) as pool,
         report.check_progress(len(tasks) + len(other_tasks), quiet) as advance,
@@ -93,6 +89,12 @@ def check_shards(
             others.append(facts)
             advance(facts.size)
     checked = [facts for some in findings.of_set for facts in some]
+    if index:
+        local = [one for one in checked if one.usable and not is_remote(one.location)]
+        names = [Path(one.location) for one in local if not one.index_error]
+        for folder in {one.parent for one in names}:
+            indexed = {one.name: one.with_name(one.name + SUFFIX) for one in names if one.parent == folder}
+            write_list(folder / LIST, indexed)
     overlap = None
     if against is not None:
         with report.comparison_progress(sum(facts.samples for facts in others), quiet) as advance:
@@ -100,6 +102,9 @@ def check_shards(
     stops = _data_errors(findings, config.max_bad_fraction)
     reader, stream, start_errors = _open_as_training(config, sources, findings, cache, batch_size, world_size)
     loaders = config.workers or 0 if loader_workers is None else loader_workers
+    notes = [] if decode else ["Images were not decoded: unreadable ones are not among the bad samples."]
+    if index and any(is_remote(location) for location, _ in tasks):
+        notes.append("Indexes of remote shards are in the cache folder; only local shards have theirs next to them.")
     result = CheckResult(
         ok=not stops and not start_errors,
         sets=[
@@ -115,16 +120,12 @@ def check_shards(
         max_bad_fraction=config.max_bad_fraction,
         plan=None if stream is None else RunEstimate.of(stream, world_size, loaders, len(tasks)),
         stops=[*stops, *start_errors],
-        notes=[*_notes(tasks, index, decode), *(reader.notes if reader is not None else ())],
+        notes=[*notes, *_order_notes(config, sources, findings, batch_size or 1), *(reader.notes if reader else ())],
     )
     report.print_result(result, quiet)
     if sheet_file is not None:
         report.draw_sheet(sheet_file, reader, _SHEET_TILES, _SHEET_SEED, quiet)
     return result
-
-
-def _as_config(shards: ShardSpec) -> DataConfig:
-    return DataConfig(train=str(shards) if isinstance(shards, str | Path) else [str(one) for one in shards])
 
 
 def _check_run(batch_size: int | None, world_size: int, loader_workers: int | None) -> None:
@@ -153,19 +154,16 @@ def _check_writable(
             raise InputError(f"index: {folder} is not writable; without --index the cache folder is used.")
 
 
-def _check_task(task: tuple[str, FieldsConfig], options: CheckOptions) -> ShardFacts:
-    return check_shard(*task, options)
-
-
 def _data_errors(findings: Findings, max_bad_fraction: float) -> list[str]:
     """Sentences on unusable shards, damaged shards, too many bad samples and indexes that could not be written."""
     errors = []
     unusable = [facts for some in findings.of_set for facts in some if not facts.usable]
     if unusable:
-        total = sum(map(len, findings.of_set))
+        total, locations = sum(map(len, findings.of_set)), {facts.location for facts in unusable}
+        first = next(one for one in findings.examples if one.shard in locations and not one.key)
         errors.append(
             f"{len(unusable):,} of {counted(total, 'shard')} cannot be used, and training does not start with them: "
-            f"{_first_problem(findings.examples, {facts.location for facts in unusable})}."
+            f"{first.shard}, {first.reason}."
         )
     cut = sum(count for kind, count in findings.kinds.items() if kind in CUT_SHORT)
     if cut:
@@ -188,11 +186,6 @@ def _data_errors(findings: Findings, max_bad_fraction: float) -> list[str]:
     return errors
 
 
-def _first_problem(examples: Sequence[Problem], locations: set[str]) -> str:
-    problem = next(problem for problem in examples if problem.shard in locations and not problem.key)
-    return f"{problem.shard}, {problem.reason}"
-
-
 def _open_as_training(
     config: DataConfig,
     sources: Sequence[SourceConfig],
@@ -210,6 +203,9 @@ def _open_as_training(
             for one, some in zip(sources, usable, strict=True)
             if some
         ]
+        samples = {facts.location: facts.samples for some in findings.of_set for facts in some}
+        for shard in (shard for source in opened for shard in source.shards):
+            shard.check_count(samples[shard.location])
         if opened:
             reader = SampleReader(opened, cache)
             if batch_size is not None:
@@ -219,10 +215,12 @@ def _open_as_training(
     return reader, stream, []
 
 
-def _notes(tasks: Sequence[tuple[str, FieldsConfig]], index: bool, decode: bool) -> list[str]:
-    notes = []
-    if not decode:
-        notes.append("Images were not decoded: unreadable ones are not among the bad samples.")
-    if index and any(is_remote(location) for location, _ in tasks):
-        notes.append("Indexes of remote shards are in the cache folder; only local shards have theirs next to them.")
-    return notes
+def _order_notes(
+    config: DataConfig, sources: Sequence[SourceConfig], findings: Findings, batch_size: int
+) -> Iterator[str]:
+    """A sentence for each set that is sorted."""
+    for source, some in zip(sources, findings.of_set, strict=True):
+        samples = sum(facts.samples for facts in some)
+        window, _ = window_and_lanes(config, batch_size, samples)
+        if note := order_note([one for facts in some for one in facts.neighbours], samples, window):
+            yield f"{source.name}: {note}" if source.name else note

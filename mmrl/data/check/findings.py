@@ -14,7 +14,7 @@ import numpy as np
 
 from mmrl.data.check.shard import NOT_INDEXED, ImageSize, ShardFacts, Tally, TokenCounter
 from mmrl.data.index import Problem
-from mmrl.data.opening import open_shards
+from mmrl.data.opening import open_shards, read_index
 from mmrl.data.samples import NO_GROUP
 from mmrl.data.stores import ShardCache
 from mmrl.data.stream import Stream
@@ -359,6 +359,6 @@ class _SampleNames:
         within = int(row - self._ends[which] + facts.samples)
         try:
             (shard,) = open_shards([facts.location], self._cache)
-            return f"{facts.location}/{shard.load().key(within)}"
+            return f"{facts.location}/{read_index(shard, self._cache).key(within)}"
         except (InputError, OSError):  # the shard was removed in the meantime; its duplicates are still reported
             return f"{facts.location}, sample {within + 1:,}"

@@ -13,6 +13,7 @@ from mmrl.data.check.findings import CheckResult, Duplicates, Overlap, RunEstima
 from mmrl.data.samples import BadSample, SampleReader
 from mmrl.images import contact_sheet
 from mmrl.images.contact_sheet import Tile
+from mmrl.output.console import print_line, visible
 from mmrl.output.progress import progress_bar
 
 _SHEET_COLUMNS = 6
@@ -174,7 +175,7 @@ def draw_sheet(path: Path, reader: SampleReader | None, tiles: int, seed: int, q
     if reader is None or not drawn:
         _print(console, f"No contact sheet written to {path}: there is no usable sample.")
         return
-    name = _printable(reader.sources[0].root.rstrip("/").rpartition("/")[2])
+    name = visible(reader.sources[0].root.rstrip("/").rpartition("/")[2])
     note = f"{len(drawn)} of {len(reader):,} samples at random"
     contact_sheet.write(path, name, note, drawn, columns=_SHEET_COLUMNS)
     _print(console, f"Contact sheet: {path}")
@@ -187,7 +188,7 @@ def _tile(reader: SampleReader, number: int) -> Tile | None:
         return None
     height, width = image_CHW.shape[1:]
     return Tile(
-        sample.image, _printable(sample.name.rpartition("/")[2]), f"{width}x{height}", "  |  ".join(sample.captions)
+        sample.image, visible(sample.name.rpartition("/")[2]), f"{width}x{height}", "  |  ".join(sample.captions)
     )
 
 
@@ -208,9 +209,4 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _print(console: Console, *lines: str) -> None:
     for line in lines:
-        console.print(_printable(line), highlight=False, markup=False, soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters and bytes that are not UTF-8: names from the data must not control the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+        print_line(console, line.replace("\n", "\\n"))  # of a name

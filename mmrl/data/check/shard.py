@@ -15,10 +15,12 @@ from typing import IO
 import numpy as np
 
 from mmrl.data.captions import caption_id
+from mmrl.data.check.sortedness import CHARACTERS, sampled_rows
 from mmrl.data.fields import FieldsConfig, merged_names
 from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
 from mmrl.data.opening import store_index
-from mmrl.data.samples import NO_GROUP, SAMPLE_ERRORS, group_id, parse, reason_of
+from mmrl.data.parsing import SAMPLE_ERRORS, parse, reason_of
+from mmrl.data.samples import NO_GROUP, group_id
 from mmrl.data.stores import ShardCache
 from mmrl.images.decode import decode_pixels
 from mmrl.images.perceptual_hash import NO_HASH, perceptual_hash
@@ -54,6 +56,8 @@ class CheckOptions:
     index_next_to_shard: bool
     looks: bool = False
     """Compute the perceptual hashes of the images."""
+    shards: int = 1
+    """Shards that are checked: the more there are, the fewer rows of each are compared with their neighbours."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,18 @@ class ShardFacts:
     """The sample's row and the id of each caption."""
     look_N8: np.ndarray | None = None
     """The perceptual hashes, NO_HASH if there is none."""
+    neighbours: list[tuple[str, int]] = field(default_factory=list)
+    """First caption and group of some rows, for `order_note`."""
 
     def add_problem(self, key: str, reason: str) -> None:
         """Lists a problem of a sample, or of the shard if `key` is empty."""
         self.problems.append(Problem(self.location, key, reason))
 
 
-def check_shard(location: str, fields: FieldsConfig, options: CheckOptions) -> ShardFacts:
-    """Checks one shard. If it cannot be read, that is a problem in the result; nothing is raised."""
+def check_shard(shard: tuple[str, FieldsConfig], options: CheckOptions) -> ShardFacts:
+    """Checks one shard, given as its location and its fields. If it cannot be read, that is a problem in the result;
+    nothing is raised."""
+    location, fields = shard
     facts = ShardFacts(location)
     try:
         # Kept open to the end: the downloads of other workers may evict this shard from a small cache folder.
@@ -175,6 +183,7 @@ class _ShardScan:
         self._texts: list[str] = []
         self._captions: list[tuple[int, int]] = []
         self._looks = [NO_HASH] * len(index) if options.looks else []
+        self._sampled = sampled_rows(len(index), options.shards)
 
     def run(self) -> None:
         """Fills in the facts."""
@@ -198,6 +207,8 @@ class _ShardScan:
             parsed = parse(self._fields, members, read)
             group = NO_GROUP if parsed.group is None else group_id(parsed.group)
             self._count_captions(parsed.captions)
+            if row in self._sampled:
+                self._facts.neighbours.append((parsed.captions[0][:CHARACTERS], group))
             if self._options.decode:
                 pixels_CHW = decode_pixels(parsed.image)
                 height, width = pixels_CHW.shape[1:]

@@ -60,25 +60,12 @@ def pack_shards(
 ) -> dict[str, Any]:
     """Packs image-text pairs into shards; returns what `--json` prints. Resumes an interrupted pack in OUT.
 
-    Args:
-        source: a folder of images with NAME.txt and/or NAME.json (see data/folder.py); a table with a column of image
-            paths, relative to the table's folder, of http(s) URLs, or of images as `datasets` stores them; a folder or
-            a pattern of Parquet tables; or a Hugging Face data set, `hf:NAME:SPLIT` (see hub.py).
-        image_column: the table's column of paths; default: the first of IMAGE_COLUMNS that it has. URLs are fetched
-            only if the column is named.
-        caption_columns: columns of captions or of lists of captions, in the order in which a sample gets them;
-            default: those of CAPTION_COLUMNS that the table has. For a folder: keys of NAME.json; default:
-            CAPTION_KEYS.
-        group_column: samples with the same value are not each other's negatives. For a folder: a key of NAME.json;
-            default: `group`.
-        max_side: pixels; larger images are shrunk to it and stored as JPEG. All others keep their bytes.
-        dedup: of pairs whose images have identical bytes, keep the first one only.
-        holdout: the share of the pairs, such as 5%, or their number, that goes into OUT/val; all others go into
-            OUT/train. The two share no group, no caption and no image file.
-        holdout_seed: chooses among the pairs that can be held out.
-        workers: processes that read, fetch and check the images. A script that uses more than 1 needs the guard
-            `if __name__ == "__main__":`.
-        force: delete what an earlier pack left in OUT.
+    Args: as the options of `mmrl pack` (cli/shards.py), whose defaults are these:
+        image_column: the first of IMAGE_COLUMNS that the table has; URLs are fetched only if the column is named.
+        caption_columns: those of CAPTION_COLUMNS that the table has, in the order in which a sample gets them; for a
+            folder CAPTION_KEYS, keys of NAME.json.
+        group_column: for a folder the key `group` of NAME.json.
+        workers: a script that uses more than 1 needs the guard `if __name__ == "__main__":`.
 
     Raises:
         InputError: no such source or column, an unreadable table, OUT is not empty or was started with other
@@ -89,7 +76,7 @@ def pack_shards(
         if number is not None and number < 1:
             raise InputError(f"{name}: {number} is too small; give at least 1.")
     console = Console(quiet=quiet)
-    pairs = _open_pairs(source, image_column, caption_columns, group_column)
+    pairs = open_pairs(source, image_column, caption_columns, group_column)
     if holdout is not None:
         pairs = HeldOutPairs(pairs, holdout, holdout_seed, console)
         if pairs.held_out < 0.9 * pairs.wanted:
@@ -136,9 +123,10 @@ def pack_shards(
     }
 
 
-def _open_pairs(
+def open_pairs(
     source: Path, image_column: str | None, caption_columns: Sequence[str], group_column: str | None
 ) -> FolderPairs | TablePairs:
+    """The pairs of a source, listed but not read; the arguments and errors are those of `pack_shards`."""
     if str(source).startswith(HUB):
         return TablePairs(HubTable(str(source)), image_column, caption_columns, group_column)
     if files := parquet_files(source):
@@ -205,4 +193,4 @@ def _print_summary(console: Console, source: Path, packer: writer.PackWriter, sh
             "other's negatives; give them a common group with --group-column (the column of paths will do), or keep "
             "only the first with --dedup."
         )
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, "\n".join(lines))

@@ -1,7 +1,6 @@
 """The image-text pairs of a folder or a table: where each image is, its captions, its group, its name in a shard."""
 
 import ast
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from mmrl.data.pack.tables import Row, Table
 from mmrl.data.samples import BadSample
 from mmrl.data.texts import caption_list, group_name, strip_blank
 from mmrl.errors import InputError, did_you_mean
+from mmrl.output.files import parse_json
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "filename", "file", "file_name", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
@@ -219,7 +219,7 @@ def _listed_texts(text: str) -> list[str]:
     if not _TEXT_LIST.fullmatch(stripped):
         return [text]
     with suppress(ValueError):
-        return [one for one in json.loads(stripped) if isinstance(one, str)]
+        return [one for one in parse_json(stripped) if isinstance(one, str)]
     try:
         return [str(ast.literal_eval(one)) for one in _LISTED_TEXT.findall(stripped)]
     except (ValueError, SyntaxError):

@@ -6,7 +6,6 @@ rows around it are read.
 
 import csv
 import glob
-import json
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from mmrl.data.shards import files_below
 from mmrl.data.texts import strip_blank
 from mmrl.errors import InputError
 from mmrl.images.decode import image_extensions
+from mmrl.output.files import parse_json
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*_SEPARATORS, ".jsonl", ".parquet")
@@ -145,8 +145,8 @@ class Table:
         with _open_text(self.path) as file:
             for line in filter(strip_blank, file):
                 try:
-                    values = json.loads(strip_blank(line))
-                except (ValueError, RecursionError) as error:
+                    values = parse_json(strip_blank(line))
+                except ValueError as error:
                     values = f"not JSON ({error})"
                 # An array of objects is what pandas writes without lines=True.
                 is_array = isinstance(values, list) and values and all(isinstance(one, dict) for one in values)

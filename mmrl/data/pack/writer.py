@@ -10,27 +10,28 @@ A shard is flushed to disk before progress.json counts it. On resume, whatever w
 the last lines of the lists) is truncated.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from mmrl.data.index import BAD_SAMPLES, SUFFIX, Problem, index_shard, save_index
+from mmrl.data.counts import LIST, write_list
+from mmrl.data.index import BAD_SAMPLES, Problem, index_shard
+from mmrl.data.index_file import SUFFIX, save_index
 from mmrl.data.pack.prepare import Prepared
 from mmrl.errors import InputError
-from mmrl.output.files import check_out_folder, create_folder
+from mmrl.output.files import LOCK, check_out_folder, create_folder, exclusive, parse_json
 
 _PARTIAL, _NAMES, _PROGRESS = ".partial", "names.txt", "progress.json"
 # The files of a finished pack, relative to OUT.
-_OF_PACK = re.compile(r"((train|val)/)?(shard-\d+\.tar(\.\w+)*|bad_samples\.jsonl)")
+_OF_PACK = re.compile(r"((train|val)/)?(shard-\d+\.tar(\.\w+)*|shards\.json|bad_samples\.jsonl)")
 
 
 @dataclass
@@ -86,9 +87,9 @@ def open_writer(
     """
     others = _prepare_folders(out, force)
     partial = out / _PARTIAL
-    folder = os.open(partial, os.O_RDONLY)
+    folder, held = os.open(partial, os.O_RDONLY), ExitStack()
     try:
-        _lock(folder, out)
+        held.enter_context(exclusive(out, "mmrl pack"))
         if force:
             _delete_pack(out)
             others = []
@@ -105,16 +106,8 @@ def open_writer(
             if not progress.shards:
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
+        held.close()
         os.close(folder)
-
-
-def _lock(folder: int, out: Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"out: another mmrl pack is writing to {out}; wait for it or choose another folder.") from None
-    except OSError:  # a file system without locks
-        pass
 
 
 def _prepare_folders(out: Path, force: bool) -> list[str]:
@@ -122,7 +115,7 @@ def _prepare_folders(out: Path, force: bool) -> list[str]:
     create_folder(out)
     if not os.access(out, os.W_OK):
         raise InputError(f"out: {out} is not writable; choose another folder.")
-    others = sorted(path.name for path in out.iterdir() if path.name not in (_PARTIAL, BAD_SAMPLES))
+    others = sorted(path.name for path in out.iterdir() if path.name not in (_PARTIAL, BAD_SAMPLES, LOCK))
     if force or not (out / _PARTIAL).is_dir():
         parts = {name: [*(out / name).glob("*")] if name in ("train", "val") else [out / name] for name in others}
         is_own = all(_OF_PACK.fullmatch(path.relative_to(out).as_posix()) for path in chain(*parts.values()))
@@ -139,7 +132,7 @@ def _delete_pack(out: Path) -> None:
                 file.unlink()
         elif path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.name != LOCK:
             path.unlink()
 
 
@@ -147,7 +140,7 @@ def _load_progress(partial: Path, arguments: dict[str, Any]) -> PackProgress:
     """Reads progress.json. If there is none, no shard is finished: the folder is emptied and the pack starts over."""
     remedy = "or add --force to start over."
     try:
-        saved = json.loads((partial / _PROGRESS).read_text())
+        saved = parse_json((partial / _PROGRESS).read_text())
         held_out = HeldOut(**saved.get("held_out", {}))
         progress = PackProgress(**{**saved, "bad": Counter(saved["bad"]), "held_out": held_out})
     except FileNotFoundError:
@@ -265,7 +258,8 @@ class PackWriter:
         self._held_out_keys = set(self._used)
 
     def finish(self, source: Path) -> list[Path]:
-        """Moves the shards, their indexes and the list of bad samples into OUT; removes OUT/.partial.
+        """Moves the shards, their indexes and the list of bad samples into OUT, writes the list of shards, and removes
+        OUT/.partial.
 
         Raises:
             InputError: there is no shard, or none of one part, because every pair was bad.
@@ -295,6 +289,10 @@ class PackWriter:
             train.mkdir(exist_ok=True)
         moves = {_index_name(number): shard.with_name(shard.name + SUFFIX) for number, shard in enumerate(shards)}
         moves |= {_partial_name(number): shard for number, shard in enumerate(shards)}
+        for folder in {shard.parent for shard in shards}:
+            indexes = {one.name: self._index_of(n, one) for n, one in enumerate(shards) if one.parent == folder}
+            write_list(self._partial / f"{LIST}.{folder.name}", indexes)
+            moves[f"{LIST}.{folder.name}"] = folder / LIST
         if progress.bad:
             moves[BAD_SAMPLES] = self._out / BAD_SAMPLES
         for name, target in moves.items():
@@ -305,6 +303,11 @@ class PackWriter:
                 path.unlink()
         shutil.rmtree(self._partial)
         return shards
+
+    def _index_of(self, number: int, shard: Path) -> Path:
+        """The index of a finished shard: it may have been moved before this step was interrupted."""
+        index = self._partial / _index_name(number)
+        return index if index.exists() else shard.with_name(shard.name + SUFFIX)
 
     def bad_summary(self) -> str:
         """How many pairs were skipped, by kind, the file that lists them, and the first of them."""

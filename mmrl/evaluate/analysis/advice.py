@@ -5,7 +5,7 @@ vector's recall) or `recall_drop=0.5pp` (percentage points).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,18 +33,13 @@ class Budget:
 
     @property
     def label(self) -> str:
-        """For headings: "1 % of R@10, text→image"."""
-        return f"{self.amount} of R@{self.k}, {ARROWS[self.direction]}"
+        """ "1 % of R@10, text→image"."""
+        return f"{100 * self.drop:g} {self.unit} of R@{self.k}, {ARROWS[self.direction]}"
 
     @property
     def reversed(self) -> "Budget":
         """The same budget in the other direction."""
         return replace(self, direction=next(one for one in CROSS_MODAL if one != self.direction))
-
-    @property
-    def amount(self) -> str:
-        """ "1 %" or "0.5 points"."""
-        return f"{100 * self.drop:g} {self.unit}"
 
     @property
     def unit(self) -> str:
@@ -144,10 +139,15 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
 
     def smallest(measured: Sequence[tuple[Option, Interval]], bound: str = "value") -> dict[str, Any] | None:
         """The smallest option whose loss, or the upper end of its interval, is within the budget."""
-        inside = _down_to(measured, lambda lost: getattr(lost, bound) <= budget.drop + _ROUNDING)
-        if not inside:
-            return None
-        return to_json(*min(inside, key=lambda pair: (pair[0].bytes, pair[0].candidates, pair[1].value)))
+        inside, ended = [], set()
+        for option, lost in sorted(measured, key=lambda pair: -pair[0].dim):
+            kind = (option.precision, option.candidates)
+            if getattr(lost, bound) > budget.drop + _ROUNDING:
+                ended.add(kind)
+            elif kind not in ended:
+                inside.append((option, lost))
+        inside.sort(key=lambda pair: (pair[0].bytes, pair[0].candidates, pair[1].value))
+        return to_json(*inside[0]) if inside else None
 
     return {
         "budget": {
@@ -173,111 +173,47 @@ def full_option(options: Sequence[Option]) -> Option:
     return next(o for o in options if (o.dim, o.precision, o.candidates) == (full_dim, "fp32", 0))
 
 
-def _down_to(
-    measured: Sequence[tuple[Option, Interval]], within: Callable[[Interval], bool]
-) -> list[tuple[Option, Interval]]:
-    """The options within the budget, of which every larger dim of the same codec is within it, too."""
-    inside, ended = [], set()
-    for option, lost in sorted(measured, key=lambda pair: -pair[0].dim):
-        kind = (option.precision, option.candidates)
-        if not within(lost):
-            ended.add(kind)
-        elif kind not in ended:
-            inside.append((option, lost))
-    return inside
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The advice in sentences, for the terminal and the page."""
-
-    headline: str
-    evidence: str
-    others: list[str]
-    """The commands, and the other answers: confirmed, in two stages."""
-
-
-def summarise(advice: Mapping[str, Any]) -> Summary:
-    """The result of `advise` in sentences."""
-    chosen, full, budget = advice["smallest"], advice["full"], budget_of(advice)
-    queries = _queries(advice)
+def advice_lines(advice: Mapping[str, Any]) -> tuple[str, str]:
+    """The result of `advise` in two lines: the smallest option within the budget, and the smallest that these queries
+    confirm, i.e. whose whole interval is within it."""
+    chosen, sure, full, budget = advice["smallest"], advice["sure"], advice["full"], budget_of(advice)
     if not full["recall"]["value"]:
-        headline = f"No recommendation: the full vector finds no positive among the first {budget.k}."
-    elif chosen["bytes"] == full["bytes"]:
-        headline = f"Recommended: the full vector, {_name(full)}. No smaller dim or codec is within the budget."
-    elif chosen["within_budget_surely"]:
-        headline = f"Recommended: {_brief(chosen, budget)}, confirmed at 95 % with {queries}."
-    else:
-        confirmed = _name(advice["sure"]) if advice["sure"] else f"only the full vector, {_name(full)}"
-        headline = f"Recommended: {_brief(chosen, budget)}. Confirmed at 95 % with {queries}: {confirmed}."
-    evidence = (
-        f"R@{budget.k}, {ARROWS[budget.direction]}: {_percent(chosen['recall']['value'])} instead of "
-        f"{_percent(full['recall']['value'])}, a loss of {_loss(chosen['lost'], budget)}; the budget is "
-        f"{budget.amount}. {format_count(advice['vectors'])} vectors take {format_bytes(chosen['memory'])} instead of "
-        f"{format_bytes(full['memory'])}."
+        return "no recommendation", f"the full vector finds no positive among the first {budget.k} of any query"
+    if chosen["bytes"] == full["bytes"]:
+        return f"the full vector, {option_name(full)}", f"no smaller dim or codec loses at most {budget.label}"
+    confirmed = f"confirmed to lose at most {budget.label}"
+    if sure == chosen:
+        return describe(chosen, advice), f"{confirmed}, at 95 %"
+    if sure is None:
+        return describe(chosen, advice), f"{confirmed}: only the full vector; more queries confirm smaller ones"
+    return describe(chosen, advice), f"{confirmed}: {describe(sure, advice)}"
+
+
+def describe(answer: Mapping[str, Any], advice: Mapping[str, Any]) -> str:
+    """ "64-d int8: 16x smaller, R@10 −0.6 % (−1.8…0.5 at 95 %, 1,465 queries)"."""
+    lost, budget, queries = answer["lost"], budget_of(advice), f"{advice['queries']:,} queries"
+    if advice["items"] < advice["queries"]:
+        queries += f" of {advice['items']:,} items"
+    change, least, most = (format_points(-lost[key]) for key in ("value", "high", "low"))
+    sign = "±" if change == "0.0" else "" if change.startswith("−") else "+"
+    return (
+        f"{option_name(answer)}: {answer['times_smaller']:.3g}x smaller, R@{budget.k} {sign}{change} {budget.unit} "
+        f"({least}…{most} at 95 %, {queries})"
     )
-    return Summary(headline, evidence, _others(advice, budget))
 
 
-def summarise_other_direction(analysis: Mapping[str, Any]) -> str:
-    """The advice in the other direction, in one line."""
-    advice = analysis["other_direction"]["advice"]
-    summary = summarise(advice)
-    return f"Other direction, {ARROWS[budget_of(advice).direction]}: {summary.headline} {summary.evidence}"
+def option_name(option: Mapping[str, Any]) -> str:
+    """64-d int8, or 64-d binary + 50 reranked."""
+    staged = f" + {option['candidates']} reranked" if option["candidates"] else ""
+    return f"{option['dim']}-d {option['precision']}{staged}"
 
 
-def _others(advice: Mapping[str, Any], budget: Budget) -> list[str]:
-    chosen, sure, staged = (advice[name] for name in ("smallest", "sure", "two_stage"))
-    lines = [f"Build {_name(chosen)}: {_command(chosen)}"]
-    if sure and sure != chosen:
-        lines.append(f"Confirmed: {_full(sure, budget)}. More queries confirm smaller vectors. Build: {_command(sure)}")
-    if staged and staged["bytes"] < chosen["bytes"]:
-        lines.append(
-            f"In two stages: {_full(staged, budget)}; {staged['candidates']} candidates are reranked by full vectors "
-            f"in fp32, {staged['rerank_bytes']:,} B each, on disk. A larger gallery needs more candidates; mmrl index "
-            f"prints the recall it reaches. Build: {_command(staged)}"
-        )
-    return lines
-
-
-def _name(answer: Mapping[str, Any]) -> str:
-    return f"{answer['dim']}-d {answer['precision']}"
-
-
-def _brief(answer: Mapping[str, Any], budget: Budget) -> str:
-    """ "64-d int8 (64 B per vector, 16x smaller, R@10 −0.6 %)"."""
-    change = f"{-100 * answer['lost']['value']:+.1f}".replace("-0.0", "±0.0").replace("+0.0", "±0.0").replace("-", "−")
-    size = f"{answer['bytes']:,} B per vector, {answer['times_smaller']:.3g}x smaller"
-    return f"{_name(answer)} ({size}, R@{budget.k} {change} {budget.unit})"
-
-
-def _full(answer: Mapping[str, Any], budget: Budget) -> str:
-    """ "64-d int8, 64 B per vector, a loss of 0.6 % (95 % interval 0.1 to 1.1 %)"."""
-    return f"{_name(answer)}, {answer['bytes']:,} B per vector, a loss of {_loss(answer['lost'], budget)}"
-
-
-def _command(answer: Mapping[str, Any]) -> str:
-    return " && ".join(answer["commands"])
+def format_points(share: float) -> str:
+    """A share, or a difference of shares, in % with a typographic minus; never "−0.0"."""
+    return f"{round(100 * share, 1) + 0.0:.1f}".replace("-", "−")
 
 
 def budget_of(advice: Mapping[str, Any]) -> Budget:
     """The budget of an advice."""
     budget = advice["budget"]
     return Budget(budget["recall_drop"], budget["relative"], int(budget["metric"][2:]), budget["direction"])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _loss(lost: Mapping[str, float], budget: Budget) -> str:
-    """ "0.6 % (95 % interval −0.1 to 1.1 %)"."""
-    value, low, high = (round(100 * lost[key], 1) + 0.0 for key in ("value", "low", "high"))  # + 0.0: never "-0.0"
-    unit = budget.unit
-    return f"{value:.1f} {unit} (95 % interval {low:.1f} to {high:.1f} {unit})".replace("-", "−")
-
-
-def _queries(advice: Mapping[str, Any]) -> str:
-    """ "1,465 queries", or "961 queries of 217 items" where an item has several."""
-    queries, items = advice["queries"], advice["items"]
-    return f"{queries:,} queries" + (f" of {items:,} items" if items < queries else "")

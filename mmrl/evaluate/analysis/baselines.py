@@ -14,12 +14,12 @@ d one dim.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mmrl.evaluate.analysis.task import Task
-from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.nesting import truncate
 
 NAMES = {
@@ -42,16 +42,6 @@ def baseline_ranks(task: Task, dims: Sequence[int]) -> dict[str, dict[int, list[
     draws = [_ranks(task, _permutation(task.dim, seed), dims) for seed in range(_RANDOM_DRAWS)]
     result["random_dims"] = {dim: [ranks[dim] for ranks in draws] for dim in dims}
     return result
-
-
-def pca_ranks(task: Task, dims: Sequence[int]) -> dict[int, list[Tensor]]:
-    """{dim: [rank_Q]} of the PCA baseline."""
-    return _cross_fitted(task, dims, _fit_pca)
-
-
-def best_dims_ranks(task: Task, dims: Sequence[int]) -> dict[int, list[Tensor]]:
-    """{dim: [rank_Q]} of the best-dims baseline."""
-    return _cross_fitted(task, dims, _fit_best_dims)
 
 
 Transform = Callable[[Tensor, bool], Tensor]
@@ -78,10 +68,8 @@ def _cross_fitted(
 
 
 def _ranks(task: Task, transform: Transform, dims: Sequence[int]) -> dict[int, Tensor]:
-    query_QD = transform(truncate(task.query_QD, task.dim), True)
-    gallery_GD = transform(truncate(task.gallery_GD, task.dim), False)
-    ranked = rank_queries(query_QD, gallery_GD, task.query_group_Q, task.gallery_group_G, list(dims))
-    return {dim: ranked[dim].rank_Q for dim in dims}
+    query_QD, gallery_GD = truncate(task.query_QD, task.dim), truncate(task.gallery_GD, task.dim)
+    return task.with_vectors(transform(query_QD, True), transform(gallery_GD, False)).ranks(dims)
 
 
 def _fit_pca(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Transform:
@@ -99,6 +87,12 @@ def _fit_best_dims(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Transform:
     """The dims in descending order of their d' on these queries and gallery rows."""
     order_D = dim_signal(task, query_Q, gallery_G).argsort(descending=True, stable=True)
     return lambda rows_ND, _: rows_ND[:, order_D]
+
+
+pca_ranks = partial(_cross_fitted, fit=_fit_pca)
+"""(task, dims) -> {dim: [rank_Q]} of the PCA baseline."""
+best_dims_ranks = partial(_cross_fitted, fit=_fit_best_dims)
+"""(task, dims) -> {dim: [rank_Q]} of the best-dims baseline."""
 
 
 def dim_signal(task: Task, query_Q: Tensor, gallery_G: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 from mmrl.evaluate.analysis.baselines import best_dims_ranks, dim_signal
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.task import Task
-from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.nesting import effective_rank, truncate
 
 _DROP_STEPS = 16
@@ -127,8 +126,7 @@ def groups_found_from(group_Q: Tensor, rank_of: Mapping[int, Tensor], k: int = 1
 
 def _hits(task: Task, query_Qd: Tensor, gallery_Gd: Tensor, k: int) -> Tensor:
     dim = query_Qd.shape[1]
-    ranked = rank_queries(query_Qd, gallery_Gd, task.query_group_Q, task.gallery_group_G, [dim])
-    return (ranked[dim].rank_Q <= k).double()
+    return (task.with_vectors(query_Qd, gallery_Gd).ranks([dim])[dim] <= k).double()
 
 
 def _energy(rows_ND: Tensor) -> Tensor:

@@ -59,9 +59,8 @@ class Bootstrap:
 
     def means(self, value_QS: torch.Tensor) -> np.ndarray:
         """The mean over the queries of each resample: (Q, S) -> (R, S)."""
-        sum_CS = self._sums(value_QS)
-        count_C = np.bincount(self._member_Q, minlength=self._clusters).astype(np.float64)
-        return (self._weight_RC @ sum_CS) / (self._weight_RC @ count_C)[:, None]
+        count_C1 = self._sums(torch.ones(len(value_QS), 1))
+        return (self._weight_RC @ self._sums(value_QS)) / (self._weight_RC @ count_C1)
 
     def _sums(self, value_QS: torch.Tensor) -> np.ndarray:
         value_QS = torch.as_tensor(value_QS, dtype=torch.float64)
@@ -75,17 +74,12 @@ class Bootstrap:
         binomial one (Clopper and Pearson) for this number of items.
         """
         value_QS = torch.as_tensor(value_QS, dtype=torch.float64)
-        means_RS = self.means(value_QS)
-        value_S = value_QS.mean(0).numpy()
-        low_S, high_S = _percentiles(means_RS)
-        bound = self._zero_event_bound()
-        result = []
-        for s, value in enumerate(value_S.tolist()):
-            low, high = min(low_S[s], value), max(high_S[s], value)
-            if (value_QS[:, s] == value_QS[0, s]).all():
-                low, high = max(0.0, value - bound), min(1.0, value + bound)
-            result.append(Interval(value, float(low), float(high)))
-        return result
+        value_S, bound = value_QS.mean(0).numpy(), self._zero_event_bound()
+        low_S, high_S = _percentiles(self.means(value_QS))
+        same_S = (value_QS == value_QS[0]).all(0).numpy()
+        low_S = np.where(same_S, np.maximum(0, value_S - bound), np.minimum(low_S, value_S))
+        high_S = np.where(same_S, np.minimum(1, value_S + bound), np.maximum(high_S, value_S))
+        return [Interval(*triple) for triple in zip(value_S.tolist(), low_S.tolist(), high_S.tolist(), strict=True)]
 
     def difference(self, a_Q: torch.Tensor, b_Q: torch.Tensor, relative: bool = False) -> Interval:
         """`differences` of one pair of columns."""

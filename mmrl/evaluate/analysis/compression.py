@@ -11,7 +11,7 @@ Shapes: Q queries that have a positive, G gallery rows, D the full dim, d one di
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from mmrl.codecs.table import CODECS, PRECISIONS, Code, Precision, decode, encod
 from mmrl.distributed import comm
 from mmrl.evaluate.analysis.bootstrap import Interval
 from mmrl.evaluate.analysis.task import Task
-from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.nesting import truncate
 
 CANDIDATES = (10, 20, 50, 100, 200)
@@ -107,7 +106,7 @@ def _ranks_as_stored(task: Task, dim: int, precision: Precision) -> Tensor:
     """rank_Q of a search of stored vectors. Decoded, they all have one length, so the order is that of the cosines."""
     query_Qd, gallery_Gd = truncate(task.query_QD, dim), _coded(truncate(task.gallery_GD, dim), precision)
     query_Qd = _coded(query_Qd, precision) if precision == "binary" else query_Qd
-    return rank_queries(query_Qd, gallery_Gd, task.query_group_Q, task.gallery_group_G, [dim])[dim].rank_Q
+    return task.with_vectors(query_Qd, gallery_Gd).ranks([dim])[dim]
 
 
 def _coded(rows_Nd: Tensor, precision: Precision) -> Tensor:
@@ -122,10 +121,10 @@ def shortlists(task: Task, dim: int, code: Code, lengths: Sequence[int]) -> dict
     query_Qd, gallery_Gd = truncate(task.query_QD, dim).cpu(), truncate(task.gallery_GD, dim).cpu()
     sample_Sd = torch.cat([rows[training_rows(len(rows))] for rows in (gallery_Gd, query_Qd)])
     codes = CodeIndex.build(code, dim, [gallery_Gd.numpy()], sample_Sd.numpy())
+    chunk = max(1, _CHUNK_ELEMENTS // len(gallery_Gd))
 
     def search(length: int) -> Tensor:
-        chunks = _chunks(len(query_Qd), _CHUNK_ELEMENTS // len(gallery_Gd))
-        found = [torch.from_numpy(codes.search(query_Qd[rows].numpy(), length)) for rows in chunks]
+        found = [torch.from_numpy(codes.search(rows.numpy(), length)) for rows in query_Qd.split(chunk)]
         return torch.cat(found).to(task.gallery_GD.device)
 
     if code == "pq":  # its rounded scores have many ties, which faiss orders by the length of the list
@@ -137,20 +136,15 @@ def shortlists(task: Task, dim: int, code: Code, lengths: Sequence[int]) -> dict
 def _reranked(task: Task, candidate_QC: Tensor, full: int) -> Tensor:
     """rank_Q when the candidates are ranked by their full vectors, ties against it; infinite where none is positive."""
     query_QD, gallery_GD = truncate(task.query_QD, full), truncate(task.gallery_GD, full)
-    ranks = []
-    for rows in _chunks(len(query_QD), _CHUNK_CANDIDATES // (candidate_QC.shape[1] * full)):
-        candidate_qC = candidate_QC[rows]
-        score_qC = torch.einsum("qd,qcd->qc", query_QD[rows], gallery_GD[candidate_qC])
-        positive_qC = task.query_group_Q[rows, None] == task.gallery_group_G[candidate_qC]
+    ranks, chunk = [], max(1, _CHUNK_CANDIDATES // (candidate_QC.shape[1] * full))
+    for chunks in zip(candidate_QC.split(chunk), query_QD.split(chunk), task.query_group_Q.split(chunk), strict=True):
+        candidate_qC, query_qD, group_q = chunks
+        score_qC = torch.einsum("qd,qcd->qc", query_qD, gallery_GD[candidate_qC])
+        positive_qC = group_q[:, None] == task.gallery_group_G[candidate_qC]
         best_q = score_qC.masked_fill(~positive_qC, -torch.inf).amax(1)
         above_q = (score_qC.masked_fill(positive_qC, -torch.inf) >= best_q[:, None]).sum(1)
         ranks.append(torch.where(positive_qC.any(1), 1.0 + above_q.double(), torch.inf))
     return torch.cat(ranks).cpu()
-
-
-def _chunks(rows: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def front(points: Sequence[tuple[int, float]]) -> list[int]:

@@ -26,7 +26,7 @@ from mmrl.evaluate.analysis.advice import Budget, advise
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.directions import CROSS_MODAL, modalities
-from mmrl.evaluate.ranking.ranks import KS, PerQuery, rank_both, rank_queries
+from mmrl.evaluate.ranking.ranks import KS, PerQuery, rank_both
 from mmrl.evaluate.sets import Embedded
 
 STEPS = 5
@@ -42,16 +42,16 @@ Ranks = dict[int, Tensor]
 class Analysis:
     """The results for one set."""
 
+    tasks: dict[str, Task]
+    ranked: dict[str, dict[int, PerQuery]]
+    """{direction: {dim: metrics of each query}} of the evaluated model, all queries."""
     json: dict[str, Any] = field(default_factory=dict)
     """The entry "analysis" of retrieval.json."""
-    tasks: dict[str, Task] = field(default_factory=dict)
-    ranked: dict[str, dict[int, PerQuery]] = field(default_factory=dict)
-    """{direction: {dim: metrics of each query}} of the evaluated model, all queries."""
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample of the queries of one direction."""
+    """Queries of one direction that have a positive."""
 
     row_q: Tensor
     task: Task
@@ -91,9 +91,9 @@ def analyse(
     for name, other in (others or {}).items():
         if other.keys != embedded.keys or other.captions != embedded.captions:
             raise InputError(f"compare: {name} read other samples than the evaluated model; queries cannot be paired.")
-    result, dims, ks = Analysis(tasks=tasks_of(embedded)), sorted(dims), sorted({*KS, budget.k})
+    dims, ks = sorted(dims), sorted({*KS, budget.k})
     both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
-    result.ranked = dict(zip(CROSS_MODAL, both, strict=True))
+    result = Analysis(tasks_of(embedded), dict(zip(CROSS_MODAL, both, strict=True)))
     for step in (
         lambda: {"intervals": _intervals(result, ks)},
         lambda: _baselines(result, dims, ks, budget, others or {}),
@@ -126,19 +126,19 @@ def _scores(bootstrap: Bootstrap, draws_of: Mapping[int, Sequence[Tensor]], ks: 
 
 def _intervals(result: Analysis, ks: Sequence[int]) -> dict[str, Any]:
     """{direction: {dim: {"R@1": …}}}, over all queries."""
-    scores = {}
-    for direction, ranked in result.ranked.items():
-        query_Q = next(iter(ranked.values())).query_Q
-        bootstrap = Bootstrap(result.tasks[direction].query_group_Q[query_Q])
-        scores[direction] = _scores(bootstrap, {dim: [one.rank_Q] for dim, one in ranked.items()}, ks)
-    return scores
+    samples = {direction: _sample(result, direction) for direction in result.tasks}
+    return {
+        direction: _scores(sample.bootstrap, {dim: [rank_Q] for dim, rank_Q in sample.ranks.items()}, ks)
+        for direction, sample in samples.items()
+    }
 
 
-def _sample(result: Analysis, direction: str, limits: Mapping[str, int]) -> _Sample:
-    """As many queries of a direction as the limits allow."""
+def _sample(result: Analysis, direction: str, limits: Mapping[str, int] | None = None) -> _Sample:
+    """As many queries of a direction as the limits allow; by default all."""
     task, ranked = result.tasks[direction], result.ranked[direction]
-    row_q = task.sample_queries(**limits)
-    index_q = torch.searchsorted(next(iter(ranked.values())).query_Q, row_q)
+    query_Q = next(iter(ranked.values())).query_Q
+    row_q = query_Q if limits is None else task.sample_queries(**limits)
+    index_q = torch.searchsorted(query_Q, row_q)
     ranks = {dim: one.rank_Q[index_q] for dim, one in ranked.items()}
     return _Sample(row_q, task.select_queries(row_q), ranks, Bootstrap(task.query_group_Q[row_q]))
 
@@ -147,9 +147,7 @@ def _baselines(
     result: Analysis, dims: Sequence[int], ks: Sequence[int], budget: Budget, others: Mapping[str, Embedded]
 ) -> dict[str, Any]:
     """The scores of each baseline, and the paired difference of the evaluated model to it, at each dim."""
-    scores: dict[str, Any] = {}
-    paired: dict[str, Any] = {}
-    count = 0
+    scores, paired, count = {}, {}, 0
     for direction in result.tasks:
         sample = _sample(result, direction, _BASELINE_LIMITS)
         count = max(count, len(sample.row_q))
@@ -184,8 +182,8 @@ def _other_model_ranks(name: str, task: Task, dims: Sequence[int]) -> dict[str, 
     dims = [dim for dim in dims if dim <= task.dim]
     if not dims:
         return {}
-    ranked = rank_queries(task.query_QD, task.gallery_GD, task.query_group_Q, task.gallery_group_G, dims)
-    return {name: {dim: [one.rank_Q] for dim, one in ranked.items()}, f"{name}, PCA": baselines.pca_ranks(task, dims)}
+    prefixes = {dim: [rank_Q] for dim, rank_Q in task.ranks(dims).items()}
+    return {name: prefixes, f"{name}, PCA": baselines.pca_ranks(task, dims)}
 
 
 def _compression(result: Analysis, dims: Sequence[int], budget: Budget, vectors: int) -> dict[str, Any]:
@@ -219,10 +217,8 @@ def _compression(result: Analysis, dims: Sequence[int], budget: Budget, vectors:
 
 def _blocks(result: Analysis, dims: Sequence[int], budget: Budget) -> dict[str, Any]:
     sample = _sample(result, budget.direction, _COMPRESSION_LIMITS)
-    ranked = result.ranked[budget.direction]
-    query_Q = next(iter(ranked.values())).query_Q
-    group_Q = result.tasks[budget.direction].query_group_Q[query_Q]
-    _, found_from = blocks.groups_found_from(group_Q, {dim: one.rank_Q for dim, one in ranked.items()}, budget.k)
+    every = _sample(result, budget.direction)
+    _, found_from = blocks.groups_found_from(every.task.query_group_Q, every.ranks, budget.k)
     return {
         "blocks": blocks.block_scores(sample.task, sample.ranks, sample.bootstrap, budget.k),
         "dropping": blocks.droppable_dims(sample.task, max(dims), sample.bootstrap, budget.drop, budget.k),

@@ -3,6 +3,7 @@
 Shapes: Q queries, G gallery rows, q some of the queries, D the embedding's width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmrl.data import draws
+from mmrl.evaluate.ranking.ranks import rank_queries
 
 _TENSORS = ("query_QD", "gallery_GD", "query_group_Q", "gallery_group_G")
 
@@ -44,6 +46,11 @@ class Task:
     def with_vectors(self, query_QD: Tensor, gallery_GD: Tensor) -> "Task":
         """The same groups with other embeddings."""
         return replace(self, query_QD=query_QD, gallery_GD=gallery_GD)
+
+    def ranks(self, dims: Sequence[int]) -> dict[int, Tensor]:
+        """{dim: the rank of each query's best positive}. All queries must have one."""
+        ranked = rank_queries(self.query_QD, self.gallery_GD, self.query_group_Q, self.gallery_group_G, dims)
+        return {dim: ranked[dim].rank_Q for dim in dims}
 
     def select_queries(self, row_q: Tensor) -> "Task":
         """Some of the queries, with the whole gallery."""

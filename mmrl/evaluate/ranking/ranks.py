@@ -18,7 +18,7 @@ from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError
 from mmrl.evaluate.ranking.tiles import Direction, SortedEmbeddings, count_at_least, exact_products
-from mmrl.nesting import check_dims, truncate
+from mmrl.nesting import check_dims
 
 Scores = dict[str, float]
 KS = (1, 5, 10)
@@ -26,7 +26,7 @@ KS = (1, 5, 10)
 NO_POSITIVE = "retrieval: no query has a positive; check image_of_text_M or the groups."
 # Similarities in memory at once where whole rows of scores are computed: 32 MB of float32.
 _CHUNK_ELEMENTS = 1 << 23
-OnRows = Callable[[int], None]
+OnRows = Callable[[float], None]
 """Progress callback, called with a number of queries."""
 
 
@@ -122,113 +122,82 @@ def rank_both(
     return by_image, by_text
 
 
-class _Progress:
-    """Turns fractional amounts into whole numbers with the same total, for `on_rows`."""
-
-    def __init__(self, on_rows: OnRows | None) -> None:
-        self._on_rows = on_rows
-        self._total, self._reported = 0.0, 0
-
-    def add(self, rows: float) -> None:
-        """Reports the whole rows reached so far."""
-        self._total += rows
-        reached = round(self._total)
-        if self._on_rows and reached > self._reported:
-            self._on_rows(reached - self._reported)
-            self._reported = reached
-
-
 def _rank(
     by_row: Direction, by_column: Direction | None, dims: Sequence[int], on_rows: OnRows | None, over_ranks: bool
 ) -> list[dict[int, PerQuery]]:
     """The metrics in each of the distinct directions; the arguments are those of `count_at_least`."""
     directions = [by_row] if by_column is None or by_column is by_row else [by_row, by_column]
-    progress = _Progress(on_rows)
+    advance = on_rows or (lambda _: None)
     few = sum(len(one.queries) - int(one.many_N.sum()) for one in directions)
-    if any(one.has_few for one in directions):
-        count_at_least(by_row, by_column, over_ranks, lambda fraction: progress.add(fraction * few))
+    if any(bool(one.few_N.any()) for one in directions):
+        count_at_least(by_row, by_column, over_ranks, lambda fraction: advance(fraction * few))
     else:
-        progress.add(few)
-    return [_per_query(direction, dims, over_ranks, progress) for direction in directions]
+        advance(few)
+    return [_per_query(direction, dims, over_ranks, advance) for direction in directions]
 
 
-def _per_query(direction: Direction, dims: Sequence[int], over_ranks: bool, progress: _Progress) -> dict[int, PerQuery]:
+def _per_query(direction: Direction, dims: Sequence[int], over_ranks: bool, advance: OnRows) -> dict[int, PerQuery]:
     """The metrics of the queries that have a positive, in the order of their rows; `dims` ascend."""
     queries = direction.queries
+    positives_N = direction.count_N - int(direction.same_rows)
+    if not (positives_N > 0).any():
+        raise InputError(NO_POSITIVE)
     # Rank, average precision, R-precision and nDCG of each sorted query, at each dim.
     metric_K4N = torch.zeros(len(dims), 4, len(queries), dtype=torch.float64)
-    positives_N = direction.count_N - int(direction.same_rows)
-    for index, strip in enumerate(direction.strips):
-        span = queries.span(index)
-        n = span.stop - span.start
-        has_positive_n = (strip.count_n[:n] > int(direction.same_rows)).cpu()
-        if has_positive_n.any():
-            threshold_KqP, at_least_KqP = (
-                x[:, :, :n].cpu()[:, :, has_positive_n].transpose(1, 2).contiguous()
-                for x in (strip.threshold_KPn, strip.at_least_KPn)
-            )
-            # In two steps: indexing by a mask copies.
-            metric_K4n = metric_K4N[:, :, span]
-            metric_K4n[:, :, has_positive_n] = _metrics(threshold_KqP, at_least_KqP, positives_N[span][has_positive_n])
-    many_m = direction.many_N.nonzero()[:, 0]
+    few_q, many_m = (mask_N.nonzero()[:, 0] for mask_N in (direction.few_N, direction.many_N))
+    for metric_4N, *of_dim in zip(metric_K4N, direction.threshold_KPN, direction.at_least_KPN, strict=True):
+        threshold_qP, at_least_qP = (x_PN.cpu()[:, few_q].T.contiguous() for x_PN in of_dim)
+        metric_4N[:, few_q] = _metrics(threshold_qP, at_least_qP, positives_N[few_q])
     if len(many_m):
-        metric_K4N[:, :, many_m] = _metrics_by_sorting(direction, many_m, over_ranks, progress)
-    has_positive_N = positives_N > 0
-    if not has_positive_N.any():
-        raise InputError(NO_POSITIVE)
-    query_Q, order_Q = queries.order_N[has_positive_N].sort()
-    metric_K4Q = metric_K4N[:, :, has_positive_N][:, :, order_Q]
-    return {dim: PerQuery(query_Q, *metric_K4Q[k]) for k, dim in enumerate(dims)}
+        metric_K4N[:, :, many_m] = _metrics_by_sorting(direction, many_m, over_ranks, advance)
+    query_Q, order_Q = queries.order_N[positives_N > 0].sort()
+    metric_K4Q = metric_K4N[:, :, positives_N > 0][:, :, order_Q]
+    return {dim: PerQuery(query_Q, *metric_4Q) for dim, metric_4Q in zip(dims, metric_K4Q, strict=True)}
 
 
-def _metrics(threshold_KqP: Tensor, at_least_KqP: Tensor, count_q: Tensor) -> Tensor:
-    """(K, 4, q): rank of the best positive, average precision, average precision within the first R ranks, nDCG@10.
+def _metrics(threshold_qP: Tensor, at_least_qP: Tensor, count_q: Tensor) -> Tensor:
+    """(4, q): rank of the best positive, average precision, average precision within the first R ranks, nDCG@10.
 
     Args:
-        threshold_KqP: the positives' scores, ascending, +inf after the last.
-        at_least_KqP: how many gallery rows, positives included, score at least as high.
+        threshold_qP: the positives' scores, ascending, +inf after the last.
+        at_least_qP: how many gallery rows, positives included, score at least as high.
         count_q: number of positives.
     """
     count_q1 = count_q[:, None]
-    positives_at_least_KqP = count_q1 - torch.searchsorted(threshold_KqP, threshold_KqP)
-    nth_qP = count_q1 - torch.arange(threshold_KqP.shape[2])
+    positives_at_least_qP = count_q1 - torch.searchsorted(threshold_qP, threshold_qP)
+    nth_qP = count_q1 - torch.arange(threshold_qP.shape[1])
     exists_qP = nth_qP > 0
-    rank_KqP = torch.where(exists_qP, nth_qP + at_least_KqP - positives_at_least_KqP, 1).double()
-    precision_KqP = nth_qP / rank_KqP * exists_qP
-    gain_KqP = (rank_KqP <= 10) * exists_qP / torch.log2(rank_KqP + 1)
+    rank_qP = torch.where(exists_qP, nth_qP + at_least_qP - positives_at_least_qP, 1).double()
+    precision_qP = nth_qP / rank_qP * exists_qP
+    gain_qP = (rank_qP <= 10) * exists_qP / torch.log2(rank_qP + 1)
     ideal_10 = (1 / torch.log2(torch.arange(2, 12).double())).cumsum(0)
-    best = (count_q1 - 1).expand(len(rank_KqP), -1, -1)
     return torch.stack(
         [
-            rank_KqP.gather(2, best)[:, :, 0],
-            _sum_in_order(precision_KqP) / count_q,
-            _sum_in_order(precision_KqP * (rank_KqP <= count_q1)) / count_q,
-            _sum_in_order(gain_KqP) / ideal_10[count_q.clamp_max(10) - 1],
-        ],
-        dim=1,
+            rank_qP.gather(1, count_q1 - 1)[:, 0],
+            _sum_in_order(precision_qP) / count_q,
+            _sum_in_order(precision_qP * (rank_qP <= count_q1)) / count_q,
+            _sum_in_order(gain_qP) / ideal_10[count_q.clamp_max(10) - 1],
+        ]
     )
 
 
-def _sum_in_order(values_KqP: Tensor) -> Tensor:
+def _sum_in_order(values_qP: Tensor) -> Tensor:
     """Sums one by one from the best positive to the last, so that the padding does not change the rounding."""
-    return values_KqP.flip(2).cumsum(2)[:, :, -1]
+    return values_qP.flip(1).cumsum(1)[:, -1]
 
 
-def _metrics_by_sorting(direction: Direction, many_m: Tensor, over_ranks: bool, progress: _Progress) -> Tensor:
+def _metrics_by_sorting(direction: Direction, many_m: Tensor, over_ranks: bool, advance: OnRows) -> Tensor:
     """The metrics of queries with more than MANY positives, (K, 4, m): whole rows of scores are sorted, in chunks."""
     queries, gallery = direction.queries, direction.gallery
     world = comm.world() if over_ranks else World()
     metric_K4m = torch.zeros(len(queries.block_slices), 4, len(many_m), dtype=torch.float64)
     chunk = max(1, _CHUNK_ELEMENTS // (len(gallery.strips) * gallery.length))
-    with exact_products(queries.rows(0).device):
-        for index, start in enumerate(range(0, len(many_m), chunk)):
-            span = slice(start, min(start + chunk, len(many_m)))
+    with exact_products(world.device):
+        for index, row_m in enumerate(torch.arange(len(many_m)).split(chunk)):
             if index % world.size == world.rank:
-                metric_K4m[:, :, span] = _metrics_of_whole_rows(direction, many_m[span])
-            progress.add(span.stop - span.start)
-    if not over_ranks:
-        return metric_K4m
-    return comm.all_reduce_sum(metric_K4m.to(world.device)).cpu()
+                metric_K4m[:, :, row_m] = _metrics_of_whole_rows(direction, many_m[row_m])
+            advance(len(row_m))
+    return comm.all_reduce_sum(metric_K4m.to(world.device)).cpu() if over_ranks else metric_K4m
 
 
 def _metrics_of_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
@@ -258,34 +227,8 @@ def _metrics_of_whole_rows(direction: Direction, query_q: Tensor) -> Tensor:
         threshold_qP = threshold_qP.sort(1).values[:, int(direction.same_rows) :].contiguous()
         score_qG.numpy().sort(axis=1)  # ten times as fast as torch's sort
         at_least_qP = len(gallery) - torch.searchsorted(score_qG, threshold_qP)
-        metrics.append(_metrics(threshold_qP[None], at_least_qP[None], count_q - int(direction.same_rows)))
-    return torch.cat(metrics)
-
-
-def nearest(
-    query_QD: Tensor, gallery_GD: Tensor, dim: int, k: int, *, same_rows: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The k gallery rows with the highest cosine for each query at one dim, best first, and the cosines: (Q, k) each.
-
-    Equal scores are ordered by row. With `same_rows`, query i is gallery row i and is left out of its own gallery.
-    """
-    check_dims([dim], query_QD.shape[1])
-    k = min(k, len(gallery_GD) - same_rows)
-    device = comm.world().device
-    chunk = max(1, _CHUNK_ELEMENTS // len(gallery_GD))
-    gallery_Gd = truncate(gallery_GD.to(device), dim)
-    rows_of_chunks = [torch.zeros(0, k, dtype=torch.int64)]
-    scores_of_chunks = [gallery_Gd.new_zeros(0, k).cpu()]
-    with exact_products(device):
-        for start in range(0, len(query_QD), chunk):
-            query_q = torch.arange(start, min(start + chunk, len(query_QD)))
-            score_qG = truncate(query_QD[query_q].to(device), dim) @ gallery_Gd.T
-            if same_rows:
-                score_qG[torch.arange(len(query_q)), query_q] = -torch.inf
-            rows_qk, scores_qk = top_k(score_qG.cpu().numpy(), k)
-            rows_of_chunks.append(torch.from_numpy(rows_qk))
-            scores_of_chunks.append(torch.from_numpy(scores_qk))
-    return torch.cat(rows_of_chunks), torch.cat(scores_of_chunks)
+        metrics.append(_metrics(threshold_qP, at_least_qP, count_q - int(direction.same_rows)))
+    return torch.stack(metrics)
 
 
 def top_k(score_qG: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
 
 from mmrl.errors import InputError
+from mmrl.evaluate.analysis.advice import format_points
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
 from mmrl.evaluate.ranking.ranks import is_better_lower
-from mmrl.evaluate.report.page import format_points, format_score, labelled_svg, render, tone_of
+from mmrl.evaluate.report.page import format_score, labelled_svg, render, tone_of
 from mmrl.evaluate.report.plots import Curve, recall_by_dim
 from mmrl.evaluate.report.stored_ranks import StoredRanks, read_ranks
+from mmrl.evaluate.report.tables import table
 from mmrl.output.console import print_line
-from mmrl.output.files import write_atomic
+from mmrl.output.files import check_report_folder, parse_json, write_atomic
 
 _COLOURS = ("model", "pca", "other", "best_dims", "other_pca", "random_dims")
 DEFAULT_METRICS = ("R@1", "R@10")
@@ -51,7 +52,11 @@ class EvaluatedRun:
 
 
 def compare_runs(
-    runs: Sequence[Path], metrics: Sequence[str] = DEFAULT_METRICS, out: Path | None = None, quiet: bool = False
+    runs: Sequence[Path],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    out: Path | None = None,
+    quiet: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Prints the scores of the runs on their common sets, and each run's paired difference to the first run.
 
@@ -60,29 +65,42 @@ def compare_runs(
         left out.
 
     Raises:
-        InputError: fewer than two runs, a folder without scores, no set in common, an unknown metric.
+        InputError: fewer than two runs, a folder without scores, no set in common, an unknown metric; `out` holds other
+            files, or a comparison with other settings and `force` is not given.
     """
     opened = _open(runs)
+    settings = {"runs": [str(run.folder) for run in opened], "metrics": [*metrics]}
+    if out is not None:
+        check_report_folder(out, "compare.json", ["index.html"], settings, force=force)
     first = opened[0]
     common = [name for name in first.sets if all(name in run.sets and run.retrieves(name) for run in opened)]
     if not common:
         have = "; ".join(f"{run.name}: {', '.join(run.sets)}" for run in opened)
         raise InputError(f"compare: the runs have no set in common ({have}); evaluate them on the same sets.")
-    _check_metrics(first, common[0], metrics)
+    known = next(iter(first.sets[common[0]]["dims"].values()))["text_to_image"]
+    for metric in metrics:
+        if metric not in known:
+            raise InputError(f"metric: {metric!r} is not among the scores of {first.folder}: {', '.join(known)}.")
+    unpaired = {name: why for name in common if (why := _why_unpaired(opened, name))}
     result = {
         "runs": [run.name for run in opened],
-        "sets": {name: _compare_set(opened, name, metrics) for name in common},
+        "sets": {name: _compare_set(opened, name, metrics, name not in unpaired) for name in common},
+        "settings": settings,
     }
     console = Console(quiet=quiet)
-    for set_name in common:
-        for direction in CROSS_MODAL:
-            by_dim = result["sets"][set_name][direction]
+    for name, by_direction in result["sets"].items():
+        print_line(console, f"{name}: {unpaired[name]}" if name in unpaired else None)
+        for direction, by_dim in by_direction.items():
             for metric in metrics:
-                console.print(_terminal_table(by_dim, opened, f"{set_name}, {ARROWS[direction]}", metric))
-    for name in (name for name in common if not _all_paired(opened, name)):
-        print_line(console, f"{name}: {_why_unpaired(opened, name)}")
+                title = f"{name}, {ARROWS[direction]} {metric}{'' if is_better_lower(metric) else ', %'}"
+                cells = [[dim, *(_as_text(of[metric].get(run.name, {}), metric) for run in opened)]
+                         for dim, of in by_dim.items()]  # fmt: skip
+                console.print(table(title, [["dim", *result["runs"]], *cells]))
+    if len(unpaired) < len(common):
+        note = "in brackets: difference to the first run in points, with its 95 % interval; * where p < 0.05"
+        print_line(console, note)
     if out is not None:
-        print_line(console, f"Written: {_write(out, opened, result, metrics)}")
+        print_line(console, f"Written: {_write(out, opened, result, metrics, unpaired)}")
     return result
 
 
@@ -99,7 +117,7 @@ def _open(folders: Sequence[Path]) -> list[EvaluatedRun]:
     for folder, path in zip(folders, resolved, strict=True):
         file = path / "retrieval.json"
         try:
-            result = json.loads(file.read_text())
+            result = parse_json(file.read_text())
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"compare: {folder} has no retrieval.json; evaluate it with mmrl eval MODEL SHARDS --out {folder}."
@@ -112,100 +130,65 @@ def _open(folders: Sequence[Path]) -> list[EvaluatedRun]:
     return runs
 
 
-def _check_metrics(run: EvaluatedRun, set_name: str, metrics: Sequence[str]) -> None:
-    known = next(iter(run.sets[set_name]["dims"].values()))["text_to_image"]
-    for metric in metrics:
-        if metric not in known:
-            raise InputError(f"metric: {metric!r} is not among the scores of {run.folder}: {', '.join(known)}.")
+def _why_unpaired(runs: Sequence[EvaluatedRun], set_name: str) -> str:
+    """Why the runs' queries of a set cannot be paired; empty if they can. Different samples come first: their scores
+    cannot be compared at all."""
+    sizes = {run.name: (run.sets[set_name]["num_images"], run.sets[set_name]["num_texts"]) for run in runs}
+    stored = [run.ranks[set_name] for run in runs if set_name in run.ranks]
+    queries = [[ranks[direction].query_Q for direction in CROSS_MODAL] for _, ranks in stored]
+    same = len({digest for digest, _ in stored}) < 2 and all(
+        torch.equal(a, b) for one in queries for a, b in zip(one, queries[0], strict=True)
+    )
+    if len(set(sizes.values())) > 1 or not same:
+        listed = "; ".join(
+            f"{name} on {images:,} images and {texts:,} texts" for name, (images, texts) in sizes.items()
+        )
+        return f"DIFFERENT SETS of this name, so the scores cannot be compared: {listed}."
+    without = [run.name for run in runs if set_name not in run.ranks]
+    return f"no intervals: {', '.join(without)} has no stored ranks; mmrl eval --out stores them." if without else ""
 
 
-def _compare_set(runs: Sequence[EvaluatedRun], set_name: str, metrics: Sequence[str]) -> dict[str, Any]:
-    """{direction: {dim: {metric: {run: {…}}}}}, the widest dim first."""
-    dims = sorted({int(dim) for run in runs for dim in run.sets[set_name]["dims"]}, reverse=True)
+def _compare_set(runs: Sequence[EvaluatedRun], name: str, metrics: Sequence[str], paired: bool) -> dict[str, Any]:
+    """{direction: {dim: {metric: {run: cell}}}}, the widest dim first."""
+    dims = sorted({int(dim) for run in runs for dim in run.sets[name]["dims"]}, reverse=True)
     found: dict[str, Any] = {}
     for direction in CROSS_MODAL:
-        pairs = _paired_ranks(runs, set_name, direction)
+        bootstrap = Bootstrap(runs[0].ranks[name][1][direction].item_Q) if paired else None
         found[direction] = {}
         for dim in dims:
+            scores = {run.name: run.sets[name]["dims"].get(str(dim)) for run in runs}
+            ranks = {run.name: run.ranks[name][1][direction].rank_of.get(dim) for run in runs} if paired else {}
             found[direction][str(dim)] = {
-                metric: _cells(runs, set_name, direction, dim, metric, pairs) for metric in metrics
+                metric: {
+                    run: {"value": of_run[direction][metric], **_statistics(ranks, run, metric, bootstrap)}
+                    for run, of_run in scores.items()
+                    if of_run is not None
+                }
+                for metric in metrics
             }
     return found
 
 
-def _cells(
-    runs: Sequence[EvaluatedRun], set_name: str, direction: str, dim: int, metric: str, pairs: "_PairedRanks | None"
+def _statistics(
+    ranks: Mapping[str, torch.Tensor | None], run: str, metric: str, bootstrap: Bootstrap | None
 ) -> dict[str, Any]:
-    cells = {}
-    for run in runs:
-        scores = run.sets[set_name]["dims"].get(str(dim))
-        if scores is None:
-            continue
-        cells[run.name] = {"value": scores[direction][metric]}
-        if pairs:
-            cells[run.name] |= pairs.statistics(run.name, dim, metric)
-    return cells
+    """The interval of a run's score at one dim, and its paired difference to the first run with interval and p-value;
+    empty if queries are not paired or the metric is not recall.
 
-
-@dataclass(frozen=True)
-class _PairedRanks:
-    """The ranks of the same queries in several runs."""
-
-    first: str
-    ranks: Mapping[str, StoredRanks]
-    bootstrap: Bootstrap
-
-    def statistics(self, name: str, dim: int, metric: str) -> dict[str, Any]:
-        """The interval of a run's score, and its paired difference to the first run with interval and p-value; empty if
-        the metric is not recall or the run lacks the dim."""
-        rank_Q, first_rank_Q = self.ranks[name].rank_of.get(dim), self.ranks[self.first].rank_of.get(dim)
-        if rank_Q is None or not metric.startswith("R@"):
-            return {}
-        k = int(metric[2:])
-        hit_Q = (rank_Q <= k).double()
-        interval = self.bootstrap.intervals(hit_Q[:, None])[0]
-        found: dict[str, Any] = {"low": interval.low, "high": interval.high}
-        if name != self.first and first_rank_Q is not None:
-            first_hit_Q = (first_rank_Q <= k).double()
-            found["lead"] = self.bootstrap.difference(hit_Q, first_hit_Q).as_json()
-            found["p"] = self.bootstrap.paired_p(hit_Q, first_hit_Q)
-        return found
-
-
-def _all_paired(runs: Sequence[EvaluatedRun], set_name: str) -> bool:
-    return all(set_name in run.ranks for run in runs) and len({run.ranks[set_name][0] for run in runs}) == 1
-
-
-def _why_unpaired(runs: Sequence[EvaluatedRun], set_name: str) -> str:
-    without = [run.name for run in runs if set_name not in run.ranks]
-    if without:
-        return f"no intervals: {', '.join(without)} has no stored ranks; mmrl eval --out stores them."
-    return "no intervals: the runs were not evaluated on the same samples and captions."
-
-
-def _paired_ranks(runs: Sequence[EvaluatedRun], set_name: str, direction: str) -> _PairedRanks | None:
-    if not _all_paired(runs, set_name):
-        return None
-    ranks = {run.name: run.ranks[set_name][1][direction] for run in runs}
-    first = ranks[runs[0].name]
-    if any(not torch.equal(one.query_Q, first.query_Q) for one in ranks.values()):
-        return None
-    return _PairedRanks(runs[0].name, ranks, Bootstrap(first.item_Q))
-
-
-def _terminal_table(by_dim: Mapping[str, Any], runs: Sequence[EvaluatedRun], title: str, metric: str) -> Table:
-    shown = Table(title=f"{title} {metric}{'' if is_better_lower(metric) else ', %'}")
-    shown.add_column("dim", justify="right")
-    for run in runs:
-        shown.add_column(run.name, justify="right", overflow="fold")
-    is_paired = False
-    for dim, of_metric in by_dim.items():
-        cells = [of_metric[metric].get(run.name, {}) for run in runs]
-        shown.add_row(dim, *(_as_text(cell, metric) for cell in cells))
-        is_paired |= any("lead" in cell for cell in cells)
-    if is_paired:
-        shown.caption = "in brackets: difference to the first run in points, with its 95 % interval; * where p < 0.05"
-    return shown
+    Args:
+        ranks: {run: rank_Q}, None for a run without the dim.
+    """
+    rank_Q, (first, first_rank_Q) = ranks.get(run), next(iter(ranks.items()), ("", None))
+    if bootstrap is None or rank_Q is None or not metric.startswith("R@"):
+        return {}
+    hit_Q = (rank_Q <= int(metric[2:])).double()
+    interval = bootstrap.intervals(hit_Q[:, None])[0]
+    found: dict[str, Any] = {"low": interval.low, "high": interval.high}
+    if run != first and first_rank_Q is not None:
+        first_hit_Q = (first_rank_Q <= int(metric[2:])).double()
+        found["lead"] = bootstrap.difference(hit_Q, first_hit_Q).as_json()
+        found["p"] = bootstrap.paired_p(hit_Q, first_hit_Q)
+    return found
 
 
 def _as_text(cell: Mapping[str, Any], metric: str) -> str:
@@ -216,7 +199,13 @@ def _as_text(cell: Mapping[str, Any], metric: str) -> str:
     return f"{format_score(cell['value'], metric)} ({lead}; {low} to {high}){'*' if tone_of(cell) else ''}"
 
 
-def _write(out: Path, runs: Sequence[EvaluatedRun], result: Mapping[str, Any], metrics: Sequence[str]) -> Path:
+def _write(
+    out: Path,
+    runs: Sequence[EvaluatedRun],
+    result: Mapping[str, Any],
+    metrics: Sequence[str],
+    unpaired: Mapping[str, str],
+) -> Path:
     """Writes OUT/index.html and compare.json; returns the page's path."""
     write_atomic(out / "compare.json", json.dumps(result, indent=2) + "\n")
 
@@ -236,7 +225,7 @@ def _write(out: Path, runs: Sequence[EvaluatedRun], result: Mapping[str, Any], m
         names=result["runs"],
         metrics=metrics,
         folders={run.name: run.folder for run in runs},
-        unpaired={name: _why_unpaired(runs, name) for name in result["sets"] if not _all_paired(runs, name)},
+        unpaired=unpaired,
         is_rank=is_better_lower,
         plot=plot,
     )

@@ -15,9 +15,10 @@ from torch import Tensor
 from mmrl.data.samples import BadSample
 from mmrl.data.sequential import ImageReader
 from mmrl.evaluate.analysis.task import Task
-from mmrl.evaluate.ranking.ranks import nearest
+from mmrl.evaluate.ranking.ranks import top_k
 from mmrl.evaluate.sets import Embedded
 from mmrl.images.decode import to_pil
+from mmrl.nesting import truncate
 
 SHOWN = 5
 _THUMBNAIL_SIDE, _QUALITY = 112, 78
@@ -79,9 +80,9 @@ def choose_examples(
 
 
 def _results(task: Task, row: int, dim: int, rank: int) -> ResultList:
-    rows, _ = nearest(task.query_QD[row : row + 1], task.gallery_GD, dim, SHOWN)
-    group = task.query_group_Q[row]
-    return ResultList(dim, rank, [(image, bool(task.gallery_group_G[image] == group)) for image in rows[0].tolist()])
+    score_1G = truncate(task.query_QD[row : row + 1], dim) @ truncate(task.gallery_GD, dim).T
+    images, group = top_k(score_1G.numpy(), SHOWN)[0][0].tolist(), task.query_group_Q[row]
+    return ResultList(dim, rank, [(image, bool(task.gallery_group_G[image] == group)) for image in images])
 
 
 def thumbnails(reader: ImageReader, embedded: Embedded, rows: Iterable[int]) -> dict[int, str]:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ PRECISION_COLOURS = {
 _MARKERS = {"fp32": "o", "fp16": "s", "int8": "D", "sq8": "d", "binary": "^", "pq": "P"}
 _WIDTH, _HEIGHT = 5.0, 3.5  # inches; 360 pt is the width of a phone
 _TEXT = 11
-_RECALL_COLOURS = ("#1b6ca8", "#2a9d6f", "#c8553d", "#7b4fa6", "#94741b")
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ class Curve:
 
 
 @contextmanager
-def _figure(height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
-    """A figure with one pair of axes, in the light theme's colours."""
+def _figure(height: float, titles: Sequence[str] = ("",)) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with one pair of axes per title, in the light theme's colours."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,6 +71,7 @@ def _figure(height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
+        "axes.titlesize": _TEXT,
         "xtick.color": line,
         "ytick.color": line,
         "xtick.labelcolor": faint,
@@ -80,13 +79,16 @@ def _figure(height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
         "grid.color": line,
         "legend.frameon": False,
         "legend.labelcolor": ink,
+        "legend.fontsize": _TEXT - 1,
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(_WIDTH * len(titles), height), layout="constrained", dpi=110)
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.grid(linewidth=0.8)
-        yield figure, axes
+        panels = [figure.add_subplot(1, len(titles), number) for number in range(1, len(titles) + 1)]
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set_title(title)
+            axes.grid(linewidth=0.8)
+        yield figure, panels
 
 
 def recall_by_dim(
@@ -96,55 +98,57 @@ def recall_by_dim(
 
     `name` makes its element ids unique on the page.
     """
-    with _figure() as (figure, axes):
-        dims = sorted({int(dim) for curve in curves for dim in curve.scores})
-        for index, curve in reversed(list(enumerate(curves))):
-            x = sorted(int(dim) for dim in curve.scores)
-            values, lows, highs = ([100 * curve.scores[str(dim)][key] for dim in x] for key in ("value", "low", "high"))
-            colour = COLOURS[curve.colour][0]
-            dash = "--" if curve.dashed else "-"
-            width, size = (2.2, 5) if index == 0 else (1.4, 3.5)
-            axes.fill_between(x, lows, highs, color=colour, alpha=0.16 if index == 0 else 0.08, linewidth=0)
-            axes.plot(x, values, dash, color=colour, linewidth=width, marker="o", markersize=size, label=curve.name)
-        if chance is not None:
-            axes.axhline(100 * chance, color=COLOURS["faint"][0], linestyle=":", linewidth=1.2, label="chance")
-        _label_axes(axes, dims, "dim: length of the prefix", f"{metric}, %")
-        if legend:
-            handles, labels = axes.get_legend_handles_labels()
-            axes.legend(handles[::-1], labels[::-1], fontsize=_TEXT - 1, loc="lower right")
+    with _figure(_HEIGHT) as (figure, (axes,)):
+        _draw_by_dim(axes, curves, [] if chance is None else [chance], f"{metric}, %", legend)
         return _as_svg(figure, name)
+
+
+def _draw_by_dim(
+    axes: Any, curves: Sequence[Curve], chances: Sequence[float], y_label: str, legend: bool = True
+) -> None:
+    """Curves over the dim, the first on top, and a dotted line for each of `chances`."""
+    for curve in reversed(curves):
+        x = sorted(int(dim) for dim in curve.scores)
+        values, lows, highs = ([100 * curve.scores[str(dim)][key] for dim in x] for key in ("value", "low", "high"))
+        colour, dash = COLOURS[curve.colour][0], "--" if curve.dashed else "-"
+        width, size = (1.4, 3.5) if curve.dashed else (2.2, 5)
+        axes.fill_between(x, lows, highs, color=colour, alpha=0.08 if curve.dashed else 0.16, linewidth=0)
+        axes.plot(x, values, dash, color=colour, linewidth=width, marker="o", markersize=size, label=curve.name)
+    for number, chance in enumerate(chances):
+        label = "_" if number else "chance"
+        axes.axhline(100 * chance, color=COLOURS["faint"][0], linestyle=":", linewidth=1.2, label=label)
+    dims = sorted({int(dim) for curve in curves for dim in curve.scores})
+    _label_axes(axes, dims, "dim: length of the prefix", y_label)
+    if legend:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], loc="lower right")
 
 
 def bytes_against_recall(compression: Mapping[str, Any], budget_line: float, name: str = "bytes") -> str:
     """SVG of recall against bytes: every one-stage option as a mark, the front of one-stage search as a line, that of
     two-stage search dashed with hollow marks."""
     options, metric = compression["options"], compression["metric"]
-    with _figure(4.0) as (figure, axes):
+    colour_of = {precision: COLOURS[name][0] for precision, name in PRECISION_COLOURS.items()}
+
+    def spots(chosen: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+        return [o["bytes"] for o in chosen], [100 * o["recall"]["value"] for o in chosen]
+
+    with _figure(4.0) as (figure, (axes,)):
         for precision, marker in _MARKERS.items():
-            colour = COLOURS[PRECISION_COLOURS[precision]][0]
             single = [o for o in options if o["precision"] == precision and not o["candidates"]]
             if single:
-                spots = [o["bytes"] for o in single], [100 * o["recall"]["value"] for o in single]
-                axes.scatter(*spots, marker=marker, s=34, color=colour, linewidths=0, label=precision, zorder=3)
-        for staged, dash, label in ((False, "-", "front, one stage"), (True, "--", "front, two stages")):
-            front = sorted(
-                (o["bytes"], 100 * o["recall"]["value"], str(o["dim"]), o["precision"])
-                for o in options
-                if o["front"] and bool(o["candidates"]) == staged
-            )
-            if not front:
-                continue
-            x, y, dims, precisions = zip(*front, strict=True)
-            shade = COLOURS["ink" if not staged else "faint"][0]
-            axes.plot(x, y, dash, color=shade, linewidth=1.2, label=label, zorder=2)
-            if staged:
-                edges = [COLOURS[PRECISION_COLOURS[p]][0] for p in precisions]
-                axes.scatter(x, y, s=30, facecolors="none", edgecolors=edges, linewidths=1.2, zorder=2)
-                continue
-            for spot in zip(x, y, dims, strict=True):
-                axes.annotate(
-                    spot[2], spot[:2], xytext=(3, -11), textcoords="offset points", fontsize=8, color=COLOURS["ink"][0]
-                )
+                style = {"marker": marker, "s": 34, "color": colour_of[precision], "linewidths": 0, "zorder": 3}
+                axes.scatter(*spots(single), label=precision, **style)
+        front = sorted((o for o in options if o["front"]), key=lambda o: o["bytes"])
+        single, staged = ([o for o in front if bool(o["candidates"]) == wanted] for wanted in (False, True))
+        axes.plot(*spots(single), "-", color=COLOURS["ink"][0], linewidth=1.2, label="front, one stage", zorder=2)
+        for option, *spot in zip(single, *spots(single), strict=True):
+            placed = {"xytext": (3, -11), "textcoords": "offset points", "fontsize": 8, "color": COLOURS["ink"][0]}
+            axes.annotate(str(option["dim"]), spot, **placed)
+        if staged:
+            axes.plot(*spots(staged), "--", color=COLOURS["faint"][0], linewidth=1.2, label="front, two stages")
+            edges = [colour_of[o["precision"]] for o in staged]
+            axes.scatter(*spots(staged), s=30, facecolors="none", edgecolors=edges, linewidths=1.2, zorder=2)
         axes.axhline(
             100 * budget_line, color=COLOURS["good"][0], linestyle=":", linewidth=1.3, label="limit of the budget"
         )
@@ -168,33 +172,28 @@ def _label_axes(axes: Any, ticks: Sequence[int], x_label: str, y_label: str) -> 
 def save_recall_png(path: Path, scores_of_set: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes a PNG with one panel per set: recall by dim on a logarithmic axis, both directions, chance dotted; of a
     classification set, zero-shot accuracy."""
-    with _panels(path, list(scores_of_set)) as panels:
+    titles = [f"{name} ({result['num_images']:,} images)" for name, result in scores_of_set.items()]
+    with _figure(4.0, titles) as (figure, panels):
         for axes, result in zip(panels, scores_of_set.values(), strict=True):
-            _recall_panel(axes, result)
+            ways, metrics = _shown(result)
+            curves = []
+            for way in ways:
+                for metric, colour in zip(metrics[::-1], ("model", "other", "pca", "best_dims"), strict=False):
+                    values = {dim: float(of_dim[way][metric]) for dim, of_dim in result["dims"].items()}
+                    scores = {dim: {"value": value, "low": value, "high": value} for dim, value in values.items()}
+                    curves.append(
+                        Curve(f"{ARROWS.get(way, '')} {metric}".strip(), colour, scores, dashed=way != ways[0])
+                    )
+            chances = [result["chance"][ways[-1]][metric] for metric in metrics]
+            _draw_by_dim(axes, curves, chances, "zero-shot accuracy, %" if is_classification(result) else "recall, %")
+        figure.savefig(path)
 
 
-def _recall_panel(axes: Any, result: Mapping[str, Any]) -> None:
-    dims = [int(dim) for dim in result["dims"]]
-    labelled = is_classification(result)
-    dash_of = {CLASSIFICATION: "-"} if labelled else dict(zip(CROSS_MODAL, ("-", "--"), strict=True))
-    for direction, dash in dash_of.items():
-        by_chance = result["chance"][direction]
-        metrics = ("top1", "top5") if labelled else tuple(by_chance)  # mean_per_class would cover top1
-        for metric, colour in zip(metrics, cycle(_RECALL_COLOURS), strict=False):
-            values = [100 * result["dims"][str(dim)][direction][metric] for dim in dims]
-            axes.plot(dims, values, dash, color=colour, marker="o", markersize=4)
-            if direction != list(dash_of)[-1]:
-                continue
-            axes.axhline(100 * by_chance[metric], color=colour, linestyle=":", linewidth=1)
-            offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(metric, (dims[0], values[0]), color=colour, **offset)
-    _label_axes(axes, dims, "dim: length of the prefix", "zero-shot accuracy, %" if labelled else "recall, %")
-    axes.set_xlim(min(dims) * 0.85, max(dims) * 1.6)
-    axes.set_title(f"{axes.get_title()} ({result['num_images']:,} images)", fontsize=10)
-    for direction, dash in dash_of.items():
-        axes.plot([], [], f"k{dash}", label=ARROWS.get(direction, "accuracy"))
-    axes.plot([], [], "k:", label="chance")
-    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
+def _shown(result: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str]]:
+    """What is plotted of a set: directions and metrics, the most telling metric last."""
+    if is_classification(result):
+        return (CLASSIFICATION,), ("top5", "top1")
+    return CROSS_MODAL, tuple(result["chance"][CROSS_MODAL[0]])
 
 
 def save_steps_png(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
@@ -207,39 +206,20 @@ def save_steps_png(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None
     import matplotlib as mpl
 
     last = evaluations[-1]["sets"]
-    with _panels(path, list(last)) as panels:
+    with _figure(4.0, list(last)) as (figure, panels):
         for axes, (name, result) in zip(panels, last.items(), strict=True):
             history = [(one["step"], one["sets"][name]["dims"]) for one in evaluations if name in one["sets"]]
-            labelled = is_classification(result)
-            ways, metric = ((CLASSIFICATION,), "top1") if labelled else (CROSS_MODAL, "R@10")
-            dims = list(result["dims"])
-            for index, dim in enumerate(dims):
+            ways, (*_, metric) = _shown(result)
+            for index, dim in enumerate(result["dims"]):
                 curve = [(step, by_dim[dim]) for step, by_dim in history if dim in by_dim]
                 values = [100 * sum(scores[way][metric] for way in ways) / len(ways) for _, scores in curve]
-                colour = mpl.colormaps["viridis"](0.9 * index / max(1, len(dims) - 1))
-                steps = [step for step, _ in curve]
-                axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=3, label=f"{dim}-d")
+                colour = mpl.colormaps["viridis"](0.9 * index / max(1, len(result["dims"]) - 1))
+                axes.plot([step for step, _ in curve], values, ".-", color=colour, linewidth=1.4, label=f"{dim}-d")
             axes.set_xlabel("step")
-            axes.set_ylabel("zero-shot accuracy, %" if labelled else "R@10, mean of both directions, %")
-            axes.legend(fontsize=8, loc="lower right")
-
-
-@contextmanager
-def _panels(path: Path, titles: Sequence[str]) -> Iterator[list[Any]]:
-    """A row of axes with these titles, written to a PNG at the end. Their y axis starts at 0."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(titles), 4), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(1, len(titles), number) for number in range(1, len(titles) + 1)]
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.25)
-    yield panels
-    for axes in panels:
-        axes.set_ylim(0, None)
-    figure.savefig(path)
+            axes.set_ylabel(f"{metric}{', mean of both directions' if len(ways) > 1 else ''}, %")
+            axes.set_ylim(0, None)
+            axes.legend(loc="lower right")
+        figure.savefig(path)
 
 
 def _as_svg(figure: Any, name: str) -> str:

@@ -8,6 +8,7 @@ metadata: {SET: a digest of its samples and captions}; runs with the same digest
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +64,13 @@ def read_ranks(folder: Path) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
     path = folder / RANKS_FILE
     if not path.is_file():
         return {}
-    result: dict[str, tuple[str, dict[str, StoredRanks]]] = {}
-    tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
+    tensors: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(path, "pt") as file:
             result = {name: (set_digest, {}) for name, set_digest in (file.metadata() or {}).items()}
             for name in list(file.keys()):
                 set_name, direction, kind = name.rsplit("/", 2)
-                tensors.setdefault((set_name, direction), {})[kind] = file.get_tensor(name)
+                tensors[set_name, direction][kind] = file.get_tensor(name)
         for (set_name, direction), one in tensors.items():
             query_Q, item_Q = one.pop("query"), one.pop("item")
             rank_of = {int(dim): rank_Q.double() for dim, rank_Q in one.items()}

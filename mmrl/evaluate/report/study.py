@@ -2,17 +2,19 @@
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from mmrl.data.index import printable
 from mmrl.data.sequential import ImageReader
 from mmrl.distributed import comm
 from mmrl.errors import InputError
 from mmrl.evaluate import sets
-from mmrl.evaluate.analysis.advice import Budget, parse_budget, parse_count, summarise, summarise_other_direction
+from mmrl.evaluate.analysis.advice import Budget, advice_lines, parse_budget, parse_count
 from mmrl.evaluate.analysis.baselines import NAMES
 from mmrl.evaluate.analysis.run import STEPS, Analysis, analyse
 from mmrl.evaluate.directions import is_classification
@@ -67,6 +69,7 @@ class Study:
     def analyse_set(
         self,
         name: str,
+        shards: str,
         reader: ImageReader,
         embedded: Embedded,
         result: dict[str, Any],
@@ -84,15 +87,15 @@ class Study:
         analysis = analyse(embedded, self.dims, self.budget, self.vectors, others, on_step)
         result["analysis"] = analysis.json
         self.analysed[name] = embedded, analysis
-        self.reports.append(build_set_report(name, result, analysis, embedded, reader))
+        report = build_set_report(name, result, analysis, embedded, reader)
+        self.reports.append(replace(report, shards=printable(shards)))
 
     def print_advice(self, console: Console) -> None:
-        """Prints the advice for each set."""
+        """Prints the advice for each set, in two lines."""
         for report in self.reports:
-            summary, budget = summarise(report.analysis["advice"]), self.budget.label
-            print_line(console, f"{report.name}, budget: lose at most {budget}: {summary.headline}", style="bold")
-            for line in (summary.evidence, *summary.others, summarise_other_direction(report.analysis)):
-                print_line(console, f"  {line}")
+            recommended, confirmed = advice_lines(report.analysis["advice"])
+            print_line(console, f"{report.name}: {recommended}", style="bold")
+            print_line(console, f"{report.name}, {confirmed}")
 
     def write_report(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Path | None:
         """Writes the report of all sets in `results`; returns the page's path, or None if no set was analysed."""
@@ -104,7 +107,7 @@ class Study:
         write_ranks(folder, self.analysed)
         labelled = {name: one for name, one in results.items() if is_classification(one)}
         page = folder / "index.html"
-        write_atomic(page, render_page(f"{self.model} at every dim", self.reports, labelled, self._about()))
+        write_atomic(page, render_page(self.model, self.reports, labelled, self._about()))
         return page
 
     def _about(self) -> dict[str, str]:

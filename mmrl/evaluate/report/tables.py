@@ -1,56 +1,97 @@
 """Tables of an evaluation's scores, for the terminal and for Markdown: retrieval, classification, degraded images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL, is_classification
+from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL, DIRECTIONS, SAME_MODAL, is_classification
+
+_FEW_QUERIES = 500
 
 
-def result_tables(name: str, result: Mapping[str, Any]) -> list[Table]:
-    """The terminal tables of one set's entry in retrieval.json."""
-    counts = _counts(result)
-    if is_classification(result):
-        header, *body, by_chance = accuracy_rows(result)
-        return [_table(f"{name}: {counts}; accuracy in %", header, body, by_chance)]
-    if "folds" in result:
-        counts += f", mean of {result['folds']} folds"
-    directions = list(result["chance"])
-    # Two directions per table: more columns do not fit into a terminal.
-    pairs = [directions[start : start + 2] for start in range(0, len(directions), 2)]
-    tables = [_recall_table(f"{name}: {counts}; recall in %", result, pair) for pair in pairs]
-    if "degraded" in result:
-        header, *body = degraded_rows(result["degraded"])
-        count = f"{result['degraded']['num_queries']:,}"
-        tables.append(_table(f"{name}: {count} degraded images as queries for their originals; R@1 in %", header, body))
+def all_tables(results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """The terminal tables of {set: its entry in retrieval.json}."""
+    tables = []
+    for name, result in results.items():
+        directions = list(result["chance"])
+        # Two directions per table: more columns do not fit into a terminal.
+        pairs = [directions[start : start + 2] for start in range(0, len(directions), 2)]
+        tables += [table(f"{name}: {_counts(result)}", score_rows(result, pair)) for pair in pairs]
+        if "degraded" in result:
+            count = f"{result['degraded']['num_queries']:,}"
+            title = f"{name}: {count} degraded images as queries for their originals; R@1 in %"
+            tables.append(table(title, degraded_rows(result["degraded"])))
     return tables
+
+
+def brief_tables(results: Mapping[str, Mapping[str, Any]]) -> list[Table | str]:
+    """What fits on a screen: the main table of the first set at three dims, and a line for each other set."""
+    (name, first), *others = results.items()
+    dims = sorted(int(dim) for dim in first["dims"])
+    advised = first["analysis"]["advice"]["smallest"]["dim"] if "analysis" in first else 0
+    three = {dims[0], advised if advised in dims[1:-1] else dims[len(dims) // 2], dims[-1]}
+    lines = [f"{name}: {one_line(result)}" for name, result in others]
+    return [table(f"{name}: {_counts(first)}", score_rows(first, dims=three)), *lines]
 
 
 def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
     """A Markdown section with one set's table, for report.md and model cards: recall of both cross-modal directions, or
     zero-shot accuracy."""
-    labelled = is_classification(result)
-    header, *body = accuracy_rows(result) if labelled else _recall_rows(result, CROSS_MODAL)
-    counts = f"{_counts(result)}; {'zero-shot accuracy' if labelled else 'recall'} in %."
-    return f"### {name}\n\n{counts}\n\n{markdown_table([header, ['---:'] * len(header), *body])}\n"
+    header, *body = score_rows(result)
+    notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in score_notes(result, CROSS_MODAL))
+    rows = markdown_table([header, ["---:"] * len(header), *body])
+    return f"### {name}\n\n{_counts(result)}.\n\n{rows}\n{notes}"
 
 
 def one_line(result: Mapping[str, Any]) -> str:
     """One set's R@10 of text→image, or zero-shot accuracy, at every dim, in %, and the number of bad samples."""
     direction, metric = (CLASSIFICATION, "top1") if is_classification(result) else ("text_to_image", "R@10")
-    label = "zero-shot accuracy" if is_classification(result) else f"{ARROWS[direction]} {metric}"
     values = "  ".join(f"{dim}d {100 * scores[direction][metric]:.1f}" for dim, scores in result["dims"].items())
-    return f"{label}: {values}" + (f"  ({result['num_bad']:,} bad samples left out)" if result["num_bad"] else "")
+    bad = f"  ({result['num_bad']:,} bad samples left out)" if result["num_bad"] else ""
+    label = "zero-shot accuracy" if direction == CLASSIFICATION else f"{ARROWS[direction]} {metric}"
+    return f"{label}: {values}{bad}"
 
 
-def ceiling_note(result: Mapping[str, Any]) -> str:
-    """A sentence on the R@1 that equal captions leave to any model; empty if they leave all."""
-    shares = {ARROWS[one]: scores["R@1"] for one, scores in result.get("ceiling", {}).items() if scores["R@1"] < 1}
-    if not shares:
-        return ""
-    values = ", ".join(f"{arrow} {100 * share:.1f} %" for arrow, share in shares.items())
-    return f"no model can exceed an R@1 of {values}, because items without a common group have equal captions."
+def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTIONS) -> list[str]:
+    """Why scores of a set in these directions look odd, where they do: equal captions, few queries, a prefix above the
+    full vector."""
+    if is_classification(result):
+        return []
+    notes = []
+    limits = {way: shares for way, shares in result.get("ceiling", {}).items() if min(shares.values()) < 1}
+    if limits:
+        values = "; ".join(
+            f"{ARROWS[way]} {', '.join(f'{k} {100 * share:.1f} %' for k, share in shares.items())}"
+            for way, shares in limits.items()
+        )
+        notes.append(f"items of different groups have equal captions, so no model can exceed {values}")
+    for way, count in result.get("num_queries", {}).items():
+        if way in SAME_MODAL and way in directions and count < _FEW_QUERIES:
+            notes.append(
+                f"{ARROWS[way]} has {count:,} queries only, and each of them is {100 / count:.1f} % of the scores"
+            )
+    for way in CROSS_MODAL if set(CROSS_MODAL) <= set(result["chance"]) else ():
+        recall_of = {dim: scores[way]["R@10"] for dim, scores in result["dims"].items()}
+        full, best = max(recall_of, key=int), max(recall_of, key=lambda dim: recall_of[dim])
+        if recall_of[best] > recall_of[full]:
+            lead = 100 * (recall_of[best] - recall_of[full])
+            notes.append(
+                f"{ARROWS[way]} R@10 of {best}-d is {lead:.1f} points above {full}-d: {_why(result, way, best)}"
+            )
+    return notes
+
+
+def _why(result: Mapping[str, Any], way: str, dim: str) -> str:
+    """Why a prefix has a higher R@10 than the full vector: by chance, if its paired interval contains 0."""
+    analysis = result.get("analysis")
+    if analysis is None or analysis["advice"]["budget"]["metric"] != "R@10":
+        return "mmrl eval --out tests whether by chance"
+    lead = analysis["paired"][way]["full"][dim]["lead"]
+    interval = f"{100 * lead['low']:.1f} to {100 * lead['high']:.1f} at 95 %".replace("-", "−")
+    if lead["low"] <= 0:
+        return f"that may be chance ({interval})"
+    return f"the later dims hold more noise than signal for these queries ({interval})"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -58,38 +99,35 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _recall_rows(result: Mapping[str, Any], directions: Sequence[str]) -> list[list[str]]:
-    """Header, one row per dim from the widest, and chance; recall in %."""
-    ks = list(result["chance"][directions[0]])
+def score_rows(
+    result: Mapping[str, Any], directions: Sequence[str] | None = None, dims: Collection[int] | None = None
+) -> list[list[str]]:
+    """Recall or accuracy in %: a header, one row per dim from the widest, chance, and the limit that equal captions
+    set, where they do."""
+    directions = directions or _main_directions(result)
+    metrics = list(result["chance"][directions[0]])
+    rows = {dim: scores for dim, scores in result["dims"].items() if dims is None or int(dim) in dims}
+    rows["chance"] = result["chance"]
+    ceiling = result.get("ceiling", {})
+    if any(share < 1 for way in directions for share in ceiling.get(way, {}).values()):
+        rows["limit"] = ceiling
+    columns = [(way, metric) for way in directions for metric in metrics]
 
     def cells(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-        return [f"{100 * scores[direction][k]:.1f}" for direction in directions for k in ks]
+        return [f"{100 * scores[way][k]:.1f}" if k in scores.get(way, {}) else "" for way, k in columns]
 
-    header = ["dim", *(f"{ARROWS[direction]} {k}" for direction in directions for k in ks)]
-    body = [[dim, *cells(scores)] for dim, scores in result["dims"].items()]
-    return [header, *body, ["chance", *cells(result["chance"])]]
-
-
-def _recall_table(title: str, result: Mapping[str, Any], directions: Sequence[str]) -> Table:
-    header, *body, by_chance = _recall_rows(result, directions)
-    # Headings of three lines, so that six columns fit into a terminal.
-    header = [column.replace("→", "→\n").replace(" ", "\n") for column in header]
-    return _table(title, header, body, by_chance)
+    header = ["dim", *(f"{ARROWS.get(way, '')} {metric.replace('_', ' ')}".strip() for way, metric in columns)]
+    return [header, *([label, *cells(scores)] for label, scores in rows.items())]
 
 
-def accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Header, one row per dim from the widest, and chance; accuracy in %."""
-    metrics = list(result["chance"][CLASSIFICATION])
-    rows = [
-        [label, *(f"{100 * scores[CLASSIFICATION][metric]:.1f}" for metric in metrics)]
-        for label, scores in (*result["dims"].items(), ("chance", result["chance"]))
-    ]
-    return [["dim", *(metric.replace("_", " ") for metric in metrics)], *rows]
+def _main_directions(result: Mapping[str, Any]) -> Sequence[str]:
+    return [CLASSIFICATION] if is_classification(result) else CROSS_MODAL
 
 
 def _counts(result: Mapping[str, Any]) -> str:
-    others = "classes" if is_classification(result) else "texts"
-    return f"{result['num_images']:,} images, {result[f'num_{others}']:,} {others}"
+    items, scores = ("classes", "zero-shot accuracy") if is_classification(result) else ("texts", "recall")
+    folds = f", mean of {result['folds']} folds" if "folds" in result else ""
+    return f"{result['num_images']:,} images, {result[f'num_{items}']:,} {items}{folds}; {scores} in %"
 
 
 def degraded_rows(degraded: Mapping[str, Any]) -> list[list[str]]:
@@ -104,13 +142,14 @@ def degraded_rows(degraded: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[str] | None = None) -> Table:
+def table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """A terminal table of a header and rows of text; rows that are no scores, such as chance, are dim."""
     shown = Table(title=title, min_width=min(len(title), 78))  # otherwise the title of a narrow table is wrapped
-    for head in heads:
-        shown.add_column(head, justify="right")
-    for row in rows:
-        shown.add_row(*row)
-    if last is not None:
-        shown.add_section()
-        shown.add_row(*last, style="dim")
+    for head in rows[0]:
+        # Headings of three lines, so that six columns fit into a terminal.
+        shown.add_column(head.replace("→", "→\n").replace(" ", "\n"), justify="right", overflow="fold")
+    for row in rows[1:]:
+        if row[0] == "chance":
+            shown.add_section()
+        shown.add_row(*row, style="dim" if row[0] in ("chance", "limit") else None)
     return shown

@@ -4,21 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mmrl.errors import InputError, did_you_mean
 from mmrl.export.contract import Reopened
 from mmrl.model.bundle import Bundle
-
-_MODULE_OF = {
-    "bundle": "bundle",
-    "open_clip": "open_clip",
-    "onnx": "onnx",
-    "openvino": "openvino",
-    "sentence_transformers": "sentence_transformers",
-    "transformers": "transformers",
-    "transformers.js": "transformers_js",
-}
+from mmrl.model.manifest import Layout
 
 
 @dataclass(frozen=True)
@@ -44,8 +35,6 @@ class Format:
     """Opens a written folder (one variant of it) with the tool that it is for."""
     tolerance: float
     """Maximum absolute difference of an embedding on equal inputs: the rounding of float32 sums in another order."""
-    usage: str
-    """Python (or JavaScript) that loads FOLDER, for the model card."""
     library: str
     """The model card's library_name."""
     needs: tuple[str, ...] = ()
@@ -60,6 +49,7 @@ def get_format(name: str) -> Format:
     Raises:
         InputError: an unknown name.
     """
-    if name not in _MODULE_OF:
-        raise InputError(f"format: {name!r} is unknown.{did_you_mean(name, _MODULE_OF)}")
-    return import_module(f"mmrl.export.formats.{_MODULE_OF[name]}").FORMAT
+    names = get_args(Layout)
+    if name not in names:
+        raise InputError(f"format: {name!r} is unknown.{did_you_mean(name, names)}")
+    return import_module(f"mmrl.export.formats.{name.replace('.', '_')}").FORMAT

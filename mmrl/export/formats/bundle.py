@@ -4,10 +4,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
 from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Format, Truncated
 from mmrl.images.upright import upright
@@ -22,25 +18,15 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
 
 def _reopen(folder: Path, variant: str | None) -> Reopened:
     opened = bundle.load(folder)
-
-    @torch.inference_mode()
-    def pixels(pixels_BCHW: torch.Tensor) -> np.ndarray:
-        return opened.model.encode_image(pixels_BCHW).numpy()
-
-    @torch.inference_mode()
-    def tokens(tokens_BL: torch.Tensor) -> np.ndarray:
-        return opened.model.encode_text(tokens_BL).numpy()
-
-    def images(images: list[Image.Image]) -> np.ndarray:
-        return pixels(torch.stack([opened.image_spec.pixels(upright(image)) for image in images]))
-
-    def token_ids(texts: list[str]) -> list[list[int]]:
-        return opened.tokenise(texts).tolist()
-
-    def texts(texts: list[str]) -> np.ndarray:
-        return tokens(opened.tokenise(texts))
-
-    return Reopened(f"mmrl {__version__}", pixels, tokens, images, texts, token_ids)
+    model, spec = opened.model, opened.image_spec
+    return Reopened.of_torch(
+        f"mmrl {__version__}",
+        model.encode_image,
+        model.encode_text,
+        normalise=lambda pixels_BCHW: pixels_BCHW,  # the model normalises them itself
+        prepare=lambda image: spec.pixels(upright(image)),
+        tokenise=opened.tokenise,
+    )
 
 
 def _check(full: Bundle) -> None:
@@ -53,12 +39,5 @@ FORMAT = Format(
     write=_write,
     reopen=_reopen,
     tolerance=1e-6,
-    usage="""```python
-import mmrl
-
-encoder = mmrl.load("FOLDER")
-vectors = encoder.encode_texts(["a red shoe"])  # images: encoder.encode_images(["shoe.jpg"])
-```
-""",
     library="mmrl",
 )

@@ -27,52 +27,38 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
         modality: {"fp32": f"{modality}.onnx", **{variant: f"{modality}.{variant}.onnx" for variant in variants}}
         for modality in ("image", "text")
     }
-    inputs = ("pixels", "input_ids")
-    return write_graphs(truncated, folder, files, raw=True, inputs=inputs, external=True, dim_input=True)
+    return write_graphs(truncated, folder, files, raw=True, dim_input=True)
 
 
 def write_encoder(folder: Path) -> None:
-    """Writes FOLDER/encoder.py: standalone.py with upright.py in place of its import."""
+    """Writes FOLDER/encoder.py: standalone.py with upright.py and ValueError in place of its imports from mmrl."""
     source = (_PACKAGE / "inference" / "standalone.py").read_text()
-    before, line, after = re.split(r"^(from mmrl\.images\.upright import .*\n)", source, flags=re.MULTILINE)
-    assert line
-    (folder / "encoder.py").write_text(before + (_PACKAGE / "images" / "upright.py").read_text() + after)
+    before, _, after = re.split(r"^(from mmrl\.errors .*\nfrom mmrl\.images\.upright .*\n)", source, flags=re.MULTILINE)
+    upright = (_PACKAGE / "images" / "upright.py").read_text()
+    (folder / "encoder.py").write_text(f"{before}InputError = ValueError\n{upright}{after}")
 
 
 def write_graphs(
-    truncated: Truncated,
-    folder: Path,
-    files: dict[str, dict[str, str]],
-    *,
-    raw: bool,
-    inputs: tuple[str, str],
-    external: bool,
-    dim_input: bool = False,
+    truncated: Truncated, folder: Path, files: dict[str, dict[str, str]], *, raw: bool, dim_input: bool = False
 ) -> dict[str, Any]:
     """Writes both towers' graphs and the tokenizer; returns the manifest's `graphs`.
 
     Args:
         files: {modality: {variant: file}}.
-        raw: the image graph takes uint8 pixels and normalises them itself, and tokenizer.json clean texts.
-        inputs: names of the image graph's and the text graph's input.
-        external: write each graph's weights to a separate file.
+        raw: for encoder.py: the image graph takes uint8 pixels and normalises them itself, tokenizer.json takes clean
+            texts, and each graph's weights are in a separate file. Else for transformers.js.
         dim_input: the graphs have the prefix's length as an optional input.
     """
     model, bundle = truncated.bundle.model, truncated.bundle
-    names = {modality: (name, f"{modality}_embeds") for modality, name in zip(("image", "text"), inputs, strict=True)}
-    fp32 = {modality: folder / files[modality]["fp32"] for modality in files}
-    onnx_graphs.write_image(
-        model.image, bundle.image_spec, fp32["image"], raw=raw, names=names["image"], external=external
-    )
-    length = bundle.tokenise.context_length
-    any_length = onnx_graphs.write_text(model.text, length, fp32["text"], names=names["text"], external=external)
-    for modality, of_variant in files.items():
+    image, text = (folder / files[modality]["fp32"] for modality in ("image", "text"))
+    onnx_graphs.write_image(model.image, bundle.image_spec, image, raw=raw)
+    any_length = onnx_graphs.write_text(model.text, bundle.tokenise.context_length, text, external=raw)
+    for source, of_variant in ((image, files["image"]), (text, files["text"])):
         for variant, name in of_variant.items():
             if variant == "fp16":
-                onnx_graphs.store_fp16(fp32[modality], folder / name, external=external)
+                onnx_graphs.store_fp16(source, folder / name, external=raw)
             elif variant == "int8":
-                of_text = modality == "text"
-                onnx_graphs.store_int8(fp32[modality], folder / name, external=external, embeddings=of_text)
+                onnx_graphs.store_int8(source, folder / name, external=raw, embeddings=source == text)
     for name in (name for of_variant in files.values() for name in of_variant.values() if dim_input):
         onnx_graphs.add_dim_input(folder / name, bundle.dim)
     tokenizer = tokenizer_json.write(bundle, truncated.folder, folder, cleans=not raw)
@@ -110,17 +96,6 @@ FORMAT = Format(
     write=_write,
     reopen=reopen,
     tolerance=1e-5,
-    usage="""```python
-from encoder import Encoder  # the file in this folder; needs numpy, Pillow, ftfy, tokenizers and onnxruntime, not torch
-
-encoder = Encoder("FOLDER")  # mmrl.load("FOLDER") has the same methods
-vectors = encoder.encode_texts(["a red shoe"])  # images: encoder.encode_images(["shoe.jpg"])
-```
-
-With onnxruntime alone, the optional input `dim` of each graph is the length of the embeddings, such as
-`{"input_ids": ids, "dim": numpy.array([64])}`. Each graph needs its weights file in the same folder: copy `image.onnx`
-together with `image.onnx.data`.
-""",
     library="onnx",
     needs=("onnx", "onnxscript", "onnxruntime"),
     variants=("fp16", "int8"),

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from mmrl.errors import InputError
@@ -18,8 +15,7 @@ from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts, towers
 from mmrl.model.bundle import Bundle
 from mmrl.model.guards import quiet
-from mmrl.model.manifest import read_manifest
-from mmrl.model.registry import TEXT_MODEL
+from mmrl.model.manifest import INNER, TEXT_MODEL, TOKENIZER, read_manifest
 
 
 def _check(full: Bundle) -> None:
@@ -58,43 +54,25 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
     }
     text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n")
-    for name in ("tokenizer", "text_model"):
+    for name in INNER:
         if (truncated.folder / name).is_dir():
             shutil.copytree(truncated.folder / name, folder / name)
     if truncated.manifest["tokenizer"]["kind"] == "huggingface":  # open_clip expects the tokenizer next to its config
-        shutil.copytree(truncated.folder / "tokenizer", folder, dirs_exist_ok=True)
+        shutil.copytree(truncated.folder / TOKENIZER, folder, dirs_exist_ok=True)
 
 
 def _reopen(folder: Path, variant: str | None) -> Reopened:
     import open_clip
 
     model: Any
+    preprocess: Any
     with quiet():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     spec = ImageSpec.from_json(read_manifest(folder)["image"])
-    transform: Any = preprocess
-
-    @torch.inference_mode()
-    def pixels(pixels_BCHW: torch.Tensor) -> np.ndarray:
-        return model.encode_image(spec.normalise(pixels_BCHW)).numpy()
-
-    @torch.inference_mode()
-    def tokens(tokens_BL: torch.Tensor) -> np.ndarray:
-        return model.encode_text(tokens_BL).numpy()
-
-    @torch.inference_mode()
-    def images(images: list[Image.Image]) -> np.ndarray:
-        return model.encode_image(torch.stack([transform(image) for image in images])).numpy()
-
-    def token_ids(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts).tolist()
-
-    def texts(texts: list[str]) -> np.ndarray:
-        return tokens(tokenizer(texts))
-
-    return Reopened(f"open_clip {open_clip.__version__}", pixels, tokens, images, texts, token_ids)
+    tool = f"open_clip {open_clip.__version__}"
+    return Reopened.of_torch(tool, model.encode_image, model.encode_text, spec.normalise, preprocess, tokenizer)
 
 
 FORMAT = Format(
@@ -103,13 +81,5 @@ FORMAT = Format(
     write=_write,
     reopen=_reopen,
     tolerance=1e-6,
-    usage="""```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
-tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
-vectors = model.eval().encode_text(tokenizer(["a red shoe"]), normalize=True)
-```
-""",
     library="open_clip",
 )

@@ -16,8 +16,7 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
     onnx.write_encoder(folder)
     names = {modality: {"fp32": f"{modality}.onnx"} for modality in ("image", "text")}
     with tempfile.TemporaryDirectory() as scratch:
-        inputs = ("pixels", "input_ids")
-        graphs = onnx.write_graphs(truncated, Path(scratch), names, raw=True, inputs=inputs, external=True)
+        graphs = onnx.write_graphs(truncated, Path(scratch), names, raw=True)
         (Path(scratch) / tokenizer_json.FILE).rename(folder / tokenizer_json.FILE)
         for modality in names:
             graph = openvino.convert_model(Path(scratch) / f"{modality}.onnx")
@@ -33,16 +32,6 @@ FORMAT = Format(
     write=_write,
     reopen=onnx.reopen,
     tolerance=1e-5,
-    usage="""```python
-from encoder import Encoder  # the file in this folder; needs numpy, Pillow, ftfy, tokenizers and openvino, not torch
-
-encoder = Encoder("FOLDER")  # mmrl.load("FOLDER") has the same methods
-vectors = encoder.encode_texts(["a red shoe"])  # images: encoder.encode_images(["shoe.jpg"])
-```
-
-On CPUs with bfloat16, OpenVINO alone computes in it: faster, with errors of about 1e-3. `encoder.py` sets
-`INFERENCE_PRECISION_HINT` to `f32`.
-""",
     library="openvino",
     needs=("onnx", "onnxscript", "openvino"),
     variants=("fp16",),

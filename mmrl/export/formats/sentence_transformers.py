@@ -21,7 +21,7 @@ from mmrl.export.formats.base import Format, Truncated
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts
 from mmrl.model.bundle import Bundle
-from mmrl.model.manifest import read_manifest
+from mmrl.model.manifest import INNER, read_manifest
 
 _NAME = "sentence_transformers"
 _POOLING = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls"}
@@ -104,7 +104,7 @@ def _write_modules(truncated: Truncated, folder: Path) -> None:
         model.save(str(folder), create_model_card=False)
     # For mmrl.load.
     save_file({"logit_scale": state["logit_scale"].reshape(1)}, folder / layouts.SCALE_FILE)
-    for name in ("tokenizer", "text_model"):
+    for name in INNER:
         shutil.copytree(truncated.folder / name, folder / name)
 
 
@@ -148,13 +148,6 @@ FORMAT = Format(
     write=_write,
     reopen=_reopen,
     tolerance=1e-5,
-    usage="""```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("FOLDER")  # truncate_dim=64 for 64-d embeddings
-vectors = model.encode(["a red shoe"], normalize_embeddings=True)  # Pillow images work, too
-```
-""",
     library="sentence-transformers",
     needs=("sentence_transformers",),
 )

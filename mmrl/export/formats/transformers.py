@@ -4,12 +4,12 @@ and text transformer."""
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from mmrl.errors import InputError
@@ -178,18 +178,6 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     spec = ImageSpec.from_json(read_manifest(folder)["image"])
 
     @torch.inference_mode()
-    def pixels(pixels_BCHW: torch.Tensor) -> np.ndarray:
-        return model.get_image_features(pixel_values=spec.normalise(pixels_BCHW)).pooler_output.numpy()
-
-    @torch.inference_mode()
-    def tokens(tokens_BL: torch.Tensor) -> np.ndarray:
-        return model.get_text_features(input_ids=tokens_BL).pooler_output.numpy()
-
-    @torch.inference_mode()
-    def images(images: list[Image.Image]) -> np.ndarray:
-        return model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output.numpy()
-
-    @torch.inference_mode()
     def texts(texts: list[str]) -> np.ndarray:
         inputs = processor(text=texts, return_tensors="pt", padding=True, truncation=True)
         return model.get_text_features(**inputs).pooler_output.numpy()
@@ -197,7 +185,15 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     def token_ids(texts: list[str]) -> list[list[int]]:
         return processor(text=texts, truncation=True)["input_ids"]
 
-    return Reopened(f"transformers {transformers.__version__}", pixels, tokens, images, texts, token_ids)
+    opened = Reopened.of_torch(
+        f"transformers {transformers.__version__}",
+        lambda pixels_BCHW: model.get_image_features(pixel_values=pixels_BCHW).pooler_output,
+        lambda tokens_BL: model.get_text_features(input_ids=tokens_BL).pooler_output,
+        normalise=spec.normalise,
+        prepare=lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0],
+        tokenise=lambda texts: torch.tensor(token_ids(texts)),
+    )
+    return replace(opened, texts=texts, token_ids=token_ids)
 
 
 FORMAT = Format(
@@ -206,13 +202,5 @@ FORMAT = Format(
     write=write,
     reopen=_reopen,
     tolerance=1e-5,
-    usage="""```python
-from transformers import CLIPModel, CLIPProcessor
-
-model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
-inputs = processor(text=["a red shoe"], return_tensors="pt", padding=True, truncation=True)
-vectors = model.get_text_features(**inputs).pooler_output  # not normalised
-```
-""",
     library="transformers",
 )

@@ -38,9 +38,7 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
         modality: {variant: f"onnx/{model}_model{_SUFFIX[variant]}.onnx" for variant in ("fp32", *variants)}
         for modality, model in (("image", "vision"), ("text", "text"))
     }
-    graphs = onnx.write_graphs(
-        truncated, folder, files, raw=False, inputs=("pixel_values", "input_ids"), external=False
-    )
+    graphs = onnx.write_graphs(truncated, folder, files, raw=False)
     length, dim = truncated.bundle.tokenise.context_length, truncated.bundle.dim
     config = {
         "model_type": "clip",
@@ -80,18 +78,6 @@ FORMAT = Format(
     write=_write,
     reopen=_reopen,
     tolerance=1e-5,
-    usage="""```js
-import { AutoTokenizer, AutoProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env }
-  from '@huggingface/transformers';
-
-env.allowRemoteModels = false;
-env.localModelPath = 'PARENT OF FOLDER/';
-const tokenizer = await AutoTokenizer.from_pretrained('FOLDER');
-const model = await CLIPTextModelWithProjection.from_pretrained('FOLDER', { dtype: 'fp32' });
-const inputs = tokenizer(['a red shoe'], { padding: 'max_length', truncation: true });
-const { text_embeds } = await model(inputs);  // unit vectors; CLIPVisionModelWithProjection works the same way
-```
-""",
     library="transformers.js",
     needs=("onnx", "onnxscript", "onnxruntime"),
     variants=("fp16", "int8"),

@@ -13,7 +13,7 @@ let info = null; // the answer of /api/index
 let queryImage = null; // {file, url} or {row, url}; null for a text query
 let controller = null; // AbortController of the latest request
 let apiKey = sessionStorage.getItem("mmrl-api-key"); // null until the user has given it
-const thumbnails = new Map(); // row -> blob URL, only with an API key: an <img> cannot send it
+const thumbnails = new Map(); // path -> blob URL, only with an API key: an <img> cannot send it
 
 // Requests --------------------------------------------------------------------------------------------------
 
@@ -32,11 +32,11 @@ async function request(path, init = {}) {
 
 async function showThumbnail(img, result) {
   const path = result.thumbnail.slice(1);
-  if (apiKey && !thumbnails.has(result.row)) {
+  if (apiKey && !thumbnails.has(path)) {
     const response = await request(path);
-    thumbnails.set(result.row, URL.createObjectURL(await response.blob()));
+    thumbnails.set(path, URL.createObjectURL(await response.blob()));
   }
-  img.src = thumbnails.get(result.row) ?? path;
+  img.src = thumbnails.get(path) ?? path;
 }
 
 async function fetchResults(dim, signal) {

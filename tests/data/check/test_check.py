@@ -8,9 +8,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from conftest import drawing, encoded, sample_members, write_tar
 from helpers.samples import SPEC, bad_members
 from helpers.server import Server
+from helpers.slow_images import of_scans
 from PIL import Image
 
 from mmrl import cli
@@ -18,8 +20,10 @@ from mmrl.data.check import report, shard
 from mmrl.data.check.command import check_shards
 from mmrl.data.check.findings import Spread
 from mmrl.data.check.shard import TokenCounter
-from mmrl.data.index import SUFFIX, load_index
-from mmrl.data.samples import FieldsConfig
+from mmrl.data.folder import ImageFolder
+from mmrl.data.index_file import SUFFIX, load_index
+from mmrl.data.samples import BadSample, FieldsConfig
+from mmrl.data.sequential import read_sequential
 from mmrl.data.sources import DataConfig, open_reader
 from mmrl.data.stores import RemoteConfig
 from mmrl.data.stream import Stream
@@ -84,6 +88,24 @@ def test_bad_samples_are_those_that_training_skips(tmp_path: Path) -> None:
     quick = check_shards(path, workers=1, decode=False, quiet=True)
     assert quick.bad_samples == len(skipped) - 2
     assert "not decoded" in quick.notes[0]
+
+
+def test_an_image_that_takes_too_long_is_a_bad_sample_to_all_readers(tmp_path: Path) -> None:
+    members = [m for n in range(8) for m in sample_members(n)] + [("slow.jpg", of_scans(3600)), ("slow.txt", b"slow")]
+    path, folder = write_tar(tmp_path / "a.tar", members), tmp_path / "images"
+    folder.mkdir()
+    (folder / "slow.jpg").write_bytes(of_scans(3600))
+    result = check_shards(path, workers=1, quiet=True)
+    (reason,) = [one.reason for one in result.examples]
+    assert reason.startswith("too slow a picture: more than 100 scans of 64x64 pixels; ")
+    assert result.problems == {"too slow a picture": 1}
+    reader, config = open_reader(path), DataConfig(max_bad_fraction=1.0)
+    batches = Stream(reader, 3, image=SPEC, config=config).forever()
+    assert {one.reason for _ in range(6) for one in next(batches).bad} == {reason}
+    (read,) = read_sequential(reader, SPEC, lambda texts: torch.zeros(len(texts), 1))
+    assert [one.reason for one in read.bad] == [reason]
+    with pytest.raises(BadSample, match=r"unreadable image: .*slow.jpg: too slow a picture"):  # mmrl embed, pack, eval
+        ImageFolder(folder).read_image(0)
 
 
 def test_max_bad_fraction_decides(tmp_path: Path, run: Command) -> None:

@@ -40,7 +40,7 @@ def test_a_packed_folder_streams_unchanged(tmp_path: Path) -> None:
     assert result["samples"] == 6
     assert [Path(shard).name for shard in result["shards"]] == ["shard-000000.tar", "shard-000001.tar"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "shard-000000.tar", "shard-000000.tar.index", "shard-000001.tar", "shard-000001.tar.index",
+        "shard-000000.tar", "shard-000000.tar.index", "shard-000001.tar", "shard-000001.tar.index", "shards.json",
     ]  # fmt: skip
     (batch,) = mmrl.stream(tmp_path / "out", batch_size=6)
     image_of = {key.rpartition("/")[2]: data for key, data in zip(batch.keys, batch.image, strict=True)}

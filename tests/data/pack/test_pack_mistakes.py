@@ -90,7 +90,8 @@ def test_a_pack_without_a_usable_pair_leaves_only_its_list_and_can_be_repeated(t
         pack_shards(bad, tmp_path / "out", quiet=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [BAD_SAMPLES]
     pack_shards(table, tmp_path / "out", quiet=True)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["shard-000000.tar", "shard-000000.tar.index"]
+    written = ["shard-000000.tar", "shard-000000.tar.index", "shards.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """`mmrl pack` with several workers, and interrupted at any point: the same bytes as one uninterrupted worker."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import drawing, encoded
+from helpers.locks import held_by_another_process
 from helpers.pack_sources import end_by, files, put, write_csv
 from webdataset.writer import TarWriter
 
@@ -44,7 +44,7 @@ def whole(folder: Path, tmp_path: Path) -> dict[str, bytes]:
     pack_shards(folder, tmp_path / "whole", **OPTIONS)
     found = files(tmp_path / "whole")
     shards = [f"shard-00000{number}.tar{ending}" for number in range(4) for ending in ("", ".index")]
-    assert sorted(found) == ["bad_samples.jsonl", *shards]
+    assert sorted(found) == ["bad_samples.jsonl", *shards, "shards.json"]
     assert found["bad_samples.jsonl"].count(b"\n") == 3
     return found
 
@@ -249,11 +249,8 @@ def test_a_damaged_or_locked_folder_is_an_error(half: Path, folder: Path) -> Non
     with pytest.raises(InputError, match=r"already holds shard-000000\.tar"):
         again()
     (half / "shard-000000.tar").unlink()
-    other = os.open(half / ".partial", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another mmrl pack is writing to"):
+    with held_by_another_process(half), pytest.raises(InputError, match=r"another command, process \d+ on .* is w"):
         again()
-    os.close(other)
     (half / ".partial" / "shard-000001.tar.partial").unlink()
     with pytest.raises(InputError, match=r"shard-000001\.tar\.partial of the unfinished pack is missing"):
         again()

@@ -8,12 +8,13 @@ import torch
 from mmrl.errors import InputError
 from mmrl.evaluate.analysis.advice import (
     Budget,
+    advice_lines,
     advise,
+    describe,
     format_bytes,
     format_count,
     parse_budget,
     parse_count,
-    summarise,
 )
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.compression import Option
@@ -72,44 +73,54 @@ def test_two_stages_are_advised_separately() -> None:
     advice = advice_on(option(32, "binary", 1000), option(32, "binary", 2990, 20), option(32, "binary", 2995, 50))
     assert advice["two_stage"]["candidates"] == 20
     assert chosen(advice["smallest"]) == (64, "fp32")
-    summary = summarise(advice)
-    assert summary.headline == (
-        "Recommended: the full vector, 64-d fp32. No smaller dim or codec is within the budget."
+    assert advice_lines(advice) == (
+        "the full vector, 64-d fp32",
+        "no smaller dim or codec loses at most 1 % of R@10, text→image",
     )
-    line = next(line for line in summary.others if line.startswith("In two stages: 32-d binary, 4 B per vector, "))
-    assert "20 candidates are reranked by full vectors in fp32, 256 B each, on disk." in line
-    assert line.endswith(
-        "Build: mmrl embed MODEL SHARDS EMBEDDINGS --dim 64 && "
-        "mmrl index EMBEDDINGS INDEX --code binary --dim 32 --candidates 20"
+    assert describe(advice["two_stage"], advice).startswith(
+        "32-d binary + 20 reranked: 64x smaller, R@10 −0.3 % (−0.5…"
     )
+    assert advice["two_stage"]["commands"] == [
+        "mmrl embed MODEL SHARDS EMBEDDINGS --dim 64",
+        "mmrl index EMBEDDINGS INDEX --code binary --dim 32 --candidates 20",
+    ]
 
 
-def test_the_summary_names_the_numbers() -> None:
-    summary = summarise(advice_on(option(64, "int8", 3000), option(32, "int8", 2972)))
-    assert summary.headline == (
-        "Recommended: 32-d int8 (32 B per vector, 8x smaller, R@10 −0.9 %). Confirmed at 95 % with 4,000 queries: "
-        "64-d int8."
+def test_the_advice_has_two_lines() -> None:
+    advice = advice_on(option(64, "int8", 3000), option(32, "int8", 2972))
+    first, second = advice_lines(advice)
+    lost = advice["smallest"]["lost"]
+    assert first == (
+        "32-d int8: 8x smaller, R@10 −0.9 % "
+        f"(−{100 * lost['high']:.1f}…−{100 * lost['low']:.1f} at 95 %, 4,000 queries)"
     )
-    assert summary.others[0] == "Build 32-d int8: mmrl embed MODEL SHARDS EMBEDDINGS --dim 32 --precision int8"
-    assert summary.others[1].startswith("Confirmed: 64-d int8, 64 B per vector, a loss of 0.0 % (95 % interval ")
-    assert summary.evidence.startswith("R@10, text→image: 74.3 % instead of 75.0 %, a loss of 0.9 % (95 % interval ")
-    assert summary.evidence.endswith("; the budget is 1 %. 100M vectors take 3.2 GB instead of 25.6 GB.")
-    confirmed = summarise(advice_on(option(32, "int8", 3000)))
-    assert confirmed.headline == (
-        "Recommended: 32-d int8 (32 B per vector, 8x smaller, R@10 ±0.0 %), confirmed at 95 % with 4,000 queries."
+    assert second.startswith(
+        "confirmed to lose at most 1 % of R@10, text→image: 64-d int8: 4x smaller, R@10 ±0.0 % (−0."
     )
-    gain = summarise(advice_on(option(32, "int8", 3100)))
-    assert "R@10 +3.3 %" in gain.headline
-    unconfirmed = summarise(advice_on(option(32, "int8", 2972)))
-    assert unconfirmed.headline.endswith("Confirmed at 95 % with 4,000 queries: only the full vector, 64-d fp32.")
+    confirmed = advice_on(option(32, "int8", 3000))
+    assert advice_lines(confirmed)[0].startswith("32-d int8: 8x smaller, R@10 ±0.0 % (−0.")
+    assert advice_lines(confirmed)[1] == "confirmed to lose at most 1 % of R@10, text→image, at 95 %"
+    assert "R@10 +3.3 % (2." in advice_lines(advice_on(option(32, "int8", 3100)))[0]
+    unconfirmed = advice_lines(advice_on(option(32, "int8", 2972)))[1]
+    assert unconfirmed.endswith(": only the full vector; more queries confirm smaller ones")
     of_texts = advice_on(option(32, "int8", 3000), budget="recall_drop=1%,direction=image_to_text")
     assert of_texts["smallest"]["commands"][0].endswith("--precision int8 --texts")
+    points = advice_on(option(32, "int8", 2990), budget="recall_drop=0.5pp,metric=R@5")
+    assert ", R@5 −0.2 points (" in advice_lines(points)[0]
+
+
+def test_queries_of_one_item_are_named() -> None:
+    advice = advise([FULL, option(32, "int8", 3000)], Budget(), Bootstrap(torch.arange(QUERIES) // 4), 10**8)
+    assert advice_lines(advice)[0].endswith(" at 95 %, 4,000 queries of 1,000 items)")
 
 
 def test_a_model_that_finds_nothing_gets_no_advice() -> None:
     nothing = option(64, "fp32", 0)
     advice = advise([nothing, option(32, "int8", 0)], Budget(), Bootstrap(torch.arange(QUERIES)), 1000)
-    assert summarise(advice).headline == "No recommendation: the full vector finds no positive among the first 10."
+    assert advice_lines(advice) == (
+        "no recommendation",
+        "the full vector finds no positive among the first 10 of any query",
+    )
 
 
 @pytest.mark.parametrize(

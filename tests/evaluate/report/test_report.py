@@ -294,6 +294,32 @@ def test_runs_without_stored_ranks_are_compared_without_intervals(
     assert "has no stored ranks; mmrl eval --out stores them" in capsys.readouterr().out
 
 
+def test_different_sets_of_one_name_are_named_at_the_head(
+    folder: Path,
+    noisier: Path,
+    first: tuple[Embedded, dict[str, Any], Analysis],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = make_set(0)
+    other.captions[3] = "else"
+    (tmp_path / "report").mkdir()
+    write_ranks(tmp_path / "report", {"val": (other, first[2])})
+    shutil.copy(noisier / "retrieval.json", tmp_path)
+    result = compare_runs([folder, tmp_path], out=tmp_path / "out")
+    assert "lead" not in str(result)
+    head = capsys.readouterr().out.split("text→image")[0]
+    assert "val: DIFFERENT SETS of this name, so the scores cannot be compared: " in head
+    assert f"{tmp_path.name} on {COUNT:,} images and {COUNT:,} texts" in head
+    assert "DIFFERENT SETS" in (tmp_path / "out" / "index.html").read_text()
+    scores = json.loads((noisier / "retrieval.json").read_text())
+    scores["sets"]["val"]["num_texts"] = 7
+    (tmp_path / "retrieval.json").write_text(json.dumps(scores))
+    shutil.rmtree(tmp_path / "report")
+    compare_runs([folder, tmp_path])
+    assert "on 1,100 images and 7 texts" in capsys.readouterr().out
+
+
 def test_runs_that_cannot_be_compared_are_named(folder: Path, noisier: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two run folders"):
         compare_runs([folder])

@@ -72,8 +72,9 @@ def test_each_dim_is_a_curve_over_the_steps(tmp_path: Path, figures: dict[str, F
     assert "| 8 | 50.0 | 100.0 | 25.0 |" in text
     by_dim = figures["recall_by_dim.png"]
     assert [axes.get_title() for axes in by_dim.axes] == ["val (5 images)", "shop (7 images)"]
-    assert lines(by_dim, 0)["_child1"] == [(8, 40), (4, 30)]  # text→image, after image→text
-    assert lines(by_dim, 1)["_child0"] == [(8, 50)]
+    assert lines(by_dim, 0)["text→image R@10"] == [(4, 30), (8, 40)]
+    assert lines(by_dim, 0)["image→text R@10"] == [(4, 40), (8, 60)]
+    assert lines(by_dim, 1)["top1"] == [(8, 50)]
 
 
 def test_one_evaluation_has_no_curve(tmp_path: Path, figures: dict[str, Figure]) -> None:

@@ -1,20 +1,22 @@
-"""Random tars and captions: no crash, no hang, and every sample is read, or counted as bad with its reason."""
+"""Random tars and captions, for fuzzers: every sample is read, or counted as bad with its reason."""
 
 import json
+import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import drawing, encoded
 
+from helpers.fuzz import Attempt, damage
 from mmrl.data.check.shard import NOT_INDEXED, CheckOptions, check_shard
-from mmrl.data.index import NotATar, index_shard
+from mmrl.data.index import NotATar, Problem, index_shard
 from mmrl.data.samples import SAMPLE_ERRORS, FieldsConfig, parse, reason_of
 from mmrl.data.stores import RemoteConfig, ShardCache
 from mmrl.data.texts import clean_captions
+from mmrl.errors import InputError
 
 IMAGE = encoded(drawing(0, 8)[0])
 NAMES = (
@@ -87,80 +89,73 @@ def _read(path: Path, members: dict[str, tuple[int, int]], extension: str) -> by
     return path.read_bytes()[offset : offset + size]
 
 
-def _fuzz_tars(folder: Path, count: int) -> None:
+def start_tars(folder: Path) -> Attempt:
+    """Random tars, half of them damaged."""
     options = CheckOptions(ShardCache(RemoteConfig(folder=str(folder / "cache"))), True, None, False)
     fields, path = FieldsConfig(), folder / "a.tar"
-    for seed in range(count):
-        rng = np.random.default_rng(seed)
-        data = _tar(rng)
-        path.write_bytes(_damaged(rng, data) if seed % 2 else data)
-        facts = check_shard(str(path), fields, options)
+
+    def attempt(draw: random.Random) -> bool:
+        rng = np.random.default_rng(draw.getrandbits(32))
+        data, is_whole = _tar(rng), draw.random() < 0.5
+        path.write_bytes(data if is_whole else draw.choice([_damaged(rng, data), damage(data, draw)]))
+        facts = check_shard((str(path), fields), options)
         for problem in facts.problems:
             "".join((problem.shard, problem.key, problem.reason)).encode()
         try:
             index = index_shard(path)
-        except NotATar:
+        except NotATar as error:
             assert not facts.usable
-            continue
+            raise InputError(str(error)) from error
         # A sample is usable, or one problem has its key and a reason; the count agrees.
-        usable, untold, told = 0, set(), {(problem.key, problem.reason) for problem in facts.problems}
+        usable, unlisted, listed = 0, set(), {(problem.key, problem.reason) for problem in facts.problems}
         for row in range(len(index)):
             members = index.members(row)
             try:
                 parsed = parse(fields, members, partial(_read, path, members))
             except SAMPLE_ERRORS as error:
-                untold |= {(index.key(row), reason_of(error))} - told
+                unlisted |= {(index.key(row), reason_of(error))} - listed
             else:
                 assert parsed.captions
                 usable += parsed.image == IMAGE
-        assert not untold
+        assert not unlisted
         outside = sum(facts.tally.bad[kind] for kind in NOT_INDEXED)
         assert facts.tally.bad.total() == len(index) - usable + outside
-        # Every member of a whole tar is read, or belongs to a sample or a key that is told.
-        if not seed % 2:
-            listed = {problem.key.split(".")[0] for problem in facts.problems}
-            kept = {index.key(row) for row in range(len(index))}
-            with tarfile.open(path, encoding="utf-8", errors="surrogateescape") as tar:
-                for member in tar:
-                    key = member.name.rpartition("/")[2].partition(".")[0]
-                    if member.isfile() and key:
-                        shown = key.encode(errors="surrogateescape").decode(errors="backslashreplace")
-                        assert any(one.endswith(shown) for one in kept | listed)
+        if is_whole:
+            _check_all_members(path, {index.key(row) for row in range(len(index))}, facts.problems)
+        return True
+
+    return attempt
 
 
-def _fuzz_captions(count: int) -> None:
-    rng = np.random.default_rng(0)
-    fields, kinds = FieldsConfig(), set()
-    for _ in range(count):
+def _check_all_members(path: Path, kept: set[str], problems: Iterable[Problem]) -> None:
+    """Every member of a whole tar is read, or belongs to a sample or a key that is listed."""
+    kept |= {problem.key.split(".")[0] for problem in problems}
+    with tarfile.open(path, encoding="utf-8", errors="surrogateescape") as tar:
+        for member in tar:
+            key = member.name.rpartition("/")[2].partition(".")[0]
+            if member.isfile() and key:
+                shown = key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                assert any(one.endswith(shown) for one in kept)
+
+
+def start_captions(_: Path) -> Attempt:
+    """Random captions and JSON of a sample."""
+    fields = FieldsConfig()
+
+    def attempt(draw: random.Random) -> bool:
         members: dict[str, bytes] = {"png": IMAGE}
-        text = bytes(rng.integers(256, size=int(rng.integers(12))).astype(np.uint8)) if rng.random() < 0.5 else b""
-        members["txt"] = text or bytes(_pick(rng, CAPTIONS))  # type: ignore[arg-type]
-        if rng.random() < 0.7:
-            value = json.dumps({"captions": [chr(int(code)) for code in rng.integers(0x11000, size=3)]})
-            members["json"] = bytes(_pick(rng, (*METADATA, value.encode(), value[:-1].encode())))  # type: ignore[arg-type]
+        text = draw.randbytes(draw.randrange(12)) if draw.random() < 0.5 else b""
+        members["txt"] = text or draw.choice(CAPTIONS)
+        if draw.random() < 0.7:
+            value = json.dumps({"captions": [chr(draw.randrange(0x11000)) for _ in range(3)]})
+            members["json"] = draw.choice([*METADATA, value.encode(), value[:-1].encode()])
         try:
             parsed = parse(fields, members, members.__getitem__)
         except SAMPLE_ERRORS as error:
-            kinds.add(reason_of(error).partition(":")[0])
-        else:
-            assert parsed.captions == clean_captions(parsed.captions) != []
-            assert "\0" not in parsed.captions[0][:1] + parsed.captions[0][-1:]
-    assert kinds == {"text not UTF-8", "metadata not JSON", "only empty captions"}
+            kind = reason_of(error)
+            assert kind.partition(":")[0] in ("text not UTF-8", "metadata not JSON", "only empty captions")
+            raise InputError(kind) from error
+        captions = parsed.captions
+        return captions == clean_captions(captions) != [] and "\0" not in captions[0][:1] + captions[0][-1:]
 
-
-def test_fuzzed_tars(tmp_path: Path) -> None:
-    _fuzz_tars(tmp_path, 400)
-
-
-def test_fuzzed_captions() -> None:
-    _fuzz_captions(1000)
-
-
-@pytest.mark.slow
-def test_many_fuzzed_tars(tmp_path: Path) -> None:
-    _fuzz_tars(tmp_path, 20_000)
-
-
-@pytest.mark.slow
-def test_many_fuzzed_captions() -> None:
-    _fuzz_captions(20_000)
+    return attempt
