@@ -1,7 +1,8 @@
 """The commands and the Python of README.md, executed as they are written, in their order.
 
-Three things differ from what a user does: a name that a hub would resolve is replaced by a local file, trainings are
-short, and the two make targets are not run (CI runs one of them, the quickstart trains for minutes).
+What differs from what a user does: a name that a hub would resolve is replaced by a local file, and trainings are
+short. Not run are the two make targets (CI runs one of them, the quickstart trains for minutes) and the fine-tuning of
+ViT-B/32, which train/test_shipped_configs.py runs.
 """
 
 import re
@@ -21,7 +22,6 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    ((?:mmrl|make) [^\n#]*?)(?:  +#.*)?$", README, re.M)
 IMAGES = 650  # mmrl rotate wants as many as ViT-B/32 has dims
 HUB = "open_clip:ViT-B-32:laion2b_s34b_b79k"
-FEW = ["train.duration=2 steps", "train.batch_size=8", "train.micro_batch=4", "optim.warmup=1 steps", "data.workers=0"]
 
 
 def test_the_commands_are_found() -> None:
@@ -47,17 +47,14 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.chdir(tmp_path)
     _write_photos(tmp_path / "photos")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     torch.manual_seed(0)
     torch.save(open_clip.create_model("ViT-B-32").state_dict(), "weights.pt")
     for command in COMMANDS:
         arguments = shlex.split(command)
-        if arguments[0] == "make":
+        if arguments[0] == "make" or "configs/finetune_512_128.yaml" in arguments:
             continue
         arguments = ["open_clip:ViT-B-32:weights.pt" if one == HUB else one for one in arguments]
-        if "configs/finetune_512_128.yaml" in arguments:
-            arguments += FEW
-        elif arguments[1] == "train":
+        if arguments[1] == "train":
             arguments.append("train.duration=2 epochs")
         if arguments[1] == "rotate":  # random weights gain nothing on held-out images, which ends the command with 1
             arguments = [*arguments[: arguments.index("--validate")], "--steps", "10", "--dims", "256,128"]

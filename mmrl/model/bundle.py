@@ -214,7 +214,25 @@ def load(folder: Path) -> Bundle:
 def load_towers(
     folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
 ) -> dict[Modality, ProjectedTower]:
-    """Builds the requested towers of a bundle and loads their weights from `state`."""
+    """Builds the requested towers of a bundle and loads their weights from `state`.
+
+    Raises:
+        InputError: the manifest's model config cannot be built, or the weights do not fit it.
+    """
+    try:
+        return _load_towers(folder, manifest, state, modalities)
+    except InputError:
+        raise
+    except Exception as error:  # open_clip, timm, transformers and torch raise many kinds for a damaged model config
+        raise InputError(
+            f"{folder / MANIFEST}: model_cfg cannot be built, or does not fit the weights "
+            f"({registry.shortened(error)}); export the encoder again."
+        ) from error
+
+
+def _load_towers(
+    folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
+) -> dict[Modality, ProjectedTower]:
     model_cfg, dim = registry.with_local_text_config(manifest["model_cfg"], folder / TEXT_MODEL), manifest["dim"]
     loaded: dict[Modality, ProjectedTower] = {}
     for modality in modalities:

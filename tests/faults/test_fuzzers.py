@@ -285,19 +285,19 @@ def _other_pixels(*_: object) -> np.ndarray:
 
 
 TARGETS = {
-    "pictures": Target(_start_pictures, 600, 40_000, (decode, "_by_simplejpeg", _other_pixels), (ValueError,)),
+    "pictures": Target(_start_pictures, 600, 10_000, (decode, "_by_simplejpeg", _other_pixels), (ValueError,)),
     "tars": Target(start_tars, 300, 20_000, (index, "_split_name", lambda _: ("", "")), least_refused=0.05),
     "captions": Target(start_captions, 1000, 20_000, (parsing, "parse_json", _fails)),
     "indexes": Target(
-        _start_indexes, 60, 5_000, (index_file, "_digest_of_arrays", lambda _: "0" * 32), least_refused=0
+        _start_indexes, 60, 2_000, (index_file, "_digest_of_arrays", lambda _: "0" * 32), least_refused=0
     ),
-    "HTTP": Target(_start_http, 60, 3_000, (ShardCache, "discard", _fails)),
-    "bundles": Target(_start_bundles, 15, 3_000, (bundle, "check_files", lambda *_: None)),
-    "checkpoints": Target(_start_checkpoints, 30, 5_000, (checkpoint, "find_damage", lambda _: None)),
+    "HTTP": Target(_start_http, 60, 600, (ShardCache, "discard", _fails)),
+    "bundles": Target(_start_bundles, 15, 300, (bundle, "check_files", lambda *_: None)),
+    "checkpoints": Target(_start_checkpoints, 30, 600, (checkpoint, "find_damage", lambda _: None)),
     "heartbeat": Target(
         _start_heartbeat, 200, 20_000, (Coordinator, "_authenticate", lambda one, _: one._peers[1]), least_refused=0
     ),
-    "server": Target(_start_server, 60, 10_000, (embeddings_api, "parse_inputs", _fails)),
+    "server": Target(_start_server, 60, 1_000, (embeddings_api, "parse_inputs", _fails)),
 }
 
 
