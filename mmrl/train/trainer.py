@@ -142,8 +142,7 @@ class Trainer:
         if self.step_done >= self.schedule.total or (self._stopped_early and self._is_out_of_patience()):
             if self.world.is_rank_0:
                 longer = "evaluation.patience" if self._stopped_early else "train.duration"
-                line = f"This run is finished: {self.config.run} (a larger {longer} lengthens it)"
-                self.console.print(line, soft_wrap=True, highlight=False)
+                print_line(self.console, f"This run is finished: {self.config.run} (a larger {longer} lengthens it)")
             return
         self._stop = stop
         with TrainingLog(
