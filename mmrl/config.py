@@ -1,14 +1,17 @@
 """A run's config: composed of the sections of its parts, read from strict YAML with KEY=VALUE overrides."""
 
+import itertools
 import json
 import re
+import reprlib
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from mmrl.data.sources import DataConfig
@@ -20,6 +23,7 @@ from mmrl.engine.tracking import TrackingConfig
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate.sets import EvaluationConfig
 from mmrl.images.image_spec import ImageConfig
+from mmrl.inference.teacher import TeacherConfig
 from mmrl.losses.config import LossConfig
 from mmrl.model.two_tower import ModelConfig
 from mmrl.nesting import NestingConfig
@@ -57,6 +61,8 @@ class Config(Settings):
     image: ImageConfig = ImageConfig()
     nesting: NestingConfig
     loss: LossConfig = LossConfig()
+    teacher: TeacherConfig | None = None
+    """A model to learn from besides the data (default: none)."""
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
@@ -65,14 +71,47 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def rows_per_pair(self) -> tuple[int, int]:
+        """The images and texts of a pair that the towers encode, with its second member and its hard negatives."""
+        second, negatives = self.loss.second_members, self.data.negatives
+        images = 1 + ("image" in second) + (negatives if self.data.negatives_images else 0)
+        return images, 1 + ("text" in second) + negatives
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps of the loss over the similarities of a batch: one or two per term, see nesting.rotation."""
+        return self.nesting.sweeps * sum(weight > 0 for weight in self.loss.term_weights.values())
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> Self:
+        """What the loss, the data and the teacher ask of each other."""
+        teacher, loss, negatives = self.teacher, self.loss, self.data.negatives
+        if negatives and (loss.name != "infonce" or loss.same_group != "mask"):
+            raise ValueError("data.negatives: requires loss.name: infonce and loss.same_group: mask")
+        if teacher is None:
+            return self
+        if loss.name != "infonce" or loss.distillation or not loss.image_text or negatives:
+            raise ValueError(
+                "teacher: requires loss.name: infonce, loss.image_text above 0, no loss.distillation, no data.negatives"
+            )
+        if teacher.embeddings is not None and not self.data.mask_equal_captions:
+            raise ValueError("teacher.embeddings: requires data.mask_equal_captions: true, which identifies captions")
+        return self
+
+
+_MOST_NODES = 1_000_000
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 300
+_SHORT.maxlist = 30
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, except that 1e-3 is a float as in YAML 1.2, and that duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        for key, times in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
+            if times > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -242,9 +281,24 @@ def config_differences(old: Config, new: Config) -> list[str]:
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if _size(node, {}) > _MOST_NODES:
+            raise ValueError("its aliases stand for too many values")
+        return None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of a date or a number; nested too deeply
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """The values in a node if each alias were written out; too many if an alias is inside of what it stands for."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_NODES + 1  # until it is counted
+        inner = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(one, known) for one in inner)
+    return known[id(node)]
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -271,7 +325,8 @@ def _message(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"the key {key!r} is missing."
     message = error["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(error["input"], dict) else f"; got {error['input']!r}"  # of a whole section says too much
+    # Of a whole section it says too much.
+    got = "" if isinstance(error["input"], dict) else f"; got {_SHORT.repr(error['input'])}"
     return f"{key}: {message}{got}."
 
 

@@ -47,8 +47,8 @@ class NestingConfig(Settings):
     """Nested dims (prefix lengths) in any order, e.g. [512, 256, 128, 64]. The InfoNCE of each is computed and trained
     in every step."""
     weights: list[float] | None = None
-    """One loss weight per dim, in the order of `dims` (default: all 1). With a rotation they weigh the smaller dims
-    against each other; the full dim's loss always has its full gradient."""
+    """One loss weight above 0 per dim, in the order of `dims` (default: all 1). With a rotation they weigh the smaller
+    dims against each other; the full dim's loss always has its full gradient."""
     rotation: bool = True
     """Truncate prefixes from z = Q x, with Q a learnable orthogonal matrix shared by both towers. It does not change
     full-dim similarities and is folded into the projections of every checkpoint. The towers descend L_D + a P (D the

@@ -143,7 +143,7 @@ def test_every_command_takes_dim_and_dims() -> None:
     assert isinstance(group, TyperGroup)
     options = [tuple(one.opts) for command in group.commands.values() for one in command.params]
     of_dims = [names for names in options if {"--dim", "--dims"} & {*names}]
-    assert len(of_dims) == 7
+    assert len(of_dims) == 8
     assert all({"--dim", "--dims"} <= {*names} for names in of_dims)
 
 

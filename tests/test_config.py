@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,23 @@ def test_importing_the_package_and_help_load_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x, x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijklm")),
+        "a: &a [*a]\n",
+        "a: &a {<<: *a}\n",
+        "a: " + "[" * 1500,
+        f"seed: {'9' * 5000}\n",
+        "run: 2020-99-99\n",
+        "seed: 0x_\n",
+        "run: !!python/object/apply:os.system [ls]\n",
+    ],
+    ids=["aliases", "endless list", "endless map", "deep", "long number", "no date", "no number", "code"],
+)
+def test_yaml_that_would_take_long_or_run_code_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"a\.yaml is not valid YAML: .*\.$"):
+        load_config(tmp_path / "a.yaml")

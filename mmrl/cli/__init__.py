@@ -39,6 +39,7 @@ for command in (
     searching.index,
     searching.search,
     searching.serve,
+    searching.mine,
 ):
     app.command(command.__name__.rstrip("_"))(command)
 config_app = typer.Typer(help="Print a preset's config, or describe the keys of config files.", no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""`mmrl embed`, `mmrl index`, `mmrl search` and `mmrl serve`."""
+"""`mmrl embed`, `mmrl index`, `mmrl search`, `mmrl serve` and `mmrl mine`."""
 
 import json
 from pathlib import Path
@@ -181,6 +181,46 @@ def serve(
     from mmrl.search.serve import serve as run_server
 
     run_server(source, model, host, port)
+
+
+def mine(
+    model: Model,
+    source: Annotated[str, typer.Argument(metavar="SHARDS", help="The shards to train on")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the negatives and the embeddings")],
+    direction: Annotated[
+        str,
+        typer.Option(
+            help="image_to_text: captions near a sample's image; text_to_image: images near its captions; or both"
+        ),
+    ] = "image_to_text",
+    num: Annotated[int, typer.Option("--num", "-n", help="Negatives per sample")] = 8,
+    margin: Annotated[
+        float, typer.Option(help="Skip what scores above the matching pair's score minus this: it may be right")
+    ] = 0.05,
+    relative_margin: Annotated[
+        float, typer.Option(help="Also skip what scores above this share less than the matching pair, e.g. 0.05")
+    ] = 0.0,
+    dim: Annotated[
+        int | None, typer.Option("--dim", "--dims", help="Embedding dim to compare at (default: the full dim)")
+    ] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="Write captions only, no keys of samples")] = False,
+    group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes that embed; each loads the encoder")] = 1,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Mine hard negatives for training: the nearest wrong items of each sample of SHARDS, by MODEL. The embeddings are
+    resumable, and kept for further runs with other settings."""
+    from mmrl.output.next_steps import after_mine
+    from mmrl.search.mine import MineOptions, mine_negatives
+
+    options = MineOptions(direction, num, margin, relative_margin, dim, captions, group_key)
+    with exclusive(out, "mmrl mine"):
+        result = mine_negatives(
+            model, source, out, options, batch_size=batch_size, workers=workers, force=force, quiet=as_json
+        )
+    print(json.dumps(result, indent=2) if as_json else after_mine(model, out))
 
 
 def _read_keys(options: list[str] | None) -> list[str]:

@@ -21,6 +21,8 @@ from mmrl.errors import InputError
 
 CODES_FILE = "codes.faiss"
 _TRAINING_VECTORS = 20_000  # per modality
+_KIND_OF: dict[Code, bytes] = {"binary": b"IBxF", "fp32": b"IxFI", "sq8": b"IxSQ", "pq": b"IPfs"}
+"""The first bytes of faiss's file."""
 
 
 def faiss_module(purpose: str) -> Any:
@@ -90,9 +92,12 @@ class CodeIndex:
         faiss = faiss_module(f"the index {path.parent.parent}")
         read = faiss.read_index_binary if code == "binary" else faiss.read_index
         try:
+            with path.open("rb") as file:  # faiss has kinds that name other files
+                if file.read(4) != _KIND_OF[code]:
+                    raise OSError(f"it holds no {code} codes")
             index = read(str(path))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+        except (RuntimeError, MemoryError, OSError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[-1]
             raise InputError(f"index: the codes {path} cannot be read ({reason}); run mmrl index again.") from None
         if (index.ntotal, index.d) != shape:
             raise InputError(

@@ -4,8 +4,8 @@ Shapes: B rows of this rank, M captions, C channels, H and W the image size, L t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain, islice, repeat, zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from mmrl.data import draws
-from mmrl.data.captions import caption_id
+from mmrl.data.captions import caption_id, pick_caption, pick_other_caption
 from mmrl.data.index import Problem
+from mmrl.data.negatives import Negative, Negatives
 from mmrl.data.order import EpochOrder
 from mmrl.data.samples import BadSample, Sample, SampleReader
+from mmrl.data.second import IMAGE, TEXT, SecondMembers
 from mmrl.data.sources import DataConfig
 from mmrl.data.transforms import Augmentation
 from mmrl.data.workers import unit_count
@@ -41,7 +43,8 @@ class Batch:
     """"shard/key" of each row."""
     image: Any
     """uint8 (B, C, H, W) if the stream has an ImageSpec; else a list of the callable's results, or of bytes. A tuple of
-    consecutive rows, if several units of a batch are in page-locked memory: a GPU joins them faster."""
+    consecutive rows, if several units of a batch are in page-locked memory: a GPU joins them faster. None if the second
+    members of a stream have no images; `text` likewise."""
     text: Any
     """(B, L) token ids if the stream tokenises; else a list of str."""
     group: torch.Tensor
@@ -50,6 +53,15 @@ class Batch:
     """int64 (B,): rows with equal values have equal captions; None without `data.mask_equal_captions`."""
     bad: list[Problem] = field(default_factory=list)
     """The samples that were skipped to fill these rows."""
+    second: "Batch | None" = None
+    """Row i is another image and/or text of the item of row i, with the same group; `keys` has the sample of the image,
+    else that of the text. None if the stream has no second members, and in second members."""
+    negatives: "Batch | None" = None
+    """Hard negatives: rows i * n … i * n + n - 1 belong to row i. None if the stream has none."""
+    valid_image: torch.Tensor | None = None
+    valid_text: torch.Tensor | None = None
+    """bool, of hard negatives: False for rows that only fill the tensors, with the pair's own image or text. None if
+    there are no such rows at all."""
 
     def share_memory(self) -> "Batch":
         """Moves the batch's tensors to shared memory, from which another process can take them without a copy.
@@ -57,11 +69,14 @@ class Batch:
         Raises:
             RunStopped: the shared memory is full.
         """
-        images = self.image if isinstance(self.image, list) else [self.image]
         try:
-            for x in (*images, self.text, self.group, self.caption):
-                if isinstance(x, torch.Tensor):
-                    x.share_memory_()
+            for one in fields(self):
+                values = getattr(self, one.name)
+                for x in values if isinstance(values, list) else [values]:
+                    if isinstance(x, torch.Tensor):
+                        x.share_memory_()
+                    elif isinstance(x, Batch):
+                        x.share_memory()
         except RuntimeError as error:
             raise RunStopped(
                 f"data: a batch does not fit into the shared memory, /dev/shm ({error}); give the container more "
@@ -71,24 +86,19 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; called by DataLoader."""
-        image, text = (x.pin_memory() if isinstance(x, torch.Tensor) else x for x in (self.image, self.text))
-        caption = None if self.caption is None else self.caption.pin_memory()
-        return replace(self, image=image, text=text, group=self.group.pin_memory(), caption=caption)
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{n: x.pin_memory() for n, x in values.items() if isinstance(x, torch.Tensor | Batch)})
 
     @classmethod
     def join(cls, units: Sequence["Batch"]) -> "Batch":
         """The rows of all these batches."""
         if len(units) == 1:
             return units[0]
+        joined = {
+            one.name: _join([getattr(unit, one.name) for unit in units]) for one in fields(cls) if one.name != "image"
+        }
         images = tuple(unit.image for unit in units)
-        return cls(
-            keys=[key for unit in units for key in unit.keys],
-            image=images if _is_pinned(images[0]) else _join(images),
-            text=_join([unit.text for unit in units]),
-            group=_join([unit.group for unit in units]),
-            caption=None if units[0].caption is None else _join([unit.caption for unit in units]),
-            bad=[problem for unit in units for problem in unit.bad],
-        )
+        return cls(image=images if _is_pinned(images[0]) else _join(images), **joined)
 
     @property
     def groups(self) -> torch.Tensor:
@@ -101,7 +111,11 @@ def _is_pinned(x: Any) -> bool:
 
 
 def _join(parts: Sequence[Any]) -> Any:
-    """Tensors concatenated, in page-locked memory if they are; or lists."""
+    """Tensors concatenated, in page-locked memory if they are; or lists, or batches; None if there are none."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], Batch):
+        return Batch.join(parts)
     if not isinstance(parts[0], torch.Tensor):
         return [one for part in parts for one in part]
     return torch.cat(list(parts)).pin_memory() if _is_pinned(parts[0]) else torch.cat(list(parts))
@@ -126,8 +140,9 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         config: DataConfig,
         window: int,
         lanes: int,
+        second: frozenset[str] = frozenset(),
     ) -> None:
-        """`window` and `lanes`: as for EpochOrder."""
+        """`window` and `lanes`: as for EpochOrder; `second`: what second members have, IMAGE, TEXT or both."""
         self._reader, self._seed, self._config = reader, seed, config
         self.window, self.lanes = window, lanes
         rows = np.arange(batch_size) + rank * batch_size
@@ -137,9 +152,20 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         ]
         self._global_batch_size = batch_size * world_size
         self._image, self._text = image, text
-        self._augmentation = Augmentation(config.augment, image) if isinstance(image, ImageSpec) else None
+        self._second = SecondMembers(reader, seed) if second else None
+        self.second = second
+        self._negatives = Negatives(reader, seed, config) if config.negatives else None
+        self.negatives_identity = self._negatives.identity if self._negatives else ""
+        self._augmentations: list[Augmentation] = []
+        """Of the images, and of second images."""
+        if isinstance(image, ImageSpec):
+            is_second = (False, True) if IMAGE in second else (False,)
+            self._augmentations = [Augmentation(config.augment, image, one) for one in is_second]
         self._order: tuple[int, EpochOrder] | None = None
-        self._min_size = self._augmentation.min_source_size() if self._augmentation and config.scaled_decode else None
+        self._min_size: tuple[int, int] | None = None
+        if self._augmentations and config.scaled_decode:
+            heights, widths = zip(*(one.min_source_size() for one in self._augmentations), strict=True)
+            self._min_size = max(heights), max(widths)
         self._decoded: dict[int, tuple[Sample, torch.Tensor]] = {}
         self._prefetched: tuple[int, set[int]] = 0, set()
         self.progress: torch.Tensor | None = None
@@ -158,24 +184,116 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         self._prefetch(epoch, position)
         order, positions_B = self._epoch_order(epoch), position + self._rows_of_unit[unit]
         indices_B, bad = order.indices(positions_B), list[Problem]()
-        params_BP = self._random_params(epoch, indices_B)
-        samples, images = [], []
+        params_BP, second_params_BP = (self._random_params(epoch, indices_B, second) for second in (False, True))
+        samples, images, seconds, second_images = [], [], list[Sample](), []
         for row, place in enumerate(positions_B):
             index, sample, image_CHW = self._load_row(order, int(place), int(indices_B[row]), bad)
             if index != indices_B[row]:
                 indices_B[row] = index
-                params_BP[row] = self._random_params(epoch, indices_B[row : row + 1])
+                params_BP[row] = self._random_params(epoch, indices_B[row : row + 1], False)
+                second_params_BP[row] = self._random_params(epoch, indices_B[row : row + 1], True)
             samples.append(sample)
             # At once, since an image of the file's own size takes far more memory.
             images.append(self._fit(sample, image_CHW, params_BP[row]))
-        texts = self._choose_captions(epoch, indices_B, [sample.captions for sample in samples])
-        return Batch(
+            if IMAGE in self.second:
+                other, image_CHW = self._load_second(order, int(place), index, (sample, image_CHW))
+                seconds.append(other)
+                second_images.append(self._fit(other, image_CHW, second_params_BP[row], second=True))
+        uniform_B = draws.uniform(self._seed, epoch, indices_B, _CAPTION_DRAW)
+        texts = [
+            one.captions[pick_caption(len(one.captions), self._config.captions, uniform)]
+            for one, uniform in zip(samples, uniform_B.tolist(), strict=True)
+        ]
+        batch = Batch(
             keys=[sample.name for sample in samples],
-            image=images if self._augmentation is None else self._augmentation.apply(torch.stack(images), params_BP),
-            text=texts if self._text is None else self._text(texts),
+            image=self._apply(images, params_BP),
+            text=self._tokenise(texts),
             group=torch.tensor([sample.group for sample in samples]),
-            caption=torch.tensor([caption_id(text) for text in texts]) if self._config.mask_equal_captions else None,
+            caption=self._caption_ids(texts),
             bad=bad,
+        )
+        if self._negatives is not None:
+            batch.negatives = self._load_negatives(self._negatives, epoch, indices_B, samples, texts, images, params_BP)
+        if self._second is None:
+            return batch
+        image = self._apply(second_images, second_params_BP, second=True) if second_images else None
+        text, caption = None, batch.caption
+        if TEXT in self.second:
+            seconds, texts = self._second_texts(order, positions_B, indices_B, samples, seconds, texts)
+            text, caption = self._tokenise(texts), self._caption_ids(texts)
+        keys = [sample.name for sample in seconds]
+        batch.second = Batch(keys=keys, image=image, text=text, group=batch.group, caption=caption)
+        return batch
+
+    def _load_second(
+        self, order: EpochOrder, position: int, index: int, own: tuple[Sample, torch.Tensor | None]
+    ) -> tuple[Sample, torch.Tensor | None]:
+        """The second sample of a row and its decoded image; the row's own if its group has no other usable one."""
+        assert self._second is not None
+        for other in self._second.candidates(index, order, position):
+            # A bad one is not counted here but at its own row: each bad sample counts once per epoch.
+            if (loaded := self._load(other, [], with_image=IMAGE in self.second)) is not None:
+                return loaded
+        return own
+
+    def _second_texts(
+        self,
+        order: EpochOrder,
+        positions_B: np.ndarray,
+        indices_B: np.ndarray,
+        samples: Sequence[Sample],
+        seconds: Sequence[Sample],
+        texts: Sequence[str],
+    ) -> tuple[list[Sample], list[str]]:
+        """The second samples and texts of the rows, given the drawn texts; `seconds` are loaded already with images."""
+        assert self._second is not None
+        chosen, second_texts = [], []
+        for row, uniform in enumerate(self._second.uniform(order.epoch, indices_B).tolist()):
+            sample, text, probabilities = samples[row], texts[row], self._config.captions
+            other = pick_other_caption(sample.captions, text, probabilities, uniform)
+            if seconds:
+                sample = seconds[row]
+            elif other is None:
+                sample, _ = self._load_second(order, int(positions_B[row]), int(indices_B[row]), (sample, None))
+            if other is None:
+                other = pick_other_caption(sample.captions, text, probabilities, uniform)
+            chosen.append(sample)
+            second_texts.append(other or text)
+        return chosen, second_texts
+
+    def _load_negatives(
+        self,
+        negatives: Negatives,
+        epoch: int,
+        indices_B: np.ndarray,
+        samples: Sequence[Sample],
+        texts: Sequence[str],
+        images: Sequence[Any],
+        params_BP: np.ndarray,
+    ) -> Batch:
+        """Batch.negatives, given the pairs and their images before `_apply`."""
+        with_images = self._config.negatives_images
+        rows, chosen, params = [], [], []
+        for row, (index, sample) in enumerate(zip(indices_B.tolist(), samples, strict=True)):
+            found = negatives.draw(epoch, index, sample, lambda other: self._load(other, [], with_images))
+            for one in islice(chain(found, repeat(None)), self._config.negatives):
+                image, params_P = images[row], params_BP[row]
+                if with_images and one is not None and one.sample is not None:
+                    params_P = self._random_params(epoch, np.array([one.index]), False)[0]
+                    image = self._fit(one.sample, one.image_CHW, params_P)
+                rows.append((one or Negative(sample.name, texts[row], sample.group), one))
+                chosen.append(image)
+                params.append(params_P)
+        drawn = [one.text for one, _ in rows]
+        has_image = torch.tensor([one is not None and one.sample is not None for _, one in rows])
+        return Batch(
+            keys=[one.key for one, _ in rows],
+            image=self._apply(chosen, np.stack(params)) if with_images else None,
+            text=self._tokenise(drawn),
+            group=torch.tensor([one.group for one, _ in rows]),
+            caption=self._caption_ids(drawn),
+            valid_image=has_image if with_images else None,
+            valid_text=torch.tensor([one is not None for _, one in rows]),
         )
 
     def _load_row(
@@ -221,7 +339,9 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
             ahead += int(attempt * _GOLDEN_RATIO * length)
         return position + ahead + ahead // length
 
-    def _load(self, index: int, bad: list[Problem]) -> tuple[Sample, torch.Tensor | None] | None:
+    def _load(
+        self, index: int, bad: list[Problem], with_image: bool = True
+    ) -> tuple[Sample, torch.Tensor | None] | None:
         """Reads sample `index` and, unless the stream yields bytes, decodes its image to uint8 (C, H, W) of the file's
         own size; None and an entry in `bad` if it is bad."""
         if self.progress is not None:
@@ -229,53 +349,49 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         if index in self._decoded:
             return self._decoded[index]
         try:
-            if self._image is None:
-                return self._reader.read(index), None
+            if self._image is None or not with_image:
+                return self._reader.read(index, with_image), None
             sample, image_CHW = self._reader.read_image(index, self._min_size)
         except BadSample as error:
             bad.append(error.problem)
             return None
         sample = replace(sample, image=b"")
         if self._config.cache:
-            image_CHW = image_CHW if self._augmentation is None else self._augmentation.kept(image_CHW)
+            kept = [one.kept(image_CHW) for one in self._augmentations]
+            # All of it if any needs that.
+            image_CHW = kept[0] if kept and all(one is not image_CHW for one in kept) else image_CHW
             self._decoded[index] = sample, image_CHW
         return sample, image_CHW
 
-    def _random_params(self, epoch: int, indices_B: np.ndarray) -> np.ndarray:
+    def _random_params(self, epoch: int, indices_B: np.ndarray, second: bool) -> np.ndarray:
         """The numbers for the augmentation: (B, P); (B, 0) without one."""
-        if self._augmentation is None:
+        if len(self._augmentations) <= second:
             return np.empty((len(indices_B), 0))
-        return self._augmentation.random_params(self._seed, epoch, indices_B)
+        return self._augmentations[second].random_params(self._seed, epoch, indices_B)
 
-    def _fit(self, sample: Sample, image_CHW: torch.Tensor | None, params_P: np.ndarray) -> Any:
+    def _fit(self, sample: Sample, image_CHW: torch.Tensor | None, params_P: np.ndarray, second: bool = False) -> Any:
         """A row of Batch.image, before the changes that are applied to whole units."""
         if image_CHW is None:
             return sample.image
-        if self._augmentation is not None:
-            return self._augmentation.crop_and_resize(image_CHW, params_P)
+        if self._augmentations:
+            return self._augmentations[second].crop_and_resize(image_CHW, params_P)
         assert callable(self._image)
         return self._image(to_pil(image_CHW))
 
-    def _choose_captions(self, epoch: int, indices_B: np.ndarray, captions: list[list[str]]) -> list[str]:
-        uniform_B = draws.uniform(self._seed, epoch, indices_B, _CAPTION_DRAW)
-        return [
-            choices[pick_caption(len(choices), self._config.captions, uniform)]
-            for choices, uniform in zip(captions, uniform_B, strict=True)
-        ]
+    def _apply(self, images: list[Any], params_BP: np.ndarray, second: bool = False) -> Any:
+        """Batch.image: the rows with the changes that are applied to whole units."""
+        return self._augmentations[second].apply(torch.stack(images), params_BP) if self._augmentations else images
+
+    def _tokenise(self, texts: list[str]) -> Any:
+        """Batch.text."""
+        return texts if self._text is None else self._text(texts)
+
+    def _caption_ids(self, texts: list[str]) -> torch.Tensor | None:
+        """Batch.caption."""
+        return torch.tensor([caption_id(text) for text in texts]) if self._config.mask_equal_captions else None
 
     def _epoch_order(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order[0] != epoch:
             shares, batch_size = self._reader.shares, self._global_batch_size
             self._order = epoch, EpochOrder(shares, self._seed, epoch, self.window, batch_size, self.lanes)
         return self._order[1]
-
-
-def pick_caption(count: int, probabilities: list[float] | None, uniform: float) -> int:
-    """Choose one of `count` captions with these probabilities; `uniform` is a random number in [0, 1)."""
-    if probabilities is None:
-        return int(uniform * count)
-    last = len(probabilities) - 1
-    shares = [probabilities[min(i, last)] / (max(count - last, 1) if i >= last else 1) for i in range(count)]
-    if not sum(shares):
-        return 0  # only captions that this sample lacks have a probability above 0
-    return min(int(np.searchsorted(np.cumsum(shares) / sum(shares), uniform, side="right")), count - 1)

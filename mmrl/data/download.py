@@ -47,6 +47,9 @@ def download(location: str, target: Path, retries: int, timeout: float, most_byt
             FileNotFoundError or PermissionError if a retry is pointless.
     """
     partial, delays = partial_file(target), retry_delays(retries)
+    for path in (partial, version_file(target)):
+        if path.is_symlink():  # not made by this program
+            path.unlink()
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -76,8 +79,9 @@ def _append(location: str, target: Path, timeout: float, most_bytes: float) -> N
     known = version.read_bytes().decode("ascii", "ignore") if offset else ""
     with open_remote(location, offset, known if known.isprintable() else "", timeout) as source:
         _check_size(location, source.size or 0, most_bytes)
-        version.write_text(source.version)
-        # Others may be able to write to the folder: no link of theirs is followed.
+        version.unlink(missing_ok=True)
+        with version.open("x") as file:
+            file.write(source.version)
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb") as file:
             end = source.start
             file.seek(end)
@@ -149,10 +153,11 @@ def locked(path: Path, wait: bool) -> Iterator[IO[str]]:
 
     Raises:
         BlockingIOError: another process holds it and `wait` is false.
-        OSError: the file cannot be created.
+        OSError: the file cannot be created, or is a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", errors="replace") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "a+", errors="replace") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield file

@@ -29,6 +29,9 @@ class FieldsConfig(Settings):
     """Key in the JSON: a list of captions (or one)."""
     group: str = "group"
     """Key in the JSON: the id of the item shown. Samples of one item are not each other's negatives."""
+    negatives: str = "negatives"
+    """Key in the JSON: a list of hard negatives (see data.negatives). Each is the key of a sample in the same shard,
+    "shard/key" of a sample of the set, or else a caption."""
 
     @field_validator("image", "text", "metadata")
     @classmethod

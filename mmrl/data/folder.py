@@ -101,6 +101,7 @@ class ImageFolder:
             for stem in sorted(self._texts.keys() - stems)
         ]
         """Captions without an image."""
+        self.has_metadata = any("json" in files for files in self._texts.values())
         names = [stem + path.suffix for stem, path in self._images]
         names += [stem + path.suffix for stem, files in self._texts.items() for path in files.values()]
         self.num_files = len(names)

@@ -53,6 +53,7 @@ class EpochOrder:
         self, shares: Sequence[SourceShare], seed: int, epoch: int, window: int, batch_size: int = 1, lanes: int = 1
     ) -> None:
         """`window` and `batch_size` count samples of all lanes; `lanes` divides `batch_size`."""
+        self.epoch = epoch
         total, first, runs = sum(share.total for share in shares), 0, []
         for source, share in enumerate(shares):
             runs.append(_runs_of_source(share, first, total, seed, epoch, source))
@@ -60,7 +61,7 @@ class EpochOrder:
         index_of_run, length_of_run = np.concatenate(runs, axis=1)
         order = draws.permutation(len(length_of_run), seed, epoch, 1)
         self.length = int(length_of_run.sum())
-        self._index_of_run = index_of_run[order]
+        self._index_of_run, self._total = index_of_run[order], total
         self._start_of_run = np.cumsum(length_of_run[order]) - length_of_run[order]
         self._batch_size, self._rows_of_lane = batch_size, batch_size // lanes
         edges = np.arange(lanes + 1) * self.length // lanes
@@ -74,6 +75,8 @@ class EpochOrder:
         self._window_key = (seed, epoch, 3)
         # Batches move through one window of each lane at a time; those across an edge need two.
         self._permutation = lru_cache(maxsize=4 * lanes)(self._permute)
+        self.lane_samples = lru_cache(maxsize=lanes)(self._lane_samples)
+        """Lane -> for each of the N samples, whether this lane reads it in this epoch; bool (N,)."""
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """The indices sample + copy * N at these positions; positions beyond the end wrap around in their lanes."""
@@ -86,6 +89,10 @@ class EpochOrder:
         shuffled += self._start_of_lane[lane]
         run = self._run_at(shuffled)
         return shuffled - self._start_of_run[run] + self._index_of_run[run]
+
+    def lane_of(self, position: int) -> int:
+        """The lane that fills this position."""
+        return position % self._batch_size // self._rows_of_lane
 
     def window_ids(self, positions: np.ndarray) -> np.ndarray:
         """The ids of the shuffle windows that these positions of the epoch are in, each once. The window in which a
@@ -126,6 +133,17 @@ class EpochOrder:
     def _run_at(self, places: np.ndarray) -> np.ndarray:
         """The runs that these positions of the concatenated shards are in."""
         return np.searchsorted(self._start_of_run, places, side="right") - 1
+
+    def _lane_samples(self, lane: int) -> np.ndarray:
+        first = self._start_of_lane[lane]
+        end, is_in_lane_N = first + self._length_of_lane[lane], np.zeros(self._total, bool)
+        first_run, last_run = self._run_at(np.array([first, end - 1]))
+        starts = np.append(self._start_of_run, self.length)
+        for run in range(first_run, last_run + 1):
+            begin, stop = max(starts[run], first), min(starts[run + 1], end)
+            sample = self._index_of_run[run] % self._total + begin - starts[run]
+            is_in_lane_N[sample : sample + stop - begin] = True
+        return is_in_lane_N
 
     def _permute(self, window_id: int) -> np.ndarray:
         lane, window = divmod(window_id, self._windows_per_lane)

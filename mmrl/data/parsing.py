@@ -21,6 +21,7 @@ class ParsedSample:
     captions: list[str]
     """The plain caption first, then those of the JSON that differ from it; stripped, never empty."""
     group: str | None
+    negatives: list[str]
 
 
 # What the functions below raise on a bad sample; `reason_of` turns it into the reason.
@@ -51,14 +52,19 @@ def parse(
     usable = clean_captions(captions)
     if not usable and require_captions:
         raise ValueError("only empty captions" if captions else "no caption")
-    return ParsedSample(read(image), usable, group_name(metadata.get(fields.group)))
+    negatives = caption_list(metadata.get(fields.negatives))
+    return ParsedSample(read(image), usable, group_name(metadata.get(fields.group)), negatives)
 
 
 def parse_metadata(fields: FieldsConfig, extensions: Collection[str], read: Callable[[str], bytes]) -> dict[str, Any]:
     """A sample's JSON object; empty if it has none. Raises as `parse`."""
     if fields.metadata not in extensions:
         return {}
-    data = read(fields.metadata)
+    return metadata_object(read(fields.metadata), fields.metadata)
+
+
+def metadata_object(data: bytes, extension: str) -> dict[str, Any]:
+    """The JSON object in a member. Raises ValueError if there is none."""
     try:
         metadata = parse_json(data)
     except (json.JSONDecodeError, UnicodeError):
@@ -66,7 +72,7 @@ def parse_metadata(fields: FieldsConfig, extensions: Collection[str], read: Call
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"metadata not JSON: {error}") from None
     if not isinstance(metadata, dict):
-        raise ValueError(f"metadata not JSON: .{fields.metadata} is not a JSON object")
+        raise ValueError(f"metadata not JSON: .{extension} is not a JSON object")
     return metadata
 
 

@@ -3,7 +3,7 @@
 Shapes: B images of a batch, M their captions in all, C channels, H and W the image size, L tokens of a text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,18 +52,15 @@ class SequentialBatch:
 
 
 class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
-    """Maps the index of a batch's first sample to the batch. An error is returned, since DataLoader would wrap a raised
-    one in a traceback."""
+    """Maps a range of indices to their batch. An error is returned, since DataLoader would wrap a raised one in a
+    traceback."""
 
-    def __init__(
-        self, reader: ImageReader, image: ImageSpec, text: Tokenise, captions: int | None, batch_size: int, end: int
-    ) -> None:
-        self._reader, self._image, self._text = reader, image, text
-        self._captions, self._batch_size, self._end = captions, batch_size, end
+    def __init__(self, reader: ImageReader, image: ImageSpec, text: Tokenise, captions: int | None) -> None:
+        self._reader, self._image, self._text, self._captions = reader, image, text, captions
 
-    def __getitem__(self, start: int) -> SequentialBatch | InputError | RunStopped:
+    def __getitem__(self, wanted: range) -> SequentialBatch | InputError | RunStopped:
         try:
-            return self._read(range(start, min(start + self._batch_size, self._end)))
+            return self._read(wanted)
         except (InputError, RunStopped) as error:
             return error
 
@@ -109,35 +106,53 @@ def read_sequential(
         workers: processes that read and decode, each one batch ahead; 0 for this process.
     """
     first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
-    batches, starts = _Batches(reader, image, text, captions, batch_size, last), range(first, last, batch_size)
-    loaded = (
-        map(batches.__getitem__, starts) if not workers or len(starts) < 2 else _in_workers(batches, starts, workers)
-    )
+    starts = range(first, last, batch_size)
+    ranges = (range(start, min(start + batch_size, last)) for start in starts)
+    yield from read_ranges(reader, image, text, ranges, len(starts), captions, workers)
+
+
+def read_ranges(
+    reader: ImageReader,
+    image: ImageSpec,
+    text: Tokenise,
+    ranges: Iterable[range],
+    count: int,
+    captions: int | None = None,
+    workers: int = 0,
+) -> Iterator[SequentialBatch]:
+    """Yields one batch for each of `count` ranges of indices; the rest as `read_sequential`."""
+    batches = _Batches(reader, image, text, captions)
+    in_workers = workers and count > 1
+    loaded = _in_workers(batches, ranges, min(workers, count)) if in_workers else map(batches.__getitem__, ranges)
     for batch in loaded:
         if not isinstance(batch, SequentialBatch):
             raise batch
         yield batch
 
 
-def _in_workers(batches: _Batches, starts: range, workers: int) -> Iterator[SequentialBatch | InputError | RunStopped]:
+def _in_workers(
+    batches: _Batches, ranges: Iterable[range], workers: int
+) -> Iterator[SequentialBatch | InputError | RunStopped]:
     loader = DataLoader(
         batches,
-        sampler=starts,
+        sampler=ranges,
         batch_size=None,
-        num_workers=min(workers, len(starts)),
+        num_workers=workers,
         prefetch_factor=1,
         worker_init_fn=start_new_session,
     )
     iterator: Any = iter(loader)
     with LostBatchWatch(iterator._workers, progress=lambda: None, lost_after_s=60) as watch:
-        for _ in starts:
+        while True:
             try:
                 with watch.awaiting():
-                    batch = next(iterator)
+                    batch = next(iterator, None)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise RunStopped(
                     f"shards: a worker that decodes images was killed ({reason}), most likely because memory ran out; "
                     "give the container more memory, then run this again."
                 ) from None
+            if batch is None:
+                return
             yield batch

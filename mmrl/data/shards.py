@@ -11,6 +11,7 @@ from pathlib import Path
 import braceexpand
 
 from mmrl.data import starter
+from mmrl.data.groups import GROUPS
 from mmrl.data.index_file import SUFFIX
 from mmrl.data.stores import RemoteConfig, cache_folder, cache_name, check_location, is_remote, list_tars
 from mmrl.errors import InputError
@@ -115,7 +116,7 @@ def _expand_one(spec: str, allow_pipe: bool, keep_missing: bool) -> list[str]:
     names = _expand_braces(spec)
     if any(glob.has_magic(name) and not Path(name).exists() for name in names):
         matches = [path for name in names for path in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
-        found = [path for path in matches if not path.endswith(SUFFIX)]
+        found = [path for path in matches if not path.endswith((SUFFIX, GROUPS))]
         if not found:
             raise InputError(f"shards: no file matches {spec!r}; correct the pattern.")
         return [location for path in found for location in _expand_one(path, allow_pipe, keep_missing)]

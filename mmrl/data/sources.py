@@ -60,6 +60,13 @@ class DataConfig(Settings):
     """The most parts that an epoch's shards are divided into. Each lane fills the same rows of every batch, so a host
     downloads the shards of its rows' lanes only. The number is a divisor of the global batch, and smaller for sets of
     fewer shuffle windows. 1 in runs that began before this key existed."""
+    negatives: int = Field(default=0, ge=0)
+    """Hard negatives per pair and step: further wrong texts for its image, and wrong images for its text, besides the
+    other pairs of the batch. Drawn anew each epoch from those of the sample (see fields.negatives)."""
+    negatives_from: str | None = None
+    """A folder that `mmrl mine` wrote for these shards (default: the samples' own negatives)."""
+    negatives_images: bool = False
+    """Load the images of negatives that are samples, too; false uses their texts only."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Training stops when more than this fraction of an epoch's samples is bad (or of a million, if an epoch has
     more)."""
@@ -116,6 +123,7 @@ def open_training_set(config: DataConfig) -> SampleReader:
             for one, locations in zip(sources, expanded, strict=True)
         ],
         cache,
+        group_all=config.negatives > 0,  # so that no negative is one that the batch has as a pair
     )
 
 

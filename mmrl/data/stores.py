@@ -33,6 +33,7 @@ from mmrl.data.index_file import SUFFIX
 from mmrl.data.transport import PIPE, RemoteFile, fsspec, open_remote
 from mmrl.errors import InputError
 from mmrl.output.files import write_atomic
+from mmrl.output.owners import check_writers
 from mmrl.settings import Settings, machine_field
 
 _REMOTE = re.compile(r"^([a-z][a-z0-9+.]*)://\S", re.IGNORECASE)
@@ -116,9 +117,19 @@ def list_tars(folder: str) -> list[str]:
 
 
 def cache_folder(config: RemoteConfig) -> Path:
-    """The folder of cached shards and indexes."""
-    default = os.environ.get("MMRL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrl"
-    return Path(config.folder or default)
+    """The folder of cached shards and indexes.
+
+    Raises:
+        InputError: strangers can write to it, see `check_writers`; none is named, and this user has no home folder.
+    """
+    named, caches = config.folder or os.environ.get("MMRL_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(named or Path(caches or Path.home() / ".cache") / "mmrl")
+    except RuntimeError:
+        raise InputError("data.remote.folder: this user has no home folder; set it or MMRL_CACHE.") from None
+    remedy = "take that right away (chmod, chown), or set data.remote.folder or MMRL_CACHE to a folder of your own"
+    check_writers(folder, "data.remote.folder", remedy)
+    return folder
 
 
 def cache_name(location: str) -> str:
@@ -309,7 +320,7 @@ class ShardCache:
         size = partial.stat().st_size
         self._download_index(location, size)
         self.evict(size)
-        file = os.open(partial, os.O_RDONLY)
+        file = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
         partial.replace(target)
         version_file(target).unlink(missing_ok=True)
         return file
@@ -345,9 +356,11 @@ class ShardCache:
 
 
 def _open_copy(target: Path) -> int:
-    file = os.open(target, os.O_RDONLY)
+    if target.is_symlink():  # not made by this program
+        target.unlink()
+    file = os.open(target, os.O_RDONLY | os.O_NOFOLLOW)
     with contextlib.suppress(OSError):
-        os.utime(target)  # marks it as recently used
+        os.utime(file)  # marks it as recently used
     return file
 
 

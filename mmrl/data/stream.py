@@ -6,9 +6,10 @@ sample of the epoch; a worker needs only (epoch, position) to load its rows of a
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from mmrl.data.batches import Batch, BatchDataset, ImageTransform, Tokenise
 from mmrl.data.order import lane_count
 from mmrl.data.samples import SampleReader
+from mmrl.data.second import IMAGE
 from mmrl.data.shards import ShardSpec
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.workers import LoaderMemory, LostBatchWatch, start_new_session
@@ -27,6 +29,13 @@ from mmrl.settings import hyperparameters
 
 # The default shuffle window: this many global batches, and at least this many samples.
 _BATCHES_PER_WINDOW, _SMALLEST_WINDOW = 16, 16384
+_ALWAYS_HASHED = {
+    *(f"fields.{name}" for name in ("image", "text", "metadata", "captions", "group")),
+    *("captions", "scaled_decode", "shuffle_window"),
+    *(f"augment.{name}" for name in ("random_resized_crop", "flip", "rotate", "zoom", "shift", "fill", "grey")),
+    *(f"augment.{name}" for name in ("brightness", "contrast", "saturation", "channel_gain")),
+}
+"""The keys of the first version that are part of a state's hash."""
 
 
 class Stream:
@@ -48,11 +57,13 @@ class Stream:
         micro_batch: int | None = None,
         prefetch: int | None = None,
         lost_after_s: float = 30.0,
+        second: frozenset[str] = frozenset(),
     ) -> None:
         """`batch_size` and `micro_batch` count rows of this rank; with `micro_batch`, each batch is yielded in
         batch_size / micro_batch chunks. Workers load units of at most UNIT_ROWS rows and prepare `prefetch` of them
         each in advance (default: LoaderMemory.units_ahead). If they load no sample for `lost_after_s` seconds while a
-        batch is awaited, that ends the stream with RunStopped.
+        batch is awaited, that ends the stream with RunStopped. `second` names what the second members of pairs have in
+        Batch.second, "image", "text" or both; without it there are none.
         """
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
@@ -73,7 +84,7 @@ class Stream:
         window, lanes = window_and_lanes(config, self.global_batch_size, self.samples)
         self._config = config
         self._dataset = BatchDataset(
-            reader, batch_size, micro_batches, rank, world_size, seed, image, text, config, window, lanes
+            reader, batch_size, micro_batches, rank, world_size, seed, image, text, config, window, lanes, second
         )
         self._reader, self._micro_batches = reader, micro_batches
         memory = LoaderMemory(1, batch_size, batch_size // micro_batches, 1)
@@ -86,7 +97,9 @@ class Stream:
     def _data(self) -> str:
         """A fingerprint of the shards' names and numbers of samples and of all settings that affect the contents of
         batches."""
-        return f"{self._reader.layout}-{_config_fingerprint(self._config, self._dataset.window)}"
+        more = {"second": sorted(self._dataset.second), "negatives": self._dataset.negatives_identity}
+        fingerprint = _config_fingerprint(self._config, self._dataset.window, more)
+        return f"{self._reader.layout}-{fingerprint}"
 
     @property
     def batches_per_epoch(self) -> int:
@@ -216,12 +229,20 @@ def window_and_lanes(config: DataConfig, batch_size: int, samples: int) -> tuple
     return window, lane_count(batch_size, samples, window, config.lanes)
 
 
-def _config_fingerprint(config: DataConfig, window: int) -> str:
-    """A hash of all settings that affect the contents of batches."""
-    values = {**hyperparameters(config), "shuffle_window": window}
+def _config_fingerprint(config: DataConfig, window: int, more: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """A hash of all settings that affect the contents of batches, and of `more` facts that are not empty."""
+    values, defaults = {**hyperparameters(config), "shuffle_window": window}, hyperparameters(DataConfig())
     # `train` and `sources` are part of the reader's fingerprint, `lanes` of the state; others affect no image or text.
-    apart = ("train", "sources", "lanes", "max_bad_fraction", "mask_equal_captions")
-    relevant = {name: value for name, value in values.items() if name not in apart}
+    apart = ("train", "sources", "lanes", "max_bad_fraction", "mask_equal_captions", "negatives_from")
+    unused = () if IMAGE in more.get("second", ()) else ("augment.second",)
+    unused += () if config.negatives else ("negatives", "fields.negatives")
+    # Other keys count when they are set, so that states from before they existed stay equal.
+    relevant = {
+        name: value
+        for name, value in values.items()
+        if name not in apart and (name in _ALWAYS_HASHED or value != defaults.get(name, ...))
+        if not name.startswith(unused)
+    } | {f"stream.{name}": value for name, value in more.items() if value}
     return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 

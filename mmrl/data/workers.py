@@ -132,6 +132,8 @@ class LoaderMemory:
     pins: bool = False
     """Whether units are copied to page-locked memory at once. Else those of a step, unless they are joined, stay in
     shared memory while those of the next step are loaded."""
+    others: float = 0.0
+    """Bytes of workers that run at the same time: those of evaluation."""
 
     @property
     def unit_bytes(self) -> int:
@@ -159,11 +161,11 @@ class LoaderMemory:
         """Bytes of the workers themselves."""
         return self.processes * workers * (_WORKER_BYTES + _UNITS_HELD * self.unit_bytes)
 
-    def default_workers(self) -> int:
+    def default_workers(self, share: float = 0.5) -> int:
         """Workers of each process: its share of the cores but one, as far as the shared memory has room for a unit of
-        each and half of the memory for themselves."""
+        each, and this share of the memory for themselves."""
         room = free_shared_memory() / self.processes / self.unit_bytes - self._taken
-        room = min(room, host_memory() / 2 / self.private(1))
+        room = min(room, share * host_memory() / self.private(1))
         return max(0, min(usable_cores() // self.processes - 1, int(min(room, 2**16))))
 
     def fitting_units_ahead(self, workers: int) -> int:
@@ -183,9 +185,10 @@ class LoaderMemory:
                 f"--shm-size={math.ceil(self.shared(workers, wanted) / 2**20)}m; in Kubernetes an emptyDir with "
                 f"medium: Memory at {_SHARED_MEMORY}), or lower data.workers (0 needs none)."
             )
-        if (needed := self.shared(workers, 1) + self.private(workers)) > (memory := host_memory()):
+        if (needed := self.shared(workers, 1) + self.private(workers) + self.others) > (memory := host_memory()):
+            beside = f", with {self.others / 1e9:,.1f} GB of those that decode for evaluation" * (self.others > 0)
             raise InputError(
-                f"{who} need about {needed / 1e9:,.1f} GB of memory, and this host or container has "
+                f"{who} need about {needed / 1e9:,.1f} GB of memory{beside}, and this host or container has "
                 f"{memory / 1e9:,.1f} GB; lower data.workers."
             )
         return max(n for n in range(1, wanted + 1) if self.shared(workers, n) <= free)

@@ -15,7 +15,8 @@ RUN/
                 optimizer.safetensors    optimizer moments, unsharded, by parameter name
                 prefixes.safetensors     rotation, logit scales of the smaller dims, their optimizer (nesting.rotation)
                 weights.safetensors      the trained weights that differ from the encoder's: all with a moving average
-                                         (train.ema), the projections before the rotation is folded into them
+                                         (train.ema), the projections before the rotation is folded into them,
+                                         adapters and the weights before they are merged (model.lora)
                 average.safetensors      the same of the moving average
         last -> step-400      symbolic links, replaced atomically
         best -> step-300
@@ -47,7 +48,7 @@ from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 from mmrl.model.folding import unshared
 from mmrl.model.manifest import MANIFEST, check_files, read_manifest, sha256
-from mmrl.output.files import atomic_path, parse_json
+from mmrl.output.files import atomic_path, parse_json, remove
 from mmrl.settings import Settings, machine_field
 
 RETRY_S = 30.0
@@ -244,9 +245,9 @@ class Checkpoints:
         earlier = [path for one, path in self._by_step() if one <= step]
         for path in earlier[: -self._keep]:
             if path.resolve() != best:
-                shutil.rmtree(path)
+                remove(path)
         for partial in self.folder.glob(".step-*.partial"):  # of a process that was killed
-            shutil.rmtree(partial)
+            remove(partial)
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,9 @@ class LoadedCheckpoint:
 def find_damage(checkpoint: Path) -> str | None:
     """Why a run cannot resume from a checkpoint: a file is missing, or does not have its hash."""
     try:
+        odd = next((one for one in checkpoint.rglob("*") if not (one.is_file() or one.is_dir())), None)
+        if odd is not None:  # e.g. a pipe, which would be waited for
+            return f"{odd.name} is no file."
         manifest = read_manifest(checkpoint)
         check_files(checkpoint, manifest, manifest["files"])
         state = parse_json((checkpoint / "training" / _STATE).read_text())

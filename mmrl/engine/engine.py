@@ -237,6 +237,7 @@ class Engine:
 
     @torch.no_grad()
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        weights = {name: weights[name] for name in self.full_model.state_dict()}  # not those with merged adapters
         if self._full_copy is None:
             self.model.load_state_dict(weights)
             return

@@ -17,10 +17,10 @@ from mmrl.engine.engine import Engine, Rows
 from mmrl.losses.inputs import NestedLoss
 from mmrl.model.two_tower import Outputs
 
-MicroBatch = tuple[Rows, torch.Tensor]
-"""uint8 images (m, C, H, W), token ids (m, L)."""
-LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], NestedLoss]
-"""(image (b, D), text (b, D), logit scale, logit bias or None) -> loss."""
+MicroBatch = tuple[Rows | None, Rows | None]
+"""uint8 images (m, C, H, W) and token ids (m', L), e.g. of m pairs and their second texts; None for a tower without."""
+LossFunction = Callable[[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None], NestedLoss]
+"""(image embeddings or None, text embeddings or None, logit scale, logit bias or None) -> loss."""
 
 
 def backward(
@@ -42,44 +42,42 @@ def backward(
     loss = loss_function(image_bD, text_bD, scale, bias)
     with engine.timer.phase("backward"):
         loss.total.backward()
-    image_grad_bD, text_grad_bD = image_bD.grad, text_bD.grad
     scalar_grads = [x.grad for x in (scale, bias) if x is not None]
-    assert image_grad_bD is not None
-    assert text_grad_bD is not None
-    start = 0
+    starts = [0, 0]
     with nullcontext() if is_whole else engine.accumulating():
-        for index, (image_mCHW, text_mL) in enumerate(micro_batches):
-            rows = slice(start, start + len(text_mL))
-            start = rows.stop
+        for index, inputs in enumerate(micro_batches):
             seed(index)
             # A locked tower has no gradient, so it needs no second forward pass.
-            image_mD, text_mD, *scalars = outputs or engine(
-                image_mCHW if engine.trains("image") else None, text_mL if engine.trains("text") else None
-            )
+            again = outputs
+            if again is None:
+                trains = engine.trains("image"), engine.trains("text")
+                again = engine(*(x if trained else None for x, trained in zip(inputs, trains, strict=True)))
+            *embeddings, micro_scale, micro_bias = again
             # A surrogate whose gradient is that of the loss. DeepSpeed requires a gradient of every trained
             # parameter in every backward pass, so that of logit scale and bias is divided evenly.
             surrogate = scale.new_zeros(())
-            for x, grad in ((image_mD, image_grad_bD[rows]), (text_mD, text_grad_bD[rows])):
-                surrogate = surrogate if x is None else surrogate + (x * grad).sum()
-            for x, grad in zip((x for x in scalars if x is not None), scalar_grads, strict=True):
+            for side, (x, whole) in enumerate(zip(embeddings, (image_bD, text_bD), strict=True)):
+                if x is not None:
+                    assert whole is not None
+                    assert whole.grad is not None
+                    rows = slice(starts[side], starts[side] + len(x))
+                    starts[side] = rows.stop
+                    surrogate = surrogate + (x * whole.grad[rows]).sum()
+            for x, grad in zip((x for x in (micro_scale, micro_bias) if x is not None), scalar_grads, strict=True):
                 surrogate = surrogate + (x * grad).sum() / len(micro_batches)
             engine.backward(surrogate, last=index == len(micro_batches) - 1)
     return loss
 
 
-def _detach(outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _detach(outputs: Outputs) -> Outputs:
     """The model's outputs as leaves that collect a gradient."""
     image_bD, text_bD, scale, bias = (None if x is None else x.detach().requires_grad_() for x in outputs)
-    assert image_bD is not None
-    assert text_bD is not None
     assert scale is not None
     return image_bD, text_bD, scale, bias
 
 
 @torch.no_grad()
-def _embed(
-    engine: Engine, micro_batches: Sequence[MicroBatch], seed: Callable[[int], None]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _embed(engine: Engine, micro_batches: Sequence[MicroBatch], seed: Callable[[int], None]) -> Outputs:
     images, texts, scale, bias = [], [], None, None
     for index, micro_batch in enumerate(micro_batches):
         seed(index)
@@ -87,4 +85,5 @@ def _embed(
         images.append(image_mD)
         texts.append(text_mD)
     assert scale is not None
-    return torch.cat(images), torch.cat(texts), scale, bias
+    image_bD, text_bD = (None if parts[0] is None else torch.cat(parts) for parts in (images, texts))
+    return image_bD, text_bD, scale, bias

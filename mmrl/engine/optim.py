@@ -1,7 +1,6 @@
 """AdamW with per-parameter learning rates and weight decay, and learning-rate schedules."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mmrl.durations import Duration
 from mmrl.errors import InputError
+from mmrl.model.depth import Depth
 from mmrl.model.towers import projection_axes
 from mmrl.model.two_tower import MatryoshkaCLIP, ProjectedTower
 from mmrl.settings import Settings
@@ -130,9 +130,12 @@ def _parameter_settings(
         projection = {f"tower.{name}" for name in projection_axes(model_cfg, side) or {}} | {"projection.weight"}
         without_decay = {f"tower.{name}" for name in _no_weight_decay(encoder.tower)}
         token_embeddings = {f"tower.{name}" for name in _token_embeddings(encoder.tower)}
-        depth = _Depth([name for name, _ in encoder.named_parameters()])
-        if config.layer_decay != 1:
-            depth.check(side)
+        depth = Depth(name for name, _ in encoder.named_parameters())
+        if config.layer_decay != 1 and not depth.blocks:
+            raise InputError(
+                f"optim.layer_decay: the layers of this {side} tower are not known by their names; set it to 1, or use "
+                f"optim.lr_{side}."
+            )
         for name, parameter in encoder.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -169,30 +172,3 @@ def _no_weight_decay(tower: nn.Module) -> set[str]:
         if callable(excluded):
             names |= {prefix + name for name in excluded()}  # pyright: ignore[reportGeneralTypeIssues]
     return names | {"positional_embedding", "class_embedding"}
-
-
-class _Depth:
-    """The number of layers between a parameter and the tower's output, from the blocks in parameter names: of a ViT
-    `blocks.3.`, of a T5 `block.3.`, of a ResNet `layer3.`, of a network of stages the stages."""
-
-    _BLOCK = re.compile(r".*?(?:^|\.)(?:resblocks|blocks?|layers?|stages)\.?\d+\.")
-    _INPUT = re.compile(r"embed|stem|ln_pre|norm_pre|(?:cls|class)_token|\.(?:conv|bn)\d\.")
-    _POOL = re.compile(r"attn_?pool")
-
-    def __init__(self, names: list[str]) -> None:
-        found = dict.fromkeys(block[0] for name in names if (block := self._BLOCK.match(name)))
-        self._blocks = {block: position for position, block in enumerate(found)}
-
-    def from_output(self, name: str) -> int:
-        """0 behind the last block, 1 in it, …; one more than the number of blocks before the first."""
-        if block := self._BLOCK.match(name):
-            return len(self._blocks) - self._blocks[block[0]]
-        return len(self._blocks) + 1 if self._INPUT.search(name) and not self._POOL.search(name) else 0
-
-    def check(self, side: str) -> None:
-        """Raises InputError if the tower's names show no blocks."""
-        if not self._blocks:
-            raise InputError(
-                f"optim.layer_decay: the layers of this {side} tower are not known by their names; set it to 1, or use "
-                f"optim.lr_{side}."
-            )

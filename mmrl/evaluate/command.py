@@ -116,7 +116,7 @@ def evaluate_model(
         for note in score_notes(scores, CROSS_MODAL if out else DIRECTIONS):
             print_line(console, f"{name}: {note}.")
     if study:
-        study.print_advice(console)
+        study.print_advice(console, brief=bool(out))  # with a report, which has that of all sets
     if out is not None and world.is_rank_0:
         sets.write_retrieval_json(out, result)
         page = study.write_report(out / "report", results) if study else None

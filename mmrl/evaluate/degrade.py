@@ -7,12 +7,10 @@ embedding's width.
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL import ImageFilter
 from torch import Tensor
 
 from mmrl.data import draws
@@ -20,31 +18,11 @@ from mmrl.data.sequential import ImageReader
 from mmrl.distributed import comm
 from mmrl.evaluate.ranking.ranks import KS, rank_queries
 from mmrl.evaluate.sets import Embedded
-from mmrl.images.decode import decode_pixels, to_pil, to_tensor
-from mmrl.images.image_spec import resize
+from mmrl.images.degrade import blur, downscale, jpeg
 from mmrl.inference.evaluated import EvaluatedEncoder
 
 _CROP_DRAW = 1 << 24
 _BATCH_SIZE = 64
-
-
-def _jpeg(image_CHW: Tensor, quality: float, _: int) -> Tensor:
-    file = io.BytesIO()
-    image = to_pil(image_CHW)
-    image.thumbnail((65_500, 65_500))  # the largest JPEG
-    image.save(file, "JPEG", quality=int(quality))
-    return decode_pixels(file.getvalue())
-
-
-def _blur(image_CHW: Tensor, share: float, _: int) -> Tensor:
-    radius = share * min(image_CHW.shape[1:])
-    return to_tensor(to_pil(image_CHW).filter(ImageFilter.GaussianBlur(radius)))
-
-
-def _downscale(image_CHW: Tensor, side: float, _: int) -> Tensor:
-    height, width = image_CHW.shape[1:]
-    scale = min(1.0, side / min(height, width))
-    return resize(image_CHW, max(1, round(height * scale)), max(1, round(width * scale)), "bilinear")
 
 
 def _crop(image_CHW: Tensor, share: float, seed: int) -> Tensor:
@@ -58,9 +36,9 @@ def _crop(image_CHW: Tensor, share: float, seed: int) -> Tensor:
 
 # {kind: (function of image, severity and seed; what the severity is; severities from mild to severe)}
 KINDS: dict[str, tuple[Callable[[Tensor, float, int], Tensor], str, tuple[float, ...]]] = {
-    "jpeg": (_jpeg, "JPEG quality", (30, 10, 3)),
-    "blur": (_blur, "radius as a share of the shorter side", (0.01, 0.025, 0.06)),
-    "downscale": (_downscale, "shorter side in pixels", (96, 48, 24)),
+    "jpeg": (lambda x_CHW, quality, _: jpeg(x_CHW, quality), "JPEG quality", (30, 10, 3)),
+    "blur": (lambda x_CHW, share, _: blur(x_CHW, share), "radius as a share of the shorter side", (0.01, 0.025, 0.06)),
+    "downscale": (lambda x_CHW, side, _: downscale(x_CHW, side), "shorter side in pixels", (96, 48, 24)),
     "crop": (_crop, "share of the area kept", (0.75, 0.5, 0.25)),
 }
 

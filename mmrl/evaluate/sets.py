@@ -38,6 +38,9 @@ from mmrl.model.bundle import Bundle
 from mmrl.output.files import write_atomic
 from mmrl.settings import Settings, machine_field
 
+# Of the host's memory, at most: the workers of the training stream are there at the same time, with up to a half.
+DECODING_SHARE = 0.25
+
 
 class SetConfig(Settings):
     """One evaluation set."""
@@ -141,7 +144,7 @@ def embed(
         captions=captions,
         rank=world.rank,
         world_size=world.size,
-        workers=_decoding_workers(device, encoder.image_spec),
+        workers=decoding_workers(device, encoder.image_spec),
     )
     for batch in batches:
         bad += batch.bad
@@ -159,13 +162,17 @@ def embed(
     )
 
 
-def _decoding_workers(device: torch.device, spec: ImageSpec) -> int:
+def decoding_workers(device: torch.device, spec: ImageSpec) -> int:
     """Processes that read and decode while a GPU embeds; a CPU that embeds has no core to spare. Collective."""
     if device.type != "cuda":
         return 0
-    processes = comm.all_hosts().count(comm.host())
-    sample_bytes = 3 * spec.height * spec.width
-    return LoaderMemory(sample_bytes, BATCH_SIZE, BATCH_SIZE, processes).default_workers()
+    memory = decoding_memory(3 * spec.height * spec.width, comm.all_hosts().count(comm.host()))
+    return memory.default_workers(DECODING_SHARE)
+
+
+def decoding_memory(sample_bytes: int, processes: int) -> LoaderMemory:
+    """The memory of these workers, for this number of processes of a host."""
+    return LoaderMemory(sample_bytes, BATCH_SIZE, BATCH_SIZE, processes)
 
 
 def _no_tokens(texts: list[str]) -> torch.Tensor:

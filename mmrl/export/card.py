@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from mmrl.evaluate.report.tables import recall_markdown
 from mmrl.export.formats.base import Format
-from mmrl.model.manifest import CARD
+from mmrl.model.manifest import CARD, is_rotated
 from mmrl.output.files import parse_json
 
 # Kinds of images that some tools do not read as training does, and what to do.
@@ -83,7 +83,7 @@ def write(
     """
     contract, source = manifest["contract"], manifest["source"]
     about = source.get("rotated_from", source)
-    rotated = manifest.get("rotation") is not None or "rotated_from" in source
+    rotated = is_rotated(manifest)
     templates = Environment(  # noqa: S701 (Markdown has no HTML to escape)
         loader=FileSystemLoader(Path(__file__).parent / "card_template"), trim_blocks=True, keep_trailing_newline=True
     )

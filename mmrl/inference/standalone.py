@@ -20,6 +20,7 @@ import hashlib
 import html
 import json
 import mmap
+import os
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,15 @@ from mmrl.images.upright import composite, fit, open_upright, upright
 ImageInput = Image.Image | str | Path | bytes
 # Characters of a text that are cleaned, and those of a clean text that are tokenised, per token of the context length.
 _MOST_CLEANED, _CHARACTERS_PER_TOKEN = 1 << 20, 1024
+# Keys of the manifest; numbers are in 0 … _LARGEST.
+_KINDS = {
+    **dict.fromkeys(("dim", "graphs.pad_id", "tokenizer.context_length", "image.height", "image.width"), int),
+    **dict.fromkeys(("graphs.default", "graphs.tokenizer", "graphs.clean"), str),
+    **dict.fromkeys(("files", "graphs.image", "graphs.text"), dict),
+    "nested_dims": list,
+    "graphs.any_length": bool,
+}
+_LARGEST = 1_000_000
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -68,10 +78,9 @@ class Encoder:
         self.manifest = _read_manifest(self.folder)
         self.graphs: dict[str, Any] = self.manifest["graphs"]
         self.variant = variant or self.graphs["default"]
-        if self.variant not in self.graphs["image"]:
-            raise InputError(
-                f"variant: {self.folder} has no {self.variant!r}; it has {', '.join(self.graphs['image'])}."
-            )
+        variants = [name for name in self.graphs["image"] if name in self.graphs["text"]]
+        if self.variant not in variants:
+            raise InputError(f"variant: {self.folder} has no {self.variant!r}; it has {', '.join(variants)}.")
         full = self.manifest["dim"]
         self.dim = full if dim is None else dim
         if not 1 <= self.dim <= full:
@@ -84,7 +93,11 @@ class Encoder:
         }
         self._tokenizer: Tokenizer | None = None
         if "text" in self._graphs:
-            self._tokenizer = Tokenizer.from_file(str(self._checked_path(self.graphs["tokenizer"])))
+            path = self._checked_path(self.graphs["tokenizer"])
+            try:
+                self._tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # its errors have no class of their own
+                raise InputError(f"{path} is no tokenizer ({' '.join(str(error).split())}).") from None
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(self.manifest["tokenizer"]["context_length"])
 
@@ -119,7 +132,13 @@ class Encoder:
             raise tower_not_loaded("text")
         limit = _CHARACTERS_PER_TOKEN * self.manifest["tokenizer"]["context_length"]
         cleaned = [clean(text[:_MOST_CLEANED], self.graphs["clean"])[:limit] for text in texts]
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        try:
+            rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        except BaseException as error:  # of tokenizers: an Exception, or a PanicException, which is not one
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+            reason = " ".join(str(error).split())
+            raise InputError(f"the tokenizer of {self.folder} cannot read these texts ({reason}).") from None
         longest = max(map(len, rows)) if self.graphs["any_length"] else self.manifest["tokenizer"]["context_length"]
         tokens_NL = np.full((len(rows), longest), self.graphs["pad_id"], np.int64)
         for i, row in enumerate(rows):
@@ -148,12 +167,23 @@ class Encoder:
                     np.array(self.manifest["image"][name], np.float32)[:, None, None] for name in ("mean", "std")
                 )
                 inputs = (inputs.astype(np.float32) / 255 - mean) / std
-            vectors_Nd = run(inputs)
+            vectors_Nd = self._run(run, inputs, side)
             if self.dim < vectors_Nd.shape[1]:
                 vectors_Nd = vectors_Nd[:, : self.dim]
                 vectors_Nd = vectors_Nd / np.maximum(np.linalg.norm(vectors_Nd, axis=1, keepdims=True), 1e-12)
             rows.append(vectors_Nd)
         return np.concatenate(rows)
+
+    def _run(self, run: Callable[[np.ndarray], np.ndarray], inputs: np.ndarray, side: str) -> np.ndarray:
+        try:
+            vectors_Nd = run(inputs)
+        except Exception as error:  # the runtimes' exceptions have no common base class
+            reason = " ".join(str(error).split())[:500]
+            raise InputError(f"the {side} graph of {self.folder} cannot be computed: {reason}") from error
+        shape, want = vectors_Nd.shape, (len(inputs), self.manifest["dim"])
+        if shape != want or vectors_Nd.dtype != np.float32:
+            raise InputError(f"the {side} graph of {self.folder} gives {vectors_Nd.dtype} {shape}, not float32 {want}.")
+        return vectors_Nd
 
     def _open(self, name: str, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
         graph = self._checked_path(name)
@@ -165,14 +195,14 @@ class Encoder:
         except ValueError:
             raise
         except Exception as error:  # the runtimes' exceptions have no common base class
-            raise InputError(f"{graph} cannot be opened: {' '.join(str(error).split())}") from error
+            raise InputError(f"{graph} cannot be opened: {' '.join(str(error).split())[:500]}") from error
 
     def _checked_path(self, name: str) -> Path:
         """The path of a file inside the folder; raises ValueError unless its SHA-256 equals the one in the manifest."""
-        path, root, digest = self.folder / name, self.folder.resolve(), hashlib.sha256()
+        path, root, digest = self.folder / name, Path(os.path.realpath(self.folder)), hashlib.sha256()
         # In the cache of a hub, files are links to a folder of the repository's contents.
         roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
-        if ".." in Path(name).parts or not any(path.resolve().is_relative_to(one) for one in roots):
+        if ".." in Path(name).parts or not any(Path(os.path.realpath(path)).is_relative_to(one) for one in roots):
             raise InputError(f"{self.folder / 'manifest.json'} names {name!r}, which is outside its folder.")
         if name not in self.manifest["files"]:
             raise InputError(f"{self.folder / 'manifest.json'} has no hash of {name}; export the encoder again.")
@@ -182,6 +212,8 @@ class Encoder:
                     digest.update(chunk)
         except FileNotFoundError:
             raise InputError(f"{self.folder} is incomplete: {name} is missing.") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}).") from None
         if digest.hexdigest() != self.manifest["files"][name]:
             raise InputError(f"{path} is not the file that manifest.json was written for; export the encoder again.")
         return path
@@ -198,8 +230,9 @@ def _named_weights(graph: Path) -> set[str]:
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for entry in re.finditer(rb"j(.)\n\x08location\x12(.)", data, re.DOTALL):
             length = entry[2][0]
-            if length < 128 and entry[1][0] == length + 12:  # nothing else is in the entry
-                names.add(data[entry.end() : entry.end() + length].decode("utf-8", "replace"))
+            name = data[entry.end() : entry.end() + length].decode("utf-8", "replace")
+            if length < 128 and entry[1][0] == length + 12 and name.isprintable():  # nothing else is in the entry
+                names.add(name)
                 found += 1
         if found != sum(1 for _ in re.finditer(b"location", data)):
             raise InputError(f"{graph} names files in an unknown way; export the encoder again.")
@@ -210,7 +243,7 @@ def _open_onnx(graph: Path, device: str, threads: int | None) -> Callable[[np.nd
     import onnxruntime
 
     options, providers = onnxruntime.SessionOptions(), ["CPUExecutionProvider"]
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and name what is in the file
     if threads:
         options.intra_op_num_threads = threads
     if device != "cpu":
@@ -225,6 +258,9 @@ def _open_onnx(graph: Path, device: str, threads: int | None) -> Callable[[np.nd
 def _open_vino(graph: Path, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
     import openvino
 
+    with graph.open("rb") as file:
+        if file.read(5) not in (b"<?xml", b"<net "):  # OpenVINO reads other formats by their content, which name files
+            raise InputError(f"{graph} is no graph of OpenVINO; export the encoder again.")
     # By default OpenVINO computes in bfloat16 on CPUs that have it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
     compiled = openvino.Core().compile_model(graph, device.upper(), settings)
@@ -250,10 +286,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not an encoder: it has no manifest.json.") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder / 'manifest.json'} is not JSON ({error}); export the encoder again.") from None
-    kinds = {"dim": int, "nested_dims": list, **dict.fromkeys(("files", "graphs", "image", "tokenizer"), dict)}
-    is_export = isinstance(manifest, dict) and (manifest.get("format"), manifest.get("version")) == ("mmrl-bundle", 2)
-    if not is_export or any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != ("mmrl-bundle", 2):
         raise InputError(f"{folder / 'manifest.json'} is not the manifest of an mmrl ONNX export, version 2.")
+    for key, kind in _KINDS.items():
+        value: Any = manifest
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or (kind is int and not 0 <= value <= _LARGEST):
+            raise InputError(f"{folder / 'manifest.json'}: {key} is missing or damaged; export the encoder again.")
     return manifest
 
 

@@ -35,7 +35,7 @@ class Gradients:
     """The result of the backward pass."""
 
     row_nD: torch.Tensor
-    """With respect to the row embeddings."""
+    """With respect to the row embeddings, without a teacher's."""
     column_mD: torch.Tensor
     """With respect to the column embeddings."""
     log_scale_K: torch.Tensor
@@ -70,16 +70,19 @@ def gradients(
     else:
         product_grads = _product_grads_by_triton(tiles, triton_lse, grad_scale_K1, norm_grads, distillation)
     for tile, k, product_grad_IJ in product_grads:
+        if matrix.has_teacher and k == K - 1:
+            continue
         x, y = matrix.rows.low_precision_blocks[k][tile.rows], matrix.columns.low_precision_blocks[k][tile.columns]
         product_grad_IJ = product_grad_IJ.to(x.dtype)
         _add_matmul(row_blocks[k][tile.rows], product_grad_IJ, y)
         _add_matmul(column_blocks[k][tile.columns], product_grad_IJ.T, x)
     for norm_grad_Kn in norm_grads:
         norm_grad_Kn *= grad_scale_K1
+    students = slice(0, K - 1 if matrix.has_teacher else K)
     return Gradients(
-        _embedding_gradient(matrix.rows, row_blocks, norm_grads[0], width),
-        _embedding_gradient(matrix.columns, column_blocks, norm_grads[1], width),
-        norm_grads[0].sum(1),
+        _embedding_gradient(matrix.rows, row_blocks[students], norm_grads[0][students], width),
+        _embedding_gradient(matrix.columns, column_blocks[students], norm_grads[1][students], width),
+        norm_grads[0][students].sum(1),
     )
 
 
@@ -165,11 +168,11 @@ def _embedding_gradient(
 
     The gradient of log(1 / norm) with respect to x is -x / norm². A norm at its lower bound is a constant.
     """
-    inverse_Kn = embeddings.inverse_norm_Kn
+    inverse_Kn = embeddings.inverse_norm_Kn[: len(grad_blocks)]
     norm_grad_Kn = torch.where(inverse_Kn * NORM_EPS < 1, norm_grad_Kn * inverse_Kn.square(), 0)
     # A block is part of the norms of its own dim and of all larger dims.
     norm_grad_Kn = norm_grad_Kn.flip(0).cumsum(0).flip(0)
-    for grad, x, norm_grad_n in zip(grad_blocks, embeddings.blocks, norm_grad_Kn, strict=True):
+    for grad, x, norm_grad_n in zip(grad_blocks, embeddings.blocks, norm_grad_Kn, strict=False):
         grad.addcmul_(x, norm_grad_n[:, None], value=-1)
     beyond = width - sum(grad.shape[1] for grad in grad_blocks)
     zeros = [grad_blocks[0].new_zeros(len(embeddings), beyond)] if beyond else []

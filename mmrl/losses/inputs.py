@@ -11,9 +11,7 @@ import torch
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
-from mmrl.hardware import reads_at_once
-from mmrl.losses.sweep import LOG2_E, LogitMatrix, prefix_dots, split_into_blocks
-from mmrl.nesting import Nesting
+from mmrl.losses.sweep import LogitMatrix, prefix_dots
 
 Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """int64 (b,): equal values are one group (pairs of one item), negative values are in no group. With two keys, such as
@@ -30,7 +28,9 @@ class NestedLoss:
     by_dim: dict[int, torch.Tensor]
     """The InfoNCE (or sigmoid loss) of each dim over the global batch, detached."""
     distillation_by_dim: dict[int, torch.Tensor] = field(default_factory=dict)
-    """With distillation: the KL divergence of each smaller dim, detached, before its weight `options.distillation`."""
+    """With distillation or a teacher: the KL divergence of each dim that has one, detached, before its weight."""
+    other_terms: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    """`by_dim` of the terms besides the first, e.g. of image_image, detached, before their weights."""
 
 
 def check_inputs(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups | None, check_finite: bool) -> None:
@@ -87,68 +87,35 @@ def check_scales(scales: Sequence[float]) -> None:
             raise InputError(f"logit_scale: {scale}; the multiplier must be positive and finite.")
 
 
-def local_logits(
-    image_bD: torch.Tensor,
-    text_BD: torch.Tensor,
-    scale_K: torch.Tensor,
-    nested: Nesting,
-    groups: Sequence[torch.Tensor] = (),
-) -> LogitMatrix:
-    """The logits of the local images with all texts; `groups`, if any, are of the local images and of all texts."""
-    operands = (split_into_blocks(image_bD, nested.dims), split_into_blocks(text_BD, nested.dims))
-    scale_K = (scale_K.detach().double() * LOG2_E).to(operands[0].inverse_norm_Kn)
-    return LogitMatrix(*operands, scale_K, comm.local_rows(len(image_bD)).start, *groups)
+def count_same_group(group_GN: torch.Tensor, among_GM: torch.Tensor, num_matching: int) -> torch.Tensor:
+    """For each row of `group_GN` the number of rows of `among_GM` in its group, but for the matching one: int64 (N,).
 
-
-def gather_groups(groups: Groups | None) -> torch.Tensor | None:
-    """The image groups and the text groups of every pair of the global batch, one row per key: (G, 2, B).
-
-    Keys that no two pairs share are left out; None if there are no others.
+    Row i matches row i, for i < num_matching.
     """
-    if groups is None:
-        return None
-    sides = groups if isinstance(groups, tuple) else (groups,)  # of images and of texts, or of both
-    stacked_bGs = torch.stack([group.reshape(len(group), -1) for group in sides], dim=2)
-    group_G2B = comm.all_gather_rows(stacked_bGs).permute(1, 2, 0).expand(-1, 2, -1)
-    if reads_at_once(group_G2B):
-        group_G2B = group_G2B[[bool(_count_equal(key_2B).any()) for key_2B in group_G2B]]
-    return group_G2B if len(group_G2B) else None
+    if not len(group_GN):
+        return group_GN.new_zeros(group_GN.shape[1])
+    if len(group_GN) == 1:
+        return _count_equal(group_GN[0], among_GM[0], num_matching)
+    one, other = zip(group_GN, among_GM, strict=True)
+    # Rows that are equal in both keys were counted twice. A rank is below N + M, so ranks can be combined exactly.
+    N = group_GN.shape[1]
+    both = torch.cat([group_GN, among_GM], 1)
+    ranks = [torch.searchsorted(key.sort().values, key.contiguous()) for key in both]
+    in_both = torch.where((both < 0).any(0), -1, ranks[0] * both.shape[1] + ranks[1])
+    equal_in_both = _count_equal(in_both[:N], in_both[N:], num_matching)
+    return _count_equal(*one, num_matching) + _count_equal(*other, num_matching) - equal_in_both
 
 
-def local_groups(group_G2B: torch.Tensor, local: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """The groups of the local images (G, b) and of all texts (G, B), with negative values replaced so that none are
-    equal."""
-    image_Gb, text_GB = group_G2B[:, 0, local].contiguous(), group_G2B[:, 1].contiguous()
-    return image_Gb.clamp(min=-1), torch.where(text_GB < 0, -2, text_GB)
-
-
-def count_same_group(group_G2B: torch.Tensor) -> torch.Tensor:
-    """Number of other texts in each image's group, and of other images in each text's group: (B, 2)."""
-    if len(group_G2B) == 1:
-        return _count_equal(group_G2B[0])
-    one_2B, other_2B = group_G2B
-    # Pairs that are equal in both columns were counted twice. A rank is below 2 B, so ranks can be combined exactly.
-    ranks = [torch.searchsorted(key_2B.flatten().sort().values, key_2B.contiguous()) for key_2B in group_G2B]
-    both_2B = torch.where((group_G2B < 0).any(0), -1, ranks[0] * one_2B.numel() + ranks[1])
-    return _count_equal(one_2B) + _count_equal(other_2B) - _count_equal(both_2B)
-
-
-def _count_equal(key_2B: torch.Tensor) -> torch.Tensor:
+def _count_equal(key_N: torch.Tensor, among_M: torch.Tensor, num_matching: int) -> torch.Tensor:
     """`count_same_group` of one key."""
-    image_B, text_B = key_2B.contiguous()
-
-    def count(group_B: torch.Tensor, among_B: torch.Tensor) -> torch.Tensor:
-        sorted_B = among_B.sort().values
-        count_B = torch.searchsorted(sorted_B, group_B, right=True) - torch.searchsorted(sorted_B, group_B)
-        return torch.where(group_B < 0, 0, count_B)
-
-    matching_B = ((image_B == text_B) & (image_B >= 0)).long()
-    return torch.stack([count(image_B, text_B) - matching_B, count(text_B, image_B) - matching_B], dim=1)
+    sorted_M, key_N = among_M.contiguous().sort().values, key_N.contiguous()
+    count_N = torch.searchsorted(sorted_M, key_N, right=True) - torch.searchsorted(sorted_M, key_N)
+    count_N[:num_matching] -= (key_N[:num_matching] == among_M[:num_matching]).long()
+    return torch.where(key_N < 0, 0, count_N)
 
 
 def matching_logits(matrix: LogitMatrix) -> torch.Tensor:
     """The logits of the matching pairs, base 2: (K, b)."""
-    columns = matrix.matching_columns
-    products_Kb = prefix_dots(matrix.rows.blocks, [y[columns] for y in matrix.columns.blocks])
-    factors_Kb = matrix.rows.inverse_norm_Kn * matrix.columns.inverse_norm_Kn[:, columns]
-    return products_Kb * factors_Kb * matrix.scale_K[:, None]
+    rows, columns = matrix.rows.part(slice(0, matrix.num_matching)), matrix.columns.part(matrix.matching_columns)
+    products_Kb = prefix_dots(rows.blocks, columns.blocks, matrix.has_teacher)
+    return products_Kb * rows.inverse_norm_Kn * columns.inverse_norm_Kn * matrix.scale_K[:, None]

@@ -51,7 +51,7 @@ def add_exp_sums(
     shared = not isinstance(shift, tuple)
     with torch.cuda.device_of(product_IJ):  # Triton launches on the current device
         _exp_sums_kernel[_grid(tile)](
-            product_IJ, *product_IJ.shape, tile.diagonal, *factors, shift if shared else 0.0,
+            product_IJ, *product_IJ.shape, tile.diagonal, tile.num_matching, *factors, shift if shared else 0.0,
             *(sums if shared else shift), *_group_arguments(tile), *_target_arguments(tile), *sums, target_logit_I,
             SHARED=shared, BLOCK=_BLOCK, **_flags(tile),
         )  # fmt: skip
@@ -66,8 +66,8 @@ def add_logit_gaps(tile: LogitTile, products_KIJ: torch.Tensor, factors: Pair, s
     K, I, J = products_KIJ.shape
     with torch.cuda.device_of(products_KIJ):
         _logit_gaps_kernel[_grid(tile)](
-            products_KIJ, products_KIJ.stride(0), I, J, tile.diagonal, *_strided(factors), shift if shared else 0.0,
-            *(gaps if shared else shift), *_group_arguments(tile), *_strided(gaps),
+            products_KIJ, products_KIJ.stride(0), I, J, tile.diagonal, tile.num_matching, *_strided(factors),
+            shift if shared else 0.0, *(gaps if shared else shift), *_group_arguments(tile), *_strided(gaps),
             SHARED=shared, K=K, BLOCK=_BLOCK, **_flags(tile), num_warps=8,
         )  # fmt: skip
 
@@ -97,9 +97,9 @@ def write_product_grads(
     K, I, J = products_KIJ.shape
     with torch.cuda.device_of(products_KIJ):
         _product_grads_kernel[_grid(tile)](
-            products_KIJ, products_KIJ.stride(0), out_KIJ, out_KIJ.stride(0), I, J, tile.diagonal, grad_scale_K,
-            distillation, *_strided(factors), *_strided(lse), *_strided(norm_grads), *_group_arguments(tile),
-            tile.matching_target_I, *_target_arguments(tile),
+            products_KIJ, products_KIJ.stride(0), out_KIJ, out_KIJ.stride(0), I, J, tile.diagonal, tile.num_matching,
+            grad_scale_K, distillation, *_strided(factors), *_strided(lse), *_strided(norm_grads),
+            *_group_arguments(tile), tile.matching_target_I, *_target_arguments(tile),
             K=K, TEACHES=distillation > 0, BLOCK=_BLOCK, **_flags(tile),
             # The accumulators of a block take too many registers for four warps.
             num_warps=8,
@@ -136,15 +136,17 @@ def _flags(tile: LogitTile) -> dict[str, Any]:
 
 @triton.jit
 def _same_group(
-    i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS: tl.constexpr
-):
+    i, j, in_i, in_j, diagonal, num_matching, row_group, row_group_stride, column_group, column_group_stride,
+    KEYS: tl.constexpr,
+):  # fmt: skip
     """Non-matching pairs of one group."""
     same = (i[:, None] < 0) & (j[None, :] < 0)
     for key in tl.static_range(KEYS):
         row = tl.load(row_group + key * row_group_stride + i, mask=in_i, other=-1)
         column = tl.load(column_group + key * column_group_stride + j, mask=in_j, other=-2)
         same = same | (row[:, None] == column[None, :])
-    return same & (j[None, :] != i[:, None] + diagonal) & in_i[:, None] & in_j[None, :]
+    matching = (j[None, :] == i[:, None] + diagonal) & (i < num_matching)[:, None]
+    return same & (matching == 0) & in_i[:, None] & in_j[None, :]
 
 
 @triton.jit
@@ -187,14 +189,16 @@ def _logits(product, row_factor, column_factor, i, j, J, in_i, in_j):
 
 @triton.jit
 def _exp_sums_kernel(
-    product, I, J, diagonal, row_factor, column_factor, shift, row_shift, column_shift,
+    product, I, J, diagonal, num_matching, row_factor, column_factor, shift, row_shift, column_shift,
     row_group, row_group_stride, column_group, column_group_stride,
     row_smooth, column_smooth, row_positive, column_positive, row_sum, column_sum, target_logit,
     SHARED: tl.constexpr, KEYS: tl.constexpr, SMOOTHS: tl.constexpr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_i, in_j = i < I, j < J
-    same = _same_group(i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS)
+    same = _same_group(
+        i, j, in_i, in_j, diagonal, num_matching, row_group, row_group_stride, column_group, column_group_stride, KEYS
+    )
     unmasked = in_i[:, None] & in_j[None, :]
     if not POSITIVE:
         unmasked = unmasked & (same == 0)
@@ -212,8 +216,9 @@ def _exp_sums_kernel(
 
 @triton.jit
 def _logit_gaps_kernel(
-    products, product_stride, I, J, diagonal, row_factor, row_factor_stride, column_factor, column_factor_stride,
-    shift, row_shift, column_shift, row_group, row_group_stride, column_group, column_group_stride,
+    products, product_stride, I, J, diagonal, num_matching,
+    row_factor, row_factor_stride, column_factor, column_factor_stride, shift, row_shift, column_shift,
+    row_group, row_group_stride, column_group, column_group_stride,
     row_gap, row_gap_stride, column_gap, column_gap_stride,
     SHARED: tl.constexpr, K: tl.constexpr, KEYS: tl.constexpr, SMOOTHS: tl.constexpr, POSITIVE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -223,8 +228,9 @@ def _logit_gaps_kernel(
     unmasked = in_i[:, None] & in_j[None, :]
     if not POSITIVE:
         same = _same_group(
-            i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS
-        )
+            i, j, in_i, in_j, diagonal, num_matching, row_group, row_group_stride, column_group, column_group_stride,
+            KEYS,
+        )  # fmt: skip
         unmasked = unmasked & (same == 0)
     teacher = _logits(
         products + tl.cast(K - 1, tl.int64) * product_stride, row_factor + (K - 1) * row_factor_stride,
@@ -242,7 +248,7 @@ def _logit_gaps_kernel(
 
 @triton.jit
 def _product_grads_kernel(
-    products, product_stride, out, out_stride, I, J, diagonal, grad_scale, distillation,
+    products, product_stride, out, out_stride, I, J, diagonal, num_matching, grad_scale, distillation,
     row_factor, row_factor_stride, column_factor, column_factor_stride,
     row_lse, row_lse_stride, column_lse, column_lse_stride,
     row_norm_grad, row_norm_grad_stride, column_norm_grad, column_norm_grad_stride,
@@ -254,7 +260,9 @@ def _product_grads_kernel(
     i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_i, in_j = i < I, j < J
     inside = in_i[:, None] & in_j[None, :]
-    same = _same_group(i, j, in_i, in_j, diagonal, row_group, row_group_stride, column_group, column_group_stride, KEYS)
+    same = _same_group(
+        i, j, in_i, in_j, diagonal, num_matching, row_group, row_group_stride, column_group, column_group_stride, KEYS
+    )
     unmasked = inside
     if not POSITIVE:
         unmasked = inside & (same == 0)

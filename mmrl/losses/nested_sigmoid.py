@@ -17,7 +17,9 @@ from mmrl.errors import InputError
 from mmrl.losses import inputs
 from mmrl.losses.backward import gradients
 from mmrl.losses.inputs import Groups, NestedLoss
+from mmrl.losses.nested_infonce import DEFAULT_OPTIONS
 from mmrl.losses.sweep import LOG2_E, LogitMatrix, LogitTile, LogitTiles, Targets, constant, matmul_precision
+from mmrl.losses.terms import Sides, Term, TermMatrices, gather_keys, make_sides
 from mmrl.nesting import Nesting
 
 _LN_2 = math.log(2)
@@ -50,14 +52,14 @@ def nested_sigmoid(
     Raises:
         InputError: as `nested_info_nce`.
     """
-    inputs.check_inputs(image_BD, text_BD, groups, check_finite)
+    sides = make_sides(image_BD, text_BD, groups, DEFAULT_OPTIONS, check_finite=check_finite)
     nested = Nesting.from_dims(dims, weights, image_BD.shape[1])
     scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_BD)
     bias_K = inputs.per_dim("logit_bias", logit_bias, dims, image_BD)
     if same_group not in ("mask", "positive"):
         raise InputError(f"same_group: {same_group!r}; allowed: 'mask', 'positive'.")
     positive = same_group == "positive"
-    total, by_dim_K = _NestedSigmoid.apply(image_BD, text_BD, scale_K, bias_K, nested, groups, positive)  # pyright: ignore[reportGeneralTypeIssues]
+    total, by_dim_K = _NestedSigmoid.apply(image_BD, text_BD, scale_K, bias_K, nested, sides, positive)  # pyright: ignore[reportGeneralTypeIssues]
     return NestedLoss(total, dict(zip(nested.dims, by_dim_K.unbind(), strict=True)))
 
 
@@ -72,16 +74,16 @@ class _NestedSigmoid(torch.autograd.Function):
         scale_K: torch.Tensor,
         bias_K: torch.Tensor,
         nested: Nesting,
-        groups: Groups | None,
+        sides: Sides,
         positive: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        text_BD = comm.all_gather_rows(text_bD)
-        local, local_groups, num_positives = comm.local_rows(len(image_bD)), (), scale_K.new_full((), len(image_bD))
-        group_G2B = inputs.gather_groups(groups)
-        if group_G2B is not None:
-            local_groups = inputs.local_groups(group_G2B, local)
+        text_BD, b = comm.all_gather_rows(text_bD), len(image_bD)
+        local_groups, num_positives = (), scale_K.new_full((), b)
+        (keys,) = gather_keys(sides, b, len(text_BD))
+        if keys is not None:
+            local_groups = keys.local(b)
             if positive:
-                num_positives = num_positives + inputs.count_same_group(group_G2B)[local, 0].sum()
+                num_positives = num_positives + keys.others()[0][comm.local_rows(b)].sum()
         inputs.check_scales(scale_K.tolist())
         matrix, targets = _logits_and_targets(image_bD, text_BD, scale_K, nested, local_groups, positive)
         with matmul_precision(image_bD.dtype, image_bD.device):
@@ -123,7 +125,8 @@ def _logits_and_targets(
     positive: bool,
 ) -> tuple[LogitMatrix, Targets]:
     """The local logits and their targets: 1 for matching pairs and, with `positive`, for all pairs of one group."""
-    matrix = inputs.local_logits(image_bD, text_BD, scale_K, nested, local_groups)
+    sides = {"image": image_bD, "text": text_BD}
+    matrix = TermMatrices(sides, {"text": text_BD}, scale_K, nested).of(Term("", "image", "text"), local_groups)
     row_n, column_m = matrix.rows.inverse_norm_Kn[0], matrix.columns.inverse_norm_Kn[0]
     same_group = (torch.ones_like(row_n), torch.zeros_like(column_m)) if positive and local_groups else None
     return matrix, Targets(torch.ones_like(row_n), mask_same_group=not positive, same_group=same_group)

@@ -24,20 +24,14 @@ import torch
 from mmrl.errors import InputError
 from mmrl.losses import inputs
 from mmrl.losses.inputs import Groups, NestedLoss
-from mmrl.losses.nested_infonce import (
-    DEFAULT_OPTIONS,
-    InfoNCEOptions,
-    Operands,
-    nested_info_nce,
-    read_limits,
-    sweep_loss,
-)
+from mmrl.losses.nested_infonce import DEFAULT_OPTIONS, InfoNCEOptions, Operands, read_limits, sweep_loss
+from mmrl.losses.terms import HardNegatives, SecondMembers, Teacher, make_sides
 from mmrl.nesting import Nesting
 
 
 def rotated_nested_info_nce(
-    image_bD: torch.Tensor,
-    text_bD: torch.Tensor,
+    image_bD: torch.Tensor | None,
+    text_bD: torch.Tensor | None,
     logit_scale: torch.Tensor | float,
     dims: Sequence[int],
     rotation: Callable[[torch.Tensor], torch.Tensor],
@@ -45,11 +39,14 @@ def rotated_nested_info_nce(
     weights: Sequence[float] | None = None,
     groups: Groups | None = None,
     options: InfoNCEOptions = DEFAULT_OPTIONS,
+    second: SecondMembers | None = None,
+    negatives: HardNegatives | None = None,
+    teacher: Teacher | None = None,
 ) -> NestedLoss:
     """The loss whose backward pass gives each part the gradient above; tests/helpers/reference.py has the formula.
 
     Args:
-        image_bD, text_bD, logit_scale, weights, groups, options: as for `nested_info_nce`.
+        image_bD, text_bD, logit_scale, weights, groups, options, second, negatives, teacher: as for `nested_info_nce`.
         dims: nested dims in any order; D must be among them.
         rotation: maps (b, D) to (b, D), e.g. a `NestedRotation`.
         prefix_gradient: a, from 0 to 1.
@@ -60,35 +57,30 @@ def rotated_nested_info_nce(
     Raises:
         InputError: D is not among the dims, a outside 0 … 1, or as for `nested_info_nce`.
     """
-    full_dim = image_bD.shape[-1]
+    sides = make_sides(image_bD, text_bD, groups, options, second, negatives, teacher)
+    first = next(iter(sides.embeddings.values()))
+    full_dim = first.shape[-1]
     if full_dim not in dims:
         raise InputError(f"dims: {list(dims)} must include the full dim, {full_dim}, which the rotation preserves.")
     if not 0 <= prefix_gradient <= 1:
         raise InputError(f"prefix_gradient: {prefix_gradient} is out of range; give a value from 0 to 1.")
     nested = Nesting.from_dims(dims, weights, full_dim)
-    scale_K = inputs.per_dim("logit_scale", logit_scale, dims, image_bD)
-    if not sum(nested.weights[:-1]):
-        return nested_info_nce(image_bD, text_bD, scale_K[-1], [full_dim], None, groups, options)
-    inputs.check_inputs(image_bD, text_bD, groups, check_finite=False)
-    both_z_2bD = rotation(_ScaleGradient.apply(torch.cat([image_bD, text_bD]), prefix_gradient))
-    image_z_bD, text_z_bD = both_z_2bD.chunk(2)
-    # For distillation the full dim takes part as the teacher, with weight 0; its logits and scale are held fixed.
-    count = len(nested.dims) if options.distillation else len(nested.dims) - 1
-    scales, prefix_weights = torch.cat([scale_K[:-1], scale_K[-1:].detach()]), [*nested.weights[:-1], 0.0]
-    sweeps = (
-        Operands(image_bD, text_bD, scale_K[-1:], Nesting.from_dims([full_dim], None, full_dim)),
-        Operands(
-            image_z_bD,
-            text_z_bD,
-            scales[:count],
-            Nesting.from_dims(nested.dims[:count], prefix_weights[:count], full_dim),
-        ),
-    )
-    full, prefixes = (
-        sweep_loss(operands, limits, groups, options)
-        for operands, limits in zip(sweeps, read_limits(*sweeps), strict=True)
-    )
-    return NestedLoss(full.total + prefixes.total, prefixes.by_dim | full.by_dim, prefixes.distillation_by_dim)
+    scale_K = inputs.per_dim("logit_scale", logit_scale, dims, first)
+    sweeps = [Operands(sides, scale_K[-1:], Nesting.from_dims([full_dim], None, full_dim))]
+    if any(nested.weights[:-1]):
+        # For distillation the full dim takes part as the teacher, with weight 0; its logits and scale are held fixed.
+        count = len(nested.dims) if options.distillation and teacher is None else len(nested.dims) - 1
+        scales = torch.cat([scale_K[:-1], scale_K[-1:].detach()])[:count]
+        prefixes = Nesting.from_dims(nested.dims[:count], [*nested.weights[:-1], 0.0][:count], full_dim)
+        rotated = sides.mapped(lambda x: rotation(_ScaleGradient.apply(x, prefix_gradient)))
+        sweeps.append(Operands(rotated, scales, prefixes))
+    losses = [sweep_loss(*one, options) for one in zip(sweeps, read_limits(*sweeps), strict=True)]
+    by_dim, kl_by_dim, others = {}, {}, {name: {} for name in losses[0].other_terms}
+    for loss in reversed(losses):
+        by_dim |= loss.by_dim
+        kl_by_dim |= loss.distillation_by_dim
+        others = {name: one | loss.other_terms[name] for name, one in others.items()}
+    return NestedLoss(torch.stack([loss.total for loss in losses]).sum(), by_dim, kl_by_dim, others)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -44,6 +44,27 @@ class EmbeddingBlocks:
     def __len__(self) -> int:
         return self.inverse_norm_Kn.shape[1]
 
+    def part(self, rows: slice) -> "EmbeddingBlocks":
+        """Some rows."""
+        blocks = [block[rows] for block in self.blocks]
+        is_low = self.low_precision_blocks is not self.blocks
+        low = [block[rows] for block in self.low_precision_blocks] if is_low else blocks
+        return EmbeddingBlocks(blocks, self.inverse_norm_Kn[:, rows], low)
+
+    def followed_by(self, other: "EmbeddingBlocks") -> "EmbeddingBlocks":
+        """These rows and then those of another tensor with the same dims."""
+        is_low = self.low_precision_blocks is not self.blocks
+        blocks = [torch.cat(pair) for pair in zip(self.blocks, other.blocks, strict=True)]
+        pairs = zip(self.low_precision_blocks, other.low_precision_blocks, strict=True)
+        low = [torch.cat(pair) for pair in pairs] if is_low else blocks
+        return EmbeddingBlocks(blocks, torch.cat([self.inverse_norm_Kn, other.inverse_norm_Kn], 1), low)
+
+    def beside(self, teacher: "EmbeddingBlocks") -> "EmbeddingBlocks":
+        """These blocks and the only one of a teacher's embeddings of the same rows."""
+        inverse_norm_Kn = torch.cat([self.inverse_norm_Kn, teacher.inverse_norm_Kn.to(self.inverse_norm_Kn)])
+        blocks = [block.to(self.blocks[0].dtype) for block in teacher.blocks]
+        return EmbeddingBlocks([*self.blocks, *blocks], inverse_norm_Kn, [*self.low_precision_blocks, *blocks])
+
 
 def split_into_blocks(embedding_nD: torch.Tensor, dims: Sequence[int]) -> EmbeddingBlocks:
     """Split embeddings at the nested dims, which must be ascending."""
@@ -71,10 +92,13 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def prefix_dots(x_blocks: Sequence[torch.Tensor], y_blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Row-wise dot products of x and y for every prefix: (K, n)."""
+def prefix_dots(
+    x_blocks: Sequence[torch.Tensor], y_blocks: Sequence[torch.Tensor], has_teacher: bool = False
+) -> torch.Tensor:
+    """Row-wise dot products of x and y for every prefix, and of the last block alone if it is a teacher's: (K, n)."""
     # Not torch.linalg.vecdot, which autocast would run in low precision.
-    return torch.stack([(x * y).sum(1) for x, y in zip(x_blocks, y_blocks, strict=True)]).cumsum(0)
+    dots_Kn = torch.stack([(x * y).sum(1) for x, y in zip(x_blocks, y_blocks, strict=True)])
+    return torch.cat([dots_Kn[:-1].cumsum(0), dots_Kn[-1:]]) if has_teacher else dots_Kn.cumsum(0)
 
 
 @dataclass(frozen=True)
@@ -94,11 +118,20 @@ class LogitMatrix:
     column_group_Gm: torch.Tensor | None = None
     """A row and a column with an equal value of any of the G keys belong to one group. A row in no group has a value no
     column has."""
+    num_negative_rows: int = 0
+    """The last rows, which match no column: hard negatives of the columns."""
+    has_teacher: bool = False
+    """Whether the last block is a teacher's whole embedding instead of a part of the largest prefix."""
+
+    @property
+    def num_matching(self) -> int:
+        """The number of rows that have a matching column; they come first."""
+        return len(self.rows) - self.num_negative_rows
 
     @property
     def matching_columns(self) -> slice:
-        """The columns that match rows 0 … n-1."""
-        return slice(self.offset, self.offset + len(self.rows))
+        """The columns that match rows 0 … num_matching-1."""
+        return slice(self.offset, self.offset + self.num_matching)
 
 
 @dataclass(frozen=True)
@@ -129,6 +162,11 @@ class LogitTile:
     def diagonal(self) -> int:
         """The `offset` of `torch.diagonal` that selects the matching pairs: row i matches column i + diagonal."""
         return self.rows.start + self._matrix.offset - self.columns.start
+
+    @property
+    def num_matching(self) -> int:
+        """The number of the tile's rows that have a matching column, in this tile or another; they come first."""
+        return min(max(self._matrix.num_matching - self.rows.start, 0), self.rows.stop - self.rows.start)
 
     @property
     def groups(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -189,17 +227,18 @@ class LogitTile:
     def matching_pairs(self, tile_IJ: torch.Tensor) -> tuple[slice, torch.Tensor] | None:
         """The rows whose matching pair is in this tile, and a view of those pairs; None if there are none."""
         rows, columns, offset = self.rows, self.columns, self._matrix.offset
-        first, last = max(rows.start, columns.start - offset), min(rows.stop, columns.stop - offset)
+        first = max(rows.start, columns.start - offset)
+        last = min(rows.start + self.num_matching, columns.stop - offset)
         if first >= last:
             return None
-        return slice(first, last), tile_IJ.diagonal(self.diagonal)
+        return slice(first, last), tile_IJ.diagonal(self.diagonal)[: last - first]
 
     def products(self, keep_all: bool = True) -> Iterator[int]:
         """Compute the dot products of each prefix in turn and yield k: in buffer k, or all in buffer 0."""
         previous_IJ = self.buffers[0]
         for k, (x, y) in enumerate(zip(self._matrix.rows.blocks, self._matrix.columns.blocks, strict=True)):
             product_IJ = self.buffers[k if keep_all else 0]
-            if k == 0:
+            if k == 0 or (self._matrix.has_teacher and k == len(self._matrix.rows.blocks) - 1):
                 torch.mm(x[self.rows], y[self.columns].T, out=product_IJ)
             else:
                 torch.addmm(previous_IJ, x[self.rows], y[self.columns].T, out=product_IJ)

@@ -5,9 +5,9 @@ import functools
 import torch
 
 from mmrl.errors import InputError
-from mmrl.losses import inputs, softmax
+from mmrl.losses import softmax
 from mmrl.losses.backward import gradients
-from mmrl.losses.sweep import Targets, matmul_precision
+from mmrl.losses.sweep import LOG2_E, LogitMatrix, Targets, matmul_precision, split_into_blocks
 from mmrl.nesting import Nesting
 
 _PAIRS = 64
@@ -41,7 +41,8 @@ def _all_results(device: torch.device, use_triton: bool) -> dict[str, torch.Tens
     generator = torch.Generator().manual_seed(0)
     image_BD, text_BD = torch.randn(2, _PAIRS, 32, generator=generator).to(device).unbind()
     nested, shifts = Nesting.from_dims([16, 32], None, 32), [0.0, 0.0]
-    matrix = inputs.local_logits(image_BD, text_BD, torch.full((2,), 10.0, device=device), nested)
+    rows, columns = (split_into_blocks(x, nested.dims) for x in (image_BD, text_BD))
+    matrix = LogitMatrix(rows, columns, torch.full((2,), 10.0 * LOG2_E, device=device), 0)
     targets = Targets(torch.full((_PAIRS,), 2.0, device=device))
     sums = softmax.exp_sums(matrix, shifts, targets, distillation=True, use_triton=use_triton)
     lse = sums.row_Kn.log2(), sums.column_Km.log2()

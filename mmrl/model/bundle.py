@@ -37,6 +37,7 @@ from mmrl.model.manifest import origin as origin
 from mmrl.model.source import RANDOM, ModelSource, StoredModel, parse_model, parse_name
 from mmrl.model.tokenizer import Tokenizer
 from mmrl.model.towers import Modality, Towers, TowersConfig
+from mmrl.model.trainable import prepare_training
 from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP, ProjectedTower, added_projection
 from mmrl.nesting import check_dims, rotate_weight
 
@@ -127,11 +128,16 @@ def open_model(model: str | Path | ModelSource) -> Bundle:
 
 def initial_towers(config: TowersConfig) -> Towers:
     """The towers that a training starts from: built by open_clip, or those of an encoder that model.name or
-    model.pretrained names.
+    model.pretrained names. What does not train is frozen.
 
     Raises:
-        InputError: as `towers.build`; the encoder is damaged, or its architecture is not that of model.name.
+        InputError: as `towers.build` and `prepare_training`; the encoder is damaged, or its architecture is not
+            that of model.name.
     """
+    return prepare_training(_source_towers(config), config)
+
+
+def _source_towers(config: TowersConfig) -> Towers:
     source = parse_name(config.name)
     if isinstance(source, StoredModel):
         named = config.name
@@ -146,11 +152,11 @@ def initial_towers(config: TowersConfig) -> Towers:
         raise InputError(f"model.pretrained: model.name, {config.name}, has weights; remove one of the two keys.")
     found = parse_model(named, "model.pretrained" if named != config.name else "model.name")
     if isinstance(found, StoredModel):
-        built = towers.prepare_training(_stored_towers(found.folder), config)
+        built = _stored_towers(found.folder)
     else:
         built = towers.build(config.model_copy(update={"name": found.name, "pretrained": None}), require_weights=True)
     if named != config.name:
-        _check_same_architecture(config, named, built)
+        _check_same_architecture(config.name, named, built)
     return built
 
 
@@ -177,14 +183,14 @@ def _stored_towers(folder: Path) -> Towers:
     )
 
 
-def _check_same_architecture(config: TowersConfig, named: str, built: Towers) -> None:
+def _check_same_architecture(name: str, named: str, built: Towers) -> None:
     with torch.device("meta"):
-        expected = towers.build_empty(config.model_copy(update={"pretrained": None, "grad_checkpointing": False}))
+        expected = towers.build_empty(name)
     for modality in ("image", "text"):
         shapes = {name: tensor.shape for name, tensor in expected[modality].state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in getattr(built, modality).state_dict().items()}:
             raise InputError(
-                f"model.pretrained: the {modality} tower of {named} is not that of model.name {config.name!r}; set "
+                f"model.pretrained: the {modality} tower of {named} is not that of model.name {name!r}; set "
                 f"model.name={named} and remove model.pretrained."
             )
 

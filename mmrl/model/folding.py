@@ -1,4 +1,5 @@
-"""The encoder of a model in training: the same weights, with a rotation folded into both projections (W <- Q W).
+"""The encoder of a model in training: the same weights, with a rotation folded into both projections (W <- Q W) and
+LoRA adapters merged into the weights that they change.
 
 Evaluation and checkpoints use it, so that nothing downstream knows of the rotation.
 
@@ -11,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from mmrl.model import bundle
+from mmrl.model import bundle, lora
 from mmrl.model.bundle import Bundle
 from mmrl.nesting import rotate_weight
 
 
 def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
-    """An encoder that shares all parameters and buffers with `training`, except projections, logit scales and biases,
-    which `fold` writes.
+    """An encoder that shares all parameters and buffers with `training`, except projections, logit scales, biases and
+    weights with LoRA adapters, which `fold` writes.
 
     Args:
         num_scales: number of logit scales of the encoder; default: as many as `training` has.
@@ -27,6 +28,7 @@ def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
     model = training.model
     shared = [*model.named_parameters(), *model.named_buffers()]
     encoder = copy.deepcopy(model, {id(tensor): tensor for name, tensor in shared if name not in own})
+    lora.unload(encoder)
     if num_scales is not None:
         encoder.log_logit_scale = nn.Parameter(model.log_logit_scale.detach()[-1:].repeat(num_scales))
     return replace(training, model=encoder)
@@ -40,7 +42,8 @@ def fold(
     log_scale_K: torch.Tensor,
     bias_K: torch.Tensor | None,
 ) -> None:
-    """Writes the rotated projections of `training`, logit scales and biases into `encoder`, made by `share_weights`.
+    """Writes the rotated projections and merged weights of `training`, logit scales and biases into `encoder`, made by
+    `share_weights`.
 
     Args:
         rotation_DD: orthogonal, float64 (D, D), on the CPU.
@@ -50,6 +53,8 @@ def fold(
     weights, folded = training.model.state_dict(), encoder.model.state_dict()
     for name, axis in bundle.embedding_axes(training.model_cfg).items():
         folded[name].copy_(rotate_weight(weights[name], axis, rotation_DD))
+    for name, merged in lora.merged_weights(training.model):
+        folded[name].copy_(merged)
     folded[bundle.SCALE].copy_(log_scale_K)
     if bias_K is not None:
         folded[bundle.BIAS].copy_(bias_K)

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrl.images.image_spec import ImageSpec, Normaliser
-from mmrl.model import registry, towers, two_tower
-from mmrl.model.towers import Modality
+from mmrl.model import registry, towers, trainable, two_tower
 from mmrl.model.two_tower import MatryoshkaCLIP, ModelConfig
 
 # Activations are measured at two micro-batch sizes; their memory is linear in the size.
@@ -40,23 +39,27 @@ class Footprint:
     activations_per_pair: float
     """Further bytes at the peak, per pair of the micro-batch."""
     forward_flops_per_pair: float
-    locked_flops_per_pair: float
-    """FLOPs of locked towers, included in `forward_flops_per_pair`."""
+    backward_flops_per_pair: float
+    """Twice those of the forward pass, and less where weights are frozen."""
 
 
-def measure(config: ModelConfig, in_16_bits: bool, on_gpu: bool = True) -> Footprint:
+def measure(
+    config: ModelConfig, in_16_bits: bool, on_gpu: bool = True, rows_per_pair: tuple[int, int] = (1, 1)
+) -> Footprint:
     """Measures parameters, activation memory and FLOPs of the towers of a config.
 
     Args:
         on_gpu: attention does not store its score matrix, as on a GPU; else it does, as MatryoshkaCLIP on a CPU.
+        rows_per_pair: images and texts of a pair, with its second members and hard negatives.
 
     Raises:
         InputError: an unknown model.
     """
     model_cfg = registry.read_model_cfg(config.name)
     with _fake_model(config, model_cfg, on_gpu) as model:
-        peaks = [_peak_bytes(model, model_cfg, size, in_16_bits) for size in _SIZES]
-        forward, locked = _flops(model, model_cfg, config)
+        inputs = [_inputs(model_cfg, size, rows_per_pair) for size in _SIZES]
+        peaks = [_peak_bytes(model, one, in_16_bits) for one in inputs]
+        forward, backward = _flops(model, inputs[0])
     per_pair = (peaks[1] - peaks[0]) / (_SIZES[1] - _SIZES[0])
     return Footprint(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -65,28 +68,26 @@ def measure(config: ModelConfig, in_16_bits: bool, on_gpu: bool = True) -> Footp
         activations_fixed=max(peaks[0] - _SIZES[0] * per_pair, 0.0),
         activations_per_pair=per_pair,
         forward_flops_per_pair=forward,
-        locked_flops_per_pair=locked,
+        backward_flops_per_pair=backward,
     )
 
 
-def model_flops(config: ModelConfig, batch_size: int, sweeps: int = 1) -> float:
+def model_flops(
+    config: ModelConfig, batch_size: int, sweeps: int = 1, rows_per_pair: tuple[int, int] = (1, 1)
+) -> float:
     """FLOPs of one training step, summed over ranks, without recomputation (model FLOPs). See `step_flops`."""
     model_cfg = registry.read_model_cfg(config.name)
     with _fake_model(config, model_cfg, on_gpu=True) as model:
-        forward, locked = _flops(model, model_cfg, config)
-    return step_flops(forward, locked, model_cfg["embed_dim"], batch_size, sweeps=sweeps)
+        forward, backward = _flops(model, _inputs(model_cfg, _SIZES[0], rows_per_pair))
+    return step_flops(forward, backward, model_cfg["embed_dim"], batch_size, sweeps=sweeps)
 
 
 def step_flops(
-    forward: float, locked: float, embed_dim: int, batch_size: int, forwards: int = 1, sweeps: int = 1
+    forward: float, backward: float, embed_dim: int, batch_size: int, forwards: int = 1, sweeps: int = 1
 ) -> float:
-    """FLOPs of one training step, summed over ranks.
-
-    A trained tower costs `forwards` forward passes and a backward pass of twice a forward pass; a locked tower one
-    forward pass; each of the loss's `sweeps` 4 multiply-adds per similarity and embedding dim.
-    """
-    per_pair = (forwards + 2) * (forward - locked) + locked
-    return batch_size * per_pair + sweeps * 8.0 * batch_size**2 * embed_dim
+    """FLOPs of one training step, summed over ranks: `forwards` forward passes and a backward pass of each pair, and 4
+    multiply-adds per similarity and embedding dim for each of the loss's `sweeps`."""
+    return batch_size * (forwards * forward + backward) + sweeps * 8.0 * batch_size**2 * embed_dim
 
 
 @contextmanager
@@ -114,7 +115,8 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -> MatryoshkaCLIP:
-    built = towers.build_empty(config)
+    built = towers.build_empty(config.name)
+    trainable.prepare(built, model_cfg, config)
     side = registry.input_side(model_cfg)
     spec = ImageSpec(height=side, width=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return two_tower.MatryoshkaCLIP(
@@ -125,13 +127,18 @@ def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -
     ).train()
 
 
-def _inputs(model_cfg: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+_Inputs = tuple[torch.Tensor, torch.Tensor]
+
+
+def _inputs(model_cfg: dict[str, Any], size: int, rows_per_pair: tuple[int, int]) -> _Inputs:
+    """The images and texts of `size` pairs."""
     side = registry.input_side(model_cfg)
     length = model_cfg["text_cfg"].get("context_length", 77)
-    return torch.zeros(size, 3, side, side, dtype=torch.uint8), torch.zeros(size, length, dtype=torch.int64)
+    images, texts = (size * rows for rows in rows_per_pair)
+    return torch.zeros(images, 3, side, side, dtype=torch.uint8), torch.zeros(texts, length, dtype=torch.int64)
 
 
-def _peak_bytes(model: nn.Module, model_cfg: dict[str, Any], size: int, in_16_bits: bool) -> int:
+def _peak_bytes(model: nn.Module, inputs: _Inputs, in_16_bits: bool) -> int:
     """Peak bytes of forward and backward, without weights and gradients, which exist before."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -140,20 +147,18 @@ def _peak_bytes(model: nn.Module, model_cfg: dict[str, Any], size: int, in_16_bi
     existing += [p.grad for p in model.parameters() if p.grad is not None]
     with AllocationTracker(existing) as tracker:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_16_bits):
-            image_BD, text_BD, scale, _ = model(*_inputs(model_cfg, size))
+            image_BD, text_BD, scale, _ = model(*inputs)
         (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
     return tracker.peak
 
 
-def _flops(model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: ModelConfig) -> tuple[float, float]:
-    """FLOPs of a forward pass per pair, of both towers and of the locked ones."""
-    image, text = _inputs(model_cfg, _SIZES[0])
-    flops: dict[Modality, float] = {}
-    for modality in ("image", "text"):
-        with FlopCounterMode(display=False) as counter:  # it fails under no_grad at views of parameters
-            _ = model.encode_image(image) if modality == "image" else model.encode_text(text)
-        flops[modality] = counter.get_total_flops() / _SIZES[0]
-    return sum(flops.values()), config.lock_image * flops["image"] + config.lock_text * flops["text"]
+def _flops(model: MatryoshkaCLIP, inputs: _Inputs) -> tuple[float, float]:
+    """FLOPs of a forward and of a backward pass per pair."""
+    with FlopCounterMode(display=False) as forward:  # it fails under no_grad at views of parameters
+        image_BD, text_BD, _, _ = model(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        (image_BD.sum() + text_BD.sum()).backward()
+    return forward.get_total_flops() / _SIZES[0], backward.get_total_flops() / _SIZES[0]
 
 
 class AllocationTracker(TorchDispatchMode):

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mmrl.errors import InputError
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -28,6 +30,18 @@ def library_code_only() -> Iterator[None]:
         yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Makes InputError of a panic of Rust code, which is no Exception: tokenizers panics at a regular expression that
+    takes too long."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise InputError(f"the tokenizer cannot read these texts ({' '.join(str(error).split())}).") from None
 
 
 @contextmanager

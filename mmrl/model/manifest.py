@@ -5,11 +5,11 @@ Readers of an encoder call `read_manifest` and `check_files`. No torch here: ONN
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from mmrl.errors import InputError
 from mmrl.model.model_cfg import check_model_cfg
@@ -24,6 +24,7 @@ Layout = Literal["bundle", "open_clip", "onnx", "openvino", "sentence_transforme
 GRAPH_LAYOUTS = ("onnx", "openvino", "transformers.js")
 """Layouts of graphs: they give embeddings but hold no weights that could be truncated or trained."""
 
+_Level = Annotated[int, Field(ge=0, le=255)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A relative path inside the folder, so that a tampered manifest cannot name files elsewhere.
 _File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
@@ -32,14 +33,14 @@ _File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
 class ImageSection(Settings):
     """How an image is composited, resized and normalised: the fields of mmrl.images.image_spec.ImageSpec."""
 
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    mean: list[float] = Field(min_length=3, max_length=3)
-    std: list[float] = Field(min_length=3, max_length=3)
+    height: int = Field(ge=1, le=8192)
+    width: int = Field(ge=1, le=8192)
+    mean: list[FiniteFloat] = Field(min_length=3, max_length=3)
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] = Field(min_length=3, max_length=3)
     interpolation: Literal["bicubic", "bilinear"]
     resize_mode: Literal["shortest", "longest", "squash"]
-    fill_color: int
-    background: list[int] | None = Field(default=None, min_length=3, max_length=3)
+    fill_color: _Level
+    background: list[_Level] | None = Field(default=None, min_length=3, max_length=3)
     orientation: Literal["exif"]
 
 
@@ -47,7 +48,7 @@ class TokenizerSection(Settings):
     """The kind of tokenizer and its length."""
 
     kind: Literal["open_clip_bpe", "huggingface"]
-    context_length: int = Field(ge=1)
+    context_length: int = Field(ge=1, le=1_000_000)
 
 
 class GraphsSection(Settings):
@@ -62,7 +63,7 @@ class GraphsSection(Settings):
     tokenizer: _File
     clean: Literal["lower", "whitespace", "canonicalize", "none"]
     """open_clip's name of the text cleaning before tokenisation, or none."""
-    pad_id: int
+    pad_id: int = Field(ge=0, le=1_000_000)
     zero_id: int | None = None
     """A token id that is replaced by 0 (open_clip's strip_sep_token)."""
     any_length: bool
@@ -97,6 +98,11 @@ class Manifest(Settings):
     """{variant: its size, error and, if measured, recall}."""
 
 
+def is_rotated(manifest: Mapping[str, Any]) -> bool:
+    """Whether `mmrl rotate` made the encoder, or the one that it was truncated from, of a trained model."""
+    return manifest.get("rotation") is not None or "rotated_from" in manifest.get("source", {})
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads and validates the manifest of a stored encoder.
 
@@ -113,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InputError(f"{path} is not a JSON object; export the encoder again.")
     if manifest.get("format") != FORMAT or manifest.get("version") not in range(1, VERSION + 1):
-        found = f"{manifest.get('format')} version {manifest.get('version')}"
+        found = f"{manifest.get('format')!s:.50} version {manifest.get('version')!s:.50}"
         raise InputError(f"{path} is {found}; this version of mmrl reads {FORMAT} up to version {VERSION}.")
     try:
         checked = Manifest.model_validate(manifest)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mmrl.errors import InputError
-from mmrl.model.guards import library_code_only, offline
+from mmrl.model.guards import library_code_only, offline, panics_as_errors
 from mmrl.model.model_cfg import check_config_folder
 
 _BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -46,7 +46,8 @@ class Tokenizer:
             tokenizer.bpe = _BoundedBPE(tokenizer.cache, tokenizer.bpe_ranks)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        return self.tokenizer(texts)
+        with panics_as_errors():
+            return self.tokenizer(texts)
 
     @property
     def context_length(self) -> int:
@@ -62,7 +63,8 @@ class Tokenizer:
         # In mode "clips" open_clip adds three special tokens itself.
         adds_special = self.tokenizer.tokenizer_mode != "clips"
         clean = [self.tokenizer.clean_fn(text) for text in texts]
-        ids = self.tokenizer.tokenizer(clean, add_special_tokens=adds_special, verbose=False)["input_ids"]
+        with panics_as_errors():
+            ids = self.tokenizer.tokenizer(clean, add_special_tokens=adds_special, verbose=False)["input_ids"]
         return [len(one) + (0 if adds_special else 3) for one in ids]
 
     def save(self, folder: Path) -> dict[str, Any]:

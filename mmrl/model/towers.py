@@ -5,24 +5,40 @@ open_clip takes seconds to import, so it is imported inside the functions.
 
 import math
 import pickle
-import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import hugging_face
 from mmrl.model.guards import library_code_only, quiet
+from mmrl.model.lora import LoraConfig
 from mmrl.model.registry import nearest, read_model_cfg, register, shortened, tokenizer_of
 from mmrl.model.source import HUB, LOCAL
 from mmrl.model.tokenizer import Tokenizer
 from mmrl.settings import Settings, machine_field
 
 Modality = Literal["image", "text"]
+
+
+class LastBlocksConfig(Settings):
+    """How many of the last blocks of each tower train, with its final norm and its projection: transformer blocks, or
+    stages of a network of stages such as ResNet. The rest is frozen. A number is for both towers."""
+
+    image: int | None = Field(default=None, ge=0)
+    """Blocks of the image tower. Default: all, and what is before them."""
+    text: int | None = Field(default=None, ge=0)
+    """Blocks of the text tower. Default: all, and what is before them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | LastBlocksConfig) else {"image": value, "text": value}
 
 
 class TowersConfig(Settings):
@@ -43,8 +59,27 @@ class TowersConfig(Settings):
     """Freeze the image tower except for its projection (LiT, arXiv 2111.07991)."""
     lock_text: bool = False
     """Freeze the text tower except for its projection."""
+    train_last_blocks: LastBlocksConfig = LastBlocksConfig()
+    lora: LoraConfig | None = None
+    """Train low-rank adapters in place of the weights (default: none)."""
     grad_checkpointing: bool = machine_field(False)
     """Recompute activations in the backward pass (gradient checkpointing): less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TowersConfig":
+        for side in ("image", "text"):
+            set_keys = {
+                f"lock_{side}": getattr(self, f"lock_{side}"),
+                f"train_last_blocks.{side}": getattr(self.train_last_blocks, side) is not None,
+                "lora": self.adapts(side),
+            }
+            if len(chosen := [key for key, is_set in set_keys.items() if is_set]) > 1:
+                raise ValueError(f"{' and '.join(chosen)}: each says what of the {side} tower trains; keep one of them")
+        return self
+
+    def adapts(self, side: Modality) -> bool:
+        """Whether a tower has LoRA adapters."""
+        return self.lora is not None and self.lora.towers in ("both", side)
 
 
 @dataclass(frozen=True)
@@ -71,7 +106,8 @@ class Towers:
 
 
 def build(config: TowersConfig, require_weights: bool = False) -> Towers:
-    """Builds the towers of a config with their initial weights. Stored encoders are opened by `bundle.initial_towers`.
+    """Builds the towers of a config with their initial weights. `bundle.initial_towers` opens stored encoders, too, and
+    freezes what does not train.
 
     Args:
         require_weights: raise an error instead of initialising randomly.
@@ -107,34 +143,18 @@ def build(config: TowersConfig, require_weights: bool = False) -> Towers:
     towers: dict[Modality, nn.Module] = {"image": model.visual, "text": model.text}  # pyright: ignore[reportAssignmentType]
     for modality, tower in towers.items():
         _adjust(tower, model_cfg, modality)
-    return prepare_training(
-        Towers(
-            image=towers["image"],
-            text=towers["text"],
-            logit_scale=math.exp(state["logit_scale"]),
-            logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
-            embed_dim=model_cfg["embed_dim"],
-            image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
-            tokenise=tokenise,
-            model_cfg=model_cfg,
-            grad_checkpointing=False,
-            random=_random_parts(config, model_cfg),
-        ),
-        config,
+    return Towers(
+        image=towers["image"],
+        text=towers["text"],
+        logit_scale=math.exp(state["logit_scale"]),
+        logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
+        embed_dim=model_cfg["embed_dim"],
+        image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
+        tokenise=tokenise,
+        model_cfg=model_cfg,
+        grad_checkpointing=False,
+        random=_random_parts(config, model_cfg),
     )
-
-
-def prepare_training(built: Towers, config: TowersConfig) -> Towers:
-    """The towers with those of the config locked, and with gradient checkpointing if the config wants it.
-
-    Raises:
-        InputError: a tower does not support gradient checkpointing.
-    """
-    towers: dict[Modality, nn.Module] = {"image": built.image, "text": built.text}
-    _lock(towers, built.model_cfg, config)
-    if config.grad_checkpointing:
-        _enable_grad_checkpointing(towers)
-    return replace(built, grad_checkpointing=config.grad_checkpointing)
 
 
 def _build_hugging_face(config: TowersConfig, folder: Path) -> Towers:
@@ -153,37 +173,27 @@ def _build_hugging_face(config: TowersConfig, folder: Path) -> Towers:
         except RuntimeError as error:
             raise InputError(f"{folder}: the weights do not fit config.json: {shortened(error)}") from None
     bias = state.get("logit_bias")
-    return prepare_training(
-        Towers(
-            image=towers["image"],
-            text=towers["text"],
-            logit_scale=state["log_logit_scale"].exp().item(),
-            logit_bias=None if bias is None else bias.item(),
-            embed_dim=model_cfg["embed_dim"],
-            image_spec=spec,
-            tokenise=tokenise,
-            model_cfg=model_cfg,
-            grad_checkpointing=False,
-        ),
-        config,
+    return Towers(
+        image=towers["image"],
+        text=towers["text"],
+        logit_scale=state["log_logit_scale"].exp().item(),
+        logit_bias=None if bias is None else bias.item(),
+        embed_dim=model_cfg["embed_dim"],
+        image_spec=spec,
+        tokenise=tokenise,
+        model_cfg=model_cfg,
+        grad_checkpointing=False,
     )
 
 
-def build_empty(config: TowersConfig) -> dict[Modality, nn.Module]:
-    """Builds the towers of a config without loading weights: for counting parameters, memory and operations.
+def build_empty(name: str) -> dict[Modality, nn.Module]:
+    """Builds the towers of `model.name` without loading weights: for counting parameters, memory and operations.
 
     Raises:
         InputError: an unknown name or a JSON file that is not a model config.
     """
-    model_cfg = read_model_cfg(config.name)
-    built: dict[Modality, nn.Module] = {
-        "image": _built_or_refused(config.name, model_cfg, "image"),
-        "text": _built_or_refused(config.name, model_cfg, "text"),
-    }
-    _lock(built, model_cfg, config)
-    if config.grad_checkpointing:
-        _enable_grad_checkpointing(built)
-    return built
+    model_cfg = read_model_cfg(name)
+    return {"image": _built_or_refused(name, model_cfg, "image"), "text": _built_or_refused(name, model_cfg, "text")}
 
 
 def _built_or_refused(name: str, model_cfg: dict[str, Any], modality: Modality) -> nn.Module:
@@ -293,36 +303,3 @@ def _random_parts(config: TowersConfig, model_cfg: dict[str, Any]) -> tuple[str,
         for one in loaded
         if not loaded[one] or has_projection[one]
     )
-
-
-def _lock(towers: dict[Modality, nn.Module], model_cfg: dict[str, Any], config: TowersConfig) -> None:
-    """Freezes the locked towers except for their projections, which have to learn nested dims."""
-    from open_clip.utils import freeze_batch_norm_2d
-
-    locked: dict[Modality, bool] = {"image": config.lock_image, "text": config.lock_text}
-    for modality, tower in towers.items():
-        if locked[modality]:
-            projection = projection_axes(model_cfg, modality) or {}
-            for name, parameter in tower.named_parameters():
-                parameter.requires_grad = name in projection
-            freeze_batch_norm_2d(tower)
-
-
-def _enable_grad_checkpointing(towers: dict[Modality, nn.Module]) -> None:
-    """Raises InputError if a tower does not support it."""
-    from open_clip.modified_resnet import ModifiedResNet
-
-    for modality, tower in towers.items():
-        # timm's own module: open_clip's wrapper ignores models that do not support it.
-        trunk: Any = getattr(tower, "trunk", tower)
-        try:
-            if isinstance(tower, ModifiedResNet):
-                raise ValueError("ModifiedResNet accepts the call and ignores it")
-            with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # transformers renamed the method
-                trunk.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError, TypeError, ValueError):
-            kind = type(getattr(trunk, "transformer", trunk) if modality == "text" else trunk).__name__
-            raise InputError(
-                f"model.grad_checkpointing: the {modality} tower, a {kind}, cannot recompute its activations; set it "
-                "to false, and set a smaller train.micro_batch to save memory."
-            ) from None

@@ -26,13 +26,19 @@ def exclusive(folder: Path, command: str) -> Iterator[None]:
     is still empty at the end is removed.
 
     Raises:
-        InputError: another process holds it; the sentence names the process and its host.
+        InputError: another process holds it, which the sentence names with its host; the lock of another user cannot
+            be opened.
     """
     lock, is_new = folder / LOCK, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if os.path.lexists(lock):
+            raise InputError(
+                f"{lock} cannot be opened ({error.strerror}): another user writes to the folder, or has left it "
+                "behind; delete it, or choose another folder."
+            ) from None
         yield  # the command says why the folder cannot be written
         return
     try:
@@ -78,8 +84,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    with atomic_path(path) as partial:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    with atomic_path(path) as partial, partial.open("xb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
@@ -95,11 +101,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if partial.is_dir() and path.is_dir():  # a folder that is not empty cannot be renamed over
             old = path.rename(partial.with_suffix(".old.partial"))
             partial.rename(path)
-            _remove(old)
+            remove(old)
         else:
             partial.replace(path)
     except BaseException:
-        _remove(partial)
+        remove(partial)
         raise
 
 
@@ -161,9 +167,9 @@ def path_inside(folder: Path, name: str) -> Path:
         InputError: it is outside of the folder once links are followed. Links into the cache of a hub that the folder
             is in are allowed.
     """
-    path, root = folder / name, folder.resolve()
+    path, root = folder / name, Path(os.path.realpath(folder))
     roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
-    if not any(path.resolve().is_relative_to(one) for one in roots):
+    if not any(Path(os.path.realpath(path)).is_relative_to(one) for one in roots):  # resolve() may raise RuntimeError
         raise InputError(f"{path} leads out of {folder}; copy the file that it stands for into the folder.")
     return path
 
@@ -189,7 +195,8 @@ def _unhide(partial: Path) -> None:
             path.chmod(mode)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

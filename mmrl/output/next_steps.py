@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from mmrl.output.console import visible
+
 SHARDS = "SHARDS"
 """Stands for the user's own shards where a command knows none."""
 
@@ -32,7 +34,7 @@ def after_eval(model: str, full_dim: int, dim: int, shards: str) -> str:
     """Export the advised dim; embed with a model that has this dim already."""
     if dim == full_dim:
         return _steps((["embed", model, shards, _beside(model, "embeddings")], "a gallery's vectors, as Parquet"))
-    return _steps((["export", model, _beside(model, f"encoder-{dim}"), "--dim", dim], f"a {dim}-d encoder"))
+    return _steps((["export", model, _beside(model, f"encoder-{dim}"), "--dim", dim], f"an encoder of {dim} dims"))
 
 
 def after_export(model: str, out: Path, dims: Sequence[int], shards: str | None = None) -> str:
@@ -51,6 +53,14 @@ def after_embed(out: Path, columns: Sequence[Mapping[str, Any]]) -> str:
     return _steps((["index", out, index], "an index to search"))
 
 
+def after_mine(model: str, out: Path) -> str:
+    """Train with the negatives."""
+    is_run = (Path(model) / "config.yaml").is_file()
+    config, run = (Path(model) / "config.yaml", f"{model.rstrip('/')}-negatives") if is_run else ("CONFIG", "RUN")
+    words = ["train", config, f"run={run}", "data.negatives=1", f"data.negatives_from={out}"]
+    return _steps((words, "train with the negatives"))
+
+
 def after_index(index: Path) -> str:
     """Serve the index."""
     return _steps((["serve", index], "search in a browser"))
@@ -63,7 +73,7 @@ def _steps(*steps: tuple[list[Any], str]) -> str:
     by_name = Path(typed).name != "mmrl" or (found is not None and Path(found).resolve() == Path(typed).resolve())
     lines = [(shlex.join(["mmrl" if by_name else typed, *map(str, words)]), purpose) for words, purpose in steps]
     width = min(max(len(line) for line, _ in lines), 90)
-    return "\n".join(["Next:", *(f"  {line:<{width}}  # {purpose}" for line, purpose in lines)])
+    return visible("\n".join(["Next:", *(f"  {line:<{width}}  # {purpose}" for line, purpose in lines)]))
 
 
 def _beside(model: str, name: str) -> Path:

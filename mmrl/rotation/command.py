@@ -7,7 +7,6 @@ learned by the nested loss of the prefixes, on embeddings only (learned.py). ste
 Shapes: N images or texts, D the embedding's width.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -291,7 +290,8 @@ def _manifest_source(source: ModelSource, encoder: Bundle) -> Result:
 def _max_difference(encoder: Bundle, rotated: Bundle, reader: SampleReader) -> float:
     """The greatest change of a full-dim similarity, on the first chunk with usable samples."""
     rotated.model.to(comm.world().device)
-    batch = next(batch for batch in moments.read_chunks(encoder, reader, itertools.count()) if batch.keys)
+    chunks = range(-(-len(reader) // moments.CHUNK_SIZE))
+    batch = next(batch for batch in moments.read_chunks(encoder, reader, chunks) if batch.keys)
     old, new = (_similarities(*moments.embed(one, batch)) for one in (encoder, rotated))
     return float((old - new).abs().max())
 

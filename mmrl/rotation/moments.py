@@ -7,7 +7,7 @@ Shapes: N images or texts, D the embedding's width.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from rich.console import Console
 
 from mmrl.data.index import Problem
 from mmrl.data.samples import SampleReader
-from mmrl.data.sequential import SequentialBatch, read_sequential
+from mmrl.data.sequential import SequentialBatch, read_ranges
 from mmrl.distributed import comm
 from mmrl.errors import InputError
+from mmrl.evaluate.sets import decoding_workers
 from mmrl.model.bundle import Bundle
 from mmrl.output.progress import progress_bar
 from mmrl.rotation.learned import Pairs
@@ -103,7 +104,8 @@ def compute_moments(
     pair_chunks = {all_chunks[i] for i in spread_chunks(len(all_chunks), pair_images)}
     with progress_bar(console) as progress:
         task = progress.add_task("embedding", total=min(len(chunks) * CHUNK_SIZE, len(reader)))
-        for chunk, batch in zip(chunks, read_chunks(encoder, reader, chunks, captions), strict=True):
+        batches = read_chunks(encoder, reader, chunks, captions, decoding_workers(world.device, encoder.image_spec))
+        for chunk, batch in zip(chunks, batches, strict=True):
             progress.advance(task, len(batch.keys) + len(batch.bad))
             bad += batch.bad
             if not batch.keys:
@@ -157,20 +159,12 @@ def _gather_pairs(kept: Sequence[Pairs]) -> Pairs | None:
 
 
 def read_chunks(
-    encoder: Bundle, reader: SampleReader, chunks: Iterable[int], captions: int | None = None
+    encoder: Bundle, reader: SampleReader, chunks: Sequence[int], captions: int | None = None, workers: int = 0
 ) -> Iterator[SequentialBatch]:
-    """Reads the chunks of a set with these indices; one batch per chunk."""
+    """Reads the chunks of a set with these indices; one batch per chunk. `workers`: as of `read_sequential`."""
     count = -(-len(reader) // CHUNK_SIZE)
-    for chunk in chunks:
-        yield from read_sequential(
-            reader,
-            encoder.image_spec,
-            encoder.tokenise,
-            batch_size=CHUNK_SIZE,
-            captions=captions,
-            rank=chunk,
-            world_size=count,
-        )
+    ranges = (range(len(reader) * chunk // count, len(reader) * (chunk + 1) // count) for chunk in chunks)
+    return read_ranges(reader, encoder.image_spec, encoder.tokenise, ranges, len(chunks), captions, workers)
 
 
 def embed(encoder: Bundle, batch: SequentialBatch) -> tuple[torch.Tensor, torch.Tensor]:

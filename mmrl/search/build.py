@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mmrl.codecs.code_index import faiss_module
 from mmrl.codecs.table import CODECS, CODES, OLD_CODES
-from mmrl.data.pack.tables import arrow
+from mmrl.data.arrow import arrow
 from mmrl.errors import InputError
 from mmrl.nesting import Nesting, check_dims, untrained_note
 from mmrl.output.console import print_line

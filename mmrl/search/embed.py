@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from mmrl.codecs.table import PRECISIONS, Precision, encode
+from mmrl.data.arrow import arrow
 from mmrl.data.index import BAD_SAMPLES, Problem
-from mmrl.data.pack.tables import arrow
 from mmrl.data.workers import WorkerPool, usable_cores
 from mmrl.errors import InputError, did_you_mean
 from mmrl.images.decode import to_pil

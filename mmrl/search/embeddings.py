@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from mmrl.codecs.code_index import training_rows
-from mmrl.data.pack.tables import arrow
+from mmrl.data.arrow import arrow
 from mmrl.errors import InputError
 from mmrl.inference.load import load
 from mmrl.nesting import truncate

@@ -118,8 +118,9 @@ def memory_map(path: Path) -> np.ndarray:
     """
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # indexing an np.memmap is slow
-    except (OSError, ValueError) as error:
-        raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None
+    except Exception as error:  # of a damaged header, numpy raises many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"index: {path} cannot be read ({reason}); run mmrl index again.") from None
 
 
 def unit_prefix(vectors_nD: np.ndarray, dim: int) -> np.ndarray:

@@ -14,13 +14,15 @@
 Shapes: N rows of the index, n selected rows, D dim of its vectors, d the searched dim.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from mmrl.data.samples import group_id
 from mmrl.errors import InputError, did_you_mean
@@ -41,6 +43,46 @@ CAPTION_VECTORS = "texts.npy"
 _CHUNK_ELEMENTS = 1 << 24
 # Up to this many rows an exact scan is faster than the staged search.
 _EXACT_SCAN_ROWS = 20_000
+
+
+class _Codes(BaseModel):
+    code: str
+    dim: PositiveInt
+    threshold: list[float] | None = None
+    second_stage: bool = True
+
+
+class _Shortlists(BaseModel):
+    first: NonNegativeInt
+    second: NonNegativeInt
+
+
+class _Search(BaseModel):
+    shortlists: _Shortlists
+    recall: dict[str, float] = Field(alias=f"recall@{K}")
+
+
+class _Encoder(BaseModel):
+    model: str
+    origin_sha256: str
+
+
+class _Manifest(BaseModel):
+    """What is read of an index's manifest."""
+
+    rows: NonNegativeInt
+    dim: PositiveInt
+    nested_dims: list[PositiveInt]
+    items: Kind = "images"
+    encoder: _Encoder
+    codes: _Codes | None
+    search: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.codes:
+            _Search.model_validate(self.search)
+        return self
 
 
 @dataclass(frozen=True)
@@ -76,6 +118,7 @@ class Index:
         """This index, or what its folder holds by now. Raises InputError as `open_index`."""
         return self if _stamp(self.folder) in (self.stamp, ()) else open_index(self.folder)
 
+    @np.errstate(over="ignore", invalid="ignore")  # of damaged vectors
     def nearest(
         self, query_D: np.ndarray, dim: int, k: int, *, group: str | None = None, exact: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +214,12 @@ class Index:
 
 
 def _cosines(rows_nd: np.ndarray, query_d: np.ndarray, norms_n: np.ndarray) -> np.ndarray:
-    return np.asarray(rows_nd @ query_d) / norms_n.clip(min=1e-12)
+    score_n = np.asarray(rows_nd @ query_d) / norms_n.clip(min=1e-12)
+    if np.isnan(score_n).any():
+        raise InputError(
+            "index: a score is not a number, so its vectors are damaged; run mmrl embed and mmrl index again."
+        )
+    return score_n
 
 
 def open_index(folder: Path) -> Index:
@@ -200,6 +248,8 @@ def open_index(folder: Path) -> Index:
         )
     funnel = Funnel.open(data, manifest["codes"], manifest["rows"]) if manifest["codes"] else None
     deleted = memory_map(data / DELETED) if (data / DELETED).exists() else np.zeros(0, np.int64)
+    if deleted.dtype.kind not in "iu" or deleted.ndim != 1 or not ((deleted >= 0) & (deleted < shape[0])).all():
+        raise InputError(f"index: {folder} is damaged: {DELETED} holds other values than rows; run mmrl index again.")
     return Index(folder, manifest, vectors_ND, items, funnel, deleted, stamp)
 
 
@@ -239,7 +289,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index.
 
     Raises:
-        InputError: the folder is not an index, or has an unsupported version.
+        InputError: the folder is not an index, has an unsupported version, or its manifest is damaged.
     """
     try:
         manifest = parse_json((folder / MANIFEST).read_text())
@@ -251,9 +301,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != INDEX_FORMAT or manifest.get("version") != INDEX_VERSION:
         version = manifest.get("version") if isinstance(manifest, dict) else None
         raise InputError(
-            f"index: {folder / MANIFEST} is {found} version {version}; this mmrl reads {INDEX_FORMAT} version "
-            f"{INDEX_VERSION}. Run mmrl embed and mmrl index again."
+            f"index: {folder / MANIFEST} is {found!s:.50} version {version!s:.50}; this mmrl reads {INDEX_FORMAT} "
+            f"version {INDEX_VERSION}. Run mmrl embed and mmrl index again."
         )
-    if not isinstance(manifest.get("data"), str) or Path(manifest["data"]).name != manifest["data"]:
+    if not isinstance(manifest.get("data"), str) or not re.fullmatch(r"[\w-][\w.-]*", manifest["data"], re.ASCII):
         raise InputError(f"index: {folder / MANIFEST} names no data folder inside the index; run mmrl index again.")
+    try:
+        _Manifest.model_validate(manifest, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"index: {folder / MANIFEST}: {key}: {first['msg']}; run mmrl index again.") from None
     return manifest

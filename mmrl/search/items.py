@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmrl.data.pack.tables import arrow
+from mmrl.data.arrow import arrow
 from mmrl.errors import InputError
 
 COLUMNS = ["key", "captions", "group", "group_name", "thumbnail"]
@@ -45,14 +45,18 @@ class Items:
 
         try:
             self.table = ipc.open_file(pyarrow.memory_map(str(path))).read_all()  # views of the mapped file
+            self.table.validate(full=True)
+            if missing := [name for name in COLUMNS if name not in self.table.column_names]:
+                raise OSError(f"it lacks {missing[0]}")
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"index: {path} cannot be read ({error}); run mmrl index again.") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"index: {path} cannot be read ({reason}); run mmrl index again.") from None
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, row: int) -> Item:
-        return Item(**self.table.slice(row, 1).to_pylist()[0])
+        return Item(**self.table.select(COLUMNS).slice(row, 1).to_pylist()[0])
 
     def take(self, rows: Iterable[int]) -> list[Item]:
         """The items of these rows, in the order given."""

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmrl.codecs.table import CODECS, Precision
-from mmrl.data.pack.tables import arrow
+from mmrl.data.arrow import arrow
 from mmrl.data.samples import Sample
 from mmrl.output.files import atomic_path
 
@@ -159,15 +159,15 @@ def write_npy(out: Path, images: Path, texts: Path | None, columns: Sequence[Col
     parquet.write_table(metadata, out / "metadata" / "metadata_0.parquet")
     for column in columns:
         suffix = column.name.removeprefix(VECTORS)
-        _copy_vectors(images, column, out / f"img_emb{suffix}" / f"img_emb{suffix}_0.npy", None, len(first))
+        copy_vectors(images, column, out / f"img_emb{suffix}" / f"img_emb{suffix}_0.npy", None, len(first))
         if texts is not None:
             counts_N = np.array([len(one) for one in captions])
             image_row_M = np.full(int(counts_N.sum()), -1)
             image_row_M[(np.cumsum(counts_N) - counts_N)[counts_N > 0]] = np.flatnonzero(counts_N)
-            _copy_vectors(texts, column, out / f"text_emb{suffix}" / f"text_emb{suffix}_0.npy", image_row_M, len(first))
+            copy_vectors(texts, column, out / f"text_emb{suffix}" / f"text_emb{suffix}_0.npy", image_row_M, len(first))
 
 
-def _copy_vectors(source: Path, column: Column, path: Path, target_row: np.ndarray | None, count: int) -> None:
+def copy_vectors(source: Path, column: Column, path: Path, target_row: np.ndarray | None, count: int) -> None:
     """Copies one vector column to a .npy file of `count` rows; vector i goes to row `target_row[i]`, -1 is skipped."""
     path.parent.mkdir(exist_ok=True)
     shape = (count, column.width)

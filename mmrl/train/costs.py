@@ -15,7 +15,8 @@ per process; D the embedding's width; e bytes per embedding value (2 under bf16,
                   FakeTensorMode: shapes without memory), following every allocation
     loss          16(b + B)D + 32K(b + B), and tiles of 1/128 of the GPU's memory: for both modalities the embedding,
                   its blocks, their gradients and the concatenation, at most 4 bytes per value (losses/sweep.py).
-                  Twice that with nesting.rotation, which computes the full dim and the smaller dims in two sweeps
+                  Twice that with nesting.rotation, which computes the full dim and the smaller dims in two sweeps, and
+                  as often as the loss has terms
 
 Stages: Rajbhandari et al. 2020 (arXiv 1910.02054, section 3 and figure 1), with DeepSpeed 0.19's buffers, which
 tests/train/test_plan.py and tests/benchmarks/scale.py measure. With micro-batches the loss is computed while no
@@ -73,7 +74,7 @@ def reduction_bytes(model: Footprint, gpus: int) -> float:
 def loss_bytes(config: Config, model: Footprint, gpus: int) -> float:
     """Bytes of the loss per process, without its tiles."""
     rows = config.train.batch_size // gpus + config.train.batch_size
-    return config.nesting.sweeps * rows * (16.0 * model.embed_dim + 32.0 * len(config.nesting.dims))
+    return config.sweeps * rows * (16.0 * model.embed_dim + 32.0 * len(config.nesting.dims))
 
 
 def loss_memory_traffic(config: Config) -> float:
@@ -87,7 +88,8 @@ def loss_memory_traffic(config: Config) -> float:
         per_similarity = 208
     else:
         per_similarity = 172 if loss.label_smoothing else 142
-    return float(per_similarity) * len(config.nesting.dims) * config.train.batch_size**2
+    terms = config.sweeps // config.nesting.sweeps
+    return float(per_similarity) * terms * len(config.nesting.dims) * config.train.batch_size**2
 
 
 def traffic_of(
@@ -102,9 +104,9 @@ def traffic_of(
         return 0.0, 0
     B, D, e = config.train.batch_size, model.embed_dim, 2 if precision == "bf16" else 4
     # Text embeddings and groups gathered; column sums and the loss reduced; the text gradient scattered.
-    sweeps = config.nesting.sweeps
+    sweeps = config.sweeps
     once = sweeps * (B * (e * D + 16) + 2 * 4 * len(config.nesting.dims) * B + 4 * B * D)
-    calls = sweeps * 5
+    calls = config.nesting.sweeps * 5  # terms share them
     if config.nesting.learns_rotation:
         once += 2 * 4 * D**2
         calls += 1

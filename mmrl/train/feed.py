@@ -1,6 +1,6 @@
 """The batches of each step. While a GPU computes a step, those of the next one are loaded and copied to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -49,7 +49,7 @@ class BatchFeed:
             if self._copies is not None:
                 computing = torch.cuda.current_stream(self._engine.device)
                 computing.wait_stream(self._copies)
-                for x in (x for batch in batches for x in (batch.image, batch.text, batch.group, batch.caption)):
+                for x in (x for batch in batches for part in _parts(batch) for x in vars(part).values()):
                     if isinstance(x, torch.Tensor) and x.is_cuda:
                         x.record_stream(computing)  # its memory is not reused for a copy before the step is computed
             return batches
@@ -64,14 +64,25 @@ class BatchFeed:
 
     def _load(self, batches: Iterator[Batch]) -> list[Batch]:
         loaded = list(islice(batches, self._count))
-        rows = [x for batch in loaded for x in (batch.image, batch.text)]
+        rows = [x for batch in loaded for part in _parts(batch) for x in (part.image, part.text) if x is not None]
         size = sum(part.nbytes for x in rows for part in (x if isinstance(x, tuple) else (x,)))
+        # Else the towers' forward pass copies one micro-batch after another.
+        names = (*_SMALL, *(("image", "text") if size <= self._most_bytes else ()))
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
-            # Each tensor of DataLoader by itself: they are in page-locked memory, from which a copy does not wait.
-            to_device = self._engine.to_device
-            for i, batch in enumerate(loaded):
-                caption = None if batch.caption is None else to_device(batch.caption)
-                loaded[i] = replace(batch, group=to_device(batch.group), caption=caption)
-                if size <= self._most_bytes:  # else the towers' forward pass copies one micro-batch after another
-                    loaded[i] = replace(loaded[i], image=to_device(batch.image), text=to_device(batch.text))
-        return loaded
+            return [self._on_device(batch, names) for batch in loaded]
+
+    def _on_device(self, batch: Batch, names: Sequence[str]) -> Batch:
+        """The batch with these tensors on the device. Each tensor of DataLoader by itself: they are in page-locked
+        memory, from which a copy does not wait."""
+        given = {name: getattr(batch, name) for name in names}
+        moved: dict[str, Any] = {name: self._engine.to_device(x) for name, x in given.items() if x is not None}
+        moved |= {name: self._on_device(part, names) for name in _MORE if (part := getattr(batch, name)) is not None}
+        return replace(batch, **moved)
+
+
+_SMALL, _MORE = ("group", "caption", "valid_image", "valid_text"), ("second", "negatives")
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """The batch, its second members and its hard negatives."""
+    return [batch, *(part for name in _MORE if (part := getattr(batch, name)) is not None)]

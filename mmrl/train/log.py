@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from PIL import Image
 from rich.console import Console
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmrl.config import Config
 from mmrl.data.index import summarise_problems
@@ -20,7 +21,8 @@ from mmrl.engine.engine import Engine
 from mmrl.engine.timing import peak_memory
 from mmrl.engine.tracking import Tracker
 from mmrl.evaluate import sets
-from mmrl.evaluate.report.tables import brief_tables, one_line
+from mmrl.evaluate.directions import CROSS_MODAL
+from mmrl.evaluate.report.tables import brief_tables, changes, one_line, score_notes
 from mmrl.evaluate.report.write import write_report
 from mmrl.hardware import peak_flops
 from mmrl.model import footprint
@@ -75,10 +77,13 @@ class TrainingLog:
     def start(self) -> None:
         """Prints what is about to be trained, and what a user may want to change before it is."""
         config, engine, stream, schedule = self._config, self._engine, self._stream, self._schedule
-        count = sum(p.numel() for p in engine.full_model.parameters())
+        parameters = [*engine.full_model.parameters()]
+        count, trained = (sum(p.numel() for p in parameters if all_of or p.requires_grad) for all_of in (True, False))
         tail = stream.samples % stream.global_batch_size
         self.lines(
-            f"{config.model.name}: {count / 1e6:.1f} M parameters, nested dims {list(self._prepared.nested.dims)}",
+            f"{config.model.name}: {count / 1e6:.1f} M parameters, "
+            f"{f'{trained / 1e6:.3g} M of them train, ' * (trained < count)}"
+            f"nested dims {list(self._prepared.nested.dims)}",
             f"{stream.samples:,} pairs, {stream.batches_per_epoch:,} steps per epoch of {config.train.batch_size:,} "
             f"(each epoch leaves out another {tail}), {schedule.total:,} steps; "
             f"{self._world.size} process(es) on {self._world.device.type}, {engine.precision}",
@@ -105,6 +110,12 @@ class TrainingLog:
             self.lines(
                 f"Note: optim.warmup is {schedule.warmup:,} of {schedule.total:,} steps, so the learning rate never "
                 "decays; shorten it."
+            )
+        norms = {type(one).__name__ for one in engine.full_model.modules() if isinstance(one, _BatchNorm)}
+        if norms and self._world.size > 1:
+            self.lines(
+                f"Note: this tower has {', '.join(sorted(norms))}, which mixes the samples of one process: the result "
+                "depends on the number of processes."
             )
         if engine.precision == "fp16" and self._world.device.type == "cpu":
             self.lines("Note: fp16 is many times slower than fp32 on a CPU; use engine.precision=auto.")
@@ -161,15 +172,22 @@ class TrainingLog:
             self.lines(f"step {step:,}  {name}, {one_line(result)}")
 
     def end(self) -> None:
-        """Prints the scores of the last evaluation and where the trained encoder is, and writes the report."""
+        """Prints the scores of the trained encoder and where it is, and writes the report."""
         evaluations = self._tracker.evaluations() if self._tracker else []
+        encoder = self._folder / "checkpoints" / ("best" if self._config.evaluation.best else "last")
+        step = encoder.resolve().name
+        for one in evaluations[::-1]:
+            if f"step-{one['step']}" == step:
+                name, scores = next(iter(one["sets"].items()))
+                notes = (f"{name}: {note}." for note in score_notes(scores, CROSS_MODAL))
+                self.lines(*brief_tables(one["sets"]), *notes)
+                if evaluations[0]["step"] == 0:  # evaluation.at_start
+                    self.lines(*changes(evaluations[0]["sets"], one["sets"]))
+                break
         if evaluations:
-            last = evaluations[-1]["sets"]
-            self.lines(*brief_tables(last))
             self.lines(f"Plot: {write_report(self._folder / 'report', self._folder.name, evaluations)}")
-        which = "best" if self._config.evaluation.best else "last"
         used = "" if self._utilisation is None else f"; model FLOPs utilisation {100 * self._utilisation:.1f} %"
-        self.lines(f"Done: the encoder is {self._folder}/checkpoints/{which}{used}")
+        self.lines(f"Done: the encoder is {encoder} ({step}){used}")
         sets = {name: one.shards for name, one in self._config.evaluation.sets.items() if one.classes is None}
         self.lines(after_train(self._folder, sets, self._folder / "eval"))
 
@@ -201,11 +219,18 @@ class TrainingLog:
             "loss": sum(weight * by_dim[dim] for dim, weight in zip(nested.dims, nested.weights, strict=True)),
             "loss_by_dim": {str(dim): value for dim, value in by_dim.items()},
         }
+        for name, values in result.other_terms.items():
+            record[f"{name}_by_dim"] = {str(dim): value for dim, value in values.items()}
         if result.distillation_by_dim:
             record["distillation_by_dim"] = {str(dim): kl for dim, kl in result.distillation_by_dim.items()}
+        if result.distillation_by_dim or result.other_terms:
             record["tower_loss"] = result.loss
         if result.prefix_gradient is not None:
-            full = by_dim[nested.dims[-1]]
+            weights, full_dim = self._config.loss.term_weights, nested.dims[-1]
+            main, *_ = (name for name, weight in weights.items() if weight)
+            full = sum(weights[name] * term[full_dim] for name, term in ({main: by_dim} | result.other_terms).items())
+            if self._config.teacher is not None:
+                full += weights[main] * self._config.teacher.weight * result.distillation_by_dim[full_dim]
             record["prefix_gradient"] = result.prefix_gradient
             record["prefix_loss"] = result.loss - full  # P
             record["tower_loss"] = full + result.prefix_gradient * record["prefix_loss"]  # L_D + a P
@@ -233,5 +258,5 @@ class TrainingLog:
         if peak is None:
             return None
         config = self._config
-        flops = footprint.model_flops(config.model, config.train.batch_size, config.nesting.sweeps)
+        flops = footprint.model_flops(config.model, config.train.batch_size, config.sweeps, config.rows_per_pair)
         return flops / (peak * self._world.size)

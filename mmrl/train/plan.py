@@ -28,6 +28,7 @@ from mmrl.config import Config
 from mmrl.data.sources import open_training_set
 from mmrl.data.workers import LoaderMemory
 from mmrl.errors import InputError
+from mmrl.evaluate.sets import decoding_memory
 from mmrl.hardware import GPUS
 from mmrl.model import footprint, registry
 from mmrl.model.footprint import Footprint
@@ -72,7 +73,7 @@ class HostEstimate:
     workers_per_gpu: int
     """data.workers, or as many as deliver these images."""
     workers_gb: float
-    """Memory of all of them, without shared memory."""
+    """Memory of all of them, and of as many that decode for evaluation, without shared memory."""
     shared_gb: float
     """Shared memory (/dev/shm)."""
 
@@ -139,7 +140,7 @@ def plan_resources(
         precision = "bf16" if sheet.has_bfloat16 else "fp32"
     if precision == "bf16" and not sheet.has_bfloat16:
         raise InputError(f"engine.precision: a {gpu} has no bf16 instructions; set it to fp16 or fp32.")
-    model = measured or footprint.measure(config.model, precision != "fp32")
+    model = measured or footprint.measure(config.model, precision != "fp32", rows_per_pair=config.rows_per_pair)
     peak = sheet.tflops_32 if precision == "fp32" else sheet.tflops_16
     link_gb_s = sheet.link_gb_s if gpus <= GPUS_PER_HOST else min(sheet.link_gb_s, BETWEEN_GB_S)
     machine = _Machine(
@@ -181,13 +182,16 @@ def _host(config: Config, gpus: int, micro_batch: int, images_s: float) -> HostE
     """The data workers of a host, for a run of `images_s` images per second."""
     processes = min(gpus, GPUS_PER_HOST)
     images_s *= processes / gpus
-    sample_bytes = bytes_per_sample(registry.read_model_cfg(config.model.name))
+    sample_bytes = bytes_per_sample(registry.read_model_cfg(config.model.name), config.rows_per_pair)
     memory = LoaderMemory(sample_bytes, config.train.batch_size // gpus, micro_batch, processes, pins=True)
     workers = config.data.workers
     if workers is None:
         workers = math.ceil(images_s / processes / IMAGES_PER_CORE_S)
-    shared = memory.shared(workers, memory.units_ahead(workers))
-    return HostEstimate(images_s, workers, memory.private(workers) / GB, shared / GB)
+    private, shared = memory.private(workers), memory.shared(workers, memory.units_ahead(workers))
+    if config.evaluation.sets:
+        decoding = decoding_memory(sample_bytes, processes)
+        private, shared = private + decoding.private(workers), shared + decoding.shared(workers, 1)
+    return HostEstimate(images_s, workers, private / GB, shared / GB)
 
 
 def plan_lines(result: ResourcePlan) -> list[str]:
@@ -227,7 +231,7 @@ def plan_lines(result: ResourcePlan) -> list[str]:
             f"Data: {host.images_s:,.0f} images/s per host; of JPEGs of 500 x 400 pixels, about "
             f"{math.ceil(host.images_s / IMAGES_PER_CORE_S):,} CPU core(s) decode as many",
             f"Host: with {host.workers_per_gpu} data worker(s) per GPU, about {host.workers_gb:,.1f} GB of memory for "
-            f"them, and {host.shared_gb:,.1f} GB of shared memory (/dev/shm)",
+            f"them and those of evaluation, and {host.shared_gb:,.1f} GB of shared memory (/dev/shm)",
         ]
     return [*shown, *(f"Note: {note}" for note in result.notes)]
 
@@ -270,11 +274,11 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
     activations = model.activations_fixed + m * model.activations_per_pair
     flops = footprint.step_flops(
         model.forward_flops_per_pair,
-        model.locked_flops_per_pair,
+        model.backward_flops_per_pair,
         model.embed_dim,
         config.train.batch_size,
         forwards=1 if accumulation == 1 else 2,
-        sweeps=config.nesting.sweeps,
+        sweeps=config.sweeps,
     )
     return StageEstimate(
         zero_stage=stage,

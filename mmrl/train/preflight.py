@@ -14,13 +14,16 @@ from mmrl.config import Config
 from mmrl.data.overlap import overlap_note
 from mmrl.data.pack.hub import pack_missing
 from mmrl.data.samples import SampleReader
+from mmrl.data.second import has_table
 from mmrl.data.sources import named_sources, open_training_set
+from mmrl.data.stores import cache_folder
 from mmrl.data.stream import window_and_lanes
 from mmrl.data.workers import LoaderMemory
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError
 from mmrl.evaluate.configured import ConfiguredSet, check_best, open_configured
+from mmrl.evaluate.sets import DECODING_SHARE, decoding_memory
 from mmrl.losses.triton_probe import require_triton, triton_problem
 from mmrl.model import registry
 from mmrl.nesting import Nesting, check_dims
@@ -100,7 +103,14 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
     model_cfg = registry.read_model_cfg(config.model.name)
     width = model_cfg["embed_dim"]
-    memory = LoaderMemory(bytes_per_sample(model_cfg), share, micro_batch, ranks_here, pins=world.device.type == "cuda")
+    on_gpu, others = world.device.type == "cuda", 0.0
+    if on_gpu and config.evaluation.sets:
+        decoding = decoding_memory(bytes_per_sample(model_cfg), ranks_here)
+        count = decoding.default_workers(DECODING_SHARE)
+        others = decoding.private(count) + decoding.shared(count, 1)
+    memory = LoaderMemory(
+        bytes_per_sample(model_cfg, config.rows_per_pair), share, micro_batch, ranks_here, on_gpu, others
+    )
     workers = config.data.workers
     if workers is None:
         workers = 0 if config.data.cache else memory.default_workers()
@@ -112,10 +122,15 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         raise InputError(
             "engine.compile: torch.compile needs a C++ compiler, and none is in PATH; install g++ or remove this key."
         )
+    if config.engine.compile and os.access(cache := cache_folder(config.data.remote), os.W_OK):
+        # The default is a folder in /tmp that anybody could have made, with code in it.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
     check_best(config.evaluation, evaluation_dims)
     reader = open_training_set(config.data)
+    if config.loss.second_members and has_table(reader):
+        reader.all_groups()  # long where shards are remote; other ranks wait here, but not in the first step
     if workers and prefetch < (wanted := memory.units_ahead(workers)):
         reader.notes.append(
             f"The shared memory has room for {prefetch} of the {wanted} units of {memory.unit_bytes / 1e6:,.1f} MB "
@@ -149,34 +164,35 @@ def _check_cache_size(config: Config, reader: SampleReader, share_of_host: float
         )
 
 
-def bytes_per_sample(model_cfg: dict[str, Any]) -> int:
-    """Bytes of one row of a batch: the uint8 image, the int64 tokens, and some int64 ids."""
+def bytes_per_sample(model_cfg: dict[str, Any], rows_per_pair: tuple[int, int] = (1, 1)) -> int:
+    """Bytes of one row of a batch: the uint8 images, the int64 tokens of the texts, and some int64 ids."""
     size = model_cfg["vision_cfg"].get("image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return 3 * height * width + 8 * model_cfg["text_cfg"].get("context_length", 77) + 32
+    images, texts = rows_per_pair
+    return images * 3 * height * width + texts * 8 * model_cfg["text_cfg"].get("context_length", 77) + 32
 
 
 def _check_nesting(config: Config, width: int) -> Nesting:
     """The nested dims of an embedding with `width` dims."""
     nesting = config.nesting
     nested = Nesting.from_dims(nesting.dims, nesting.weights, width)
+    if not all(nested.weights):
+        dims = [dim for dim, weight in zip(nested.dims, nested.weights, strict=True) if not weight]
+        raise InputError(
+            f"nesting.weights: {dims} have weight 0 and would not be trained; remove them from nesting.dims, and name "
+            "them in evaluation.dims to score them."
+        )
     rotates = nesting.rotation or nesting.rotate_at_start or nesting.rotate_at_end
     if rotates and nested.dims[-1] != width:
         raise InputError(
             f"nesting.dims: {nesting.dims} must include the full dim, {width}, which a rotation preserves; add it, or "
             "set nesting.rotation: false."
         )
-    if nesting.learns_rotation:
-        if not nested.weights[-1] or not any(nested.weights[:-1]):
-            raise InputError(
-                f"nesting.weights: {nesting.weights} must not be 0 for the full dim, nor for all smaller dims; set "
-                "nesting.rotation: false to weigh freely."
-            )
-        if config.loss.name == "sigmoid":
-            raise InputError(
-                "loss.name: sigmoid trains without a learnable rotation; set nesting.rotation: false (and "
-                "nesting.rotate_at_start: true for pretrained towers)."
-            )
+    if nesting.learns_rotation and config.loss.name == "sigmoid":
+        raise InputError(
+            "loss.name: sigmoid trains without a learnable rotation; set nesting.rotation: false (and "
+            "nesting.rotate_at_start: true for pretrained towers)."
+        )
     for key in ("rotate_at_start", "rotate_at_end"):
         if getattr(nesting, key) and len(nested.dims) == 1:
             raise InputError(f"nesting.{key}: serves dims below {width}, and nesting.dims has none; add some.")

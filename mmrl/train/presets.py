@@ -262,7 +262,7 @@ class _Recipe:
         memory = torch.cuda.get_device_properties(world.device).total_memory if on_gpu else _MODEL_SHARE * memory
         precision = config.engine.precision
         in_16_bits = has_native_bfloat16(world.device) if precision == "auto" else precision != "fp32"
-        measured = footprint.measure(config.model, in_16_bits, on_gpu)
+        measured = footprint.measure(config.model, in_16_bits, on_gpu, config.rows_per_pair)
         plan = plan_resources(config, world.size, memory_gb=memory / 1e9, measured=measured)
         share, fitting = plan.pairs_per_gpu, plan.stages[config.engine.zero_stage].micro_batch or 1
         if fitting < share:

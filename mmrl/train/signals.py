@@ -6,19 +6,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmrl.distributed import comm
+
+_RANKS = 1 << 18  # so that float32 holds each code exactly
+
 
 class StopRequest:
     """Whether a signal has asked this process to stop after its current step."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self.signal_name = ""
+        self._number = 0
 
     def __call__(self, number: int, _frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._number and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
-        self.requested, self.signal_name = True, signal.Signals(number).name
-        print(f"\n{self.signal_name}: stopping after this step …", file=sys.stderr)
+        self._number = number
+        print(f"\n{signal.Signals(number).name}: stopping after this step …", file=sys.stderr)
+
+    def code(self) -> int:
+        """A number for the signal and this rank, of which the maximum over ranks is taken; 0 without a signal."""
+        return self._number and self._number * _RANKS + comm.world().rank
+
+    def describe(self, code: int) -> str:
+        """The signal of such a maximum, and its rank if this one has received none: "SIGTERM to rank 3"."""
+        number, rank = divmod(code, _RANKS)
+        return signal.Signals(number).name + ("" if self._number else f" to rank {rank}")
 
 
 @contextmanager

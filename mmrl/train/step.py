@@ -22,6 +22,7 @@ from mmrl.losses.config import nested_loss
 from mmrl.losses.inputs import NestedLoss
 from mmrl.losses.rotated import rotated_nested_info_nce
 from mmrl.nesting import Nesting
+from mmrl.train import sides
 from mmrl.train.prefixes import Prefixes
 
 _DROPOUT_DRAW = 1 << 21
@@ -46,6 +47,7 @@ class StepResult:
     """L_D + P with a rotation, else the weighted mean of all dims."""
     loss_by_dim: dict[int, float]
     distillation_by_dim: dict[int, float]
+    other_terms: dict[str, dict[int, float]]
     """As in `NestedLoss`."""
     grad_norm: float
     lr: float
@@ -55,8 +57,8 @@ class StepResult:
     """1 or K values of the sigmoid loss; empty with another loss."""
     prefix_gradient: float | None
     """The factor on the gradient that the smaller dims send into the towers; None without a rotation."""
-    stopping: bool
-    """Whether any rank was asked to stop."""
+    stopping: int
+    """The maximum over ranks of `StopRequest.code`; 0 if none was asked to stop."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -78,7 +80,9 @@ class TrainStep:
         schedule: Schedule,
         ema: AveragedModel | None,
         prefixes: Prefixes | None,
+        teacher: sides.TeacherOfRun | None = None,
     ) -> None:
+        self._teacher = teacher
         self._config, self._nested, self._engine, self._schedule = config, nested, engine, schedule
         self._ema, self._prefixes = ema, prefixes
 
@@ -86,13 +90,13 @@ class TrainStep:
         self,
         step: int,
         micro_batches: Sequence[Batch],
-        stop_requested: Callable[[], bool],
+        stop_code: Callable[[], int],
         meanwhile: Callable[[], None],
     ) -> StepResult:
         """Trains step `step` (from 0) on this process's share of the global batch. Collective.
 
         Args:
-            stop_requested: whether this process was asked to stop.
+            stop_code: `StopRequest.code` of this process.
             meanwhile: called once, while a GPU computes the step.
 
         Raises:
@@ -101,7 +105,6 @@ class TrainStep:
         engine, schedule = self._engine, self._schedule
         factor = optim.lr_factor(self._config.optim, step, schedule.total, schedule.warmup, schedule.cooldown)
         lr = optim.set_lr(engine.optimizer, factor)
-        group_bG = torch.cat([batch.groups for batch in micro_batches]).to(engine.device, non_blocking=True)
         keys = [key for batch in micro_batches for key in batch.keys]
         prefix_gradient = None
         if self._prefixes is not None:
@@ -110,42 +113,45 @@ class TrainStep:
         to_read: dict[str, torch.Tensor] = {}
 
         def loss_of(
-            image_bD: torch.Tensor, text_bD: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+            image_D: torch.Tensor | None, text_D: torch.Tensor | None, scale: torch.Tensor, bias: torch.Tensor | None
         ) -> NestedLoss:
             if self._prefixes is not None:
                 scale = torch.cat([self._prefixes.logit_scale_k, scale])
-            embeddings.extend((image_bD, text_bD))
+            embeddings.extend(x for x in (image_D, text_D) if x is not None)
             to_read["scale"] = scale
             if bias is not None:
                 to_read["bias"] = bias
-            return self._loss(group_bG, image_bD, text_bD, scale, bias, prefix_gradient)
+            return self._loss(micro_batches, image_D, text_D, scale, bias, prefix_gradient)
 
-        inputs = [(batch.image, batch.text) for batch in micro_batches]
+        context_length = None if self._teacher is None else self._teacher.context_length
+        inputs = [sides.tower_inputs(batch, context_length) for batch in micro_batches]
         loss = grad_cache.backward(engine, inputs, loss_of, partial(self._seed_dropout, step))
         to_read |= {"loss": loss.total, "by_dim": torch.stack([*loss.by_dim.values()])}
         if loss.distillation_by_dim:
             to_read["distillation"] = torch.stack([*loss.distillation_by_dim.values()])
+        to_read |= {name: torch.stack([*by_dim.values()]) for name, by_dim in loss.other_terms.items()}
         if self._prefixes is not None:
             to_read["prefix_norm"] = self._prefixes.reduce()
-        to_read["stop"] = comm.all_reduce_max(torch.full((1,), float(stop_requested()), device=engine.device))
+        to_read["stop"] = comm.all_reduce_max(torch.full((1,), float(stop_code()), device=engine.device))
         packed = torch.cat([x.detach().float().flatten() for x in to_read.values()])
         meanwhile()
         norm, *values = engine.step(packed)
         of = {name: [values.pop(0) for _ in range(x.numel())] for name, x in to_read.items()}
         if not math.isfinite(of["loss"][0]):
-            origin = describe_non_finite(embeddings[0], embeddings[1], keys)
+            origin = describe_non_finite(embeddings[0], embeddings[-1], keys)
             raise NonFiniteError(f"the loss is {of['loss'][0]}" + (f" ({origin})" if origin else ""))
         self._update_others(factor, norm, of.get("prefix_norm", [0.0])[0])
         return StepResult(
             loss=of["loss"][0],
             loss_by_dim=dict(zip(loss.by_dim, of["by_dim"], strict=True)),
             distillation_by_dim=dict(zip(loss.distillation_by_dim, of.get("distillation", []), strict=True)),
+            other_terms={name: dict(zip(by_dim, of[name], strict=True)) for name, by_dim in loss.other_terms.items()},
             grad_norm=norm,
             lr=lr,
             logit_scale=of["scale"],
             logit_bias=of.get("bias", []),
             prefix_gradient=prefix_gradient,
-            stopping=bool(of["stop"][0]),
+            stopping=int(of["stop"][0]),
         )
 
     def _update_others(self, lr_factor: float, norm: float, prefix_norm: float) -> None:
@@ -168,18 +174,23 @@ class TrainStep:
 
     def _loss(
         self,
-        group_bG: torch.Tensor,
-        image_bD: torch.Tensor,
-        text_bD: torch.Tensor,
+        micro_batches: Sequence[Batch],
+        image_D: torch.Tensor | None,
+        text_D: torch.Tensor | None,
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         prefix_gradient: float | None,
     ) -> NestedLoss:
         """The loss of the global batch."""
         nested, options = self._nested, self._config.loss
+        image_bD, text_bD, second, negatives = sides.split(image_D, text_D, micro_batches)
+        group_bG = sides.groups(micro_batches)
+        teacher = None if self._teacher is None else self._teacher(micro_batches, self._engine)
         with self._engine.timer.phase("loss"):
             if self._prefixes is None or prefix_gradient is None:
-                return nested_loss(options, image_bD, text_bD, scale, bias, nested, group_bG)
+                return nested_loss(
+                    options, image_bD, text_bD, scale, bias, nested, group_bG, second, negatives, teacher
+                )
             return rotated_nested_info_nce(
                 image_bD,
                 text_bD,
@@ -190,6 +201,9 @@ class TrainStep:
                 nested.weights,
                 group_bG,
                 options,
+                second,
+                negatives,
+                teacher,
             )
 
     def _seed_dropout(self, step: int, micro_batch: int) -> None:

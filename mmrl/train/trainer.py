@@ -39,6 +39,7 @@ from mmrl.train.prefixes import Prefixes
 from mmrl.train.preflight import PreparedRun, pack_data_sets, prepare
 from mmrl.train.rotate import rotation_of_run
 from mmrl.train.run_folder import with_stored_values
+from mmrl.train.sides import open_teacher
 from mmrl.train.signals import StopRequest, stop_on_signals
 from mmrl.train.step import NonFiniteError, Schedule, StepResult, TrainStep
 
@@ -86,7 +87,14 @@ class Trainer:
         dims, learns_rotation = prepared.nested.dims, config.nesting.learns_rotation
         num_scales = 1 if learns_rotation else len(dims)  # with a rotation, those of the smaller dims are in Prefixes
         model = two_tower.from_towers(built, config.model.logit_scale, num_scales, with_bias)
-        self._warn_of_batch_norm(model)
+        self.engine = Engine(
+            model,
+            optim.build(model, built.model_cfg, config.optim),
+            config.engine,
+            config.optim.clip_norm,
+            config.train.batch_size // world.size // prepared.accumulation,
+        )
+        teacher, tokenise = open_teacher(config.teacher, self.engine, built.tokenise)
         self.stream = Stream(
             prepared.reader,
             config.train.batch_size // world.size,
@@ -95,19 +103,13 @@ class Trainer:
             world_size=world.size,
             num_workers=prepared.workers,
             image=built.image_spec,
-            text=built.tokenise,
+            text=tokenise,
             config=config.data,
             pin_memory=world.device.type == "cuda",
             micro_batch=config.train.micro_batch,
             prefetch=prepared.prefetch,
             lost_after_s=config.engine.lost_after_seconds,
-        )
-        self.engine = Engine(
-            model,
-            optim.build(model, built.model_cfg, config.optim),
-            config.engine,
-            config.optim.clip_norm,
-            config.train.batch_size // world.size // prepared.accumulation,
+            second=config.loss.second_members,
         )
         self._feed = BatchFeed(self.stream, prepared.accumulation, self.engine)
         self.ema = None
@@ -121,13 +123,15 @@ class Trainer:
         self._final_rotation_DD: torch.Tensor | None = None
         self.encoder = self._trained
         """What is evaluated and saved."""
-        if learns_rotation or config.nesting.rotate_at_end:
+        if learns_rotation or config.nesting.rotate_at_end or config.model.lora:
             self.encoder = folding.share_weights(self._trained, len(dims) if learns_rotation else None)
         self.checkpoints = Checkpoints(
             Path(config.run), config.checkpoint.keep, lambda line: print_line(self.console, line)
         )
         self.schedule = self._schedule()
-        self._train_step = TrainStep(config, prepared.nested, self.engine, self.schedule, self.ema, self._prefixes)
+        self._train_step = TrainStep(
+            config, prepared.nested, self.engine, self.schedule, self.ema, self._prefixes, teacher
+        )
         self.step_done = 0
         self.best = -math.inf
         self._evaluations_since_best, self._stopped_early = 0, False
@@ -186,19 +190,20 @@ class Trainer:
             if last or self.step_done % config.tracking.log_every == 0:
                 log.step(self.step_done, result, clock.steps_per_second(self.step_done) * config.train.batch_size)
             with clock.paused():
-                is_best, stopping = False, result.stopping
+                is_best, stop_code = False, result.stopping
                 if not last and self.step_done % evaluate_every == 0:  # a request during the step is not known yet
-                    stopping = comm.any_rank(self._stop.requested)
-                if last or (self.step_done % evaluate_every == 0 and not stopping):
+                    mine = torch.tensor([float(self._stop.code())], device=self.world.device)
+                    stop_code = int(comm.all_reduce_max(mine).item())
+                if last or (self.step_done % evaluate_every == 0 and not stop_code):
                     is_best, last = self._evaluate_or_end(log, last)
-                if last or stopping or is_best or self.step_done % save_every == 0:
+                if last or stop_code or is_best or self.step_done % save_every == 0:
                     self._report("saving")
                     self._save(log, is_best)
-            if stopping and not last:
+            if stop_code and not last:
                 self.checkpoints.finish()
                 raise RunStopped(
-                    f"Stopped by {self._stop.signal_name or 'a signal to another rank'} at step {self.step_done:,} of "
-                    f"{total:,}; all is saved. Resume with the same command and resume=auto."
+                    f"Stopped by {self._stop.describe(stop_code)} at step {self.step_done:,} of {total:,}; all is "
+                    "saved. Resume with the same command and resume=auto."
                 )
             if last:
                 break
@@ -214,7 +219,7 @@ class Trainer:
         is_last = self.step_done + 1 >= self.schedule.total
         meanwhile = (lambda: None) if is_last else self._feed.load_ahead
         try:
-            result = self._train_step(self.step_done, micro_batches, lambda: self._stop.requested, meanwhile)
+            result = self._train_step(self.step_done, micro_batches, self._stop.code, meanwhile)
         except NonFiniteError as error:
             self.checkpoints.finish()
             last = self.checkpoints.last()
@@ -371,20 +376,13 @@ class Trainer:
         if self.engine.loss_scale is not None:
             self.engine.loss_scale = LossScale(**state["loss_scale"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(saved.average_weights)
+            average = self.ema.module
+            average.load_state_dict({name: saved.average_weights[name] for name in average.state_dict()})
             self.ema.n_averaged.fill_(self.step_done)
 
     def _report(self, activity: str) -> None:
         if self._heartbeat is not None:
             self._heartbeat.report_progress(self.step_done, activity)
-
-    def _warn_of_batch_norm(self, model: MatryoshkaCLIP) -> None:
-        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
-        if kinds and self.world.is_rank_0 and self.world.size > 1:
-            self.console.print(
-                f"Note: this tower has {', '.join(sorted(kinds))}, which mixes the samples of one process: the result "
-                "depends on the number of processes."
-            )
 
     def _evaluated_model(self) -> MatryoshkaCLIP:
         """The weights to evaluate and to store: the moving average if there is one."""

@@ -208,11 +208,12 @@ def _batch(size: int, micro_batch: int | None = None, recipe: Config = RECIPE) -
 
 def _loss(
     dims: Sequence[int],
-    image_bD: torch.Tensor,
-    text_bD: torch.Tensor,
+    image_bD: torch.Tensor | None,
+    text_bD: torch.Tensor | None,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> NestedLoss:
+    assert image_bD is not None
     groups = torch.arange(len(image_bD)) + comm.world().rank * len(image_bD)
     nested = Nesting.from_dims(dims, None, image_bD.shape[1])
     return nested_loss(LossConfig(), image_bD, text_bD, scale, bias, nested, groups)

@@ -45,7 +45,9 @@ def test_scaled_decode_changes_pixels_only_slightly(tmp_path: Path) -> None:
 def test_a_batch_in_units_equals_one_that_is_loaded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bad samples, whose replacements have random numbers of their own."""
     path = write_tar(tmp_path / "some-bad.tar", bad_members())
-    augment = AugmentConfig(random_resized_crop=[0.5, 1.0], rotate=20, brightness=0.2)
+    augment = AugmentConfig(
+        random_resized_crop=[0.5, 1.0], rotate=20, brightness=0.2, downscale=[8, 30], blur=[0.01, 0.1], jpeg=[5, 60]
+    )
     config = DataConfig(train=str(path), max_bad_fraction=1.0, augment=augment)
 
     def load(**options: int) -> list[Batch]:

@@ -25,7 +25,7 @@ from mmrl.data.stream import Stream
 from mmrl.data.workers import LoaderMemory
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError, RunStopped
-from mmrl.train.preflight import bytes_per_sample, prepare
+from mmrl.train.preflight import _check, bytes_per_sample, prepare
 
 LOST_AFTER_S = 2.0
 
@@ -176,7 +176,7 @@ def test_workers_that_do_not_fit_into_the_memory_are_refused(monkeypatch: pytest
     with pytest.raises(InputError, match=r"^data.workers: 16 workers on each of 2 processes need about .* has 4\.0 GB"):
         memory.fitting_units_ahead(workers=16)
     monkeypatch.setattr("mmrl.data.workers.usable_cores", lambda: 64)
-    assert 1 <= memory.default_workers() <= 5
+    assert 1 <= memory.default_workers(0.25) < memory.default_workers() <= 5
 
 
 def test_the_default_number_of_workers_fits_cores_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +211,21 @@ def test_too_little_shared_memory_is_refused_before_the_run(
     prepared = prepare(config, World())
     assert prepared.prefetch == 2
     assert any("memory has room for 2 of the 4 units of" in note for note in prepared.reader.notes)
+
+
+def test_workers_of_evaluation_count(
+    write_config: Callable[..., Path], shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmrl.data.workers.host_memory", lambda: 1.3e9)
+    monkeypatch.setattr("mmrl.data.workers.usable_cores", lambda: 8)
+    path = write_config(data={"train": str(shards), "workers": 4})
+    assert _check(load_config(path), World(), 1).workers == 4, "a CPU that embeds decodes by itself"
+    monkeypatch.setattr(World, "device", torch.device("cuda"))
+    with pytest.raises(
+        InputError, match=r"need about 1\.5 GB of memory, with 0\.3 GB of those that decode for evaluat"
+    ):
+        _check(load_config(path), World(), 1)
+    assert _check(load_config(path, ["evaluation.sets={}"]), World(), 1).workers == 4
 
 
 _UNDER_64_MB = """

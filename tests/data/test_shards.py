@@ -11,11 +11,14 @@ def test_expand_takes_folders_patterns_lists_and_the_starter_set(shards: Path, t
     names = ["part-0.tar", "part-1.tar", "part-2.tar"]
     listing = tmp_path / "list.txt"
     listing.write_text(f"# a comment\n{shards}/part-0.tar\n\n{shards}/part-{{1..2}}.tar\n")
-    (shards / "part-0.tar.index").touch()  # matches part-*, and is no shard
+    beside = [shards / f"part-0.tar{ending}" for ending in (".index", ".1234.groups")]
+    for path in beside:
+        path.touch()  # matches part-*, and is no shard
     named = [shards / name for name in names]
     for spec in (str(shards), f"{shards}/part-{{0..2}}.tar", f"{shards}/part-*", f"@{listing}", named):
         assert [Path(path).name for path in expand(spec)] == names  # pyright: ignore[reportArgumentType]
-    (shards / "part-0.tar.index").unlink()
+    for path in beside:
+        path.unlink()
     assert len(expand("starter:train")) == 4
 
 

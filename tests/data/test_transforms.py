@@ -1,9 +1,16 @@
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conftest import drawing
+from PIL import Image
+from pydantic import ValidationError
 
+from mmrl.data import draws
 from mmrl.data.transforms import Augmentation, AugmentConfig
+from mmrl.evaluate.degrade import degrade_image
 from mmrl.images.decode import to_tensor
 from mmrl.images.image_spec import ImageSpec
 
@@ -72,3 +79,106 @@ def test_random_crop_keeps_the_configured_area_and_has_the_specs_size(size: int)
         crops.append(height * width / (2 * size * size))
     assert min(crops) > 0.3
     assert max(crops) < 0.65
+
+
+def photo(channels: int = 3, height: int = 120, width: int = 160) -> torch.Tensor:
+    """An image with detail of every size; with 4 channels, its left half is transparent."""
+    rng = np.random.default_rng(0)
+    layers = [
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).resize((width, height))
+        for size in (3, 12, 48, 120)
+    ]
+    image = Image.fromarray(np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8))
+    if channels == 4:
+        image.putalpha(Image.fromarray((np.arange(width) >= width // 2)[None].repeat(height, 0)))
+    return to_tensor(image)
+
+
+def fitted(augmentation: Augmentation, image_CHW: torch.Tensor, count: int = 20) -> torch.Tensor:
+    """The image cropped, degraded and resized with the random numbers of `count` samples."""
+    params_BP = augmentation.random_params(0, 0, np.arange(count))
+    return torch.stack([augmentation.crop_and_resize(image_CHW, params_P) for params_P in params_BP])
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (one.float() - other.float()).square().mean()))
+
+
+def test_random_numbers_of_earlier_versions_keep_their_values() -> None:
+    params_BP = Augmentation(AugmentConfig(), SPEC).random_params(3, 1, np.arange(5))
+    assert np.array_equal(params_BP[:, :16], draws.uniform(3, 1, 1 << 22, np.arange(5)[:, None], np.arange(16)))
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize(
+    ("kind", "severity"),
+    [("downscale", 20), ("blur", 0.01), ("blur", 0.06), ("jpeg", 30), ("jpeg", 5)],
+)
+def test_degraded_training_images_are_those_of_an_evaluation(kind: str, severity: float, side: int) -> None:
+    spec = replace(SPEC, height=side, width=side)
+    config = AugmentConfig.model_validate({kind: [severity, severity], "degrade": 1.0})
+    expected = spec.pixels(degrade_image(photo(), kind, severity, "key"))
+    found = fitted(Augmentation(config, spec), photo(), 1)[0]
+    assert psnr(found, expected) > 45
+    assert psnr(found, expected) > psnr(expected, spec.pixels(photo())) + 10
+
+
+def test_severities_are_in_their_range_and_drawn_with_the_probability() -> None:
+    augmentation = Augmentation(AugmentConfig(downscale=[10, 100], blur=[0.01, 0.1], jpeg=[5, 80], degrade=0.3), SPEC)
+    params_BP = augmentation.random_params(0, 0, np.arange(2000))
+    drawn = [[augmentation._severity([10, 100], params_P[n : n + 2]) for params_P in params_BP] for n in (16, 18, 20)]
+    for values in drawn:
+        found = np.array([value for value in values if value])
+        assert len(found) / 2000 == pytest.approx(0.3, abs=0.04)
+        assert found.min() >= 10
+        assert found.max() <= 100
+        assert np.log10(found).mean() == pytest.approx(1.5, abs=0.05)
+    both = [bool(one) and bool(other) for one, other in zip(drawn[0], drawn[1], strict=True)]
+    assert np.mean(both) == pytest.approx(0.09, abs=0.03)
+
+
+def test_all_degradations_and_the_crop_combine() -> None:
+    keys = {"downscale": [12, 60], "blur": [0.005, 0.05], "jpeg": [5, 60], "degrade": 0.8}
+    config = AugmentConfig.model_validate({**keys, "random_resized_crop": [0.3, 1.0]})
+    found = fitted(Augmentation(config, SPEC), photo())
+    assert found.shape == (20, 3, 32, 32)
+    assert len({image.numpy().tobytes() for image in found}) == 20
+    plain = fitted(Augmentation(AugmentConfig(random_resized_crop=[0.3, 1.0]), SPEC), photo())
+    detail = [(x[..., 1:].float() - x[..., :-1].float()).abs().mean() for x in (found, plain)]
+    assert detail[0] < detail[1]
+
+
+def test_transparent_images_get_random_backgrounds() -> None:
+    augmentation = Augmentation(AugmentConfig(background=0.6), SPEC)
+    found, white = fitted(augmentation, photo(4), 300), SPEC.pixels(photo(4))
+    assert ((found[..., 18:].int() - white[..., 18:]).abs() <= 1).all()
+    is_white = (found[..., :14] == white[..., :14]).flatten(1).all(1)
+    assert 1 - is_white.float().mean().item() == pytest.approx(0.6, abs=0.08)
+    behind = found[~is_white][..., :14].float()
+    assert 90 < behind.mean() < 165
+    assert behind.mean((1, 2, 3)).std() > 20
+    assert (behind.amax((2, 3)) - behind.amin((2, 3))).max() > 60  # a gradient
+    assert (behind.diff(dim=2).abs() < 12).all()  # a smooth one
+    assert torch.equal(fitted(augmentation, photo(), 3), fitted(Augmentation(AugmentConfig(), SPEC), photo(), 3))
+
+
+def test_second_images_have_their_own_settings_and_random_numbers() -> None:
+    shopper = AugmentConfig(blur=[0.1, 0.1], degrade=1.0)
+    config = AugmentConfig(random_resized_crop=[0.3, 1.0], second=shopper)
+    first, second = (Augmentation(config, SPEC, second=which) for which in (False, True))
+    assert first.config is config
+    assert second.config is shopper
+    same = Augmentation(AugmentConfig(random_resized_crop=[0.3, 1.0]), SPEC, second=True)
+    assert not torch.equal(fitted(same, photo()), fitted(first, photo()))
+    assert np.array_equal(same.random_params(1, 2, np.arange(3)), second.random_params(1, 2, np.arange(3)))
+    with pytest.raises(ValidationError, match="second images have no second image of their own"):
+        AugmentConfig.model_validate({"second": {"second": {"flip": 0.5}}})
+
+
+@pytest.mark.parametrize("keys", [{}, {"background": 1.0}, {"jpeg": [5, 9]}, {"random_resized_crop": [0.5, 0.9]}])
+def test_what_is_cached_gives_the_same_images(keys: dict[str, Any]) -> None:
+    augmentation = Augmentation(AugmentConfig.model_validate(keys), SPEC)
+    for image_CHW in (photo(), photo(4)):
+        kept_CHW = augmentation.kept(image_CHW)
+        assert torch.equal(fitted(augmentation, kept_CHW), fitted(augmentation, image_CHW))
+        assert (kept_CHW is image_CHW) == bool(keys and (len(image_CHW) == 4 or "background" not in keys))

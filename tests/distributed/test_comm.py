@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
 import torch.multiprocessing
 from helpers import reference
 from helpers.worlds import run_in_world
+from torch.nn import functional as F
 
 from mmrl.distributed import comm
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 from mmrl.losses.nested_sigmoid import nested_sigmoid
 from mmrl.losses.rotated import rotated_nested_info_nce
+from mmrl.losses.terms import HardNegatives, SecondMembers, Teacher
 
 DIMS, WEIGHTS = [2, 5, 8], [1.0, 0.5, 2.0]
 # Two keys, with rows of different ranks that are equal in one column, in both, or in none.
@@ -35,6 +37,61 @@ Result = tuple[torch.Tensor, dict[int, torch.Tensor]]
 LossPair = tuple[Callable[[LossInputs], Result], Callable[[LossInputs], Result]]
 
 
+def _formula(options: InfoNCEOptions) -> dict[str, Any]:
+    return options.model_dump(include={"same_group", "label_smoothing", "distillation"})
+
+
+def _more_sides(given: LossInputs) -> dict[str, torch.Tensor]:
+    """Second members, two hard negatives of each pair, and a teacher, all of them functions of a pair's own row."""
+    one = torch.arange(64, dtype=torch.float64).reshape(8, 8).sin()
+    negatives = {
+        f"negative_{name}": torch.stack([x @ one, x @ one.T], 1).reshape(-1, 8)
+        for name, x in (("image", given.image), ("text", given.text))
+    }
+    keys = (given.groups[:, None] + torch.tensor([100, 3])[:, None]).reshape(-1, 2)
+    return negatives | {
+        "second_image": given.image @ one,
+        "second_text": given.text @ one,
+        "negative_keys": keys,
+        "valid": given.groups[:, :1].expand(-1, 2).reshape(-1) % 3 > 0,
+        "image_bT": F.normalize(given.image.detach() @ one[:, :3], dim=1),
+        "text_bT": F.normalize(given.text.detach() @ one[:, :3], dim=1),
+    }
+
+
+def _terms(has_teacher: bool) -> LossPair:
+    """All terms at once, with hard negatives or with a teacher."""
+    options = InfoNCEOptions(image_image=0.5, text_text=0.25, label_smoothing=0.1)
+
+    def ours(given: LossInputs) -> Result:
+        x = _more_sides(given)
+        negatives = HardNegatives(x["negative_image"], x["negative_text"], x["negative_keys"], x["valid"], ~x["valid"])
+        loss = nested_info_nce(
+            given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, options,
+            second=SecondMembers(x["second_image"], x["second_text"], given.groups),
+            negatives=None if has_teacher else negatives,
+            teacher=Teacher(x["image_bT"], x["text_bT"], 9.0, 0.7) if has_teacher else None,
+        )  # fmt: skip
+        return loss.total + 0 * given.bias.sum(), loss.by_dim
+
+    def plain(given: LossInputs) -> Result:
+        x, keys, smoothing = _more_sides(given), (given.groups, given.groups), 0.1
+        rows = x["negative_image"][x["valid"]], x["negative_keys"][x["valid"]]
+        columns = x["negative_text"][~x["valid"]], x["negative_keys"][~x["valid"]]
+        main, by_dim = reference.nested_term(
+            given.image, given.text, given.scale, DIMS, WEIGHTS, keys, smoothing,
+            negative_rows=None if has_teacher else rows,
+            negative_columns=None if has_teacher else columns,
+            teacher=(x["image_bT"], x["text_bT"], 9.0, 0.7) if has_teacher else None,
+        )  # fmt: skip
+        fixed = given.scale.detach()
+        images, _ = reference.nested_term(given.image, x["second_image"], fixed, DIMS, WEIGHTS, keys, smoothing)
+        texts, _ = reference.nested_term(given.text, x["second_text"], fixed, DIMS, WEIGHTS, keys, smoothing)
+        return main + 0.5 * images + 0.25 * texts + 0 * given.bias.sum(), by_dim
+
+    return ours, plain
+
+
 def _infonce(options: InfoNCEOptions) -> LossPair:
     def ours(given: LossInputs) -> Result:
         loss = nested_info_nce(given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, options)
@@ -42,7 +99,7 @@ def _infonce(options: InfoNCEOptions) -> LossPair:
 
     def plain(given: LossInputs) -> Result:
         total, by_dim = reference.nested_info_nce(
-            given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, **options.model_dump(exclude={"kernels"})
+            given.image, given.text, given.scale, DIMS, WEIGHTS, given.groups, **_formula(options)
         )
         return total + 0 * given.bias.sum(), by_dim
 
@@ -78,9 +135,8 @@ def _rotated(options: InfoNCEOptions) -> LossPair:
         return loss.total, loss.by_dim
 
     def plain(given: LossInputs) -> Result:
-        options_of_formula = options.model_dump(exclude={"kernels"})
         full, prefixes, by_dim = reference.rotated_nested_info_nce(
-            given.image, given.text, given.scale, DIMS, matrix(given.bias), WEIGHTS, given.groups, **options_of_formula
+            given.image, given.text, given.scale, DIMS, matrix(given.bias), WEIGHTS, given.groups, **_formula(options)
         )
         return full + prefixes, by_dim
 
@@ -92,6 +148,8 @@ LOSSES = {
     "plain": _infonce(InfoNCEOptions()),
     "all options": _infonce(InfoNCEOptions(same_group="positive", label_smoothing=0.1, distillation=0.5)),
     "masked options": _infonce(InfoNCEOptions(label_smoothing=0.1, distillation=0.5)),
+    "terms, hard negatives": _terms(has_teacher=False),
+    "terms, teacher": _terms(has_teacher=True),
     "sigmoid": _sigmoid("mask"),
     "sigmoid, positives": _sigmoid("positive"),
 }
@@ -170,22 +228,26 @@ def test_gradients_under_ddp_equal_one_process(tmp_path: Path) -> None:
 
 def _count_collectives(folder: Path) -> None:
     counts = {}
-    for dims in ([8], [1, 2, 3, 4, 5, 8]):
+    terms = {
+        "options": InfoNCEOptions(image_image=1, text_text=1),
+        "second": SecondMembers(torch.randn(6, 8), torch.randn(6, 8)),
+        "negatives": HardNegatives(torch.randn(12, 8), torch.randn(12, 8)),
+    }
+    for name, dims, more in (("one dim", [8], {}), ("dims", [1, 2, 3, 4, 5, 8], {}), ("terms", [4, 8], terms)):
         image = torch.randn(6, 8, requires_grad=True)
         text = torch.randn(6, 8, requires_grad=True)
         with torch.profiler.profile() as profile:
-            nested_info_nce(image, text, 20.0, dims).total.backward()
-        names = [event.name for event in profile.events() or [] if event.name.startswith("gloo:")]
-        counts[len(dims)] = sorted(names)
+            nested_info_nce(image, text, 20.0, dims, **more).total.backward()
+        counts[name] = sorted(event.name for event in profile.events() or [] if event.name.startswith("gloo:"))
     torch.save(counts, folder / f"rank{comm.world().rank}.pt")
 
 
-def test_the_number_of_collectives_does_not_depend_on_the_dims(tmp_path: Path) -> None:
+def test_the_number_of_collectives_does_not_depend_on_dims_and_terms(tmp_path: Path) -> None:
     run_in_world(2, _count_collectives, tmp_path, "forkserver")
     counts = torch.load(tmp_path / "rank0.pt")
-    assert counts[1] == counts[6]
+    assert counts["one dim"] == counts["dims"] == counts["terms"]
     # All-gather of the texts, reduce-scatter of their gradient, all-reduce of the column sums and of the loss.
-    assert len(counts[1]) == 4
+    assert len(counts["one dim"]) == 4
 
 
 def test_one_process_needs_no_process_group() -> None:

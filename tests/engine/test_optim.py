@@ -9,6 +9,7 @@ from mmrl.engine import optim
 from mmrl.engine.optim import OptimConfig, lr_factor
 from mmrl.errors import InputError
 from mmrl.model import registry, towers, two_tower
+from mmrl.model.depth import Depth
 from mmrl.model.towers import TowersConfig
 from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP
 
@@ -60,7 +61,7 @@ def test_layer_decay_slows_the_layers_near_the_input() -> None:
 def test_layer_decay_of_a_resnet() -> None:
     with torch.device("meta"):
         tower = towers.build_tower(registry.read_model_cfg("RN50"), "image", 8)
-    depth = optim._Depth([f"tower.{name}" for name, _ in tower.named_parameters()])
+    depth = Depth(f"tower.{name}" for name, _ in tower.named_parameters())
     expected = {
         "conv1.weight": 5, "bn3.bias": 5, "layer1.0.conv1.weight": 4, "layer1.2.bn1.weight": 4,
         "layer4.2.conv3.weight": 1, "attnpool.positional_embedding": 0, "attnpool.q_proj.bias": 0,
@@ -68,7 +69,7 @@ def test_layer_decay_of_a_resnet() -> None:
     assert {name: depth.from_output(f"tower.{name}") for name in expected} == expected
 
 
-def test_layer_decay_of_other_towers() -> None:
+def test_layer_decay_of_other_towers(tiny_model: Path) -> None:
     """Names of timm's ViTamin, two stages before two blocks, and of a T5, whose blocks have layers."""
     vitamin = {
         "trunk.pos_embed": 5, "trunk.cls_token": 5, "trunk.patch_embed.backbone.stem.conv1.weight": 5,
@@ -78,10 +79,12 @@ def test_layer_decay_of_other_towers() -> None:
     t5 = {"transformer.embed_tokens.weight": 3, "transformer.block.0.layer.1.weight": 2,
           "transformer.block.1.layer.0.weight": 1, "transformer.final_layer_norm.weight": 0}  # fmt: skip
     for expected in (vitamin, t5):
-        depth = optim._Depth([f"tower.{name}" for name in expected])
+        depth = Depth(f"tower.{name}" for name in expected)
         assert {name: depth.from_output(f"tower.{name}") for name in expected} == expected
+    model, model_cfg = model_of(str(tiny_model))
+    model.image.tower = torch.nn.Linear(4, 4)
     with pytest.raises(InputError, match=r"optim\.layer_decay: the layers of this image tower .* optim\.lr_image"):
-        optim._Depth(["tower.trunk.weight"]).check("image")
+        optim.build(model, model_cfg, OptimConfig(lr=1.0, layer_decay=0.5))
 
 
 def test_learning_rate_schedules() -> None:

@@ -239,7 +239,9 @@ def _count_collectives(folder: Path) -> None:
     from mmrl.engine import grad_cache
     from mmrl.losses.nested_infonce import nested_info_nce
 
-    def loss_function(image_bD: torch.Tensor, text_bD: torch.Tensor, scale: torch.Tensor, _: object) -> NestedLoss:
+    def loss_function(
+        image_bD: torch.Tensor | None, text_bD: torch.Tensor | None, scale: torch.Tensor, _: object
+    ) -> NestedLoss:
         return nested_info_nce(image_bD, text_bD, scale, [8, 16])
 
     counts = {}

@@ -21,8 +21,9 @@ import pytest
 from conftest import TINY_MODEL, sample_members, write_tar
 from helpers.broken_images import BROKEN_METADATA, mutated, noise, saved
 from helpers.checkpoints import read_back, save_run
-from helpers.encoders import IMAGES, TEXTS, save_random_encoder
+from helpers.encoders import save_random_encoder
 from helpers.fuzz import Attempt, damage, fuzz
+from helpers.fuzzed_encoders import start_graphs, start_search, vectors_of
 from helpers.fuzzed_shards import start_captions, start_tars
 from PIL import Image
 
@@ -39,8 +40,10 @@ from mmrl.errors import InputError
 from mmrl.images import decode
 from mmrl.images.decode import decode_pixels
 from mmrl.images.upright import open_upright, readable_formats
+from mmrl.inference import standalone
 from mmrl.model import bundle
 from mmrl.search import embeddings_api
+from mmrl.search import index as search_index
 
 Start = Callable[[Path], Attempt]
 
@@ -152,8 +155,7 @@ def _start_http(folder: Path) -> Attempt:
 def _start_bundles(folder: Path) -> Attempt:
     (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
     sound = save_random_encoder(str(folder / "tiny.json"), folder / "sound")
-    encoder = mmrl.load(sound, device="cpu")
-    want = np.concatenate([encoder.encode_texts(TEXTS), encoder.encode_images(IMAGES)])
+    want = vectors_of(sound)
     shutil.copytree(sound, folder / "damaged")
     files = [path for path in sorted((folder / "damaged").rglob("*")) if path.is_file()]
 
@@ -162,9 +164,7 @@ def _start_bundles(folder: Path) -> Attempt:
         before = path.read_bytes()
         try:
             path.unlink() if draw.random() < 0.1 else path.write_bytes(damage(before, draw))
-            opened = mmrl.load(folder / "damaged", device="cpu")
-            vectors = np.concatenate([opened.encode_texts(TEXTS), opened.encode_images(IMAGES)])
-            return np.array_equal(vectors, want)
+            return np.array_equal(vectors_of(folder / "damaged"), want)
         finally:
             path.write_bytes(before)
 
@@ -280,6 +280,14 @@ def _fails(*_: object) -> Any:
     raise KeyError("injected")
 
 
+class _Anything:
+    """Takes any manifest for sound."""
+
+    @staticmethod
+    def model_validate(*_: object, **__: object) -> None:
+        """Checks nothing."""
+
+
 def _other_pixels(*_: object) -> np.ndarray:
     return np.zeros((4, 4, 3), np.uint8)
 
@@ -293,6 +301,10 @@ TARGETS = {
     ),
     "HTTP": Target(_start_http, 60, 600, (ShardCache, "discard", _fails)),
     "bundles": Target(_start_bundles, 15, 300, (bundle, "check_files", lambda *_: None)),
+    "graphs": Target(
+        start_graphs, 15, 2_000, (standalone.Encoder, "_checked_path", lambda one, name: one.folder / name)
+    ),
+    "search indexes": Target(start_search, 60, 2_000, (search_index, "_Manifest", _Anything)),
     "checkpoints": Target(_start_checkpoints, 30, 600, (checkpoint, "find_damage", lambda _: None)),
     "heartbeat": Target(
         _start_heartbeat, 200, 20_000, (Coordinator, "_authenticate", lambda one, _: one._peers[1]), least_refused=0

@@ -183,7 +183,10 @@ def _model(sizes: Sizes) -> tuple[MatryoshkaCLIP, torch.optim.Optimizer, tuple[t
     return model, optim.build(model, built.model_cfg, OptimConfig(lr=1e-4)), (pixels, tokens)
 
 
-def _loss_of(image_bD: torch.Tensor, text_bD: torch.Tensor, scale: torch.Tensor, _bias: object) -> NestedLoss:
+def _loss_of(
+    image_bD: torch.Tensor | None, text_bD: torch.Tensor | None, scale: torch.Tensor, _bias: object
+) -> NestedLoss:
+    assert image_bD is not None
     return nested_info_nce(image_bD, text_bD, scale, [image_bD.shape[1] >> n for n in range(4)])
 
 

@@ -113,3 +113,23 @@ def damage(data: bytes, draw: random.Random) -> bytes:
     else:
         changed[:] = draw.choice([b"", b"{}", b"[" * 50_000, b"null", b'{"a": 1e999}', b"\xff\xfe\0\0", b"[1, 2]"])
     return bytes(changed)
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 100_000, 10**9, 10**30, 1.5, float("nan"), "", "x", "../x", "\0", "x" * 3000, "\ud800",
+    [], {}, [1], {"a": 1},
+)  # fmt: skip
+
+
+def alter(values: dict[str, Any], draw: random.Random) -> None:
+    """Deletes one value of a JSON object, at any depth, or puts an odd one in its place."""
+    node: Any = values
+    while True:
+        key = draw.choice([*node] if isinstance(node, dict) else range(len(node)))
+        if not (isinstance(node[key], dict | list) and node[key] and draw.random() < 0.7):
+            break
+        node = node[key]
+    if isinstance(node, dict) and draw.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = draw.choice(ODD_VALUES)

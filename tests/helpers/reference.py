@@ -109,6 +109,54 @@ def distillation_by_dim(
     }
 
 
+def nested_term(
+    row_BD: torch.Tensor,
+    column_BD: torch.Tensor,
+    logit_scale: torch.Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    negative_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    negative_columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    teacher: tuple[torch.Tensor, torch.Tensor, float, float] | None = None,
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """The weighted mean over dims of a term with hard negatives or a teacher, and the InfoNCE of each dim.
+
+    Args:
+        keys: (B, G) of rows and columns; rows and columns that are equal in any, and not negative, are masked.
+        negative_rows, negative_columns: embeddings and keys of hard negatives. Negative columns are candidates of all
+            rows, negative rows of all columns; they are no queries.
+        teacher: its normalised embeddings, its scale, and the weight of KL(its softmax || the dim's).
+    """
+    B, scale_of = len(row_BD), _per_dim(logit_scale, dims)
+    none = torch.full((B, 1), -1), torch.full((B, 1), -1)
+    row_keys, column_keys = none if keys is None else keys
+
+    def loss_of(dim: int, with_teacher: bool) -> torch.Tensor:
+        loss = row_BD.new_zeros(())
+        sides = (row_BD, column_BD), (row_keys, column_keys)
+        for direction, more in enumerate((negative_columns, negative_rows)):
+            query, candidate = (sides[0][direction], sides[0][1 - direction])
+            query_keys, candidate_keys = (sides[1][direction], sides[1][1 - direction])
+            if more is not None:
+                candidate, candidate_keys = torch.cat([candidate, more[0]]), torch.cat([candidate_keys, more[1]])
+            logits = scale_of[dim] * _prefix(query, dim) @ _prefix(candidate, dim).T
+            same = ((query_keys[:, None] == candidate_keys[None]) & (query_keys >= 0)[:, None]).any(2)
+            same[:, :B].fill_diagonal_(False)
+            logits = logits.masked_fill(same, -torch.inf)
+            loss = loss + _cross_entropy(logits, torch.eye(*logits.shape, dtype=logits.dtype), label_smoothing)
+            if teacher is not None and with_teacher:
+                row_BT, column_BT, scale, weight = teacher
+                of_teacher = scale * row_BT @ column_BT.T
+                of_teacher = (of_teacher.T if direction else of_teacher).masked_fill(same, -torch.inf)
+                loss = loss + weight * _kl_divergence(of_teacher, logits)
+        return loss / 2
+
+    total, _ = _weighted_mean(lambda dim: loss_of(dim, True), dims, weights)
+    return total, {dim: loss_of(dim, False).detach() for dim in dims}
+
+
 def rotated_nested_info_nce(
     image_BD: torch.Tensor,
     text_BD: torch.Tensor,

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch only on Linux")
 from mmrl.errors import InputError
 from mmrl.losses import kernels, sweep, triton_probe
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
+from mmrl.losses.terms import HardNegatives, Teacher
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GROUPS = torch.tensor([3, -1, 3, 7, -1, 7, 7, 1, 2]).repeat(10)[:80]
@@ -55,6 +56,25 @@ def test_value_and_gradients_equal_those_of_pytorch_operations(
         {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
     )
     torch.testing.assert_close(results[0], results[1], **tolerance)
+
+
+@pytest.mark.parametrize("case", ["negatives", "teacher"])
+def test_hard_negatives_and_a_teacher(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "tile_shape", lambda *_: (33, 70))
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(rows, 24, generator=generator).to(DEVICE).requires_grad_() for rows in (40, 40, 80, 80)]
+    valid_n, keys = (torch.arange(80) % 3 > 0).to(DEVICE), GROUPS.to(DEVICE)
+    named: dict[str, Any] = {"negatives": HardNegatives(x[2], x[3], keys, valid_n, valid_n)}
+    if case == "teacher":
+        image_BT, text_BT = torch.nn.functional.normalize(torch.stack([x[0], x[1]]), dim=-1)
+        named = {"teacher": Teacher(image_BT, text_BT, 100.0, 0.5)}
+    results = []
+    for kind in ("triton", "torch"):
+        options = InfoNCEOptions(kernels=kind, label_smoothing=0.1)
+        loss = nested_info_nce(x[0], x[1], 100.0, [3, 16, 24], [1, 2, 1], keys[:40], options, **named)
+        grads = torch.autograd.grad(loss.total, x if case == "negatives" else x[:2])
+        results.append((loss.total, loss.by_dim, loss.distillation_by_dim, grads))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_aligned_pairs_are_as_exact_as_by_pytorch_operations() -> None:
@@ -113,7 +133,7 @@ from mmrl.losses import kernels
 def type_of(name):
     if name in ("shift", "distillation"):
         return "fp32"
-    if name in ("I", "J", "diagonal") or name.endswith("_stride"):
+    if name in ("I", "J", "diagonal", "num_matching") or name.endswith("_stride"):
         return "i32"
     return "*i64" if name.endswith("_group") else "*fp32"
 

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_MODEL
 
 from mmrl.errors import InputError
-from mmrl.model import registry, towers, two_tower
+from mmrl.model import bundle, registry, towers, trainable, two_tower
 from mmrl.model.towers import TowersConfig, projection_axes
 from mmrl.model.two_tower import LogitScaleConfig
 
@@ -103,7 +103,7 @@ def test_projections_are_found_in_every_architecture() -> None:
 
 
 def test_a_locked_tower_keeps_a_trainable_projection(tiny_model: Path) -> None:
-    built = towers.build(TowersConfig(name=str(tiny_model), lock_image=True))
+    built = bundle.initial_towers(TowersConfig(name=str(tiny_model), lock_image=True))
     assert [name for name, p in built.image.named_parameters() if p.requires_grad] == ["proj"]
     assert all(p.requires_grad for p in built.text.parameters())
 
@@ -115,7 +115,7 @@ def test_grad_checkpointing_gives_the_same_gradients(model: str, request: pytest
     gradients, kept = [], []
     for recomputes in (False, True):
         torch.manual_seed(0)
-        built = towers.build(TowersConfig(name=name, grad_checkpointing=recomputes))
+        built = bundle.initial_towers(TowersConfig(name=name, grad_checkpointing=recomputes))
         clip = two_tower.from_towers(built, LogitScaleConfig(), 1).train()
         side = built.image_spec.height
         pixels = torch.randint(
@@ -148,7 +148,7 @@ def test_a_tower_without_grad_checkpointing_is_refused(tower: str, tmp_path: Pat
         name = str(tmp_path / "timm-tower.json")
     config = TowersConfig(name=name, grad_checkpointing=True)
     with torch.device("meta"), pytest.raises(InputError, match=r"the image tower, a .*, cannot recompute .* false"):
-        towers.build_empty(config)
+        trainable.prepare(towers.build_empty(name), registry.read_model_cfg(name), config)
 
 
 @pytest.mark.parametrize(

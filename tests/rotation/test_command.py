@@ -19,7 +19,9 @@ from mmrl.config import load_config
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import EvalOptions, evaluate_model
+from mmrl.evaluate.report.study import Study
 from mmrl.inference.base import LoadedEncoder
+from mmrl.inference.evaluated import open_encoder
 from mmrl.model import bundle
 from mmrl.rotation import learned, moments
 from mmrl.rotation.command import rotate_model
@@ -231,6 +233,8 @@ def test_eval_export_and_embed_open_a_rotated_encoder(trained: Path, shards: Pat
     scores = evaluate_model(str(tmp_path / "out"), [str(shards)], EvalOptions(), quiet=True)
     assert list(scores["dims"]) == ["16", "8", "4"]
     manifest = export_bundle(str(tmp_path / "out"), tmp_path / "small", 4)
+    for model, how in ((trained, "trained at"), (tmp_path / "out", "rotated for"), (tmp_path / "small", "rotated for")):
+        assert f"; {how} " in Study(str(model), open_encoder(str(model)), [4])._about()["Embedding"]
     assert bundle.origin(manifest) == bundle.read_manifest(tmp_path / "out")["weights_sha256"]
     small, cut = mmrl.load(tmp_path / "small"), mmrl.load(tmp_path / "out", dim=4)
     np.testing.assert_allclose(small.encode_images(IMAGES), cut.encode_images(IMAGES), atol=1e-6)

@@ -91,3 +91,17 @@ def test_the_pairs_to_learn_from_are_spread_over_the_shards(
     rows = [batch.row_of_text_M + 8 * i for i, batch in enumerate(batches)]
     assert torch.equal(found.pairs.image_of_text_M, torch.cat(rows))
     assert torch.equal(found.pairs.group_N, torch.cat([batch.group_B for batch in batches]))
+
+
+def test_workers_that_decode_change_nothing(plain: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "CHUNK_SIZE", 8)
+    encoder, reader, quiet = bundle.open_model(plain), open_reader(str(shards)), Console(quiet=True)
+    here = moments.compute_moments("plain", encoder, reader, 20, None, quiet, with_pairs=True)
+    monkeypatch.setattr(moments, "decoding_workers", lambda *_: 2)
+    there = moments.compute_moments("plain", encoder, reader, 20, None, quiet, with_pairs=True)
+    assert here.pairs is not None
+    assert there.pairs is not None
+    assert (here.images, here.texts) == (there.images, there.texts) == (24, here.texts)
+    assert torch.equal(here.moment_DD, there.moment_DD)
+    assert torch.equal(here.pairs.image_ND, there.pairs.image_ND)
+    assert torch.equal(here.pairs.group_N, there.pairs.group_N)

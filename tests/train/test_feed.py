@@ -17,7 +17,7 @@ from mmrl.distributed import comm
 from mmrl.engine.timing import StepTimer
 from mmrl.evaluate import sets
 from mmrl.images.image_spec import ImageSpec
-from mmrl.losses import inputs, nested_infonce, sweep
+from mmrl.losses import nested_infonce, sweep, terms
 from mmrl.train.feed import BatchFeed
 from mmrl.train.preflight import prepare
 from mmrl.train.trainer import Trainer
@@ -103,6 +103,7 @@ def test_every_kind_of_wait_is_counted(read: Callable[[torch.Tensor], Any]) -> N
         "train.ema=0.9 model.logit_scale.init=100",
         "train.micro_batch=4 loss.label_smoothing=0.1 loss.distillation=0.5 loss.same_group=positive",
         "nesting.rotation=false loss.name=sigmoid loss.same_group=positive",
+        "loss.image_image=0.5 loss.text_text=0.5 loss.label_smoothing=0.1",
         "engine.zero_stage=1",
         "engine.zero_stage=3",
     ],
@@ -111,7 +112,7 @@ def test_the_host_waits_at_most_twice_in_a_step(
     write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, overrides: str
 ) -> None:
     """Under ZeRO, DeepSpeed's optimizer adds waits of its own, once its own norm is known."""
-    for module in (inputs, nested_infonce, sweep):  # what a CPU may read without waiting, a GPU may not
+    for module in (terms, nested_infonce, sweep):  # what a CPU may read without waiting, a GPU may not
         monkeypatch.setattr(module, "reads_at_once", lambda _: False)
     trainer = new_trainer(write_config(evaluation={}), *overrides.split())
     for _ in range(2):  # constants and optimizer states are made in the first steps

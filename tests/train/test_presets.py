@@ -34,7 +34,7 @@ FOOTPRINT = Footprint(
     activations_fixed=0.0,
     activations_per_pair=1e6,
     forward_flops_per_pair=1e9,
-    locked_flops_per_pair=0.0,
+    backward_flops_per_pair=2e9,
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -125,11 +126,11 @@ def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: 
 
 
 def _train_until_a_signal() -> None:
-    """`mmrl train`; the last two arguments are a step and the signal that the process gets during it."""
+    """`mmrl train`; the last two arguments are a step and the signal that the last rank of at most two gets in it."""
     number, at, step = int(sys.argv.pop()), int(sys.argv.pop()), Trainer.step
 
     def signalled(self: Any, micro_batches: Sequence[Batch]) -> StepResult:
-        if self.step_done == at - 1:
+        if self.step_done == at - 1 and self.world.rank == self.world.size - 1:
             os.kill(os.getpid(), number)
         return step(self, micro_batches)
 
@@ -181,9 +182,11 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 def test_sigterm_saves_and_says_how_to_go_on(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config(train={"batch_size": 12, "duration": "5000 steps"})
-    code, _, error = _kill_at(path, 3, signal.SIGTERM)
-    assert code == 1
-    assert "Stopped by SIGTERM at step" in error
+    arguments = ["train", str(path), "3", str(int(signal.SIGTERM))]
+    (code, _, error), (code_1, _, error_1) = run_programs(2, _train_until_a_signal, arguments, tmp_path)
+    assert code == code_1 == 1
+    assert "Stopped by SIGTERM to rank 1 at step 3 of" in error
+    assert "SIGTERM: stopping after this step" in error_1
     assert "resume=auto" in error
     assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-3"
     assert metrics(tmp_path / "run")[-1]["step"] == 3
@@ -356,8 +359,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
 
 def test_a_start_that_is_not_surpassed_is_the_best(write_config: WriteConfig) -> None:
     best = "evaluation.best={set: val, dim: 8, metric: R@10}"
-    folder = run(write_config(), best, "evaluation.at_start=true", "optim.lr=1e-12")
+    said = Console(record=True, width=200)
+    folder = train(load_config(write_config(), [best, "evaluation.at_start=true", "optim.lr=1"]), said)
     assert (folder / "checkpoints" / "best").resolve().name == "step-0"
+    kept = json.loads((folder / "checkpoints" / "step-0" / "retrieval.json").read_text())["dims"]["8"]
+    last = json.loads((folder / "retrieval.json").read_text())["dims"]["8"]
+    row, spoilt = (
+        [f"{100 * dim[way][f'R@{k}']:.1f}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+        for dim in (kept, last)
+    )
+    assert row != spoilt
+    shown = said.export_text()
+    assert ["8", *row] in [re.findall(r"[\d.]+", line) for line in shown.splitlines()]
+    assert "checkpoints/best (step-0)" in shown
 
 
 def test_a_damaged_checkpoint_is_named_and_not_resumed_from(

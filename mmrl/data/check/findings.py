@@ -80,6 +80,8 @@ class SetFacts:
     """Format of the images, by their first bytes -> number of images."""
     grouped_samples: int
     groups: int
+    split_groups: int
+    """Groups whose samples are in several shards."""
     captions: int
     captions_of_sample: Spread | None
     characters: Spread | None
@@ -103,6 +105,8 @@ class SetFacts:
         ranked = sorted(usable, key=lambda facts: facts.samples)
         groups = np.concatenate([facts.group_N for facts in shards])
         groups = groups[groups != NO_GROUP]
+        of_shards = np.concatenate([np.unique(facts.group_N) for facts in shards])
+        unique, shards_of_group = np.unique(of_shards[of_shards != NO_GROUP], return_counts=True)
         cut = beyond = 0
         if tokens:
             cut = sum(count for length, count in tally.tokens.items() if length > tokens.context_length)
@@ -120,7 +124,8 @@ class SetFacts:
             extensions=dict(sorted(tally.extensions.items())),
             formats=dict(tally.formats.most_common()),
             grouped_samples=len(groups),
-            groups=len(np.unique(groups)),
+            groups=len(unique),
+            split_groups=int((shards_of_group > 1).sum()),
             captions=tally.characters.total(),
             captions_of_sample=Spread.of(tally.captions_of_sample),
             characters=Spread.of(tally.characters),

@@ -97,6 +97,11 @@ def _set_lines(facts: SetFacts) -> list[str]:
                 "of which the rest is not read"
             )
     lines.append(f"  groups    {facts.groups:,}; {counted(facts.grouped_samples, 'sample')} with a group")
+    if facts.split_groups:
+        lines[-1] += (
+            f"; {facts.split_groups:,} of them split over shards, where loss.image_image and loss.text_text find fewer "
+            "second members; mmrl pack puts groups together"
+        )
     return lines
 
 

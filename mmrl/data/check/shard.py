@@ -17,10 +17,10 @@ import numpy as np
 from mmrl.data.captions import caption_id
 from mmrl.data.check.sortedness import CHARACTERS, sampled_rows
 from mmrl.data.fields import FieldsConfig, merged_names
+from mmrl.data.groups import NO_GROUP, GroupFile, group_id, parse_groups
 from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
 from mmrl.data.opening import store_index
 from mmrl.data.parsing import SAMPLE_ERRORS, parse, reason_of
-from mmrl.data.samples import NO_GROUP, group_id
 from mmrl.data.stores import ShardCache
 from mmrl.images.decode import decode_pixels
 from mmrl.images.perceptual_hash import NO_HASH, perceptual_hash
@@ -149,6 +149,9 @@ def check_shard(shard: tuple[str, FieldsConfig], options: CheckOptions) -> Shard
             facts.tally.bad.update(problem.kind for problem in facts.problems if problem.kind in NOT_INDEXED)
             facts.tally.extensions.update(index.count_extensions())
             _ShardScan(facts, fields, options, raw, index).run()
+            if options.index_next_to_shard:
+                groups = parse_groups(fields, index, lambda offset, size: os.pread(raw.fileno(), size, offset))
+                GroupFile(location, fields, options.cache).save(groups, index.tar, next_to_shard=True)
     except NotATar as error:
         facts.add_problem("", error.reason)
         return facts

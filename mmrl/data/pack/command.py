@@ -1,8 +1,10 @@
 """`mmrl pack`: packs images and captions into WebDataset shards for training.
 
     OUT/
-        shard-000000.tar …        samples KEY.jpg|jpeg|png|webp + KEY.txt (+ KEY.json), in the order of the source
+        shard-000000.tar …        samples KEY.jpg|jpeg|png|webp + KEY.txt (+ KEY.json), in the order of the source, but
+                                  those of a group together, and in one shard if they fit
         shard-000000.tar.index …  the offsets of its samples, see data/index.py
+        shard-000000.tar.KEY.groups …  their groups, see data/groups.py; only where samples have a JSON file
         bad_samples.jsonl         the pairs that were skipped, one JSON object per line; absent if there are none
 
 With a holdout, OUT/train and OUT/val have the shards of each part.
@@ -14,12 +16,13 @@ images are re-encoded, also on Pillow's version.
     pairs.py        source → pairs: a table's rows, or the images of data/folder.py
     tables.py       reads CSV, TSV, JSON Lines and Parquet
     hub.py          reads Hugging Face data sets
+    grouped.py      puts the pairs of a group next to each other
     holdout.py      divides the pairs into train and val
     prepare.py      pair → the members of its sample, in worker processes; downloads by data/fetch.py
     writer.py       samples → shards; resumes an interrupted pack
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -31,6 +34,7 @@ from rich.console import Console
 from mmrl.data.folder import CAPTION_KEYS, ImageFolder
 from mmrl.data.index import Problem
 from mmrl.data.pack import prepare, writer
+from mmrl.data.pack.grouped import GroupedPairs
 from mmrl.data.pack.holdout import HeldOutPairs
 from mmrl.data.pack.hub import HubTable
 from mmrl.data.pack.pairs import FolderPairs, Pair, TablePairs
@@ -77,6 +81,8 @@ def pack_shards(
             raise InputError(f"{name}: {number} is too small; give at least 1.")
     console = Console(quiet=quiet)
     pairs = open_pairs(source, image_column, caption_columns, group_column)
+    grouped = GroupedPairs(pairs, samples_per_shard, console)
+    pairs = grouped if grouped.is_needed else pairs
     if holdout is not None:
         pairs = HeldOutPairs(pairs, holdout, holdout_seed, console)
         if pairs.held_out < 0.9 * pairs.wanted:
@@ -112,7 +118,7 @@ def pack_shards(
             )
             raise
     progress = packer.progress
-    _print_summary(console, source, packer, shards)
+    _print_summary(console, source, packer, shards, pairs.columns)
     return {
         "shards": [str(shard) for shard in shards],
         "samples": progress.samples,
@@ -143,7 +149,7 @@ def open_pairs(
 
 def _pack_all(
     packer: writer.PackWriter,
-    pairs: FolderPairs | TablePairs | HeldOutPairs,
+    pairs: FolderPairs | TablePairs | GroupedPairs | HeldOutPairs,
     max_side: int | None,
     workers: int,
     console: Console,
@@ -171,12 +177,21 @@ def _chunked(pairs: Iterable[Pair | Problem]) -> Iterator[list[Pair | Problem]]:
         yield chunk
 
 
-def _print_summary(console: Console, source: Path, packer: writer.PackWriter, shards: list[Path]) -> None:
+def _print_summary(
+    console: Console,
+    source: Path,
+    packer: writer.PackWriter,
+    shards: list[Path],
+    columns: Mapping[str, Any] | None,
+) -> None:
     size = sum(shard.stat().st_size for shard in shards) / 1e6
-    base = shards[0].parent.parent if packer.progress.held_out.shards else shards[0].parent
-    last = f" … {shards[-1].relative_to(base)}" if len(shards) > 1 else ""
-    lines = [f"{source}: {packer.progress.samples:,} samples, {size:,.1f} MB in {shards[0]}{last}"]
     held_out = packer.progress.held_out
+    last = f" … {shards[-1].name}" if len(shards) > 1 else ""
+    where = shards[0].parent.parent if held_out.shards else f"{shards[0]}{last}"
+    lines = [f"{source}: {packer.progress.samples:,} samples, {size:,.1f} MB in {where}"]
+    if columns:
+        used = [columns["image"], *columns["captions"], *filter(None, [columns["group"]])]
+        lines.append(f"Columns that were read: {', '.join(used)}")
     if held_out.shards:
         others = f"the other {packer.progress.samples - held_out.samples:,} are in {shards[-1].parent}"
         lines.append(f"Held out: {held_out.samples:,} samples in {shards[0].parent}; {others}")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mmrl.data.captions import caption_key
 from mmrl.data.index import Problem
+from mmrl.data.pack.grouped import GroupedPairs
 from mmrl.data.pack.pairs import FolderPairs, Pair, TablePairs
 from mmrl.data.texts import clean_captions
 from mmrl.errors import InputError
@@ -40,7 +41,9 @@ def parse_holdout(text: str) -> float | int:
 class HeldOutPairs:
     """The pairs of a source, those that are held out first. Memory: about 400 bytes per pair."""
 
-    def __init__(self, pairs: FolderPairs | TablePairs, holdout: str, seed: int, console: Console) -> None:
+    def __init__(
+        self, pairs: FolderPairs | TablePairs | GroupedPairs, holdout: str, seed: int, console: Console
+    ) -> None:
         """Reads all pairs once, without their images, and shows a progress bar on `console`.
 
         Raises:

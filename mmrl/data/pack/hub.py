@@ -4,12 +4,13 @@ They are opened by the library `datasets`, an extra: it knows the layouts of the
 files of a data set are read without it, see tables.py. `datasets` 4 runs no code from a data set.
 """
 
-import fcntl
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmrl.data.download import locked
 from mmrl.data.pack.tables import Row
 from mmrl.data.shards import HUB, hub_folder
 from mmrl.data.workers import usable_cores
@@ -70,7 +71,7 @@ def pack_missing(specs: Iterable[str]) -> None:
     finds them. Of several processes of a host one packs, and the others wait.
 
     Raises:
-        InputError: as HubTable and `pack_shards`.
+        InputError: as HubTable and `pack_shards`; the cache folder cannot be written.
     """
     from mmrl.data.pack.command import pack_shards
 
@@ -78,8 +79,13 @@ def pack_missing(specs: Iterable[str]) -> None:
         if not spec.startswith(HUB):
             continue
         folder = hub_folder(spec)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = folder.with_suffix(".lock")
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(lock, wait=True))
+            except OSError as error:
+                raise InputError(
+                    f"data.remote.folder: {lock} cannot be opened ({error.strerror}); set MMRL_CACHE to another folder."
+                ) from None
             if not any(folder.glob("*.tar")):
                 pack_shards(Path(spec), folder, workers=usable_cores(), quiet=os.environ.get("RANK", "0") != "0")

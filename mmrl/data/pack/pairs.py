@@ -1,6 +1,7 @@
 """The image-text pairs of a folder or a table: where each image is, its captions, its group, its name in a shard."""
 
 import ast
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from mmrl.data.fetch import is_url
 from mmrl.data.folder import NO_CAPTION, ImageFolder, Unusable
+from mmrl.data.groups import NO_GROUP, group_id
 from mmrl.data.index import Problem
 from mmrl.data.pack.hub import HubTable
 from mmrl.data.pack.tables import Row, Table
@@ -67,6 +69,15 @@ class FolderPairs:
         """Facts by which a resumed pack recognises its source."""
         return {"count of files": self._folder.num_files, "hash of file names": self._folder.fingerprint}
 
+    def groups(self) -> Iterator[int]:
+        """The id of the group of each pair."""
+        for number in range(len(self)):
+            group = None
+            with suppress(BadSample):
+                if number < len(self._folder) and self._folder.has_metadata:
+                    group = self._folder.image_file(number).group
+            yield _id_of(group)
+
     def after(self, position: int) -> Iterator[Pair | Problem]:
         """All but the first `position` pairs."""
         for number in range(position, len(self._folder)):
@@ -121,6 +132,17 @@ class TablePairs:
         """Facts by which a resumed pack recognises its source."""
         return self._table.fingerprint()
 
+    def groups(self) -> Iterator[int]:
+        """The id of the group of each pair."""
+        if self._group is None:
+            yield from itertools.repeat(NO_GROUP, len(self))
+            return
+        for row in self._table.rows([self._group]):
+            with suppress(UnicodeDecodeError):
+                yield NO_GROUP if row.broken else _id_of(self._group_of(row))
+                continue
+            yield NO_GROUP
+
     def after(self, position: int) -> Iterator[Pair | Problem]:
         """All but the first `position` pairs."""
         used = {self._image, *self._captions, *([self._group] if self._group else [])}
@@ -135,7 +157,7 @@ class TablePairs:
         try:
             name, image = self._image_of(row)
             captions = self._captions_of(row)
-            group = group_name(row.values.get(self._group)) if self._group else None
+            group = self._group_of(row)
         except UnicodeDecodeError:
             return Problem(origin, listed_as, "unreadable text: bytes that are not UTF-8")
         except Unusable as error:
@@ -143,7 +165,11 @@ class TablePairs:
         if any(_UNDECODED.search(text) for text in (*captions, group or "")):
             return Problem(origin, listed_as, "unreadable text: not UTF-8; save the table as UTF-8")
         key = safe_key(name)
-        return Pair(origin, key, key, image, captions, None if group in MISSING else group)
+        return Pair(origin, key, key, image, captions, group)
+
+    def _group_of(self, row: Row) -> str | None:
+        group = group_name(row.values.get(self._group)) if self._group else None
+        return None if group in MISSING else group
 
     def _image_of(self, row: Row) -> tuple[str, Path | str | bytes]:
         """The image's name and the image, as in Pair.
@@ -204,6 +230,12 @@ class TablePairs:
 
 # What `tables` makes of a byte that is not UTF-8.
 _UNDECODED = re.compile("[\udc80-\udcff]")
+
+
+def _id_of(group: str | None) -> int:
+    with suppress(UnicodeEncodeError):  # not UTF-8, and so listed as bad
+        return NO_GROUP if group is None else group_id(group)
+    return NO_GROUP
 
 
 def _is_text(data: bytes) -> bool:

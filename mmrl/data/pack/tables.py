@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mmrl.data.arrow import arrow
 from mmrl.data.index import printable
 from mmrl.data.shards import files_below
 from mmrl.data.texts import strip_blank
@@ -280,22 +281,3 @@ def _open_parquet(path: Path) -> Any:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"source: {path} is not a readable Parquet file ({error}).") from None
-
-
-def arrow(purpose: str) -> tuple[Any, Any]:
-    """Imports pyarrow and pyarrow.parquet.
-
-    Args:
-        purpose: starts the error message, e.g. "reading a.parquet".
-
-    Raises:
-        InputError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(
-            f"{purpose} needs pyarrow, which is not installed; run pip install 'mmrl-clip[search]'."
-        ) from None
-    return pyarrow, pyarrow.parquet

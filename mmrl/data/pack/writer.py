@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmrl.data.counts import LIST, write_list
+from mmrl.data.fields import FieldsConfig
+from mmrl.data.groups import encode_groups, groups_suffix, parse_groups
 from mmrl.data.index import BAD_SAMPLES, Problem, index_shard
 from mmrl.data.index_file import SUFFIX, save_index
 from mmrl.data.pack.prepare import Prepared
@@ -30,6 +32,8 @@ from mmrl.errors import InputError
 from mmrl.output.files import LOCK, check_out_folder, create_folder, exclusive, parse_json
 
 _PARTIAL, _NAMES, _PROGRESS = ".partial", "names.txt", "progress.json"
+_FIELDS = FieldsConfig()
+_TAR, _GROUPS = _PARTIAL, groups_suffix(_FIELDS)
 # The files of a finished pack, relative to OUT.
 _OF_PACK = re.compile(r"((train|val)/)?(shard-\d+\.tar(\.\w+)*|shards\.json|bad_samples\.jsonl)")
 
@@ -157,7 +161,7 @@ def _load_progress(partial: Path, arguments: dict[str, Any]) -> PackProgress:
                 f"give the same arguments and source to resume, {remedy}"
             )
     if not progress.is_whole:
-        shards = [partial / _partial_name(number) for number in range(progress.shards)]
+        shards = [partial / _name(number, _TAR) for number in range(progress.shards)]
         lost = [path for path in (*shards, partial / _NAMES, partial / BAD_SAMPLES) if not path.is_file()]
         if lost:
             raise InputError(f"out: {lost[0]} of the unfinished pack is missing; restore it, {remedy}")
@@ -170,12 +174,8 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _partial_name(number: int) -> str:
-    return f"shard-{number:06d}.tar.partial"
-
-
-def _index_name(number: int) -> str:
-    return f"shard-{number:06d}.tar{SUFFIX}"
+def _name(number: int, ending: str) -> str:
+    return f"shard-{number:06d}.tar{ending}"
 
 
 class PackWriter:
@@ -192,6 +192,9 @@ class PackWriter:
     ) -> None:
         self.progress = progress
         self._held_out, self._samples_in_shard = held_out, 0
+        self._waiting: list[Prepared | Problem] = []
+        self._group: str | None = None
+        """The samples of this group, until another one begins."""
         self._out, self._partial, self._folder = out, out / _PARTIAL, folder
         self._samples_per_shard, self._dedup = samples_per_shard, dedup
         self._used: dict[str, int] = {}
@@ -225,7 +228,25 @@ class PackWriter:
                 file.close()
 
     def add(self, sample: Prepared | Problem) -> None:
-        """Writes the next sample of the source, or lists it as bad."""
+        """Takes the next sample of the source. It is written, or listed as bad, when its group ends."""
+        group = sample.pair.group if isinstance(sample, Prepared) else self._group
+        if group != self._group:
+            self._write_waiting()
+        self._group = group
+        self._waiting.append(sample)
+        if group is None or len(self._waiting) > self._samples_per_shard:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        images = [one.digest for one in waiting if isinstance(one, Prepared)]
+        count = len({*images} - self._key_of_image.keys()) if self._dedup else len(images)
+        if self._tar is not None and self._samples_in_shard + count > self._samples_per_shard >= count:
+            self._finish_shard()  # the group begins the next one
+        for sample in waiting:
+            self._add(sample)
+
+    def _add(self, sample: Prepared | Problem) -> None:
         if self.progress.position == self._held_out:
             self._end_held_out()
         self.progress.position += 1
@@ -265,6 +286,7 @@ class PackWriter:
             InputError: there is no shard, or none of one part, because every pair was bad.
         """
         progress = self.progress
+        self._write_waiting()
         if self._tar is not None:
             self._finish_shard()
         if progress.shards and self._held_out is not None and progress.held_out.shards in (0, progress.shards):
@@ -287,8 +309,9 @@ class PackWriter:
             shards = [*(val / shard.name for shard in shards[:count]), *(train / one.name for one in shards[:-count])]
             val.mkdir(exist_ok=True)
             train.mkdir(exist_ok=True)
-        moves = {_index_name(number): shard.with_name(shard.name + SUFFIX) for number, shard in enumerate(shards)}
-        moves |= {_partial_name(number): shard for number, shard in enumerate(shards)}
+        moves = {_name(number, SUFFIX): shard.with_name(shard.name + SUFFIX) for number, shard in enumerate(shards)}
+        moves |= {_name(n, _GROUPS): one.with_name(one.name + _GROUPS) for n, one in enumerate(shards)}
+        moves |= {_name(number, _TAR): shard for number, shard in enumerate(shards)}
         for folder in {shard.parent for shard in shards}:
             indexes = {one.name: self._index_of(n, one) for n, one in enumerate(shards) if one.parent == folder}
             write_list(self._partial / f"{LIST}.{folder.name}", indexes)
@@ -306,7 +329,7 @@ class PackWriter:
 
     def _index_of(self, number: int, shard: Path) -> Path:
         """The index of a finished shard: it may have been moved before this step was interrupted."""
-        index = self._partial / _index_name(number)
+        index = self._partial / _name(number, SUFFIX)
         return index if index.exists() else shard.with_name(shard.name + SUFFIX)
 
     def bad_summary(self) -> str:
@@ -338,7 +361,7 @@ class PackWriter:
         # webdataset takes seconds to import.
         from webdataset.writer import TarWriter
 
-        self._file = (self._partial / _partial_name(self.progress.shards)).open("wb")
+        self._file = (self._partial / _name(self.progress.shards, _TAR)).open("wb")
         self._files.append(self._file)
         # PAX allows long names; for short ASCII names it writes the same bytes as the ustar format.
         return TarWriter(self._file, user="", group="", mtime=0, encoder=False, format="PAX_FORMAT")
@@ -350,8 +373,13 @@ class PackWriter:
         _flush_to_disk(self._file)
         self._file.close()
         self._files.remove(self._file)
-        shard = self._partial / _partial_name(self.progress.shards)
-        save_index(index_shard(shard), shard.with_name(_index_name(self.progress.shards)))
+        shard = self._partial / _name(self.progress.shards, _TAR)
+        index = index_shard(shard)
+        save_index(index, shard.with_name(_name(self.progress.shards, SUFFIX)))
+        if _FIELDS.metadata in index.extensions:
+            with shard.open("rb") as file:
+                groups = parse_groups(_FIELDS, index, lambda offset, size: os.pread(file.fileno(), size, offset))
+            (self._partial / _name(self.progress.shards, _GROUPS)).write_bytes(encode_groups(groups, index.tar))
         self.progress.shards += 1
         self._save_progress()
 

@@ -19,6 +19,7 @@ from mmrl.evaluate.ranking.ranks import is_better_lower
 from mmrl.evaluate.report import plots, tables
 from mmrl.evaluate.report.examples import Example
 from mmrl.evaluate.report.plots import Curve
+from mmrl.output.console import visible
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def render(template: str, title: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # captions and keys are data
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -23,7 +23,7 @@ from mmrl.evaluate.report.stored_ranks import write_ranks
 from mmrl.evaluate.report.write import build_set_report, write_items
 from mmrl.evaluate.sets import Embedded
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
-from mmrl.model.manifest import read_manifest
+from mmrl.model.manifest import is_rotated, read_manifest
 from mmrl.model.source import OpenClipModel, parse_model
 from mmrl.output.console import print_line
 from mmrl.output.files import write_atomic
@@ -90,9 +90,9 @@ class Study:
         report = build_set_report(name, result, analysis, embedded, reader)
         self.reports.append(replace(report, shards=printable(shards)))
 
-    def print_advice(self, console: Console) -> None:
-        """Prints the advice for each set, in two lines."""
-        for report in self.reports:
+    def print_advice(self, console: Console, brief: bool) -> None:
+        """Prints the advice in two lines: for the first set, or for each if not `brief`."""
+        for report in self.reports[:1] if brief else self.reports:
             recommended, confirmed = advice_lines(report.analysis["advice"])
             print_line(console, f"{report.name}: {recommended}", style="bold")
             print_line(console, f"{report.name}, {confirmed}")
@@ -111,28 +111,22 @@ class Study:
         return page
 
     def _about(self) -> dict[str, str]:
-        nested = ", ".join(map(str, self.encoder.nested_dims))
-        spec = self.encoder.image_spec
+        source, spec = parse_model(self.model), self.encoder.image_spec
+        manifest = {} if isinstance(source, OpenClipModel) else read_manifest(source.folder)
+        how = "rotated for" if is_rotated(manifest) else "trained at"
         about = {
             "Model": self.model,
-            "Embedding": f"{self.encoder.dim} dims; trained at {nested}",
+            "Embedding": f"{self.encoder.dim} dims; {how} {', '.join(map(str, self.encoder.nested_dims))}",
             "Images": f"{spec.width} × {spec.height} pixels",
-            "Weights": _weights(self.model),
+            "Weights": ""
+            if isinstance(source, OpenClipModel)
+            else f"{source.folder.resolve().name}, sha256 {manifest['weights_sha256'][:16]}…",
             "ONNX graphs": self.encoder.graphs,
             "Compared with": ", ".join(self.others),
             "Software": f"mmrl {__version__}, torch {torch.__version__}",
             "Written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
         return {key: value for key, value in about.items() if value}
-
-
-def _weights(model: str) -> str:
-    """The checkpoint's or export's folder name and the hash of its weights."""
-    source = parse_model(model)
-    if isinstance(source, OpenClipModel):
-        return ""
-    folder = source.folder
-    return f"{folder.resolve().name}, sha256 {read_manifest(folder)['weights_sha256'][:16]}…"
 
 
 def _short_name(model: str) -> str:

@@ -46,11 +46,29 @@ def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
 
 def one_line(result: Mapping[str, Any]) -> str:
     """One set's R@10 of text→image, or zero-shot accuracy, at every dim, in %, and the number of bad samples."""
-    direction, metric = (CLASSIFICATION, "top1") if is_classification(result) else ("text_to_image", "R@10")
+    direction, metric, label = _headline(result)
     values = "  ".join(f"{dim}d {100 * scores[direction][metric]:.1f}" for dim, scores in result["dims"].items())
     bad = f"  ({result['num_bad']:,} bad samples left out)" if result["num_bad"] else ""
-    label = "zero-shot accuracy" if direction == CLASSIFICATION else f"{ARROWS[direction]} {metric}"
     return f"{label}: {values}{bad}"
+
+
+def changes(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line per set of two evaluations: the full dim's R@10 or accuracy before the training, and now. On a set that is
+    not trained on, a loss is what fine-tuning has forgotten."""
+    lines = []
+    for name in (name for name in now if name in first):
+        direction, metric, label = _headline(now[name])
+        dim = max(now[name]["dims"], key=int)
+        start, end = (100 * one[name]["dims"][dim][direction][metric] for one in (first, now))
+        lines.append(f"{label} on {name}: {start:.1f} % at the start, {end:.1f} % now ({dim}-d)")
+    return lines
+
+
+def _headline(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The direction, the metric and the label of the score that stands for a set."""
+    if is_classification(result):
+        return CLASSIFICATION, "top1", "zero-shot accuracy"
+    return "text_to_image", "R@10", f"{ARROWS['text_to_image']} R@10"
 
 
 def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTIONS) -> list[str]:
@@ -62,7 +80,7 @@ def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTI
     limits = {way: shares for way, shares in result.get("ceiling", {}).items() if min(shares.values()) < 1}
     if limits:
         values = "; ".join(
-            f"{ARROWS[way]} {', '.join(f'{k} {100 * share:.1f} %' for k, share in shares.items())}"
+            f"{ARROWS[way]} {', '.join(f'{k} {100 * share:.1f} %' for k, share in shares.items() if share < 1)}"
             for way, shares in limits.items()
         )
         notes.append(f"items of different groups have equal captions, so no model can exceed {values}")

@@ -19,7 +19,7 @@ from mmrl.evaluate.analysis.run import Analysis
 from mmrl.evaluate.report.examples import choose_examples, thumbnails
 from mmrl.evaluate.report.page import SetReport
 from mmrl.evaluate.report.plots import save_recall_png, save_steps_png
-from mmrl.evaluate.report.tables import recall_markdown
+from mmrl.evaluate.report.tables import changes, recall_markdown
 from mmrl.evaluate.sets import Embedded
 from mmrl.output.files import write_atomic
 
@@ -39,6 +39,8 @@ def write_report(folder: Path, title: str, evaluations: Sequence[Mapping[str, An
         steps = folder / "recall_by_step.png"
         save_steps_png(steps, evaluations)
         shown += [f"![recall by step]({steps.name})"]
+    if evaluations[0]["step"] == 0:
+        shown.append("\n".join(f"- {line}" for line in changes(evaluations[0]["sets"], scores_of_set)))
     tables = [recall_markdown(name, result) for name, result in scores_of_set.items()]
     write_atomic(folder / "report.md", "\n\n".join([*shown, "\n".join(tables)]))
     return plot

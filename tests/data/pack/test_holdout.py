@@ -114,6 +114,7 @@ def test_equal_images_in_other_files_are_printed_or_left_out(
     assert shared > 0
     assert result["held_out"] == {"shards": 1, "samples": 3, "images_in_train": shared}
     printed = capsys.readouterr().out
+    assert f" MB in {tmp_path / 'out'}\n" in printed
     assert "Held out: 3 samples in" in printed
     assert f"same image as one held out: {shared}. Leave them out with --dedup." in printed
     deduplicated = pack_shards(tmp_path / "in", tmp_path / "dedup", holdout="3", dedup=True, quiet=True)

@@ -45,6 +45,12 @@ def test_a_stray_quote_costs_its_row_alone(tmp_path: Path) -> None:
     assert bad["row 2"].startswith("broken row: line 3: ',' expected after '\"'; enclose texts with a quote")
 
 
+def test_the_columns_that_were_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "a.png", IMAGE)
+    pack_shards(put(tmp_path / "t.csv", "sku,path,title\n1,a.png,one\n"), tmp_path / "out", group_column="sku")
+    assert "Columns that were read: path, title, sku\n" in capsys.readouterr().out
+
+
 def test_cells_of_any_size(tmp_path: Path) -> None:
     long = "word " * 60_000
     texts, bad = packed(put(tmp_path / "t.csv", f"image,caption,notes\na.png,one,{long}\na.png,{long},\n"))

@@ -47,13 +47,15 @@ def test_the_report_of_a_model_with_a_baseline(
     first, second = models
     out = tmp_path / "scores"
     budget = ("--budget", "recall_drop=5%,metric=R@5", "--vectors", "2M")
-    code, shown, _ = run("eval", first, f"val={shards}", "--compare", second, "--out", out, *budget)
+    sets = (f"val={shards}", f"again={shards}")
+    code, shown, _ = run("eval", first, *sets, "--compare", second, "--out", out, *budget)
     assert code == 0
     flat = " ".join(shown.split())
     assert "val, confirmed to lose at most 5 % of R@5, text→image" in flat
+    assert "again, confirmed" not in flat, "the advice of the other sets is in the report"
     assert "report/index.html" in flat
     files = {path.name for path in (out / "report").iterdir()}
-    assert files == {"index.html", "val.items.jsonl", "ranks.safetensors"}
+    assert files == {"index.html", "val.items.jsonl", "again.items.jsonl", "ranks.safetensors"}
     result = json.loads((out / "retrieval.json").read_text())
     assert result["sets"]["val"]["analysis"]["advice"]["vectors"] == 2_000_000
     assert "run1, PCA" in result["analysis"]["baselines"]["image_to_text"]

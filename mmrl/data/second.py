@@ -1,0 +1,98 @@
+"""The second member of a pair: another sample of a row's group; a pure function of seed and epoch.
+
+Shapes: N samples of the set.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mmrl.data import draws
+from mmrl.data.groups import NO_GROUP
+from mmrl.data.order import EpochOrder
+from mmrl.data.samples import SampleReader
+
+IMAGE, TEXT = "image", "text"
+_DRAW = 1 << 24
+# Up to this number of samples, a group is also looked for in other shards, by a table of all groups in memory. It
+# decides what a batch holds, so it does not depend on the machine.
+_MOST_IN_TABLE = 262_144
+
+
+class SecondMembers:
+    """Finds the other samples of a sample's group."""
+
+    def __init__(self, reader: SampleReader, seed: int) -> None:
+        """Reads the groups of all shards, unless the set is too large for that, and adds what is known of them to the
+        reader's notes.
+
+        Raises:
+            InputError: a shard cannot be read.
+        """
+        self._reader, self._seed = reader, seed
+        self._table: tuple[np.ndarray, np.ndarray] | None = None
+        if not has_table(reader):
+            reader.notes.append(
+                f"Second members of pairs: the set has {len(reader):,} samples, more than {_MOST_IN_TABLE:,}, so they "
+                "are looked for in a sample's own shard alone, and samples whose group is in other shards only are "
+                "their own; mmrl check counts them, and mmrl pack puts groups together."
+            )
+            return
+        groups_N, shard_N = reader.all_groups()
+        order_N = np.argsort(groups_N, kind="stable")
+        self._table = groups_N[order_N], order_N
+        alone, apart = count_split(groups_N, shard_N)
+        has_partner = len(groups_N) - alone - apart
+        reader.notes.append(
+            f"Second members of pairs: {has_partner / len(groups_N):.1%} of the samples have another one of their "
+            f"group in their shard, {apart / len(groups_N):.1%} in other shards only (used if it is in the same lane), "
+            f"and {alone / len(groups_N):.1%} have none, and are their own second member."
+        )
+
+    def candidates(self, index: int, order: EpochOrder, position: int) -> Iterator[int]:
+        """The other samples of the group of sample + copy * N `index`, in the order in which they are to be tried for
+        this position of the epoch: those of its shard, then those of other shards that its lane reads in this epoch.
+        """
+        sample = index % len(self._reader)
+        first, groups = self._reader.groups_of_shard(sample)
+        group = groups[sample - first]
+        if group == NO_GROUP:
+            return
+        here = first + np.flatnonzero(groups == group)
+        yield from self._shuffled(here[here != sample], order.epoch, index, 0)
+        if self._table is not None:
+            group_N, sample_N = self._table
+            found = sample_N[np.searchsorted(group_N, group) : np.searchsorted(group_N, group, side="right")]
+            found = found[(found < first) | (found >= first + len(groups))]
+            if len(found):
+                found = found[order.lane_samples(order.lane_of(position))[found]]
+            yield from self._shuffled(found, order.epoch, index, 1)
+
+    def _shuffled(self, samples: np.ndarray, epoch: int, index: int, which: int) -> Iterator[int]:
+        """The samples in a random order, of which mostly the first alone is asked for."""
+        if len(samples):
+            key = (self._seed, epoch, index, _DRAW, which)
+            first = int(draws.uniform(*key) * len(samples))
+            yield int(samples[first])
+            yield from (int(samples[n]) for n in draws.permutation(len(samples), *key) if n != first)
+
+    def uniform(self, epoch: int, indices_B: np.ndarray) -> np.ndarray:
+        """The random numbers in [0, 1) by which second captions are chosen: (B,)."""
+        return draws.uniform(self._seed, epoch, indices_B, _DRAW)
+
+
+def has_table(reader: SampleReader) -> bool:
+    """Whether the groups of all shards are read before the first batch."""
+    return len(reader) <= _MOST_IN_TABLE
+
+
+def count_split(group_N: np.ndarray, shard_N: np.ndarray) -> tuple[int, int]:
+    """How many samples are alone in their group, or have none, and how many have others of it in other shards only."""
+    has_group = group_N != NO_GROUP
+    item_N = np.unique(group_N[has_group], return_inverse=True)[1]
+    in_group = np.bincount(item_N)[item_N] if len(item_N) else item_N
+    _, place_N, count = np.unique(
+        np.stack([item_N, shard_N[has_group]]), axis=1, return_inverse=True, return_counts=True
+    )
+    in_shard = count[place_N.ravel()]
+    return int((~has_group).sum() + (in_group == 1).sum()), int(((in_group > 1) & (in_shard == 1)).sum())
