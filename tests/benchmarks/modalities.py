@@ -140,7 +140,7 @@ def print_cost(rounds: int) -> None:
 
         def second_images() -> None:
             image_BD, _, _, _ = trainer.engine(batch.image, None)
-            image_BD.float().square().sum().backward()
+            trainer.engine.backward(image_BD.float().square().sum(), last=True)
             trainer.engine.optimizer.zero_grad()
 
         steps: dict[str, Step] = {name: partial(one.step, [batch]) for name, (one, batch) in trainers.items()}
