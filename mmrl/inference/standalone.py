@@ -38,6 +38,7 @@ from mmrl.images.upright import composite, fit, open_upright, upright
 ImageInput = Image.Image | str | Path | bytes
 # Characters of a text that are cleaned, and those of a clean text that are tokenised, per token of the context length.
 _MOST_CLEANED, _CHARACTERS_PER_TOKEN = 1 << 20, 1024
+_LONGEST_NAME = 255
 # Keys of the manifest; numbers are in 0 … _LARGEST.
 _KINDS = {
     **dict.fromkeys(("dim", "graphs.pad_id", "tokenizer.context_length", "image.height", "image.width"), int),
@@ -199,6 +200,8 @@ class Encoder:
 
     def _checked_path(self, name: str) -> Path:
         """The path of a file inside the folder; raises ValueError unless its SHA-256 equals the one in the manifest."""
+        if len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+            raise InputError(f"{self.folder / 'manifest.json'} names a file of {len(name):,} characters.")
         path, root, digest = self.folder / name, Path(os.path.realpath(self.folder)), hashlib.sha256()
         # In the cache of a hub, files are links to a folder of the repository's contents.
         roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]

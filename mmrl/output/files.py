@@ -160,13 +160,20 @@ def describe_difference(what: str, stored: Mapping[str, Any], now: Mapping[str, 
     return key and f"{what} whose {key} was {stored[key]}, not {now[key]}"
 
 
+_LONGEST_NAME = 255
+
+
 def path_inside(folder: Path, name: str) -> Path:
     """FOLDER/NAME, where the name was read from a file: a folder that a stranger made must not reach others.
 
     Raises:
-        InputError: it is outside of the folder once links are followed. Links into the cache of a hub that the folder
-            is in are allowed.
+        InputError: it is outside of the folder once links are followed, or longer than names of files can be. Links
+            into the cache of a hub that the folder is in are allowed.
     """
+    if len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
+        raise InputError(
+            f"{folder} names a file of {len(name):,} characters, {name[:40]!r}…; export or build it again."
+        )
     path, root = folder / name, Path(os.path.realpath(folder))
     roots = [root, *(one.parent / "blobs" for one in root.parents if one.name == "snapshots")]
     if not any(Path(os.path.realpath(path)).is_relative_to(one) for one in roots):  # resolve() may raise RuntimeError
