@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from mmrl.config import load_config
 from mmrl.errors import InputError
 from mmrl.search.embed import embed_images
+from mmrl.search.mine import MineOptions, mine_negatives
 from mmrl.train.trainer import train
 
 WriteConfig = Callable[..., Path]
@@ -130,3 +131,15 @@ def test_a_teacher_that_lacks_what_is_trained_on(write_config: WriteConfig, shar
     path.write_text(yaml.safe_dump(values | {"teacher": {"model": teacher, "embeddings": str(tmp_path)}}))
     with pytest.raises(InputError, match=r"embeddings.parquet does not exist; give the output folder of mmrl embed"):
         train(load_config(path))
+
+
+def test_mined_negatives_in_micro_batches(write_config: WriteConfig, shards: Path, tmp_path: Path) -> None:
+    model = str(train(load_config(write_config(seed=1, run=f"{tmp_path}/model", evaluation={}))))
+    mine_negatives(model, str(shards), tmp_path / "mined", MineOptions(num=3, margin=0.0), quiet=True)
+    data = {"train": str(shards), "negatives": 2, "negatives_from": f"{tmp_path}/mined", "negatives_images": True}
+    path = write_config(evaluation={}, data=data)
+    whole = train(load_config(path))
+    plain = train(load_config(path, [f"run={tmp_path}/plain", "data.negatives=0"]))
+    first, without = losses(whole)[0]["loss_by_dim"], losses(plain)[0]["loss_by_dim"]
+    assert all(first[dim] > without[dim] for dim in first)  # of equal weights, among more candidates
+    assert_same_run(whole, train(load_config(path, [f"run={tmp_path}/micro", "train.micro_batch=4"])))
