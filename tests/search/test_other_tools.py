@@ -216,6 +216,9 @@ def test_lancedb_snippet(vectors: np.ndarray) -> None:
     check_snippet("LanceDB", vectors)
 
 
+# The client's local mode leaves a connection to SQLite open, which Python 3.13 warns of.
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <sqlite3:pytest.PytestUnraisableExceptionWarning")
 def test_qdrant_snippet(vectors: np.ndarray) -> None:
     pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
     check_snippet("Qdrant", vectors)
