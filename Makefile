@@ -47,6 +47,6 @@ clean:  ## Remove the virtual environment and all runs
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmrl needs Python 3.11 or newer. Install one, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	@echo "Installing into $(VENV): about two minutes and 6 GB …"
+	@echo "Installing into $(VENV): about two minutes and 8 GB …"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -76,7 +76,9 @@ class Config(Settings):
         """The images and texts of a pair that the towers encode, with its second member and its hard negatives."""
         second, negatives = self.loss.second_members, self.data.negatives
         images = 1 + ("image" in second) + (negatives if self.data.negatives_images else 0)
-        return images, 1 + ("text" in second) + negatives
+        texts = 1 + ("text" in second) + negatives
+        sides = self.model.sides
+        return images * ("image" in sides), texts * ("text" in sides)
 
     @property
     def sweeps(self) -> int:
@@ -85,7 +87,14 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_terms(self) -> Self:
-        """What the loss, the data and the teacher ask of each other."""
+        """What the loss, the data, the towers and the teacher ask of each other."""
+        if self.model.towers != "both":
+            self._check_one_tower(self.model.towers)
+        for side, other in (("image", "text"), ("text", "image")):
+            if side in self.model.sides and not any(
+                weight for name, weight in self.loss.term_weights.items() if side in name
+            ):
+                raise ValueError(f"loss: no term of the loss trains the {side} tower; set model.towers: {other}")
         teacher, loss, negatives = self.teacher, self.loss, self.data.negatives
         if negatives and (loss.name != "infonce" or loss.same_group != "mask"):
             raise ValueError("data.negatives: requires loss.name: infonce and loss.same_group: mask")
@@ -98,6 +107,23 @@ class Config(Settings):
         if teacher.embeddings is not None and not self.data.mask_equal_captions:
             raise ValueError("teacher.embeddings: requires data.mask_equal_captions: true, which identifies captions")
         return self
+
+    def _check_one_tower(self, side: str) -> None:
+        """Raises ValueError for what needs the other tower."""
+        own, nesting = f"{side}_{side}", self.nesting
+        weights = self.loss.term_weights
+        if not weights[own] or any(weight for name, weight in weights.items() if name != own):
+            raise ValueError(f"model.towers: {side} trains by loss.{own} alone; set loss.image_text: 0, loss.{own}: 1")
+        needs_both = {
+            "teacher": self.teacher is not None,
+            "nesting.rotate_at_start": nesting.rotate_at_start,
+            "nesting.rotate_at_end": nesting.rotate_at_end,
+            "data.negatives": side == "image" and self.data.negatives > 0,
+            "data.negatives_images": side == "text" and self.data.negatives_images,
+        }
+        for key, is_set in needs_both.items():
+            if is_set:
+                raise ValueError(f"{key}: needs both towers, and model.towers is {side}; remove the key")
 
 
 _MOST_NODES = 1_000_000

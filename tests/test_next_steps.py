@@ -30,6 +30,11 @@ def test_paths_are_quoted(tmp_path: Path) -> None:
         ["mmrl", "check", "out/train"],
         ["mmrl", "train", "--data", "out/train", "--val", "out/val"],
     ]
+    one_tower = ["model.towers=image", "loss.image_text=0", "loss.image_image=1"]
+    assert typed(next_steps.after_pack(Path("out"), held_out=False, towers="image")) == [
+        ["mmrl", "check", "out", "--towers", "image"],
+        ["mmrl", "train", "--data", "out", *one_tower],
+    ]
 
 
 def test_output_of_a_run_goes_into_its_folder(tmp_path: Path) -> None:

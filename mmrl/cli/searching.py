@@ -33,6 +33,10 @@ def embed(
         str, typer.Option(help="One or more of fp32,fp16,int8,binary; one column per dim and precision")
     ] = "fp32",
     texts: Annotated[bool, typer.Option("--texts", help="Embed the texts, too, into texts.parquet")] = False,
+    second: Annotated[
+        bool,
+        typer.Option("--second", help="Embed the samples' second members, e.g. passages, in place of the first"),
+    ] = False,
     npy: Annotated[bool, typer.Option("--npy", help="Also write .npy files in clip-retrieval's layout")] = False,
     group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch")] = 64,
@@ -57,6 +61,7 @@ def embed(
             texts=texts,
             npy=npy,
             group_key=group_key,
+            second=second,
             workers=workers,
             force=force,
             quiet=as_json,

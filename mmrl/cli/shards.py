@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,8 +10,9 @@ from mmrl.cli.options import Force, Json, is_override
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
-    from mmrl.data.check.shard import TokenCounter
     from mmrl.data.sources import DataConfig
+
+Side = Literal["both", "image", "text"]
 
 
 def pack(
@@ -39,18 +40,30 @@ def pack(
     group_column: Annotated[
         str | None, typer.Option(help="Column or JSON key; rows with the same value are not each other's negatives")
     ] = None,
+    second_text_column: Annotated[
+        str | None, typer.Option(help="A table's column of the text that belongs to the caption, e.g. a passage")
+    ] = None,
+    second_image_column: Annotated[
+        str | None, typer.Option(help="A table's column of another image of the item, paths or URLs")
+    ] = None,
+    towers: Annotated[
+        Side, typer.Option(help="The towers to train: text packs texts without images, image needs no captions")
+    ] = "both",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per shard")] = 1000,
     max_side: Annotated[
         int | None, typer.Option(min=1, help="Shrink larger images to this many pixels, as JPEG")
     ] = None,
     dedup: Annotated[
-        bool, typer.Option("--dedup", help="Of images with identical bytes, keep the first pair only")
+        bool,
+        typer.Option(
+            "--dedup", help="Of (first) images with identical bytes, or of equal texts, keep the first pair only"
+        ),
     ] = False,
     holdout: Annotated[
         str | None,
         typer.Option(
             help="Share, e.g. 5%, or number of the pairs to put into OUT/val, all others into OUT/train. The two share "
-            "no group, caption or image file"
+            "no group, text or image file"
         ),
     ] = None,
     holdout_seed: Annotated[int, typer.Option(help="Seed that chooses the pairs of --holdout")] = 0,
@@ -58,7 +71,7 @@ def pack(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Pack a folder or a table of image-text pairs into shards. Resumable: run the same command again."""
+    """Pack a folder or a table of pairs into shards. Resumable: run the same command again."""
     from mmrl.data.pack.command import pack_shards
     from mmrl.data.workers import usable_cores
     from mmrl.output.next_steps import after_pack
@@ -69,6 +82,9 @@ def pack(
         image_column=image_column,
         caption_columns=caption_column or (),
         group_column=group_column,
+        second_text_column=second_text_column,
+        second_image_column=second_image_column,
+        sides=_sides(towers),
         samples_per_shard=samples_per_shard,
         max_side=max_side,
         dedup=dedup,
@@ -78,7 +94,7 @@ def pack(
         force=force,
         quiet=as_json,
     )
-    print(json.dumps(result, indent=2) if as_json else after_pack(out, held_out=holdout is not None))
+    print(json.dumps(result, indent=2) if as_json else after_pack(out, held_out=holdout is not None, towers=towers))
 
 
 def check(
@@ -109,27 +125,30 @@ def check(
         str | None,
         typer.Option(help="Shards of a validation or test set: count its images that SHARDS have too, or nearly"),
     ] = None,
+    towers: Annotated[
+        Side | None, typer.Option(help="The towers to train: what a sample must have (default: both, or --config's)")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: all cores)")] = None,
     as_json: Json = False,
 ) -> None:
     """Check SHARDS for bad samples, damaged files and duplicates. Exit code 1 if they are not OK to train on."""
     from mmrl.data.check.command import check_shards
 
-    data, tokens, least_side, run_batch_size = _data_to_check(shards or [], config, tokenizer)
+    data, of_run = _data_to_check(shards or [], config, tokenizer, towers)
+    run_batch_size = of_run.pop("batch_size", None)
     result = check_shards(
         data,
         batch_size=batch_size or run_batch_size,
         world_size=world_size,
         loader_workers=loader_workers,
         decode=decode,
-        tokens=tokens,
-        least_side=least_side,
         workers=workers,
         index=index,
         list_file=list_file,
         sheet_file=sheet,
         against=against,
         quiet=as_json,
+        **of_run,
     )
     if as_json:
         print(json.dumps(result.as_json(), indent=2))
@@ -137,28 +156,39 @@ def check(
         raise typer.Exit(1)
 
 
+def _sides(towers: Side | None) -> tuple[str, ...]:
+    """What a sample must have for these towers."""
+    return ("image", "text") if towers in (None, "both") else (towers,)
+
+
 def _data_to_check(
-    shards: list[str], config: Path | None, tokenizer: str | None
-) -> "tuple[DataConfig, TokenCounter | None, int, int | None]":
-    """The data section, the token counter, the model's image side in pixels (64 without a model), the batch size."""
+    shards: list[str], config: Path | None, tokenizer: str | None, towers: Side | None
+) -> "tuple[DataConfig, dict[str, Any]]":
+    """The data section, and what is known of the run: further arguments of `check_shards`."""
     from mmrl.config import load_config
     from mmrl.data.check.shard import TokenCounter
     from mmrl.data.sources import DataConfig
 
     if config is None and not shards:
         raise InputError("shards: missing; give a tar, a folder, a pattern or @list.txt, or a config with --config.")
+    if config is not None and towers is not None:
+        raise InputError("towers: --config says which towers there are; give model.towers=… to change them.")
     overrides = [] if config is None else [one for one in shards if is_override(one) and not Path(one).exists()]
     shards = [one for one in shards if one not in overrides]
     run = None if config is None else load_config(config, overrides)
-    data = DataConfig() if run is None else run.data
+    data, of_run = DataConfig(), dict[str, Any](sides=_sides(towers))
+    if run is not None:
+        data, of_run = run.data, {"sides": run.model.sides, "second": run.loss.second_members}
     if shards:
         data = data.model_copy(update={"train": shards, "sources": []})
     model = tokenizer or (run.model.name if run else None)
     if model is None:
-        return data, None, 64, None
+        return data, of_run
     from mmrl.model import registry
 
-    tokenise = registry.build_tokenizer(model)
-    side = registry.input_side(registry.read_model_cfg(model))
-    tokens = TokenCounter(tokenise.lengths, tokenise.context_length, tokenise.max_characters)
-    return data, tokens, side, run.train.batch_size if run else None
+    if "text" in of_run["sides"]:
+        tokenise = registry.build_tokenizer(model)
+        of_run["tokens"] = TokenCounter(tokenise.lengths, tokenise.context_length, tokenise.max_characters)
+    if "image" in of_run["sides"]:
+        of_run["least_side"] = registry.input_side(registry.read_model_cfg(model))
+    return data, of_run | ({"batch_size": run.train.batch_size} if run else {})

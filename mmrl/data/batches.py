@@ -3,10 +3,10 @@
 Shapes: B rows of this rank, M captions, C channels, H and W the image size, L tokens of a text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, repeat, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from mmrl.data.captions import caption_id, pick_caption, pick_other_caption
 from mmrl.data.index import Problem
 from mmrl.data.negatives import Negative, Negatives
 from mmrl.data.order import EpochOrder
+from mmrl.data.parsing import BOTH, IMAGE, TEXT
 from mmrl.data.samples import BadSample, Sample, SampleReader
-from mmrl.data.second import IMAGE, TEXT, SecondMembers
+from mmrl.data.second import SecondMembers
 from mmrl.data.sources import DataConfig
 from mmrl.data.transforms import Augmentation
 from mmrl.data.workers import unit_count
@@ -43,14 +44,14 @@ class Batch:
     """"shard/key" of each row."""
     image: Any
     """uint8 (B, C, H, W) if the stream has an ImageSpec; else a list of the callable's results, or of bytes. A tuple of
-    consecutive rows, if several units of a batch are in page-locked memory: a GPU joins them faster. None if the second
-    members of a stream have no images; `text` likewise."""
+    consecutive rows, if several units of a batch are in page-locked memory: a GPU joins them faster. None without
+    images; `text` likewise."""
     text: Any
     """(B, L) token ids if the stream tokenises; else a list of str."""
     group: torch.Tensor
     """int64 (B,): rows with equal values show the same item; -1 is no group and matches nothing."""
     caption: torch.Tensor | None = None
-    """int64 (B,): rows with equal values have equal captions; None without `data.mask_equal_captions`."""
+    """int64 (B,): rows with equal values have equal captions; None without `data.mask_equal_captions`, or texts."""
     bad: list[Problem] = field(default_factory=list)
     """The samples that were skipped to fill these rows."""
     second: "Batch | None" = None
@@ -121,6 +122,15 @@ def _join(parts: Sequence[Any]) -> Any:
     return torch.cat(list(parts)).pin_memory() if _is_pinned(parts[0]) else torch.cat(list(parts))
 
 
+class _Loaded(NamedTuple):
+    """A sample with its decoded images, uint8 (C, H, W) of the files' own size; None where there is no image or the
+    stream yields bytes."""
+
+    sample: Sample
+    image_CHW: torch.Tensor | None = None
+    second_CHW: torch.Tensor | None = None
+
+
 class BatchDataset(Dataset[Batch | InputError | RunStopped]):
     """Maps (epoch, position of the global batch, unit) to that part of this rank's rows of the batch.
 
@@ -141,9 +151,11 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         window: int,
         lanes: int,
         second: frozenset[str] = frozenset(),
+        sides: Collection[str] = BOTH,
     ) -> None:
-        """`window` and `lanes`: as for EpochOrder; `second`: what second members have, IMAGE, TEXT or both."""
-        self._reader, self._seed, self._config = reader, seed, config
+        """`window` and `lanes`: as for EpochOrder; `second` and `sides`: what second members and batches have, IMAGE,
+        TEXT or both."""
+        self._reader, self._seed, self._config, self.sides = reader, seed, config, sides
         self.window, self.lanes = window, lanes
         rows = np.arange(batch_size) + rank * batch_size
         self.units_of_micro_batch = unit_count(batch_size // micro_batches)
@@ -152,7 +164,7 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         ]
         self._global_batch_size = batch_size * world_size
         self._image, self._text = image, text
-        self._second = SecondMembers(reader, seed) if second else None
+        self._second = SecondMembers(reader, seed, second) if second else None
         self.second = second
         self._negatives = Negatives(reader, seed, config) if config.negatives else None
         self.negatives_identity = self._negatives.identity if self._negatives else ""
@@ -166,7 +178,7 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         if self._augmentations and config.scaled_decode:
             heights, widths = zip(*(one.min_source_size() for one in self._augmentations), strict=True)
             self._min_size = max(heights), max(widths)
-        self._decoded: dict[int, tuple[Sample, torch.Tensor]] = {}
+        self._decoded: dict[int, _Loaded] = {}
         self._prefetched: tuple[int, set[int]] = 0, set()
         self.progress: torch.Tensor | None = None
         """Shared by all workers, (1,): changes with each sample that one of them loads."""
@@ -187,29 +199,26 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         params_BP, second_params_BP = (self._random_params(epoch, indices_B, second) for second in (False, True))
         samples, images, seconds, second_images = [], [], list[Sample](), []
         for row, place in enumerate(positions_B):
-            index, sample, image_CHW = self._load_row(order, int(place), int(indices_B[row]), bad)
+            index, loaded = self._load_row(order, int(place), int(indices_B[row]), bad)
             if index != indices_B[row]:
                 indices_B[row] = index
                 params_BP[row] = self._random_params(epoch, indices_B[row : row + 1], False)
                 second_params_BP[row] = self._random_params(epoch, indices_B[row : row + 1], True)
-            samples.append(sample)
-            # At once, since an image of the file's own size takes far more memory.
-            images.append(self._fit(sample, image_CHW, params_BP[row]))
+            samples.append(loaded.sample)
+            if IMAGE in self.sides:
+                # At once, since an image of the file's own size takes far more memory.
+                images.append(self._fit(loaded.sample, loaded.image_CHW, params_BP[row]))
             if IMAGE in self.second:
-                other, image_CHW = self._load_second(order, int(place), index, (sample, image_CHW))
+                other, image_CHW, _ = self._load_second(order, int(place), index, loaded)
                 seconds.append(other)
                 second_images.append(self._fit(other, image_CHW, second_params_BP[row], second=True))
-        uniform_B = draws.uniform(self._seed, epoch, indices_B, _CAPTION_DRAW)
-        texts = [
-            one.captions[pick_caption(len(one.captions), self._config.captions, uniform)]
-            for one, uniform in zip(samples, uniform_B.tolist(), strict=True)
-        ]
+        texts = self._draw_captions(epoch, indices_B, samples) if TEXT in self.sides else []
         batch = Batch(
             keys=[sample.name for sample in samples],
-            image=self._apply(images, params_BP),
-            text=self._tokenise(texts),
+            image=self._apply(images, params_BP) if images else None,
+            text=self._tokenise(texts) if texts else None,
             group=torch.tensor([sample.group for sample in samples]),
-            caption=self._caption_ids(texts),
+            caption=self._caption_ids(texts) if texts else None,
             bad=bad,
         )
         if self._negatives is not None:
@@ -225,11 +234,21 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         batch.second = Batch(keys=keys, image=image, text=text, group=batch.group, caption=caption)
         return batch
 
-    def _load_second(
-        self, order: EpochOrder, position: int, index: int, own: tuple[Sample, torch.Tensor | None]
-    ) -> tuple[Sample, torch.Tensor | None]:
-        """The second sample of a row and its decoded image; the row's own if its group has no other usable one."""
+    def _draw_captions(self, epoch: int, indices_B: np.ndarray, samples: Sequence[Sample]) -> list[str]:
+        """The text of each row."""
+        uniform_B = draws.uniform(self._seed, epoch, indices_B, _CAPTION_DRAW)
+        return [
+            one.captions[pick_caption(len(one.captions), self._config.captions, uniform)]
+            for one, uniform in zip(samples, uniform_B.tolist(), strict=True)
+        ]
+
+    def _load_second(self, order: EpochOrder, position: int, index: int, own: _Loaded) -> _Loaded:
+        """The second sample of a row and its decoded image: the row's own sample with its second image, if it has one
+        or if its group has no other usable sample."""
         assert self._second is not None
+        is_bytes = self._image is None and IMAGE in self.second and own.sample.second_image
+        if own.second_CHW is not None or is_bytes:
+            return _Loaded(replace(own.sample, image=own.sample.second_image), own.second_CHW)
         for other in self._second.candidates(index, order, position):
             # A bad one is not counted here but at its own row: each bad sample counts once per epoch.
             if (loaded := self._load(other, [], with_image=IMAGE in self.second)) is not None:
@@ -251,10 +270,12 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         for row, uniform in enumerate(self._second.uniform(order.epoch, indices_B).tolist()):
             sample, text, probabilities = samples[row], texts[row], self._config.captions
             other = pick_other_caption(sample.captions, text, probabilities, uniform)
+            if sample.second_text:
+                other = sample.second_text
             if seconds:
                 sample = seconds[row]
             elif other is None:
-                sample, _ = self._load_second(order, int(positions_B[row]), int(indices_B[row]), (sample, None))
+                sample = self._load_second(order, int(positions_B[row]), int(indices_B[row]), _Loaded(sample)).sample
             if other is None:
                 other = pick_other_caption(sample.captions, text, probabilities, uniform)
             chosen.append(sample)
@@ -277,11 +298,11 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         for row, (index, sample) in enumerate(zip(indices_B.tolist(), samples, strict=True)):
             found = negatives.draw(epoch, index, sample, lambda other: self._load(other, [], with_images))
             for one in islice(chain(found, repeat(None)), self._config.negatives):
-                image, params_P = images[row], params_BP[row]
+                image, params_P = images[row] if with_images else None, params_BP[row]
                 if with_images and one is not None and one.sample is not None:
                     params_P = self._random_params(epoch, np.array([one.index]), False)[0]
                     image = self._fit(one.sample, one.image_CHW, params_P)
-                rows.append((one or Negative(sample.name, texts[row], sample.group), one))
+                rows.append((one or Negative(sample.name, texts[row] if texts else "", sample.group), one))
                 chosen.append(image)
                 params.append(params_P)
         drawn = [one.text for one, _ in rows]
@@ -289,25 +310,23 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         return Batch(
             keys=[one.key for one, _ in rows],
             image=self._apply(chosen, np.stack(params)) if with_images else None,
-            text=self._tokenise(drawn),
+            text=self._tokenise(drawn) if texts else None,
             group=torch.tensor([one.group for one, _ in rows]),
-            caption=self._caption_ids(drawn),
+            caption=self._caption_ids(drawn) if texts else None,
             valid_image=has_image if with_images else None,
-            valid_text=torch.tensor([one is not None for _, one in rows]),
+            valid_text=torch.tensor([one is not None for _, one in rows]) if texts else None,
         )
 
-    def _load_row(
-        self, order: EpochOrder, position: int, index: int, bad: list[Problem]
-    ) -> tuple[int, Sample, torch.Tensor | None]:
-        """The index, the sample and the decoded image of a row. A bad sample is replaced by that of the same row of a
+    def _load_row(self, order: EpochOrder, position: int, index: int, bad: list[Problem]) -> tuple[int, _Loaded]:
+        """The index and the sample of a row. A bad sample is replaced by that of the same row of a
         later batch, so no other rank is involved and the batch rarely holds a sample twice."""
         tried: list[Problem] = []
         for attempt in range(1, _MAX_REPLACEMENTS + 1):
-            loaded = self._load(index % len(self._reader), tried)
+            loaded = self._load(index % len(self._reader), tried, IMAGE in self.sides)
             if loaded is not None:
                 # Bad replacements are counted at their own rows: each bad sample counts once per epoch.
                 bad += tried[:1]
-                return index, *loaded
+                return index, loaded
             replacement = self._replacement_position(position, attempt, order.length)
             index = int(order.indices(np.array([replacement]))[0])
         raise InputError(
@@ -339,29 +358,32 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
             ahead += int(attempt * _GOLDEN_RATIO * length)
         return position + ahead + ahead // length
 
-    def _load(
-        self, index: int, bad: list[Problem], with_image: bool = True
-    ) -> tuple[Sample, torch.Tensor | None] | None:
-        """Reads sample `index` and, unless the stream yields bytes, decodes its image to uint8 (C, H, W) of the file's
-        own size; None and an entry in `bad` if it is bad."""
+    def _load(self, index: int, bad: list[Problem], with_image: bool = True) -> _Loaded | None:
+        """Reads sample `index` and, unless the stream yields bytes, decodes its image, and its second one if second
+        members have images; None and an entry in `bad` if it is bad."""
         if self.progress is not None:
             self.progress += 1
         if index in self._decoded:
             return self._decoded[index]
         try:
             if self._image is None or not with_image:
-                return self._reader.read(index, with_image), None
+                return _Loaded(self._reader.read(index, with_image))
             sample, image_CHW = self._reader.read_image(index, self._min_size)
+            second_CHW = None
+            if IMAGE in self.second and sample.second_image:
+                second_CHW = self._reader.decode(index, sample.second_image, self._min_size)
         except BadSample as error:
             bad.append(error.problem)
             return None
-        sample = replace(sample, image=b"")
+        sample = replace(sample, image=b"", second_image=b"")
         if self._config.cache:
             kept = [one.kept(image_CHW) for one in self._augmentations]
             # All of it if any needs that.
             image_CHW = kept[0] if kept and all(one is not image_CHW for one in kept) else image_CHW
-            self._decoded[index] = sample, image_CHW
-        return sample, image_CHW
+            if second_CHW is not None and self._augmentations:
+                second_CHW = self._augmentations[-1].kept(second_CHW)
+            self._decoded[index] = _Loaded(sample, image_CHW, second_CHW)
+        return _Loaded(sample, image_CHW, second_CHW)
 
     def _random_params(self, epoch: int, indices_B: np.ndarray, second: bool) -> np.ndarray:
         """The numbers for the augmentation: (B, P); (B, 0) without one."""

@@ -33,7 +33,15 @@ class FieldsConfig(Settings):
     """Key in the JSON: a list of hard negatives (see data.negatives). Each is the key of a sample in the same shard,
     "shard/key" of a sample of the set, or else a caption."""
 
-    @field_validator("image", "text", "metadata")
+    second_text: str = "second_text"
+    """Key in the JSON: the text that loss.text_text compares with the caption, such as the passage that answers a
+    question (default for samples without it: another caption of the item)."""
+    second_image: str = "second"
+    """Extension, before that of an image format, of the image that loss.image_image compares with the first one:
+    KEY.second.jpg, such as the catalogue's image of a shopper's photo (default for samples without it: another image of
+    the item)."""
+
+    @field_validator("image", "text", "metadata", "second_image")
     @classmethod
     def _as_indexed(cls, value: Any) -> Any:
         """Extensions as indexes have them: in lower case and without the dot before them."""
@@ -48,12 +56,23 @@ class FieldsConfig(Settings):
     @property
     def extensions(self) -> set[str]:
         """All extensions that are read."""
-        return {*self.image_extensions, self.text, self.metadata}
+        return {*self.image_extensions, *self.second_image_extensions, self.text, self.metadata}
 
     @property
     def image_extensions(self) -> Sequence[str]:
         """Extensions of the image. The default of `image` stands for all that there are, those of the default first."""
         return image_extensions() if self.image == _DEFAULT_IMAGE else self.image
+
+    @property
+    def second_image_extensions(self) -> Sequence[str]:
+        """Extensions of the second image."""
+        return [f"{self.second_image}.{extension}" for extension in image_extensions()]
+
+    def second_image_of(self, extensions: Collection[str]) -> str | None:
+        """The extension of a sample's second image; None if it has none."""
+        start = f"{self.second_image}."
+        found = (one for one in extensions if one.startswith(start))
+        return next((one for one in found if one.removeprefix(start) in image_extensions()), None)
 
 
 FIRST_DOT = "a key ends at the name's first dot; make the shards with mmrl pack, which replaces dots"

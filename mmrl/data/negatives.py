@@ -28,7 +28,7 @@ _DRAW = 1 << 25
 _KEYS, _ROWS = 500_000, 300_000
 # Samples that are read at the start, to tell a missing field from samples without negatives.
 _LOOKED_AT = 64
-Load = Callable[[int], tuple[Sample, torch.Tensor | None] | None]
+Load = Callable[[int], tuple[Sample, torch.Tensor | None, Any] | None]
 """Reads a sample, and its image if that is asked for; None if it is bad."""
 
 
@@ -79,7 +79,7 @@ class Negatives:
             if one.index is None:
                 yield one
             elif one.index != own and (loaded := load(one.index)) is not None:
-                other, image_CHW = loaded
+                other, image_CHW, _ = loaded
                 choice = pick_caption(len(other.captions), self._config.captions, float(draws.uniform(*key, int(n), 0)))
                 text = one.text or other.captions[choice]
                 yield replace(one, key=other.name, text=text, group=other.group, sample=other, image_CHW=image_CHW)

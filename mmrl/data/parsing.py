@@ -12,16 +12,23 @@ from mmrl.data.fields import FIRST_DOT, FieldsConfig, hidden_images
 from mmrl.data.texts import caption_list, clean_captions, decode_text, group_name
 from mmrl.output.files import parse_json
 
+IMAGE, TEXT = "image", "text"
+BOTH = frozenset({IMAGE, TEXT})
+"""What training with both towers requires of a sample."""
+
 
 @dataclass(frozen=True)
 class ParsedSample:
     """The fields of a sample's members."""
 
     image: bytes
+    """Empty if the sample has none and none is required, as are the second members."""
     captions: list[str]
     """The plain caption first, then those of the JSON that differ from it; stripped, never empty."""
     group: str | None
     negatives: list[str]
+    second_text: str
+    second_image: bytes
 
 
 # What the functions below raise on a bad sample; `reason_of` turns it into the reason.
@@ -32,28 +39,36 @@ def parse(
     fields: FieldsConfig,
     extensions: Collection[str],
     read: Callable[[str], bytes],
-    require_captions: bool = True,
+    required: Collection[str] = BOTH,
 ) -> ParsedSample:
     """Parses a sample, given the extensions of its members and a function that reads the member with an extension.
 
     Args:
-        require_captions: a sample without a caption is an error.
+        required: IMAGE and TEXT, or one of them: a sample without it is an error.
 
     Raises:
         one of SAMPLE_ERRORS: no image, no usable caption, text that is not UTF-8, invalid JSON; or what `read` raises.
     """
     image = next((extension for extension in fields.image_extensions if extension in extensions), None)
-    if image is None:
-        is_hidden = hidden_images(fields, extensions, require_captions)
+    if image is None and IMAGE in required:
+        is_hidden = hidden_images(fields, extensions, TEXT in required)
         raise ValueError(f"no image: {FIRST_DOT}" if is_hidden else f"no image: none of .{', .'.join(fields.image)}")
     metadata = parse_metadata(fields, extensions, read)
     captions = [decode_text(read(fields.text))] if fields.text in extensions else []
     captions += caption_list(metadata.get(fields.captions))
     usable = clean_captions(captions)
-    if not usable and require_captions:
+    if not usable and TEXT in required:
         raise ValueError("only empty captions" if captions else "no caption")
     negatives = caption_list(metadata.get(fields.negatives))
-    return ParsedSample(read(image), usable, group_name(metadata.get(fields.group)), negatives)
+    second_image = fields.second_image_of(extensions)
+    return ParsedSample(
+        b"" if image is None else read(image),
+        usable,
+        group_name(metadata.get(fields.group)),
+        negatives,
+        next(iter(clean_captions(caption_list(metadata.get(fields.second_text)))), ""),
+        b"" if second_image is None else read(second_image),
+    )
 
 
 def parse_metadata(fields: FieldsConfig, extensions: Collection[str], read: Callable[[str], bytes]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Read single samples by index: image bytes, captions and group, or the reason why a sample is bad."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from mmrl.data.fields import EXTENSIONS_SHOWN, FIRST_DOT, FieldsConfig, hidden_images, merged_names, unused_note
 from mmrl.data.groups import NO_GROUP, group_id, own_group
 from mmrl.data.index import Problem, printable
-from mmrl.data.parsing import SAMPLE_ERRORS, parse, parse_metadata, reason_of
+from mmrl.data.parsing import BOTH, IMAGE, SAMPLE_ERRORS, TEXT, parse, parse_metadata, reason_of
 from mmrl.data.shard_reader import ShardReader, Source
 from mmrl.data.stores import ShardCache, is_remote
 from mmrl.errors import InputError, did_you_mean
@@ -27,12 +27,16 @@ class Sample:
     name: str
     """Shard and key, after the source's name if there are several sources: unique in the set."""
     image: bytes
+    """Empty if the sample has none and none is required."""
     captions: list[str]
     group: int
     """Hash of `group_name`, or NO_GROUP."""
     group_name: str = ""
     negatives: list[str] = field(default_factory=list)
     """Keys and captions of hard negatives, as its JSON names them."""
+    second_text: str = ""
+    """See fields.second_text; empty if it has none, as is the second image."""
+    second_image: bytes = b""
 
 
 class BadSample(Exception):
@@ -47,17 +51,23 @@ class SampleReader(ShardReader):
     """Random access to the samples of all sources."""
 
     def __init__(
-        self, sources: Sequence[Source], cache: ShardCache, require_captions: bool = True, group_all: bool = False
+        self,
+        sources: Sequence[Source],
+        cache: ShardCache,
+        required: Collection[str] = BOTH,
+        group_all: bool = False,
     ) -> None:
         """Args:
-        require_captions: a sample without a caption is bad.
+        required: IMAGE and TEXT, or one of them: a sample without it is bad.
         group_all: a sample without a group is a group of its own.
 
         Raises:
             InputError: no sample of a source has a configured field.
         """
         super().__init__(sources, cache)
-        self._require_captions, self._group_all = require_captions, group_all
+        self.required, self._group_all = required, group_all
+        self.seconds: Counter[str] = Counter()
+        """How many of the samples that were looked at have a second IMAGE or TEXT of their own; "" counts all."""
         self.problems = [problem for shard in self._shards for problem in shard.problems]
         self.notes: list[str] = []
         """Sentences on what is not read, to print before work begins."""
@@ -85,8 +95,12 @@ class SampleReader(ShardReader):
             BadSample: as `read`, or the image cannot be decoded.
         """
         sample = self.read(index)
+        return sample, self.decode(index, sample.image, min_size)
+
+    def decode(self, index: int, image: bytes, min_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Decodes an image of sample `index`, as `read_image`; raises BadSample."""
         try:
-            return sample, decode_pixels(sample.image, min_size)
+            return decode_pixels(image, min_size)
         except ValueError as error:
             raise BadSample(self.problem(index, str(error))) from error
 
@@ -107,7 +121,7 @@ class SampleReader(ShardReader):
             source.fields,
             members,
             lambda extension: self._read_member(shard, *members[extension]) if extension in wanted else b"",
-            self._require_captions,
+            self.required,
         )
         name = f"{self.shard_name(shard)}/{index.key(row)}"
         group = parsed.group
@@ -120,6 +134,8 @@ class SampleReader(ShardReader):
             group=NO_GROUP if group is None else group_id(group),
             group_name=group or "",
             negatives=parsed.negatives,
+            second_text=parsed.second_text,
+            second_image=parsed.second_image,
         )
 
     def _preflight(self, source: Source, first: int) -> None:
@@ -128,7 +144,7 @@ class SampleReader(ShardReader):
         counts = self._count_extensions(source, first)
         present, looked_at = sorted(counts), [shard for shard in source.shards if shard.header] or source.shards[:1]
         where = f"in {len(looked_at)} shards such as {printable(looked_at[0].location)}"
-        if set(fields.image_extensions).isdisjoint(present):
+        if IMAGE in self.required and set(fields.image_extensions).isdisjoint(present):
             more = ", …" if len(present) > EXTENSIONS_SHOWN else ""
             remedy = f" ({FIRST_DOT})" if hidden_images(fields, present, require_captions=False) else ""
             raise InputError(
@@ -141,6 +157,12 @@ class SampleReader(ShardReader):
             if fields.is_renamed(name) and extension not in present:
                 hint = did_you_mean(extension, present)
                 raise InputError(f"fields.{name}: no sample {where} has .{extension}.{hint}")
+        if fields.is_renamed("second_image") and set(fields.second_image_extensions).isdisjoint(present):
+            shown = ", ".join(present[:EXTENSIONS_SHOWN])
+            raise InputError(
+                f"fields.second_image: no sample {where} has .{fields.second_image_extensions[0]} or another image "
+                f"format after .{fields.second_image}; the members there are .{shown}."
+            )
         self._preflight_captions(source, first, where)
 
     def _count_extensions(self, source: Source, first: int) -> Counter[str]:
@@ -160,7 +182,7 @@ class SampleReader(ShardReader):
         for shard, one in enumerate(source.shards, start=self.locate(first)[0]):
             unused = one.count_extensions().keys() - source.fields.extensions
             if not is_remote(one.location) and any("." in extension for extension in unused):
-                merged = merged_names(self._indexes[shard], source.fields, self._require_captions)
+                merged = merged_names(self._indexes[shard], source.fields, TEXT in self.required)
                 self.problems += [Problem(one.location, key, reason) for key, reason in merged]
         unknown = sum(shard.header is None for shard in source.shards)
         if unknown:
@@ -181,11 +203,14 @@ class SampleReader(ShardReader):
         count = min(available, _PREFLIGHT_SAMPLES)
         for index in first + np.linspace(0, available - 1, count).astype(int):
             try:
-                captioned += bool(self.read(int(index)).captions)
+                sample = self.read(int(index))
+                captioned += bool(sample.captions)
+                found = {"": True, IMAGE: bool(sample.second_image), TEXT: bool(sample.second_text)}
+                self.seconds.update(kind for kind, has in found.items() if has)
             except BadSample as error:
                 rejected = rejected or f" The first of them: {error}."
             keys |= self._metadata_keys(int(index), fields)
-        for name in ("captions", "group"):
+        for name in ("captions", "group", "second_text"):
             key = getattr(fields, name)
             if fields.is_renamed(name) and key not in keys:
                 raise InputError(
@@ -196,7 +221,7 @@ class SampleReader(ShardReader):
                     f"fields.{name}: none of {count} samples {where} has {key!r} in its JSON, but some have {other!r}; "
                     f"to use it, set fields.{name}: {other}."
                 )
-        if not captioned and self._require_captions:
+        if not captioned and TEXT in self.required:
             if self.problems:
                 problem = self.problems[0]
                 rejected += f" The shards' first problem: {problem.key} {problem.reason}."

@@ -3,7 +3,7 @@
 Shapes: N samples of the set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from mmrl.data.groups import NO_GROUP
 from mmrl.data.order import EpochOrder
 from mmrl.data.samples import SampleReader
 
-IMAGE, TEXT = "image", "text"
 _DRAW = 1 << 24
 # Up to this number of samples, a group is also looked for in other shards, by a table of all groups in memory. It
 # decides what a batch holds, so it does not depend on the machine.
@@ -22,16 +21,27 @@ _MOST_IN_TABLE = 262_144
 class SecondMembers:
     """Finds the other samples of a sample's group."""
 
-    def __init__(self, reader: SampleReader, seed: int) -> None:
+    def __init__(self, reader: SampleReader, seed: int, kinds: Collection[str]) -> None:
         """Reads the groups of all shards, unless the set is too large for that, and adds what is known of them to the
         reader's notes.
+
+        Args:
+            kinds: IMAGE, TEXT or both.
 
         Raises:
             InputError: a shard cannot be read.
         """
         self._reader, self._seed = reader, seed
         self._table: tuple[np.ndarray, np.ndarray] | None = None
-        if not has_table(reader):
+        for kind in sorted(kinds):
+            if count := reader.seconds[kind]:
+                reader.notes.append(
+                    f"Second members of pairs: {count} of {reader.seconds['']} samples that were looked at have a "
+                    f"second {kind} of their own (fields.second_{kind})."
+                )
+        if _have_own(reader, kinds):
+            return  # where a sample has none, its group is looked for in its own shard
+        if not has_table(reader, kinds):
             reader.notes.append(
                 f"Second members of pairs: the set has {len(reader):,} samples, more than {_MOST_IN_TABLE:,}, so they "
                 "are looked for in a sample's own shard alone, and samples whose group is in other shards only are "
@@ -81,9 +91,14 @@ class SecondMembers:
         return draws.uniform(self._seed, epoch, indices_B, _DRAW)
 
 
-def has_table(reader: SampleReader) -> bool:
+def has_table(reader: SampleReader, kinds: Collection[str]) -> bool:
     """Whether the groups of all shards are read before the first batch."""
-    return len(reader) <= _MOST_IN_TABLE
+    return len(reader) <= _MOST_IN_TABLE and not _have_own(reader, kinds)
+
+
+def _have_own(reader: SampleReader, kinds: Collection[str]) -> bool:
+    """Whether all samples that were looked at have their own second members."""
+    return all(reader.seconds[kind] == reader.seconds[""] for kind in kinds)
 
 
 def count_split(group_N: np.ndarray, shard_N: np.ndarray) -> tuple[int, int]:

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmrl.data.index import Problem
-from mmrl.data.samples import BadSample, Sample
+from mmrl.data.parsing import IMAGE, TEXT
+from mmrl.data.samples import BadSample, Sample, SampleReader
 from mmrl.data.workers import LostBatchWatch, start_new_session
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
@@ -41,6 +42,7 @@ class SequentialBatch:
 
     keys: list[str]
     image_BCHW: torch.Tensor
+    """(B, 0) if images are not read."""
     text_ML: torch.Tensor
     captions: list[str]
     row_of_text_M: torch.Tensor
@@ -48,6 +50,9 @@ class SequentialBatch:
     group_B: torch.Tensor
     indices: list[int]
     """The index in the set of each of the B samples."""
+    second: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """IMAGE and TEXT -> the second images (S, C, H, W) or texts (S, L) of samples that have one, and the samples' rows
+    (S,)."""
     bad: list[Problem] = field(default_factory=list)
 
 
@@ -55,7 +60,7 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
     """Maps a range of indices to their batch. An error is returned, since DataLoader would wrap a raised one in a
     traceback."""
 
-    def __init__(self, reader: ImageReader, image: ImageSpec, text: Tokenise, captions: int | None) -> None:
+    def __init__(self, reader: ImageReader, image: ImageSpec | None, text: Tokenise, captions: int | None) -> None:
         self._reader, self._image, self._text, self._captions = reader, image, text, captions
 
     def __getitem__(self, wanted: range) -> SequentialBatch | InputError | RunStopped:
@@ -66,14 +71,17 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
 
     def _read(self, wanted: range) -> SequentialBatch:
         keys, indices, images, groups, texts, rows = [], [], [], [], [], []
+        seconds: dict[str, list[tuple[Any, int]]] = {IMAGE: [], TEXT: []}
         bad: list[Problem] = []
         for index in wanted:
             try:
-                sample, image_CHW = self._reader.read_image(index)
+                sample, pixels = self._read_one(index)
             except BadSample as error:
                 bad.append(error.problem)
                 continue
-            images.append(self._image.pixels(image_CHW))
+            images += pixels[:1]
+            seconds[IMAGE] += [(one, len(keys)) for one in pixels[1:]]
+            seconds[TEXT] += [(sample.second_text, len(keys))] if sample.second_text else []
             chosen = sample.captions[: self._captions]
             texts += chosen
             rows += [len(keys)] * len(chosen)
@@ -82,15 +90,33 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
             groups.append(sample.group)
         if not keys:  # an empty batch, for its list of bad samples
             empty = torch.zeros(0, dtype=torch.int64)
-            no_image = torch.zeros(0, 3, self._image.height, self._image.width)
-            return SequentialBatch([], no_image, empty[:, None], [], empty, empty, [], bad)
-        row_of_text_M, group_B, image_BCHW = torch.tensor(rows), torch.tensor(groups), torch.stack(images)
-        return SequentialBatch(keys, image_BCHW, self._text(texts), texts, row_of_text_M, group_B, indices, bad)
+            return SequentialBatch([], empty[:, None], empty[:, None], [], empty, empty, [], bad=bad)
+        row_of_text_M, group_B = torch.tensor(rows, dtype=torch.int64), torch.tensor(groups)
+        image_BCHW = torch.stack(images) if images else torch.zeros(len(keys), 0)
+        make: dict[str, Callable[[list[Any]], torch.Tensor]] = {IMAGE: torch.stack, TEXT: self._text}
+        second = {
+            kind: (make[kind]([x for x, _ in found]), torch.tensor([row for _, row in found]))
+            for kind, found in seconds.items()
+            if found
+        }
+        return SequentialBatch(keys, image_BCHW, self._text(texts), texts, row_of_text_M, group_B, indices, second, bad)
+
+    def _read_one(self, index: int) -> tuple[Sample, list[torch.Tensor]]:
+        """A sample, and the pixels of its image and of its second image."""
+        if self._image is None:
+            assert isinstance(self._reader, SampleReader), "only shards have samples without images"
+            return self._reader.read(index, with_image=False), []
+        sample, image_CHW = self._reader.read_image(index)
+        pixels = [self._image.pixels(image_CHW)]
+        if sample.second_image:
+            assert isinstance(self._reader, SampleReader)
+            pixels.append(self._image.pixels(self._reader.decode(index, sample.second_image)))
+        return sample, pixels
 
 
 def read_sequential(
     reader: ImageReader,
-    image: ImageSpec,
+    image: ImageSpec | None,
     text: Tokenise,
     *,
     batch_size: int = BATCH_SIZE,
@@ -102,6 +128,7 @@ def read_sequential(
     """Yields this rank's contiguous share of the set in batches; bad samples are left out and listed in `bad`.
 
     Args:
+        image: None for texts without images.
         captions: at most this many captions per sample, the plain one first; None for all.
         workers: processes that read and decode, each one batch ahead; 0 for this process.
     """
@@ -113,7 +140,7 @@ def read_sequential(
 
 def read_ranges(
     reader: ImageReader,
-    image: ImageSpec,
+    image: ImageSpec | None,
     text: Tokenise,
     ranges: Iterable[range],
     count: int,

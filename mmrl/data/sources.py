@@ -1,10 +1,12 @@
 """The `data:` section of a config, and the readers that open its samples."""
 
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from mmrl.data.opening import open_shards
+from mmrl.data.parsing import BOTH
 from mmrl.data.samples import FieldsConfig, SampleReader, Source
 from mmrl.data.shards import ShardSpec, expand
 from mmrl.data.stores import RemoteConfig, ShardCache
@@ -85,23 +87,23 @@ def open_reader(
     fields: FieldsConfig | None = None,
     remote: RemoteConfig | None = None,
     allow_pipe: bool = False,
-    require_captions: bool = True,
+    required: Collection[str] = BOTH,
 ) -> SampleReader:
     """Opens the samples of a shard spec and checks the shards and field names, so that mistakes show at once.
 
     Args:
-        require_captions: a sample without a caption is bad.
+        required: as for SampleReader.
 
     Raises:
         InputError: shards missing, empty or not tars; fields that no sample has.
     """
     cache = ShardCache(remote or RemoteConfig())
     source = Source(open_shards(expand(shards, allow_pipe), cache), fields or FieldsConfig())
-    return SampleReader([source], cache, require_captions)
+    return SampleReader([source], cache, required)
 
 
-def open_training_set(config: DataConfig) -> SampleReader:
-    """Opens the samples of all sources of a config.
+def open_training_set(config: DataConfig, required: Collection[str] = BOTH) -> SampleReader:
+    """Opens the samples of all sources of a config; `required` as for SampleReader.
 
     Raises:
         InputError: as open_reader and named_sources; or a shard is in two sources.
@@ -123,6 +125,7 @@ def open_training_set(config: DataConfig) -> SampleReader:
             for one, locations in zip(sources, expanded, strict=True)
         ],
         cache,
+        required,
         group_all=config.negatives > 0,  # so that no negative is one that the batch has as a pair
     )
 

@@ -6,7 +6,7 @@ sample of the epoch; a worker needs only (epoch, position) to load its rows of a
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from mmrl.data.batches import Batch, BatchDataset, ImageTransform, Tokenise
 from mmrl.data.order import lane_count
+from mmrl.data.parsing import BOTH, IMAGE
 from mmrl.data.samples import SampleReader
-from mmrl.data.second import IMAGE
 from mmrl.data.shards import ShardSpec
 from mmrl.data.sources import DataConfig, open_training_set
 from mmrl.data.workers import LoaderMemory, LostBatchWatch, start_new_session
@@ -58,12 +58,13 @@ class Stream:
         prefetch: int | None = None,
         lost_after_s: float = 30.0,
         second: frozenset[str] = frozenset(),
+        sides: Collection[str] = BOTH,
     ) -> None:
         """`batch_size` and `micro_batch` count rows of this rank; with `micro_batch`, each batch is yielded in
         batch_size / micro_batch chunks. Workers load units of at most UNIT_ROWS rows and prepare `prefetch` of them
         each in advance (default: LoaderMemory.units_ahead). If they load no sample for `lost_after_s` seconds while a
         batch is awaited, that ends the stream with RunStopped. `second` names what the second members of pairs have in
-        Batch.second, "image", "text" or both; without it there are none.
+        Batch.second, "image", "text" or both; without it there are none. `sides` names what batches have.
         """
         self.global_batch_size = batch_size * world_size
         if batch_size < 1 or not 0 <= rank < world_size:
@@ -84,7 +85,7 @@ class Stream:
         window, lanes = window_and_lanes(config, self.global_batch_size, self.samples)
         self._config = config
         self._dataset = BatchDataset(
-            reader, batch_size, micro_batches, rank, world_size, seed, image, text, config, window, lanes, second
+            reader, batch_size, micro_batches, rank, world_size, seed, image, text, config, window, lanes, second, sides
         )
         self._reader, self._micro_batches = reader, micro_batches
         memory = LoaderMemory(1, batch_size, batch_size // micro_batches, 1)
@@ -98,6 +99,7 @@ class Stream:
         """A fingerprint of the shards' names and numbers of samples and of all settings that affect the contents of
         batches."""
         more = {"second": sorted(self._dataset.second), "negatives": self._dataset.negatives_identity}
+        more["sides"] = [] if set(self._dataset.sides) == BOTH else sorted(self._dataset.sides)
         fingerprint = _config_fingerprint(self._config, self._dataset.window, more)
         return f"{self._reader.layout}-{fingerprint}"
 

@@ -122,11 +122,9 @@ def _parameter_settings(
     model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: OptimConfig
 ) -> Iterator[tuple[str, nn.Parameter, float, float]]:
     """(name, parameter, peak learning rate, weight decay) of each trained parameter."""
-    sides: list[tuple[Literal["image", "text"], ProjectedTower, float | None]] = [
-        ("image", model.image, config.lr_image),
-        ("text", model.text, config.lr_text),
-    ]
-    for side, encoder, tower_lr in sides:
+    for side in model.sides:
+        encoder: ProjectedTower = getattr(model, side)
+        tower_lr: float | None = getattr(config, f"lr_{side}")
         projection = {f"tower.{name}" for name in projection_axes(model_cfg, side) or {}} | {"projection.weight"}
         without_decay = {f"tower.{name}" for name in _no_weight_decay(encoder.tower)}
         token_embeddings = {f"tower.{name}" for name in _token_embeddings(encoder.tower)}

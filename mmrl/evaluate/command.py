@@ -18,14 +18,14 @@ from mmrl.distributed import comm, launchers
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets
 from mmrl.evaluate.degrade import score_degraded
-from mmrl.evaluate.directions import CROSS_MODAL, DIRECTIONS
+from mmrl.evaluate.directions import DIRECTIONS, main_directions, of_towers
 from mmrl.evaluate.ranking.ranks import KS
 from mmrl.evaluate.ranking.retrieval import check_ks
 from mmrl.evaluate.readers import OpenSet, open_set
 from mmrl.evaluate.report.study import Study
 from mmrl.evaluate.report.tables import all_tables, brief_tables, score_notes
 from mmrl.evaluate.zeroshot import read_classes, score_zero_shot
-from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
+from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder, sides_of
 from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.console import print_line
 from mmrl.output.files import check_report_folder
@@ -78,7 +78,8 @@ def evaluate_model(
     ks = sorted({*KS, *options.ks})
     check_ks(ks)
     options = replace(options, ks=ks)
-    _check(options)
+    sides = sides_of(model)
+    _check(options, sides)
     specs = _named(shards)
     # Not the sets themselves: a URL can hold a password.
     hashes = {name: hashlib.sha256(os.fsencode(spec)).hexdigest()[:12] for name, spec in specs.items()}
@@ -86,7 +87,7 @@ def evaluate_model(
     if out is not None:
         check_report_folder(out, "retrieval.json", ["report"], settings, force=force)
     classes = None if options.classes is None else read_classes(options.classes, options.templates)
-    opened = {name: open_set(spec, classes) for name, spec in specs.items()}
+    opened = {name: open_set(spec, classes, sides) for name, spec in specs.items()}
     if launchers.detect_launch() is not None:
         comm.start()
     world = comm.world()
@@ -113,7 +114,7 @@ def evaluate_model(
     for shown in brief_tables(results) if out else all_tables(results):
         print_line(console, shown) if isinstance(shown, str) else console.print(shown)
     for name, scores in results.items():
-        for note in score_notes(scores, CROSS_MODAL if out else DIRECTIONS):
+        for note in score_notes(scores, main_directions(of_towers(sides)) if out else DIRECTIONS):
             print_line(console, f"{name}: {note}.")
     if study:
         study.print_advice(console, brief=bool(out))  # with a report, which has that of all sets
@@ -127,15 +128,20 @@ def evaluate_model(
     return result
 
 
-def _check(options: EvalOptions) -> None:
+def _check(options: EvalOptions, sides: Sequence[str]) -> None:
     for direction in options.directions:
         if direction not in DIRECTIONS:
             raise InputError(f"directions: unknown direction {direction!r}.{did_you_mean(direction, DIRECTIONS)}")
     if options.templates is not None and options.classes is None:
         raise InputError("templates: given without classes; add --classes FILE, or --classes imagenet.")
+    needed = main_directions(of_towers(sides))
     for option in ("budget", "vectors", "compare"):
-        if getattr(options, option) and not set(CROSS_MODAL) <= set(options.directions):
-            raise InputError(f"{option}: needs the directions {' and '.join(CROSS_MODAL)}; add them to directions.")
+        if getattr(options, option) and not set(needed) <= set(options.directions):
+            raise InputError(f"{option}: needs the directions {' and '.join(needed)}; add them to directions.")
+    if options.degrade and "image" not in sides:
+        raise InputError("degrade: the model has no image tower; leave the option out.")
+    if options.classes is not None and len(sides) < 2:
+        raise InputError("classes: zero-shot classification compares images with texts, and the model has one tower.")
 
 
 def _named(shards: Sequence[str]) -> dict[str, str]:
@@ -186,7 +192,7 @@ def _score_retrieval(
             result["degraded"] = score_degraded(
                 one.reader, encoder, embedded, dims, options.degrade, options.ks, on_images=advance
             )
-    if study and set(CROSS_MODAL) <= set(result["chance"]):
+    if study and study.can_analyse(embedded, result):
         with _task(progress, f"analysing {name}", study.steps) as advance:
             study.analyse_set(name, spec, one.reader, embedded, result, options.captions, advance)
     return result, embedded.bad

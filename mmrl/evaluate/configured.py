@@ -1,15 +1,17 @@
 """The evaluation sets of a run's config: checked, opened, and scored during training."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
+from mmrl.data.parsing import BOTH
 from mmrl.data.samples import FieldsConfig, SampleReader
 from mmrl.data.sources import DataConfig, open_reader
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets
+from mmrl.evaluate.directions import main_directions, of_towers
 from mmrl.evaluate.ranking.ranks import metric_names
 from mmrl.evaluate.readers import LABEL, check_labels, draw_shards
 from mmrl.evaluate.result_sheets import result_sheets
@@ -43,7 +45,7 @@ class ConfiguredSet:
         if self.classes is None:
             embedded = sets.embed(self.reader, encoder, captions=self.captions)
             result = sets.score(embedded, dims, over_ranks=True)
-            if pictures is not None:
+            if pictures is not None and len(embedded.sides) == 2:
                 pictures.update(result_sheets(self.name, embedded, self.reader, max(dims)))
         else:
             result, _ = score_zero_shot(self.reader, self.classes, encoder, dims)
@@ -52,11 +54,12 @@ class ConfiguredSet:
         return result
 
 
-def check_best(config: EvaluationConfig, dims: Sequence[int]) -> None:
+def check_best(config: EvaluationConfig, dims: Sequence[int], sides: Collection[str] = BOTH) -> None:
     """Raises InputError unless evaluation.best names a score that is measured, and is given where it is needed.
 
     Args:
         dims: the evaluated dims.
+        sides: the towers of the model.
     """
     best = config.best
     if best is None:
@@ -71,6 +74,12 @@ def check_best(config: EvaluationConfig, dims: Sequence[int]) -> None:
         )
     if best.dim not in dims:
         raise InputError(f"evaluation.best.dim: {best.dim} is not evaluated; evaluated are {list(dims)}.")
+    measured = main_directions(of_towers(sides))
+    if config.sets[best.set].classes is None and best.direction not in measured:
+        raise InputError(
+            f"evaluation.best.direction: {best.direction} is not measured during training; set it to "
+            f"{' or '.join(measured)}."
+        )
     allowed = metric_names() if config.sets[best.set].classes is None else ACCURACIES
     if best.metric not in allowed:
         raise InputError(
@@ -79,23 +88,31 @@ def check_best(config: EvaluationConfig, dims: Sequence[int]) -> None:
         )
 
 
-def open_configured(config: EvaluationConfig, data: DataConfig) -> dict[str, ConfiguredSet]:
+def open_configured(
+    config: EvaluationConfig, data: DataConfig, sides: Collection[str] = BOTH
+) -> dict[str, ConfiguredSet]:
     """Opens the evaluation sets of a config, by name.
 
     Args:
         data: the training data's config; its fields are the default of the sets'.
+        sides: the towers of the model.
 
     Raises:
         InputError: as `open_reader` and `read_classes`; keys that exclude each other; labels that are no classes.
     """
-    return {name: _open(name, one, config.most_samples, data) for name, one in config.sets.items()}
+    return {name: _open(name, one, config.most_samples, data, sides) for name, one in config.sets.items()}
 
 
-def _open(name: str, config: SetConfig, most: int | None, data: DataConfig) -> ConfiguredSet:
+def _open(name: str, config: SetConfig, most: int | None, data: DataConfig, sides: Collection[str]) -> ConfiguredSet:
+    if config.classes is not None and len(sides) < 2:
+        raise InputError(
+            f"evaluation.sets.{name}.classes: zero-shot classification compares images with texts, and the model has "
+            "one tower (model.towers); remove the set."
+        )
     classes, fields = _classes(name, config), config.fields or data.fields
     if classes is not None:
         fields = FieldsConfig(image=fields.image, text=LABEL)
-    whole = open_reader(config.shards, fields, data.remote, data.allow_pipe)
+    whole = open_reader(config.shards, fields, data.remote, data.allow_pipe, sides)
     reader = draw_shards(whole, most)
     if classes is not None:
         check_labels(reader, classes)

@@ -5,6 +5,7 @@ CLIP_benchmark's layout is a folder with `test/0.tar, test/1.tar, …` and, for 
 `dataset_type.txt` with the word retrieval, and one caption per line in KEY.txt.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from mmrl.data import draws
 from mmrl.data.folder import CAPTION_KEYS, ImageFolder, is_image_folder
+from mmrl.data.parsing import BOTH
 from mmrl.data.samples import BadSample, FieldsConfig, Sample, SampleReader
 from mmrl.data.sequential import ImageReader
 from mmrl.data.sources import open_reader
@@ -35,13 +37,19 @@ class OpenSet:
     """For zero-shot classification; the only caption of a sample is then the index of its class."""
 
 
-def open_set(spec: str, classes: Classes | None = None) -> OpenSet:
+def open_set(spec: str, classes: Classes | None = None, sides: Collection[str] = BOTH) -> OpenSet:
     """Opens the evaluation set that SHARDS names; with `classes`, samples are read with their classes, not captions.
+
+    Args:
+        sides: the towers of the model, which decide what a sample must have.
 
     Raises:
         InputError: there is no such set, or it has neither captions nor classes.
     """
     folder = Path(spec)
+    if len(sides) == 1:
+        is_folder = "image" in sides and is_image_folder(folder)
+        return OpenSet(ImageFolder(folder, argument="shards") if is_folder else open_reader(spec, required=sides))
     if any((folder / name).is_file() for name in (_NAMES, _TYPE)):
         return _open_benchmark(folder, classes)
     if classes is not None:
@@ -139,4 +147,4 @@ def draw_shards(reader: SampleReader, most: int | None) -> SampleReader:
         replace(source, shards=[shard for i, shard in enumerate(source.shards) if (s, i) in chosen])
         for s, source in enumerate(reader.sources)
     ]
-    return SampleReader([source for source in sources if source.shards], reader.cache)
+    return SampleReader([source for source in sources if source.shards], reader.cache, reader.required)

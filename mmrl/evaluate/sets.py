@@ -6,7 +6,7 @@ Shapes: N images, M texts, D the embedding's width.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,15 @@ from mmrl.data.workers import LoaderMemory
 from mmrl.distributed import comm
 from mmrl.durations import Duration
 from mmrl.errors import InputError
-from mmrl.evaluate.directions import CLASSIFICATION, CROSS_MODAL, SAME_MODAL, is_classification, modalities
+from mmrl.evaluate.directions import (
+    CLASSIFICATION,
+    CROSS_MODAL,
+    SAME_MODAL,
+    is_classification,
+    main_directions,
+    modalities,
+    of_towers,
+)
 from mmrl.evaluate.ranking.ranks import KS, OnRows, PerQuery, is_better_lower, rank_both, rank_queries
 from mmrl.evaluate.ranking.retrieval import (
     chance,
@@ -66,7 +74,7 @@ class BestConfig(Settings):
     """Name of an evaluation set."""
     dim: int
     """One of the evaluated dims."""
-    direction: Literal["image_to_text", "text_to_image"] = "text_to_image"
+    direction: Literal["image_to_text", "text_to_image", "image_to_image", "text_to_text"] = "text_to_image"
     """Direction of the retrieval; without effect for a classification set."""
     metric: str = "R@10"
     """A retrieval metric, e.g. R@10 or mAP; for a classification set top1, top5 or mean_per_class."""
@@ -106,6 +114,14 @@ class Embedded:
     bad: list[Problem]
     sample_indices: list[int]
     """The reader's index of each image."""
+    second: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """"image" and "text" -> the second images or texts (S, D), such as the answers to questions, and the rows (S,) of
+    their samples. They are the gallery of image_to_image or text_to_text."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """What is embedded."""
+        return tuple(side for side, x in (("image", self.image_ND), ("text", self.text_MD)) if x.shape[1])
 
     @property
     def text_group_M(self) -> torch.Tensor:
@@ -122,12 +138,12 @@ def embed(
     texts: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> Embedded:
-    """Embeds a set in float32; the samples are divided over the processes.
+    """Embeds a set in float32, by the towers that the encoder has; the samples are divided over the processes.
 
     Args:
         encoder: the mode of its model (train or eval) is not changed.
         captions: captions per sample at most, the plain one first; None uses all.
-        texts: False embeds the images only; `text_MD` then has no columns.
+        texts: False embeds the images only; `text_MD` then has no columns, as has that of an absent tower.
         on_batch: called with the number of samples after each batch, for a progress bar.
 
     Raises:
@@ -135,12 +151,13 @@ def embed(
     """
     world, model = comm.world(), encoder.model
     device = next(model.parameters()).device
+    sides = [side for side in model.sides if texts or side == "image"]
     local: list[tuple[SequentialBatch, torch.Tensor, torch.Tensor]] = []
     bad = list(reader.problems) if world.is_rank_0 else []
     batches = read_sequential(
         reader,
-        encoder.image_spec,
-        encoder.tokenise if texts else _no_tokens,
+        encoder.image_spec if "image" in sides else None,
+        encoder.tokenise if "text" in sides else _no_tokens,
         captions=captions,
         rank=world.rank,
         world_size=world.size,
@@ -152,8 +169,13 @@ def embed(
             on_batch(len(batch.keys) + len(batch.bad))
         if not batch.keys:
             continue
-        image_BD = model.encode_image(batch.image_BCHW.to(device)).float().cpu()
-        text_MD = model.encode_text(batch.text_ML.to(device)).float().cpu() if texts else batch.text_ML.float()
+        encode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "image": lambda x: model.encode_image(x.to(device)).float().cpu(),
+            "text": lambda x: model.encode_text(x.to(device)).float().cpu(),
+        }
+        image_BD = encode["image"](batch.image_BCHW) if "image" in sides else batch.image_BCHW
+        text_MD = encode["text"](batch.text_ML) if "text" in sides else batch.text_ML.float()
+        batch.second = {side: (encode[side](x), row_S) for side, (x, row_S) in batch.second.items() if side in sides}
         batch.image_BCHW, batch.text_ML = batch.image_BCHW[:0], batch.text_ML[:0]  # frees the memory
         local.append((batch, image_BD, text_MD))
     gathered = comm.all_gather_objects((local, bad))
@@ -183,8 +205,12 @@ def _concatenate(batches: Sequence[tuple[SequentialBatch, torch.Tensor, torch.Te
     if not batches:
         raise InputError(f"shards: every sample is bad, such as {bad[0].shard} {bad[0].key}: {bad[0].reason}.")
     rows, image_of_text = 0, []
+    seconds: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
     for batch, _, _ in batches:
         image_of_text.append(batch.row_of_text_M + rows)
+        for side, (x_SD, row_S) in batch.second.items():
+            seconds[side][0].append(x_SD)
+            seconds[side][1].append(row_S + rows)
         rows += len(batch.keys)
     return Embedded(
         keys=[key for batch, _, _ in batches for key in batch.keys],
@@ -195,6 +221,7 @@ def _concatenate(batches: Sequence[tuple[SequentialBatch, torch.Tensor, torch.Te
         image_group_N=fill_missing_groups(torch.cat([batch.group_B for batch, _, _ in batches])),
         bad=bad,
         sample_indices=[index for batch, _, _ in batches for index in batch.indices],
+        second={side: (torch.cat(x), torch.cat(row)) for side, (x, row) in seconds.items()},
     )
 
 
@@ -202,7 +229,7 @@ def score(
     embedded: Embedded,
     dims: Sequence[int],
     ks: Sequence[int] = KS,
-    directions: Sequence[str] = CROSS_MODAL,
+    directions: Sequence[str] | None = None,
     folds: int = 1,
     on_rows: OnRows | None = None,
     over_ranks: bool = False,
@@ -210,26 +237,29 @@ def score(
     """One set's entry in retrieval.json. `folds`, `on_rows` and `over_ranks` are those of `retrieval`.
 
     Args:
-        directions: those without positives in this set are left out: image_to_image needs two images of one group,
-            text_to_text two captions.
+        directions: those of absent towers and those without positives in this set are left out: image_to_image needs
+            two images of one group or second images, text_to_text two captions or second texts. Default: the main ones.
 
     Raises:
         InputError: embeddings that are not finite, no direction with positives, folds that do not divide the images.
     """
     check_ks(ks)
-    check_embeddings("images", embedded.image_ND)
-    check_embeddings("texts", embedded.text_MD)
+    for side in embedded.sides:
+        check_embeddings(f"{side}s", embedded.image_ND if side == "image" else embedded.text_MD)
+    allowed = of_towers(embedded.sides)
+    directions = main_directions(allowed) if directions is None else directions
     fold_list = [
         _Fold.of(embedded, images, texts, ks)
         for images, texts in fold_rows(embedded.image_group_N, embedded.text_group_M, folds)
     ]
-    present = [direction for direction in directions if all(fold.has_positives(direction) for fold in fold_list)]
+    present = [one for one in directions if one in allowed and all(fold.has_positives(one) for fold in fold_list)]
     if not present:
         raise InputError(f"directions: this set has no positives in {', '.join(directions)}.")
+    has_both = len(embedded.sides) == 2
     ranked = [fold.ranks(dims, present, on_rows, over_ranks) for fold in fold_list]
     scores = [scores_by_dim(one, ks) for one in ranked]
     chances = [
-        {direction: chance(*fold.groups(direction), ks, direction in SAME_MODAL) for direction in present}
+        {direction: chance(*fold.groups(direction), ks, fold.is_among_itself(direction)) for direction in present}
         for fold in fold_list
     ]
     return {
@@ -239,7 +269,7 @@ def score(
         "num_bad": len(embedded.bad),
         "num_queries": {way: sum(len(one[way][dims[0]].query_Q) for one in ranked) for way in present},
         "chance": mean_over_folds([{0: one} for one in chances])[0],
-        "ceiling": mean_over_folds([{0: fold.ceiling} for fold in fold_list])[0],
+        **({"ceiling": mean_over_folds([{0: fold.ceiling} for fold in fold_list])[0]} if has_both else {}),
         **({"folds": folds} if folds > 1 else {}),
     }
 
@@ -286,8 +316,10 @@ class _Fold:
     text_group_M: torch.Tensor
     distinct_M: torch.Tensor
     """False for a text that repeats another of its group, but for case and spaces: it would be a trivial positive."""
+    second: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """"image" and "text" -> second members (S, D) and their groups (S,)."""
     ceiling: dict[str, dict[str, float]]
-    """See `recall_ceiling`."""
+    """See `recall_ceiling`; empty with one tower."""
 
     @classmethod
     def of(
@@ -302,26 +334,50 @@ class _Fold:
             text = (group, caption_key(embedded.captions[row]))
             distinct.append(text not in seen)
             seen.add(text)
+        is_in_fold_N = torch.zeros(len(embedded.keys), dtype=torch.bool)
+        is_in_fold_N[images] = True
+        second = {
+            side: (x_SD[is_in_fold_N[row_S]], embedded.image_group_N[row_S[is_in_fold_N[row_S]]])
+            for side, (x_SD, row_S) in embedded.second.items()
+        }
+        captions = [embedded.captions[row] for row in rows]
+        has_both = len(embedded.sides) == 2
         return cls(
             embedded.image_ND[images],
             embedded.text_MD[texts],
             image_group_N,
             text_group_M,
-            torch.tensor(distinct),
-            recall_ceiling([embedded.captions[row] for row in rows], text_group_M, image_group_N, ks),
+            torch.tensor(distinct, dtype=torch.bool),
+            second,
+            recall_ceiling(captions, text_group_M, image_group_N, ks) if has_both else {},
         )
+
+    def compared(self, direction: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """The embeddings and groups of the queries, and those of the gallery."""
+        sides = {"image": (self.image_ND, self.image_group_N), "text": (self.text_MD, self.text_group_M)}
+        query, gallery = modalities(direction)
+        if direction not in SAME_MODAL:
+            return sides[query], sides[gallery]
+        if query in self.second:
+            return sides[query], self.second[query]
+        x, groups = sides[query]
+        if query == "text":
+            x, groups = x[self.distinct_M], groups[self.distinct_M]
+        return (x, groups), (x, groups)
+
+    def is_among_itself(self, direction: str) -> bool:
+        """Whether the queries are the gallery."""
+        return direction in SAME_MODAL and modalities(direction)[0] not in self.second
 
     def groups(self, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The groups of the queries and of the gallery."""
-        texts_M = self.text_group_M[self.distinct_M] if direction == "text_to_text" else self.text_group_M
-        groups = {"image": self.image_group_N, "text": texts_M}
-        query, gallery = modalities(direction)
-        return groups[query], groups[gallery]
+        (_, query), (_, gallery) = self.compared(direction)
+        return query, gallery
 
     def has_positives(self, direction: str) -> bool:
         """Whether any query has a positive."""
         query, gallery = self.groups(direction)
-        if direction in SAME_MODAL:
+        if self.is_among_itself(direction):
             return len(query.unique()) < len(query)
         return bool(torch.isin(query, gallery).any())
 
@@ -335,19 +391,16 @@ class _Fold:
         if set(CROSS_MODAL) <= set(directions):
             both = rank_both(image, text, image_group, text_group, dims, on_rows=on_rows, over_ranks=over_ranks)
             result = dict(zip(CROSS_MODAL, both, strict=True))
-        embeddings = {"image": image, "text": text}
         for direction in directions:
             if direction not in result:
-                query, gallery = modalities(direction)
-                x, y = embeddings[query], embeddings[gallery]
-                if direction == "text_to_text":
-                    x = y = text[self.distinct_M]
+                (x, groups), (y, gallery_groups) = self.compared(direction)
                 result[direction] = rank_queries(
                     x,
                     y,
-                    *self.groups(direction),
+                    groups,
+                    gallery_groups,
                     dims,
-                    same_rows=direction in SAME_MODAL,
+                    same_rows=self.is_among_itself(direction),
                     on_rows=on_rows,
                     over_ranks=over_ranks,
                 )

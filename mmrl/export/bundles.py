@@ -26,6 +26,7 @@ from mmrl.model import bundle, layouts
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import check_encoder_out, hash_files, write_manifest
 from mmrl.model.source import ModelSource, StoredModel, parse_model
+from mmrl.model.towers import SIDES
 from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.files import atomic_path, check_out_folder
 
@@ -76,7 +77,7 @@ def export(
 
     Raises:
         InputError: before any work, if MODEL names no encoder, a dim is out of range, OUT is not new or empty, or the
-            format is unknown, cannot hold this architecture or needs a package that is not installed.
+            format is unknown, cannot hold these towers or needs a package that is not installed.
         RunStopped: a written encoder differs from the source by more than the tolerance.
     """
     chosen = base.get_format(format)
@@ -89,6 +90,7 @@ def export(
     for folder in folders.values():
         check_encoder_out(folder, force, source.folder if isinstance(source, StoredModel) else None)
     stored = bundle.read_manifest(source.folder) if isinstance(source, StoredModel) else None
+    base.check_towers(chosen, stored["towers"] if stored else SIDES, model)
     full = bundle.open_model(source)
     check_dims(dims, full.dim, "dim")
     chosen.check(full)
@@ -98,10 +100,10 @@ def export(
     job = _Job(
         chosen,
         full,
-        Reference(full, contract.read_samples(check_shards)),
+        Reference(full, contract.read_samples(check_shards, full.model.sides)),
         _manifest_source(source, full, stored),
         stored.get("rotation") if stored else None,
-        None if measure_shards is None else Recall(full, measure_shards),
+        None if measure_shards is None else Recall(full, measure_shards, dims),
         variants,
         _run_of(source),
         licence,
@@ -153,7 +155,7 @@ def _measured_variants(job: _Job, dim: int, folder: Path, graphs: dict[str, Any]
     measured = {}
     for name in ("fp32", *job.variants):
         opened = job.format.reopen(folder, name)
-        paths = [folder / graphs[modality][name] for modality in ("image", "text")]
+        paths = [folder / graphs[modality][name] for modality in job.full.model.sides]
         weights = [other for path in paths for other in (Path(f"{path}{EXTERNAL_SUFFIX}"), path.with_suffix(".bin"))]
         size = sum(path.stat().st_size for path in (*paths, *weights) if path.is_file())
         measured[name] = {

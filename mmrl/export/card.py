@@ -18,6 +18,13 @@ _REMEDIES = {
     "16-bit": "convert to 8 bits",
     "CMYK": "convert to RGB",
 }
+_INPUTS = {("image", "text"): "pixels and token ids", ("image",): "pixels", ("text",): "token ids"}
+_TAGS = {
+    ("image", "text"): ("zero-shot-image-classification", "image-text-retrieval"),
+    ("image",): ("image-feature-extraction", "image-retrieval"),
+    ("text",): ("sentence-similarity", "text-retrieval"),
+}
+"""{towers: (the front matter's pipeline_tag, a tag)}"""
 _RECIPE_SECTIONS = ("model", "nesting", "loss", "data", "optim", "train")
 
 
@@ -27,22 +34,26 @@ def summary(folder: Path, manifest: dict[str, Any]) -> str:
     contract = manifest["contract"]
     lines = [
         f"{folder}: {manifest['dim']}-d encoder, {size / 1e6:.1f} MB; maximum difference from the source's prefix "
-        f"{contract['worst_absolute_difference']:.0e} on equal pixels and token ids",
-        *(f"  {contract['checked_by']}, {line}" for line in (_text_errors(contract), _image_errors(contract))),
+        f"{contract['worst_absolute_difference']:.0e} on equal {_INPUTS[tuple(manifest['towers'])]}",
+        *(f"  {contract['checked_by']}, {line}" for line in _tool_errors(contract).values()),
     ]
     variants = manifest.get("variants") or {}
     for name, one in variants.items() if len(variants) > 1 else ():
         error = one["cosine_error"]
-        text = (
-            f"  {name}: {one['megabytes']} MB, cosine error {error['image']['mean']:.0e} (images), "
-            f"{error['text']['mean']:.0e} (texts)"
-        )
+        errors = (f"{error[side]['mean']:.0e} ({side}s)" for side in manifest["towers"])
+        text = f"  {name}: {one['megabytes']} MB, cosine error {', '.join(errors)}"
         if "recall" in one:
             text += f", recall loss {100 * one['recall']['relative_loss']:.1f} % on {one['recall']['set']}"
         lines.append(text + (", the default" if name == manifest["graphs"]["default"] else ""))
     if "int8" in variants and "recall" not in variants["int8"]:
         lines.append("  int8 is not the default because its recall was not measured; --measure SHARDS measures it")
     return "\n".join(lines)
+
+
+def _tool_errors(contract: dict[str, Any]) -> dict[str, str]:
+    """{"texts" and "images", of the towers that there are: what the tool does to difficult ones}"""
+    lines = {"texts": _text_errors(contract)} if "hard_texts" in contract else {}
+    return {**lines, **({"images": _image_errors(contract)} if "hard_images_cosine_error" in contract else {})}
 
 
 def _text_errors(contract: dict[str, Any]) -> str:
@@ -65,7 +76,7 @@ def _image_errors(contract: dict[str, Any]) -> str:
 
 def _special_images(contract: dict[str, Any]) -> dict[str, float | None]:
     """The kinds of images that the tool refuses, or reads much worse than it resizes plain ones."""
-    errors = contract["hard_images_cosine_error"]
+    errors = contract.get("hard_images_cosine_error", {})
     plain = max((error or 0.0 for kind, error in errors.items() if kind not in _REMEDIES), default=0.0)
     limit = 10 * max(plain, 1e-6)
     return {kind: error for kind, error in errors.items() if error is None or (kind in _REMEDIES and error > limit)}
@@ -83,7 +94,7 @@ def write(
     """
     contract, source = manifest["contract"], manifest["source"]
     about = source.get("rotated_from", source)
-    rotated = is_rotated(manifest)
+    rotated, towers = is_rotated(manifest), tuple(manifest["towers"])
     templates = Environment(  # noqa: S701 (Markdown has no HTML to escape)
         loader=FileSystemLoader(Path(__file__).parent / "card_template"), trim_blocks=True, keep_trailing_newline=True
     )
@@ -96,23 +107,25 @@ def write(
         rotated=rotated,
         licence=licence,
         run=run,
-        front_matter=_front_matter(format, licence),
+        front_matter=_front_matter(format, towers, licence),
+        inputs=_INPUTS[towers],
+        what=" and ".join(f"{side}s" for side in towers),
         nested_dims=_nested_dims(manifest, rotated),
-        texts=_text_errors(contract),
-        images=_image_errors(contract),
+        errors=_tool_errors(contract),
         remedies=[(kind, _REMEDIES[kind]) for kind in _special_images(contract) if kind in _REMEDIES],
         **({} if run is None else {**_evaluation(run, manifest), **_recipe(run)}),
     )
     (folder / CARD).write_text(text)
 
 
-def _front_matter(format: Format, licence: str | None) -> str:
+def _front_matter(format: Format, towers: tuple[str, ...], licence: str | None) -> str:
+    task, tag = _TAGS[towers]
     fields = {
         "license": licence or "other",
         **({} if licence else {"license_name": "not-stated"}),
         "library_name": format.library,
-        "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["clip", "image-text-retrieval", "matryoshka", "feature-extraction", "mmrl"],
+        "pipeline_tag": task,
+        "tags": ["clip", tag, "matryoshka", "feature-extraction", "mmrl"],
     }
     return yaml.safe_dump(fields, sort_keys=False)
 

@@ -7,7 +7,7 @@ images and tokenises texts in its own way.
 Shapes: N samples, B of a batch, C channels, H and W the image's size, L tokens, d the exported encoder's dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,12 @@ _TEXTS_EMBEDDED = 8
 
 @dataclass(frozen=True)
 class Samples:
-    """Decoded images with one caption each."""
+    """Decoded images and captions, one of each per sample."""
 
     name: str
     """The shards that they come from."""
     images: list[Image.Image]
+    """Empty for an encoder without an image tower, as are `texts` without a text tower."""
     texts: list[str]
 
 
@@ -83,23 +84,27 @@ class Reopened:
         )
 
 
-def read_samples(shards: str | None) -> Samples:
-    """Reads samples evenly spread over a set, by default over the starter set's validation images.
+def read_samples(shards: str | None, sides: Sequence[str]) -> Samples:
+    """Reads the images and texts of samples evenly spread over a set, by default over the starter set's validation
+    images.
+
+    Args:
+        sides: the towers that read them.
 
     Raises:
         InputError: no such shards, or all samples are bad.
     """
     name = shards or STARTER
-    reader = open_reader(name)
+    reader = open_reader(name, required=sides)
     images, texts = [], []
     for index in np.linspace(0, len(reader) - 1, min(_MAX_SAMPLES, len(reader))).astype(int):
         try:
-            sample, image_CHW = reader.read_image(int(index))
+            sample = reader.read(int(index))
+            images += [to_pil(reader.decode(int(index), sample.image))] if "image" in sides else []
         except BadSample:
             continue
-        images.append(to_pil(image_CHW))
-        texts.append(sample.captions[0])
-    if not images:
+        texts += sample.captions[:1] if "text" in sides else []
+    if not images and not texts:
         raise InputError(f"check-shards: all {_MAX_SAMPLES} samples read from {name} are bad; run mmrl check {name}.")
     return Samples(name, images, texts)
 
@@ -108,20 +113,30 @@ class Reference:
     """The source encoder's embeddings of the samples, and comparisons with them."""
 
     def __init__(self, full: Bundle, samples: Samples) -> None:
-        self.samples = samples
-        self.full_dim = full.dim
-        self.pixels_BCHW = torch.stack([full.image_spec.pixels(image) for image in samples.images])
-        self.tokens_BL = full.tokenise(samples.texts)
+        self._samples = samples
+        self._inputs: dict[str, torch.Tensor] = {}
+        """"image" and "text", of the towers that there are -> pixels (B, C, H, W), token ids (B, L)."""
+        self._embedded: dict[str, torch.Tensor] = {}
+        """Likewise -> embeddings (B, D)."""
         with torch.inference_mode():
-            self._image_BD = full.model.encode_image(self.pixels_BCHW)
-            self._text_BD = full.model.encode_text(self.tokens_BL)
+            if "image" in full.model.sides:
+                self._inputs["image"] = torch.stack([full.image_spec.pixels(image) for image in samples.images])
+                self._embedded["image"] = full.model.encode_image(self._inputs["image"])
+            if "text" in full.model.sides:
+                self._inputs["text"] = full.tokenise(samples.texts)
+                self._embedded["text"] = full.model.encode_text(self._inputs["text"])
         self._full, self._pad_id = full, tokenizer_json.pad_id(full)
         self._hard_texts = hard_inputs.texts()
         self._hard_images = hard_inputs.images(full.image_spec.height, full.image_spec.width)
 
-    def prefix(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and text embeddings, truncated and renormalised: (B, dim) each."""
-        return nesting.truncate(self._image_BD, dim).numpy(), nesting.truncate(self._text_BD, dim).numpy()
+    def _prefixes(self, dim: int) -> dict[str, np.ndarray]:
+        """{side: embeddings, truncated and renormalised, (B, dim)}"""
+        return {side: nesting.truncate(x_BD, dim).numpy() for side, x_BD in self._embedded.items()}
+
+    def _on_equal_inputs(self, folder: Reopened) -> dict[str, np.ndarray]:
+        """{side: the tool's embeddings of the source's pixels and token ids}"""
+        encode = {"image": folder.pixels, "text": folder.tokens}
+        return {side: encode[side](inputs) for side, inputs in self._inputs.items()}
 
     def check(self, folder: Reopened, dim: int, tolerance: float) -> dict[str, Any]:
         """Checks a format computed in float32; returns the manifest's `contract`.
@@ -129,28 +144,29 @@ class Reference:
         Raises:
             RunStopped: an embedding differs by more than `tolerance` on equal inputs, or by too much end to end.
         """
-        image_Bd, text_Bd = self.prefix(dim)
-        differences = [
-            np.abs(unit(folder.pixels(self.pixels_BCHW)) - image_Bd),
-            np.abs(unit(folder.tokens(self.tokens_BL)) - text_Bd),
-        ]
-        worst = float(max(difference.max() for difference in differences))
+        expected, found = self._prefixes(dim), self._on_equal_inputs(folder)
+        worst = float(max(np.abs(unit(found[side]) - expected[side]).max() for side in expected))
         if not worst <= tolerance:  # so that NaN fails
             raise RunStopped(
                 f"{folder.tool} gives embeddings that differ from the source's prefix by {worst:.1e}, more than the "
                 f"tolerance of {tolerance:.0e}; nothing was written."
             )
-        embedded = {"image": folder.images(self.samples.images), "text": folder.texts(self.samples.texts)}
+        samples, embedded, hard = self._samples, {}, {}
+        if "image" in expected:
+            embedded["image"] = folder.images(samples.images)
+            hard["hard_images_cosine_error"] = self._hard_image_errors(folder, dim)
+        if "text" in expected:
+            embedded["text"] = folder.texts(samples.texts)
+            hard["hard_texts"] = self._hard_text_errors(folder, dim)
         problem = f"{folder.tool} preprocesses {{}}s differently from the source"
         return {
-            "equals": f"the renormalised first {dim} of the source's {self.full_dim} numbers",
+            "equals": f"the renormalised first {dim} of the source's {self._full.dim} numbers",
             "checked_by": folder.tool,
-            "samples": {"set": self.samples.name, "count": len(self.samples.texts)},
+            "samples": {"set": samples.name, "count": len(samples.images or samples.texts)},
             "worst_absolute_difference": worst,
             "allowed": tolerance,
             "end_to_end_cosine_error": self._cosine_errors(embedded, dim, _END_TO_END, problem),
-            "hard_texts": self._hard_text_errors(folder, dim),
-            "hard_images_cosine_error": self._hard_image_errors(folder, dim),
+            **hard,
         }
 
     @torch.inference_mode()
@@ -189,16 +205,15 @@ class Reference:
         Raises:
             RunStopped: the mean error is above `max_error`.
         """
-        embedded = {"image": folder.pixels(self.pixels_BCHW), "text": folder.tokens(self.tokens_BL)}
         problem = "Export without --quantize: the {} tower loses too much precision"
-        return self._cosine_errors(embedded, dim, max_error, problem)
+        return self._cosine_errors(self._on_equal_inputs(folder), dim, max_error, problem)
 
     def _cosine_errors(
         self, embedded: dict[str, np.ndarray], dim: int, max_error: float, problem: str
     ) -> dict[str, Any]:
         """The cosine errors by modality; raises RunStopped with `problem` ({}: the modality) beyond `max_error`."""
         errors: dict[str, Any] = {"allowed_mean": max_error}
-        for modality, expected_Bd in zip(("image", "text"), self.prefix(dim), strict=True):
+        for modality, expected_Bd in self._prefixes(dim).items():
             error_B = cosine_errors(embedded[modality], expected_Bd)
             errors[modality] = {"mean": float(error_B.mean()), "worst": float(error_B.max())}
             if not error_B.mean() <= max_error:  # so that NaN fails

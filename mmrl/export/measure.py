@@ -13,6 +13,7 @@ from mmrl.evaluate import sets
 from mmrl.export.contract import Reopened
 from mmrl.inference.evaluated import EvaluatedEncoder, OnnxModel
 from mmrl.model.bundle import Bundle
+from mmrl.model.towers import SIDES
 
 # Maximum relative recall loss of a variant that is opened by default.
 MAX_LOSS = 0.01
@@ -24,27 +25,26 @@ _KS = (1, 10)
 class Recall:
     """The recall of the source and of ONNX graphs on some shards."""
 
-    def __init__(self, full: Bundle, shards: str) -> None:
-        """Opens the shards.
+    def __init__(self, full: Bundle, shards: str, dims: Sequence[int]) -> None:
+        """Scores the source at `dims`.
 
         Raises:
-            InputError: no such shards.
+            InputError: no such shards, or they have nothing to find, such as a second text of a sample.
         """
         self._full = full
         self._shards = shards
-        self._reader = open_reader(shards)
-        self._source: sets.Embedded | None = None
+        self._reader = open_reader(shards, required=full.model.sides)
+        embedded = sets.embed(self._reader, full)
+        self._count, self._source = len(embedded.keys), sets.score(embedded, dims, _KS)["dims"]
 
     def measure(self, folder: Reopened, dim: int) -> dict[str, Any]:
         """The manifest's `recall` of a variant: the recall of the source and of the variant at `dim`.
 
-        `relative_loss` is the larger loss of R@1 and R@10, each averaged over both directions; negative if the variant
+        `relative_loss` is the larger loss of R@1 and R@10, each averaged over the directions; negative if the variant
         has the higher recall.
         """
-        if self._source is None:
-            self._source = sets.embed(self._reader, self._full)
-        source = sets.score(self._source, [dim], _KS)["dims"][str(dim)]
-        graphs = OnnxModel(folder.pixels, folder.tokens)
+        source = self._source[str(dim)]
+        graphs = OnnxModel(folder.pixels, folder.tokens, self._full.model.sides)
         encoder = EvaluatedEncoder(graphs, self._full.image_spec, self._full.tokenise, dim, self._full.nested_dims)
         variant = sets.score(sets.embed(self._reader, encoder), [dim], _KS)["dims"][str(dim)]
         recalls = {
@@ -53,7 +53,7 @@ class Recall:
         }
         means = {name: [fmean(one[f"R@{k}"] for one in by.values()) for k in _KS] for name, by in recalls.items()}
         losses = [1 - new / max(old, 1e-12) for old, new in zip(means["source"], means["variant"], strict=True)]
-        return {"set": self._shards, "count": len(self._source.keys), **recalls, "relative_loss": max(losses)}
+        return {"set": self._shards, "count": self._count, **recalls, "relative_loss": max(losses)}
 
 
 def default_variant(variants: dict[str, dict[str, Any]], preferred: Sequence[str]) -> str:
@@ -65,7 +65,8 @@ def default_variant(variants: dict[str, dict[str, Any]], preferred: Sequence[str
         one = variants[name]
         loss = one.get("recall", {}).get("relative_loss")
         if loss is None and name == "fp16":
-            worst = max(one["cosine_error"][modality]["worst"] for modality in ("image", "text"))
+            errors = one["cosine_error"]
+            worst = max(errors[side]["worst"] for side in SIDES if side in errors)
             loss = 0.0 if worst <= _MAX_FP16_ERROR else None
         if loss is not None and loss <= MAX_LOSS:
             return name

@@ -15,15 +15,22 @@ _WORDS = _CONTRACTIONS + r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\u0345]+"
 
 
 def check(bundle: Bundle, format: str) -> None:
-    """Raises InputError if tokenizer.json cannot represent the tokenizer."""
+    """Raises InputError if tokenizer.json cannot represent the tokenizer of an encoder with a text tower."""
+    if "text" not in bundle.model.sides:
+        return
     settings = bundle.model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
     unsupported = next((name for name in ("reduction_mask", "additional_special_tokens") if settings.get(name)), None)
     if bundle.model_cfg["text_cfg"].get("tokenizer_mode"):
         unsupported = "tokenizer_mode"
     if unsupported is not None:
         raise InputError(
-            f"format: {format} cannot hold this tokenizer ({unsupported} is set); allowed: bundle, open_clip."
+            f"format: {format} cannot hold this tokenizer ({unsupported} is set); allowed: {allowed(bundle)}."
         )
+
+
+def allowed(bundle: Bundle) -> str:
+    """The formats that hold any tokenizer and any preprocessing."""
+    return "bundle, open_clip" if len(bundle.model.sides) == 2 else "bundle"
 
 
 def is_bpe(bundle: Bundle) -> bool:
@@ -52,7 +59,7 @@ def write(bundle: Bundle, stored: Path, folder: Path, *, cleans: bool) -> dict[s
     else:
         original = stored / "tokenizer" / FILE
         if not original.is_file():
-            raise InputError(f"format: this tokenizer has no {FILE} (a slow tokenizer); allowed: bundle, open_clip.")
+            raise InputError(f"format: this tokenizer has no {FILE} (a slow tokenizer); allowed: {allowed(bundle)}.")
         tokenizer = Tokenizer.from_file(str(original))
         inner, clean = bundle.tokenise.tokenizer.tokenizer, settings.get("clean", "whitespace")
         zero_id = inner.sep_token_id if settings.get("strip_sep_token") else None

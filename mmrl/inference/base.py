@@ -24,6 +24,8 @@ class LoadedEncoder(ABC):
     """Encodes images and texts as unit vectors of `dim` dims."""
 
     dim: int
+    towers: tuple[str, ...]
+    """Those that are loaded: 'image', 'text' or both."""
     nested_dims: tuple[int, ...]
     """The trained dims up to `dim`, ascending. `dim` is one of them unless it was not trained."""
 
@@ -37,7 +39,8 @@ class LoadedEncoder(ABC):
         """Pillow images, paths or file contents -> float32 unit vectors (N, d).
 
         Raises:
-            InputError: an image cannot be read (the message names it), or the image tower was not loaded.
+            InputError: an image cannot be read (the message names it), or there is no image tower, or it was not
+                loaded.
         """
 
     @abstractmethod
@@ -49,5 +52,5 @@ class LoadedEncoder(ABC):
         """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
 
         Raises:
-            InputError: `texts` is a single string, or the text tower was not loaded.
+            InputError: `texts` is a single string, or there is no text tower, or it was not loaded.
         """

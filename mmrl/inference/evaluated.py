@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import bundle
 from mmrl.model.manifest import GRAPH_LAYOUTS, read_manifest
 from mmrl.model.source import StoredModel, parse_model
+from mmrl.model.towers import SIDES, Modality
 from mmrl.model.two_tower import MatryoshkaCLIP
 
 Tokenise = Callable[[list[str]], Tensor]
@@ -36,9 +38,16 @@ class EvaluatedEncoder:
 class OnnxModel(nn.Module):
     """ONNX graphs with the interface of a torch model: encode_image and encode_text."""
 
-    def __init__(self, pixels: Callable[[Tensor], np.ndarray], tokens: Callable[[Tensor], np.ndarray]) -> None:
-        """Args: functions that encode uint8 pixels (B, C, H, W) and int64 token ids (B, L) as (B, D)."""
+    def __init__(
+        self,
+        pixels: Callable[[Tensor], np.ndarray],
+        tokens: Callable[[Tensor], np.ndarray],
+        sides: tuple[Modality, ...] = SIDES,
+    ) -> None:
+        """Args: functions that encode uint8 pixels (B, C, H, W) and int64 token ids (B, L) as (B, D); which of them
+        there are."""
         super().__init__()
+        self.sides = sides
         self._pixels, self._tokens = pixels, tokens
         self._device = nn.Parameter(torch.empty(0), requires_grad=False)  # evaluation reads the device of a parameter
 
@@ -49,6 +58,19 @@ class OnnxModel(nn.Module):
     def encode_text(self, text_BL: Tensor) -> Tensor:
         """Token ids -> (B, D)."""
         return torch.from_numpy(self._tokens(text_BL.cpu()))
+
+
+def sides_of(model: str) -> tuple[Modality, ...]:
+    """The towers of MODEL, without opening it; raises InputError as `open_encoder`."""
+    source = parse_model(model)
+    return tuple(read_manifest(source.folder)["towers"]) if isinstance(source, StoredModel) else SIDES
+
+
+def require_both_towers(model: str, purpose: str) -> None:
+    """Raises InputError if MODEL lacks a tower, which `purpose` needs, or as `sides_of`."""
+    if len(sides := sides_of(model)) < 2:
+        absent = "text" if "image" in sides else "image"
+        raise InputError(f"{purpose}: needs both towers, and {model} has no {absent} tower; give another model.")
 
 
 def open_encoder(model: str) -> EvaluatedEncoder:
@@ -62,7 +84,7 @@ def open_encoder(model: str) -> EvaluatedEncoder:
         from mmrl.inference.onnx_encoder import open_onnx
 
         onnx = open_onnx(source.folder)
-        graphs = OnnxModel(onnx.encode_pixels, onnx.encode_tokens)
+        graphs = OnnxModel(onnx.encode_pixels, onnx.encode_tokens, sides_of(model))
 
         def tokenise(texts: list[str]) -> Tensor:
             return torch.from_numpy(onnx.tokenise(texts))

@@ -30,11 +30,11 @@ def load(
             `nested_dims` only.
         device: 'cuda' or 'cpu'. Default: a GPU if available; ONNX graphs run on the CPU unless 'cuda' is given.
         dtype: compute dtype, torch.bfloat16 or torch.float16 (default: float32). Embeddings are always float32.
-        towers: 'image' or 'text' loads only that tower, e.g. to encode queries online.
+        towers: 'image' or 'text' loads only that tower, e.g. to encode queries online; 'both' loads all that there are.
         variant: variant of ONNX graphs, 'fp32', 'fp16' or 'int8' (default: as in the manifest).
 
     Raises:
-        InputError: `path` holds no encoder or a damaged one, or the encoder lacks this dim or variant.
+        InputError: `path` holds no encoder or a damaged one, or the encoder lacks this tower, dim or variant.
     """
     if towers not in ("both", "image", "text"):
         raise InputError(f"towers: {towers!r}; want 'both', 'image' or 'text'.")
@@ -47,4 +47,4 @@ def load(
         raise InputError(f"variant: {path} has weights, no ONNX graphs; omit variant or use dtype.")
     from mmrl.inference.torch_encoder import open_torch
 
-    return open_torch(source, dim, device, dtype, ["image", "text"] if towers == "both" else [towers])
+    return open_torch(source, dim, device, dtype, towers)

@@ -41,18 +41,29 @@ _MOST_CLEANED, _CHARACTERS_PER_TOKEN = 1 << 20, 1024
 _LONGEST_NAME = 255
 # Keys of the manifest; numbers are in 0 … _LARGEST.
 _KINDS = {
-    **dict.fromkeys(("dim", "graphs.pad_id", "tokenizer.context_length", "image.height", "image.width"), int),
-    **dict.fromkeys(("graphs.default", "graphs.tokenizer", "graphs.clean"), str),
-    **dict.fromkeys(("files", "graphs.image", "graphs.text"), dict),
+    **dict.fromkeys(("dim", "tokenizer.context_length", "image.height", "image.width"), int),
     "nested_dims": list,
-    "graphs.any_length": bool,
+    "graphs.default": str,
+    "files": dict,
+}
+_KINDS_OF = {
+    "image": {"graphs.image": dict},
+    "text": {
+        **dict.fromkeys(("graphs.tokenizer", "graphs.clean"), str),
+        "graphs.text": dict,
+        "graphs.pad_id": int,
+        "graphs.any_length": bool,
+    },
 }
 _LARGEST = 1_000_000
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Encoder:
-    """The image and text towers of one folder, each a graph of onnxruntime or OpenVINO."""
+    """The towers of one folder, each a graph of onnxruntime or OpenVINO."""
+
+    towers: tuple[str, ...]
+    """Those that are loaded: 'image', 'text' or both."""
 
     def __init__(
         self,
@@ -67,19 +78,20 @@ class Encoder:
 
         Args:
             dim: embeddings are truncated to their first `dim` dims and renormalised (default: full dim).
-            towers: 'both', 'image' or 'text'.
+            towers: 'both' (all that the folder has), 'image' or 'text'.
             variant: 'fp32', 'fp16' or 'int8', if it was exported (default: as in the manifest).
             device: 'cpu' or 'cuda'; of OpenVINO, one of its devices.
             threads: per graph (default: the runtime's).
 
         Raises:
-            ValueError: no such folder, variant or dim; a file is missing or its hash differs from the manifest.
+            ValueError: no such folder, tower, variant or dim; a file is missing or its hash differs from the manifest.
         """
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
         self.graphs: dict[str, Any] = self.manifest["graphs"]
+        self.towers = choose_towers(self.folder, towers, self.manifest["towers"])
         self.variant = variant or self.graphs["default"]
-        variants = [name for name in self.graphs["image"] if name in self.graphs["text"]]
+        variants = [name for name in self.graphs[self.towers[0]] if name in self.graphs[self.towers[-1]]]
         if self.variant not in variants:
             raise InputError(f"variant: {self.folder} has no {self.variant!r}; it has {', '.join(variants)}.")
         full = self.manifest["dim"]
@@ -87,11 +99,7 @@ class Encoder:
         if not 1 <= self.dim <= full:
             raise InputError(f"dim: {self.dim} is out of range; this embedding has dims 1 to {full}.")
         self.nested_dims = tuple(d for d in self.manifest["nested_dims"] if d <= self.dim)
-        self._graphs = {
-            side: self._open(self.graphs[side][self.variant], device, threads)
-            for side in ("image", "text")
-            if towers in ("both", side)
-        }
+        self._graphs = {side: self._open(self.graphs[side][self.variant], device, threads) for side in self.towers}
         self._tokenizer: Tokenizer | None = None
         if "text" in self._graphs:
             path = self._checked_path(self.graphs["tokenizer"])
@@ -106,7 +114,8 @@ class Encoder:
         """Pillow images, paths or file contents -> float32 unit vectors (N, d).
 
         Raises:
-            ValueError: an image cannot be read (the message names it), or the image tower was not loaded.
+            ValueError: an image cannot be read (the message names it), or there is no image tower, or it was not
+                loaded.
         """
         return self._encode("image", _chunks(images, batch_size), lambda chunk: np.stack([*map(self.pixels, chunk)]))
 
@@ -118,7 +127,7 @@ class Encoder:
         """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
 
         Raises:
-            ValueError: `texts` is a single string, or the text tower was not loaded.
+            ValueError: `texts` is a single string, or there is no text tower, or it was not loaded.
         """
         check_text_list(texts)
         return self._encode("text", _chunks(texts, batch_size), self.tokenise)
@@ -130,7 +139,7 @@ class Encoder:
     def tokenise(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int64 token ids (N, L): padded to the context length, or the longest text if the graph allows."""
         if self._tokenizer is None:
-            raise tower_not_loaded("text")
+            raise missing_tower("text", self.manifest["towers"])
         limit = _CHARACTERS_PER_TOKEN * self.manifest["tokenizer"]["context_length"]
         cleaned = [clean(text[:_MOST_CLEANED], self.graphs["clean"])[:limit] for text in texts]
         try:
@@ -157,7 +166,7 @@ class Encoder:
     def _encode(self, side: str, chunks: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
         run = self._graphs.get(side)
         if run is None:
-            raise tower_not_loaded(side)
+            raise missing_tower(side, self.manifest["towers"])
         # Other graphs normalise pixels themselves.
         normalise = side == "image" and self.manifest.get("layout") == "transformers.js"
         rows = [np.zeros((0, self.dim), np.float32)]
@@ -291,7 +300,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'manifest.json'} is not JSON ({error}); export the encoder again.") from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != ("mmrl-bundle", 2):
         raise InputError(f"{folder / 'manifest.json'} is not the manifest of an mmrl ONNX export, version 2.")
-    for key, kind in _KINDS.items():
+    manifest = {"towers": ["image", "text"], **manifest}
+    sides = manifest["towers"]
+    if not isinstance(sides, list) or not sides or any(side not in ("image", "text") for side in sides):
+        raise InputError(f"{folder / 'manifest.json'}: towers is damaged; export the encoder again.")
+    for key, kind in {**_KINDS, **{key: kind for side in sides for key, kind in _KINDS_OF[side].items()}}.items():
         value: Any = manifest
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -325,6 +338,19 @@ def check_text_list(texts: Sequence[str]) -> None:
         raise InputError(f"encode_texts: want a list of texts, got the single text {texts[:40]!r}; wrap it in [ ].")
 
 
-def tower_not_loaded(side: str) -> InputError:
-    """The error of a call that needs a tower which was not loaded."""
+def choose_towers(folder: Path | str, towers: str, available: Sequence[str]) -> tuple[str, ...]:
+    """The towers to load: `towers`, or all that are `available` for 'both'.
+
+    Raises:
+        ValueError: there is no such tower.
+    """
+    if towers != "both" and towers not in available:
+        raise InputError(f"model: {folder} has no {towers} tower; it encodes {available[0]}s only.")
+    return tuple(side for side in available if towers in ("both", side))
+
+
+def missing_tower(side: str, available: Sequence[str]) -> InputError:
+    """The error of a call that needs a tower which was not loaded, or which is not even `available`."""
+    if side not in available:
+        return InputError(f"model: this encoder has no {side} tower; it encodes {available[0]}s only.")
     return InputError(f"encode_{side}s: this tower was not loaded; load with towers='both' or {side!r}.")

@@ -17,7 +17,7 @@ from mmrl.data.arrow import arrow
 from mmrl.data.captions import caption_id
 from mmrl.data.samples import group_id
 from mmrl.errors import InputError
-from mmrl.inference.evaluated import OnnxModel, open_encoder
+from mmrl.inference.evaluated import OnnxModel, open_encoder, require_both_towers
 from mmrl.model.two_tower import MatryoshkaCLIP, Precision
 from mmrl.settings import Settings, machine_field
 
@@ -45,7 +45,8 @@ class LiveTeacher:
     """Encodes the batches of a run: images that were resized and augmented for the student, and texts."""
 
     def __init__(self, config: TeacherConfig, device: torch.device, precision: Precision) -> None:
-        """Raises InputError: there is no such model, or it cannot be opened."""
+        """Raises InputError: there is no such model, it lacks a tower, or it cannot be opened."""
+        require_both_towers(config.model, "teacher.model")
         encoder = open_encoder(config.model)
         self._model = encoder.model.to(device).eval().requires_grad_(False)
         self._spec = encoder.image_spec
@@ -125,7 +126,7 @@ def open_teacher(config: TeacherConfig, device: torch.device, precision: Precisi
     """Opens the teacher of a run.
 
     Raises:
-        InputError: the model or the embeddings cannot be opened.
+        InputError: the model or the embeddings cannot be opened, or the model lacks a tower.
     """
     return LiveTeacher(config, device, precision) if config.embeddings is None else StoredTeacher(config, device)
 

@@ -5,6 +5,7 @@ Shapes: N inputs, C channels, H and W image size, d embedding dim.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,11 @@ from mmrl.images.decode import decode_pixels, to_tensor
 from mmrl.images.image_spec import ImageSpec
 from mmrl.images.upright import upright
 from mmrl.inference.base import ImageInput, LoadedEncoder
-from mmrl.inference.standalone import check_text_list, tower_not_loaded
+from mmrl.inference.standalone import check_text_list, choose_towers, missing_tower
 from mmrl.model import bundle
 from mmrl.model.source import ModelSource, OpenClipModel
 from mmrl.model.tokenizer import Tokenizer
-from mmrl.model.towers import Modality
+from mmrl.model.towers import SIDES, Modality
 from mmrl.model.two_tower import ProjectedTower
 from mmrl.nesting import check_dims, truncate
 
@@ -30,15 +31,19 @@ class TorchEncoder(LoadedEncoder):
     def __init__(
         self,
         towers: dict[Modality, ProjectedTower],
-        tokenise: Tokenizer | None,
+        available: Sequence[str],
+        tokenise: Tokenizer,
         image_spec: ImageSpec,
         dim: int,
         nested_dims: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        """Args: available: the towers that the stored encoder has, of which `towers` are loaded."""
         self.dim = dim
         self.nested_dims = nested_dims
+        self.towers = tuple(towers)
+        self._available = available
         self._image_spec = image_spec
         self._towers = {modality: tower.eval().to(device) for modality, tower in towers.items()}
         self._tokenise = tokenise
@@ -60,16 +65,13 @@ class TorchEncoder(LoadedEncoder):
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         check_text_list(texts)
-        tokenise = self._tokenise
-        if tokenise is None:
-            raise tower_not_loaded("text")
         chunks = (list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size))
-        return self._encode("text", (tokenise(chunk) for chunk in chunks))
+        return self._encode("text", map(self._tokenise, chunks))
 
     @torch.inference_mode()
     def _encode(self, modality: Modality, inputs: Iterable[torch.Tensor]) -> np.ndarray:
         if modality not in self._towers:
-            raise tower_not_loaded(modality)
+            raise missing_tower(modality, self._available)
         embeddings = []
         for batch in inputs:
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -83,30 +85,35 @@ def open_torch(
     dim: int | None,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
-    modalities: Sequence[Modality],
+    towers: str,
 ) -> TorchEncoder:
-    """Opens an encoder with weights; see `mmrl.load` for the arguments. `modalities` are the towers to load.
+    """Opens an encoder with weights; see `mmrl.load` for the arguments.
 
     Raises:
         InputError: as `mmrl.load`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, OpenClipModel):
-        opened = bundle.open_model(source)
-        towers: dict[Modality, ProjectedTower] = {name: getattr(opened.model, name) for name in modalities}
+        opened, available = bundle.open_model(source), SIDES
+        loaded: dict[Modality, ProjectedTower] = {
+            side: getattr(opened.model, side) for side in SIDES if towers in ("both", side)
+        }
         tokenise, spec, full, nested = opened.tokenise, opened.image_spec, opened.dim, opened.nested_dims
     else:
         folder = source.folder
         manifest = bundle.read_manifest(folder)
-        towers = bundle.load_towers(folder, manifest, bundle.read_weights(folder, manifest), modalities)
+        available = manifest["towers"]
+        chosen: Any = choose_towers(folder, towers, available)
+        loaded = bundle.load_towers(folder, manifest, bundle.read_weights(folder, manifest), chosen)
         tokenise = bundle.load_tokenizer(folder, manifest)
         spec = ImageSpec.from_json(manifest["image"])
         full, nested = manifest["dim"], tuple(manifest["nested_dims"])
     encoder_dim = full if dim is None else dim
     check_dims([encoder_dim], full, "dim")
     return TorchEncoder(
-        towers,
-        tokenise if "text" in modalities else None,
+        loaded,
+        available,
+        tokenise,
         spec,
         encoder_dim,
         bundle.dims_up_to(nested, encoder_dim),

@@ -10,7 +10,7 @@ Loading needs torch, open_clip and safetensors: no training code, no network, no
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from mmrl.model.manifest import MANIFEST as MANIFEST
 from mmrl.model.manifest import origin as origin
 from mmrl.model.source import RANDOM, ModelSource, StoredModel, parse_model, parse_name
 from mmrl.model.tokenizer import Tokenizer
-from mmrl.model.towers import Modality, Towers, TowersConfig
+from mmrl.model.towers import SIDES, AbsentTower, Modality, Towers, TowersConfig
 from mmrl.model.trainable import prepare_training
 from mmrl.model.two_tower import LogitScaleConfig, MatryoshkaCLIP, ProjectedTower, added_projection
 from mmrl.nesting import check_dims, rotate_weight
@@ -101,6 +101,7 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
         "image": bundle.image_spec.to_json(),
         "tokenizer": tokenizer_info,
         "model_cfg": bundle.named_cfg,
+        "towers": list(bundle.model.sides),
         "weights_sha256": files[WEIGHTS],
         "source": source,
         "files": files,
@@ -128,13 +129,22 @@ def open_model(model: str | Path | ModelSource) -> Bundle:
 
 def initial_towers(config: TowersConfig) -> Towers:
     """The towers that a training starts from: built by open_clip, or those of an encoder that model.name or
-    model.pretrained names. What does not train is frozen.
+    model.pretrained names. What does not train is frozen, and towers that model.towers leaves out are absent.
 
     Raises:
-        InputError: as `towers.build` and `prepare_training`; the encoder is damaged, or its architecture is not
-            that of model.name.
+        InputError: as `towers.build` and `prepare_training`; the encoder is damaged, lacks a tower, or its
+            architecture is not that of model.name.
     """
-    return prepare_training(_source_towers(config), config)
+    built = _source_towers(config)
+    for side in config.sides:
+        if isinstance(getattr(built, side), AbsentTower):
+            raise InputError(
+                f"model.towers: {config.towers}, but {config.pretrained or config.name} has no {side} tower; set "
+                f"model.towers: {'text' if side == 'image' else 'image'}."
+            )
+    absent: dict[str, Any] = {side: AbsentTower(side) for side in SIDES if side not in config.sides}
+    random = tuple(one for one in built.random if not any(f"the {side} " in one for side in absent))
+    return prepare_training(replace(built, **absent, random=random), config)
 
 
 def _source_towers(config: TowersConfig) -> Towers:
@@ -186,7 +196,9 @@ def _stored_towers(folder: Path) -> Towers:
 def _check_same_architecture(name: str, named: str, built: Towers) -> None:
     with torch.device("meta"):
         expected = towers.build_empty(name)
-    for modality in ("image", "text"):
+    for modality in SIDES:
+        if isinstance(getattr(built, modality), AbsentTower):
+            continue
         shapes = {name: tensor.shape for name, tensor in expected[modality].state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in getattr(built, modality).state_dict().items()}:
             raise InputError(
@@ -203,14 +215,15 @@ def load(folder: Path) -> Bundle:
     """
     manifest = read_manifest(folder)
     state = read_weights(folder, manifest)
-    loaded = load_towers(folder, manifest, state, ["image", "text"])
-    model = MatryoshkaCLIP(loaded["image"], loaded["text"], state[SCALE].exp(), state.get(BIAS))
+    loaded = load_towers(folder, manifest, state, manifest["towers"])
+    image, text = (loaded.get(side) or ProjectedTower(AbsentTower(side)) for side in SIDES)
+    model = MatryoshkaCLIP(image, text, state[SCALE].exp(), state.get(BIAS))
     model.load_state_dict(state)  # restores the log scale exactly; exp and log above round
     return Bundle(
         model=model.eval(),
         tokenise=load_tokenizer(folder, manifest),
         image_spec=ImageSpec.from_json(manifest["image"]),
-        model_cfg=registry.with_local_text_config(manifest["model_cfg"], folder / TEXT_MODEL),
+        model_cfg=_local_cfg(folder, manifest),
         dim=manifest["dim"],
         nested_dims=tuple(manifest["nested_dims"]),
         named_cfg=manifest["model_cfg"],
@@ -239,7 +252,7 @@ def load_towers(
 def _load_towers(
     folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
 ) -> dict[Modality, ProjectedTower]:
-    model_cfg, dim = registry.with_local_text_config(manifest["model_cfg"], folder / TEXT_MODEL), manifest["dim"]
+    model_cfg, dim = _local_cfg(folder, manifest), manifest["dim"]
     loaded: dict[Modality, ProjectedTower] = {}
     for modality in modalities:
         with library_code_only(), offline():
@@ -251,6 +264,13 @@ def _load_towers(
         weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         loaded[modality].load_state_dict(weights)
     return loaded
+
+
+def _local_cfg(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The model config, with the folder of a Hugging Face text tower instead of its name on the hub."""
+    model_cfg = manifest["model_cfg"]
+    has_text = "text" in manifest["towers"]
+    return registry.with_local_text_config(model_cfg, folder / TEXT_MODEL) if has_text else model_cfg
 
 
 def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
@@ -282,7 +302,7 @@ def truncated_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
     """
     check_dims([dim], bundle.dim, "dim")
     state = bundle.state()
-    for name, axis in embedding_axes(bundle.model_cfg).items():
+    for name, axis in embedding_axes(bundle).items():
         state[name] = state[name].narrow(axis, 0, dim).contiguous()
     kept = max(1, len(dims_up_to(bundle.nested_dims, dim)))
     for name in (SCALE, BIAS):
@@ -300,7 +320,7 @@ def rotated_state(bundle: Bundle, rotation_DD: torch.Tensor) -> dict[str, torch.
         rotation_DD: orthogonal, float64 (D, D).
     """
     state = bundle.state()
-    for name, axis in embedding_axes(bundle.model_cfg).items():
+    for name, axis in embedding_axes(bundle).items():
         state[name] = rotate_weight(state[name], axis, rotation_DD)
     for name in (SCALE, BIAS):
         if name in state:
@@ -308,11 +328,11 @@ def rotated_state(bundle: Bundle, rotation_DD: torch.Tensor) -> dict[str, torch.
     return state
 
 
-def embedding_axes(model_cfg: dict[str, Any]) -> dict[str, int]:
-    """The weights of both towers' final projections: {name: the axis that indexes embedding dims}."""
+def embedding_axes(bundle: Bundle) -> dict[str, int]:
+    """The weights of the towers' final projections: {name: the axis that indexes embedding dims}."""
     axes: dict[str, int] = {}
-    for modality in ("image", "text"):
-        of_tower = towers.projection_axes(model_cfg, modality)
+    for modality in bundle.model.sides:
+        of_tower = towers.projection_axes(bundle.model_cfg, modality)
         if of_tower is None:
             axes[f"{modality}.projection.weight"] = 0
         else:

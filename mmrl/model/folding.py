@@ -24,7 +24,7 @@ def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
     Args:
         num_scales: number of logit scales of the encoder; default: as many as `training` has.
     """
-    own = {*bundle.embedding_axes(training.model_cfg), bundle.SCALE, bundle.BIAS}
+    own = {*bundle.embedding_axes(training), bundle.SCALE, bundle.BIAS}
     model = training.model
     shared = [*model.named_parameters(), *model.named_buffers()]
     encoder = copy.deepcopy(model, {id(tensor): tensor for name, tensor in shared if name not in own})
@@ -51,7 +51,7 @@ def fold(
         bias_K: the biases of the sigmoid loss, likewise.
     """
     weights, folded = training.model.state_dict(), encoder.model.state_dict()
-    for name, axis in bundle.embedding_axes(training.model_cfg).items():
+    for name, axis in bundle.embedding_axes(training).items():
         folded[name].copy_(rotate_weight(weights[name], axis, rotation_DD))
     for name, merged in lora.merged_weights(training.model):
         folded[name].copy_(merged)

@@ -116,26 +116,34 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -> MatryoshkaCLIP:
     built = towers.build_empty(config.name)
-    trainable.prepare(built, model_cfg, config)
-    side = registry.input_side(model_cfg)
-    spec = ImageSpec(height=side, width=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    trainable.prepare({side: built[side] for side in config.sides}, model_cfg, config)
+    size = registry.input_side(model_cfg)
+    spec = ImageSpec(height=size, width=size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    prepare = {"image": Normaliser(spec), "text": None}
+    image, text = (
+        two_tower.ProjectedTower(built[side], two_tower.added_projection(model_cfg, side), prepare[side])
+        if side in config.sides
+        else two_tower.ProjectedTower(towers.AbsentTower(side))
+        for side in towers.SIDES
+    )
     return two_tower.MatryoshkaCLIP(
-        two_tower.ProjectedTower(built["image"], two_tower.added_projection(model_cfg, "image"), Normaliser(spec)),
-        two_tower.ProjectedTower(built["text"], two_tower.added_projection(model_cfg, "text")),
+        image,
+        text,
         torch.ones(1),
         recomputes=on_gpu or config.grad_checkpointing,
     ).train()
 
 
-_Inputs = tuple[torch.Tensor, torch.Tensor]
+_Inputs = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _inputs(model_cfg: dict[str, Any], size: int, rows_per_pair: tuple[int, int]) -> _Inputs:
-    """The images and texts of `size` pairs."""
+    """The images and texts of `size` pairs; None where a pair has none."""
     side = registry.input_side(model_cfg)
     length = model_cfg["text_cfg"].get("context_length", 77)
     images, texts = (size * rows for rows in rows_per_pair)
-    return torch.zeros(images, 3, side, side, dtype=torch.uint8), torch.zeros(texts, length, dtype=torch.int64)
+    image_BCHW = torch.zeros(images, 3, side, side, dtype=torch.uint8) if images else None
+    return image_BCHW, torch.zeros(texts, length, dtype=torch.int64) if texts else None
 
 
 def _peak_bytes(model: nn.Module, inputs: _Inputs, in_16_bits: bool) -> int:
@@ -148,7 +156,7 @@ def _peak_bytes(model: nn.Module, inputs: _Inputs, in_16_bits: bool) -> int:
     with AllocationTracker(existing) as tracker:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_16_bits):
             image_BD, text_BD, scale, _ = model(*inputs)
-        (image_BD.sum() + text_BD.sum() + scale.sum()).backward()
+        (scale.sum() + sum(x.sum() for x in (image_BD, text_BD) if x is not None)).backward()
     return tracker.peak
 
 
@@ -157,7 +165,7 @@ def _flops(model: MatryoshkaCLIP, inputs: _Inputs) -> tuple[float, float]:
     with FlopCounterMode(display=False) as forward:  # it fails under no_grad at views of parameters
         image_BD, text_BD, _, _ = model(*inputs)
     with FlopCounterMode(display=False) as backward:
-        (image_BD.sum() + text_BD.sum()).backward()
+        torch.stack([x.sum() for x in (image_BD, text_BD) if x is not None]).sum().backward()
     return forward.get_total_flops() / _SIZES[0], backward.get_total_flops() / _SIZES[0]
 
 

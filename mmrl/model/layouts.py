@@ -6,6 +6,7 @@ Shapes: D the embedding's width, W a tower's width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from mmrl.errors import InputError
 
 State = dict[str, torch.Tensor]
 SCALE_FILE = "logit_scale.safetensors"
-_TEXT_MODULES = ("text_0_Transformer", "text_2_Dense")
 _SCALE, _BIAS = "log_logit_scale", "logit_bias"
 _QKV = ("q_proj", "k_proj", "v_proj")
 # Submodules of a residual block: open_clip's name -> transformers' name.
@@ -68,7 +68,7 @@ class Layout:
     import_state: Callable[[State], State]
     """To mmrl's names."""
     others: tuple[str, ...] = ()
-    """Further weights files, whose names get the name of their folder as a prefix."""
+    """Further weights files, whose tensors' names get the name of their folder as a prefix."""
 
 
 def _renamed(state: State, prefixes: dict[str, str]) -> State:
@@ -121,11 +121,7 @@ def _to_transformers(state: State) -> State:
 
 def _from_transformers(state: State) -> State:
     """From the names of CLIPModel."""
-    return {
-        **_import_image(state),
-        "text.tower.text_projection": state["text_projection.weight"].T.contiguous(),
-        **_import_tower(state, "text_model", "text.tower.", _TEXT),
-    }
+    return {**_import_image(state), **_import_text(state)}
 
 
 def _from_chinese_clip(state: State) -> State:
@@ -138,15 +134,32 @@ def _from_chinese_clip(state: State) -> State:
 
 
 def _from_modules(state: State) -> State:
-    """From the modules of a SentenceTransformer with a Hugging Face text tower."""
-    image = "image_0_Transformer."
-    vision = {f"vision_model.{name.removeprefix(image).removeprefix('vision_model.')}": state[name] for name in state}
-    names = {"image_1_Dense.linear.weight": "visual_projection.weight", "logit_scale": "logit_scale"}
-    return {
-        **_import_image(vision | {foreign: state[name] for name, foreign in names.items()}),
-        **_import_bert(state, "text_0_Transformer."),
-        "text.tower.proj.weight": state["text_2_Dense.linear.weight"],
-    }
+    """From the modules of a SentenceTransformer, whose names begin with their modality."""
+    converted: State = {_SCALE: state["logit_scale"].reshape(1)}
+    if "image_1_Dense.linear.weight" in state:
+        tower = _of_transformer(state, "image", "vision_model")
+        projection = {"visual_projection.weight": state["image_1_Dense.linear.weight"]}
+        converted |= _import_image({**tower, **projection, "logit_scale": state["logit_scale"]})
+    if "text_1_Dense.linear.weight" in state:
+        tower = _of_transformer(state, "text", "text_model")
+        converted |= _import_text({**tower, "text_projection.weight": state["text_1_Dense.linear.weight"]})
+    if "text_2_Dense.linear.weight" in state:  # after a module that pools: a Hugging Face text tower
+        converted |= _import_bert(state, "text_0_Transformer.")
+        converted["text.tower.proj.weight"] = state["text_2_Dense.linear.weight"]
+    return converted
+
+
+def _of_transformer(state: State, modality: str, model: str) -> State:
+    """The tensors of a modality's Transformer module; the names of `model` may lack its own."""
+    renamed = _renamed(state, {f"{modality}_0_Transformer.": ""})
+    return {f"{model}.{name.removeprefix(f'{model}.')}": tensor for name, tensor in renamed.items()}
+
+
+def _from_one_modality(modality: str, state: State) -> State:
+    """From the modules of a SentenceTransformer with one tower: the Transformer in the folder itself, then 1_Dense or
+    2_Dense, and the logit scale."""
+    named = {name: f"{modality}_{name if name[0].isdigit() else f'0_Transformer.{name}'}" for name in state}
+    return _from_modules({{**named, ".logit_scale": "logit_scale"}[name]: tensor for name, tensor in state.items()})
 
 
 def _import_image(state: State) -> State:
@@ -155,6 +168,14 @@ def _import_image(state: State) -> State:
         _SCALE: state["logit_scale"].reshape(1),
         "image.tower.proj": state["visual_projection.weight"].T.contiguous(),
         **_import_tower(state, "vision_model", "image.tower.", _IMAGE),
+    }
+
+
+def _import_text(state: State) -> State:
+    """CLIP's text tower with its projection."""
+    return {
+        "text.tower.text_projection": state["text_projection.weight"].T.contiguous(),
+        **_import_tower(state, "text_model", "text.tower.", _TEXT),
     }
 
 
@@ -233,7 +254,10 @@ _MODULES = Layout(
     SCALE_FILE,
     _unchanged,
     _from_modules,
-    tuple(f"{name}/model.safetensors" for name in ("image_0_Transformer", "image_1_Dense", *_TEXT_MODULES)),
+    tuple(
+        f"{name}/model.safetensors"
+        for name in ("image_0_Transformer", "image_1_Dense", "text_0_Transformer", "text_2_Dense")
+    ),
 )
 
 
@@ -243,9 +267,14 @@ def layout_of_manifest(manifest: dict[str, Any], folder: Path) -> Layout:
     Raises:
         InputError: the encoder consists of ONNX graphs.
     """
-    layout = LAYOUTS.get(manifest["layout"])
-    if manifest["layout"] == "sentence_transformers" and manifest["model_cfg"]["text_cfg"].get("hf_model_name"):
-        layout = _MODULES
+    layout, sides = LAYOUTS.get(manifest["layout"]), manifest["towers"]
+    if manifest["layout"] == "sentence_transformers":
+        pools = "text" in sides and bool(manifest["model_cfg"]["text_cfg"].get("hf_model_name"))
+        if len(sides) == 1:
+            others = (f"{2 if pools else 1}_Dense/model.safetensors", SCALE_FILE)
+            layout = Layout("model.safetensors", _unchanged, partial(_from_one_modality, sides[0]), others)
+        elif pools:
+            layout = _MODULES
     if layout is None:
         raise InputError(
             f"model: {folder} holds ONNX graphs, which have no weights; give the run, checkpoint or bundle that "

@@ -21,6 +21,8 @@ MANIFEST, CARD = "manifest.json", "README.md"
 INNER = TOKENIZER, TEXT_MODEL = "tokenizer", "text_model"
 """Folders of an encoder with the files of its tokenizer, and the config.json of its Hugging Face text tower."""
 Layout = Literal["bundle", "open_clip", "onnx", "openvino", "sentence_transformers", "transformers", "transformers.js"]
+_KEYS_OF = {"image": ("image",), "text": ("text", "tokenizer", "clean", "pad_id", "any_length")}
+"""What `graphs` must have for a tower."""
 GRAPH_LAYOUTS = ("onnx", "openvino", "transformers.js")
 """Layouts of graphs: they give embeddings but hold no weights that could be truncated or trained."""
 
@@ -54,19 +56,20 @@ class TokenizerSection(Settings):
 class GraphsSection(Settings):
     """The graphs of a folder, and how texts are prepared for the text graph."""
 
-    image: dict[str, _File]
+    image: dict[str, _File] | None = None
     """{variant: file} with the variants fp32, fp16 and int8. The weights are in FILE.data (layout `onnx`) or in a
-    .bin file of the same name (`openvino`)."""
-    text: dict[str, _File]
+    .bin file of the same name (`openvino`). None, as `text`, for a tower that the encoder does not have."""
+    text: dict[str, _File] | None = None
     default: str
     """The variant that is opened by default."""
-    tokenizer: _File
-    clean: Literal["lower", "whitespace", "canonicalize", "none"]
+    tokenizer: _File | None = None
+    """None without a text tower, as are `clean`, `pad_id` and `any_length`."""
+    clean: Literal["lower", "whitespace", "canonicalize", "none"] | None = None
     """open_clip's name of the text cleaning before tokenisation, or none."""
-    pad_id: int = Field(ge=0, le=1_000_000)
+    pad_id: int | None = Field(default=None, ge=0, le=1_000_000)
     zero_id: int | None = None
     """A token id that is replaced by 0 (open_clip's strip_sep_token)."""
-    any_length: bool
+    any_length: bool | None = None
     """Whether texts may be padded to the longest of their batch instead of the context length."""
 
 
@@ -83,6 +86,8 @@ class Manifest(Settings):
     image: ImageSection
     tokenizer: TokenizerSection
     model_cfg: dict[str, Any]
+    towers: list[Literal["image", "text"]] = Field(default=["image", "text"], min_length=1, max_length=2)
+    """The towers that the encoder has."""
     weights_sha256: _Hash
     """SHA-256 of the weights file; for ONNX graphs, of the weights that they were converted from."""
     source: dict[str, Any]
@@ -135,7 +140,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: graphs: required for the layouts {', '.join(GRAPH_LAYOUTS)}, not allowed for others; "
             "export the encoder again."
         )
-    return {"layout": checked.layout, "files": {}, **manifest}
+    needed = [key for side in checked.towers for key in _KEYS_OF[side]]
+    if missing := [key for key in needed if checked.graphs and getattr(checked.graphs, key) is None]:
+        raise InputError(f"{path}: graphs.{missing[0]}: Field required; export the encoder again.")
+    return {"layout": checked.layout, "files": {}, "towers": checked.towers, **manifest}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

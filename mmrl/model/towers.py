@@ -24,6 +24,7 @@ from mmrl.model.tokenizer import Tokenizer
 from mmrl.settings import Settings, machine_field
 
 Modality = Literal["image", "text"]
+SIDES: tuple[Modality, ...] = ("image", "text")
 
 
 class LastBlocksConfig(Settings):
@@ -48,6 +49,9 @@ class TowersConfig(Settings):
     """An open_clip model config: its name (ViT-B-32, …, or mmrl-starter, which mmrl ships), a JSON file of that form,
     or `hf-hub:ORG/NAME` or `local-dir:PATH` as in open_clip. Or an encoder with its weights: a run, a checkpoint, an
     exported folder, or a CLIPModel, SiglipModel or ChineseCLIPModel of transformers, a folder or `hf-hub:ORG/NAME`."""
+    towers: Literal["both", "image", "text"] = "both"
+    """`text` or `image`: train that tower alone, on two texts (a question and its passage) or two images of an item, by
+    loss.text_text or loss.image_image. The encoder then has this tower only."""
     pretrained: str | None = None
     """Initial weights: an open_clip tag (laion2b_s34b_b79k, downloaded once), a weights file (.safetensors, .pt, the
     epoch_N.pt of open_clip's trainer), or an encoder of the same architecture, such as a run."""
@@ -67,7 +71,7 @@ class TowersConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TowersConfig":
-        for side in ("image", "text"):
+        for side in SIDES:
             set_keys = {
                 f"lock_{side}": getattr(self, f"lock_{side}"),
                 f"train_last_blocks.{side}": getattr(self.train_last_blocks, side) is not None,
@@ -75,16 +79,47 @@ class TowersConfig(Settings):
             }
             if len(chosen := [key for key, is_set in set_keys.items() if is_set]) > 1:
                 raise ValueError(f"{' and '.join(chosen)}: each says what of the {side} tower trains; keep one of them")
+            if side not in self.sides:
+                self._check_absent(side)
         return self
+
+    def _check_absent(self, side: Modality) -> None:
+        """Raises ValueError if a key is about a tower that towers leaves out."""
+        set_keys = {
+            f"lock_{side}": getattr(self, f"lock_{side}"),
+            f"pretrained_{side}": getattr(self, f"pretrained_{side}"),
+            f"train_last_blocks.{side}": getattr(self.train_last_blocks, side) is not None,
+            "lora.towers": self.lora is not None and self.lora.towers == side,
+        }
+        for key, is_set in set_keys.items():
+            if is_set:
+                raise ValueError(f"{key}: there is no {side} tower, since towers is {self.towers}; remove the key")
+
+    @property
+    def sides(self) -> tuple[Modality, ...]:
+        """The towers that the model has."""
+        return SIDES if self.towers == "both" else (self.towers,)
 
     def adapts(self, side: Modality) -> bool:
         """Whether a tower has LoRA adapters."""
         return self.lora is not None and self.lora.towers in ("both", side)
 
 
+class AbsentTower(nn.Module):
+    """Stands for a tower that an encoder does not have. It has no weights."""
+
+    def __init__(self, side: Modality) -> None:
+        super().__init__()
+        self._side = side
+
+    def forward(self, _x: torch.Tensor) -> torch.Tensor:
+        """Raises InputError."""
+        raise InputError(f"model: this encoder has no {self._side} tower, so it cannot encode {self._side}s.")
+
+
 @dataclass(frozen=True)
 class Towers:
-    """Two towers with embeddings of equal width, and how their inputs are prepared."""
+    """Towers with embeddings of equal width, an AbsentTower where there is none, and how their inputs are prepared."""
 
     image: nn.Module
     text: nn.Module
@@ -164,7 +199,7 @@ def _build_hugging_face(config: TowersConfig, folder: Path) -> Towers:
     tokenise = tokenizer_of(config.name, model_cfg)
     state = hugging_face.read_state(folder)
     towers: dict[Modality, nn.Module] = {}
-    for modality in ("image", "text"):
+    for modality in SIDES:
         towers[modality] = _built_or_refused(config.name, model_cfg, modality)
         prefix = f"{modality}.tower."
         weights = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}

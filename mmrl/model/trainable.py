@@ -23,7 +23,7 @@ def prepare_training(built: Towers, config: TowersConfig) -> Towers:
     """
     spec = built.image_spec
     inputs = {"image": torch.zeros(1, 3, spec.height, spec.width), "text": built.tokenise(["a"])}
-    prepare({"image": built.image, "text": built.text}, built.model_cfg, config, inputs)
+    prepare({side: getattr(built, side) for side in config.sides}, built.model_cfg, config, inputs)
     return replace(built, grad_checkpointing=config.grad_checkpointing)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmrl.images.image_spec import Normaliser
-from mmrl.model.towers import Modality, Towers, TowersConfig, projection_axes
+from mmrl.model.towers import SIDES, AbsentTower, Modality, Towers, TowersConfig, projection_axes
 from mmrl.settings import Settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -56,6 +56,11 @@ class ProjectedTower(nn.Module):
         self.projection = projection
         self._prepare = prepare
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether the encoder has no such tower."""
+        return isinstance(self.tower, AbsentTower)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) or token ids (M, L) -> embeddings (B or M, D), not normalised."""
         if self._prepare is not None:
@@ -86,6 +91,11 @@ class MatryoshkaCLIP(nn.Module):
         # Never 0-d: DeepSpeed cannot broadcast a scalar parameter.
         self.log_logit_scale = nn.Parameter(logit_scale.reshape(-1).log())
         self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.reshape(-1))
+
+    @property
+    def sides(self) -> tuple[Modality, ...]:
+        """The towers that are not absent."""
+        return tuple(side for side in SIDES if not getattr(self, side).is_absent)
 
     def forward(self, image_BCHW: torch.Tensor | None, text_ML: torch.Tensor | None) -> Outputs:
         """Image (B, D) and text (M, D) embeddings, not normalised, None for an input of None; the logit scale, (1,) or
@@ -143,8 +153,8 @@ def from_towers(towers: Towers, scale: LogitScaleConfig, num_dims: int, with_bia
     bias_init = scale.bias_init if scale.bias_init is not None else towers.logit_bias
     count = num_dims if scale.per_dim else 1
     projections: dict[Modality, nn.Linear | None] = {
-        "image": added_projection(towers.model_cfg, "image"),
-        "text": added_projection(towers.model_cfg, "text"),
+        side: None if isinstance(getattr(towers, side), AbsentTower) else added_projection(towers.model_cfg, side)
+        for side in SIDES
     }
     for modality, weight_DD in towers.projections.items():
         projection = projections[modality]

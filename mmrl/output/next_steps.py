@@ -15,10 +15,16 @@ SHARDS = "SHARDS"
 """Stands for the user's own shards where a command knows none."""
 
 
-def after_pack(out: Path, held_out: bool) -> str:
-    """Check the shards, and train on them."""
+def after_pack(out: Path, held_out: bool, towers: str = "both") -> str:
+    """Check the shards, and train on them with these towers."""
     train = out / "train" if held_out else out
     val = ["--val", out / "val"] if held_out else []
+    if towers != "both":
+        of_tower = [f"model.towers={towers}", "loss.image_text=0", f"loss.{towers}_{towers}=1"]
+        return _steps(
+            (["check", train, "--towers", towers], "bad samples, duplicates, long texts"),
+            (["train", "--data", train, *val, *of_tower], "train a model"),
+        )
     return _steps(
         (["check", train], "bad images, duplicates, long captions"), (["train", "--data", train, *val], "train a model")
     )

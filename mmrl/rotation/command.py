@@ -26,6 +26,7 @@ from mmrl.evaluate import sets
 from mmrl.evaluate.directions import CROSS_MODAL
 from mmrl.evaluate.report.tables import all_tables
 from mmrl.evaluate.sets import Embedded
+from mmrl.inference.evaluated import require_both_towers
 from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import check_encoder_out
@@ -72,12 +73,13 @@ def rotate_model(
         force: replace an encoder in OUT that was rotated or exported.
 
     Raises:
-        InputError: no such model or shards, too few samples, dims that MODEL does not have, embeddings that are not
-            finite, OUT is not new or empty.
+        InputError: no such model or shards, MODEL lacks a tower, too few samples, dims that MODEL does not have,
+            embeddings that are not finite, OUT is not new or empty.
         RunStopped: the rotation does not help on `validate`, or similarities changed, or OUT cannot be written.
     """
     world = comm.start()
     console = Console(quiet=quiet or not world.is_rank_0)
+    require_both_towers(model, "mmrl rotate")
     source = parse_model(model)
     check_encoder_out(out, force, source.folder if isinstance(source, StoredModel) else None)
     reader = open_reader(shards)

@@ -119,6 +119,7 @@ class IndexInfo(BaseModel):
 
     name: str
     items: Literal["images", "texts"]
+    queries: list[str] = Field(description="What the encoder can encode: image, text or both")
     count: int
     dim: int = Field(description="The largest dim that can be searched")
     dims: list[int] = Field(description="The encoder's trained dims, and the largest dim; any other is allowed, too")
@@ -346,10 +347,11 @@ def _page_file(name: str, _: Request) -> FileResponse:
 def _index_info(searcher: Searcher) -> IndexInfo:
     index, max_dim = searcher.index, searcher.max_dim
     captions = dict.fromkeys(item.caption for item in index.items.take(index.sample(4 * _EXAMPLE_QUERIES)))
-    manifest = index.manifest
+    manifest, reads_texts = index.manifest, "text" in searcher.encoder.towers
     return IndexInfo(
         name=index.folder.absolute().name,
         items=index.kind,
+        queries=list(searcher.encoder.towers),
         count=len(index),
         dim=max_dim,
         dims=sorted({*searcher.nested_dims, max_dim}),
@@ -357,7 +359,7 @@ def _index_info(searcher: Searcher) -> IndexInfo:
         codes=manifest["codes"]["code"] if manifest["codes"] else None,
         recall=manifest["search"][f"recall@{K}"] if manifest["codes"] else None,
         groups=[GroupCount(name=name, count=count) for name, count in index.items.named_groups[:500]],
-        examples=[caption for caption in captions if 0 < len(caption) <= 40][:_EXAMPLE_QUERIES],
+        examples=[caption for caption in captions if 0 < len(caption) <= 40][:_EXAMPLE_QUERIES] if reads_texts else [],
         most_upload=MAX_UPLOAD_BYTES,
     )
 

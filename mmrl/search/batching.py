@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from mmrl.inference.base import LoadedEncoder
+from mmrl.inference.standalone import missing_tower
 from mmrl.search.metrics import Metrics
 
 Modality = Literal["text", "image"]
@@ -41,7 +42,13 @@ class Batcher:
         return len(self._waiting[modality])
 
     def submit(self, modality: Modality, inputs: Sequence[str | bytes]) -> list[Future[np.ndarray]]:
-        """A future of each input's embedding, (D,) at the encoder's dim; its exception is that of the encoder."""
+        """A future of each input's embedding, (D,) at the encoder's dim; its exception is that of the encoder.
+
+        Raises:
+            InputError: the encoder has no tower for this modality.
+        """
+        if modality not in self._encoder.towers:
+            raise missing_tower(modality, self._encoder.towers)
         futures = [Future[np.ndarray]() for _ in inputs]
         with self._lock:
             self._waiting[modality].extend(zip(self._arrivals, inputs, futures, strict=False))

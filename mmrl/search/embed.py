@@ -2,8 +2,9 @@
 
     OUT/
         embeddings.parquet    key, captions, group, group_name, embedding (unit vectors), embedding_DIM_PRECISION …,
-                              thumbnail (WebP); see `table.image_schema`; absent if the source has texts only
-        texts.parquet         with --texts, a row per caption: key, caption, group, group_name, the same vector columns
+                              thumbnail (WebP); see `table.image_schema`; absent if only texts are embedded
+        texts.parquet         with --texts, or of an encoder without an image tower, a row per caption: key, caption,
+                              group, group_name, the same vector columns
         img_emb/ …            with --npy: see `table.write_npy`
         bad_samples.jsonl     the skipped samples, one JSON object per line; only if there are any
         .parts/               the finished chunks of an unfinished run, from which the same command resumes
@@ -34,6 +35,7 @@ from mmrl.data.workers import WorkerPool, usable_cores
 from mmrl.errors import InputError, did_you_mean
 from mmrl.images.decode import to_pil
 from mmrl.inference.base import LoadedEncoder
+from mmrl.inference.evaluated import sides_of
 from mmrl.inference.load import load
 from mmrl.model.bundle import dims_up_to
 from mmrl.nesting import check_dims, truncate, untrained_note
@@ -66,6 +68,7 @@ def embed_images(
     texts: bool = False,
     npy: bool = False,
     group_key: str = "group",
+    second: bool = False,
     workers: int = 1,
     force: bool = False,
     quiet: bool = False,
@@ -76,22 +79,33 @@ def embed_images(
     Args:
         dims: embedding dims (default: the encoder's full dim).
         precisions: some of PRECISIONS; one column is written per dim and precision.
-        texts: also embed the captions, or the texts of a source without images, into OUT/texts.parquet.
+        texts: also embed the captions, or the texts of a source without images, into OUT/texts.parquet. An encoder
+            without an image tower always does so, and reads no images.
         group_key: the key of a sample's JSON that holds its group.
+        second: embed the second members of samples (fields.second_text, fields.second_image), such as the passages that
+            answer questions, in place of the first.
         workers: number of processes; each loads the encoder.
         force: replace embeddings with other settings in OUT.
 
     Raises:
-        InputError: no such model or images; a dim that the encoder lacks; an unknown precision; OUT holds other files
-            or embeddings with other settings; no image is usable.
+        InputError: no such model or images; a dim or tower that the encoder lacks; an unknown precision; OUT holds
+            other files or embeddings with other settings; no image or no text is usable.
     """
     arrow("mmrl embed")
     if batch_size < 1 or workers < 1:
         raise InputError(f"batch-size, workers: {batch_size} and {workers}; give at least 1 of each.")
     checked_precisions = _check_precisions(precisions)
-    samples = open_source(source, group_key)
-    if not samples.has_images and (npy or not texts):
-        raise InputError(f"source: {source} holds texts without images; add --texts, and leave out --npy.")
+    sides = sides_of(model)
+    texts = texts or sides == ("text",)
+    if texts and "text" not in sides:
+        raise InputError(f"texts: {model} has no text tower; leave out --texts.")
+    samples = open_source(source, group_key, sides, second)
+    if not samples.has_images and "text" not in sides:
+        raise InputError(f"source: {source} holds texts without images, and {model} has no text tower; give images.")
+    if not samples.has_images and not texts:
+        raise InputError(f"source: {source} holds texts without images; add --texts.")
+    if not samples.has_images and npy:
+        raise InputError("npy: clip-retrieval's layout is one of images, and there are texts only; leave out --npy.")
     name, encoder_path, digest = identify_encoder(model)
     towers = "image" if not texts else "both" if samples.has_images else "text"
     encoder = load(encoder_path, towers=towers)
@@ -107,12 +121,13 @@ def embed_images(
         "nested_dims": list(dims_up_to(encoder.nested_dims, columns[0].dim)),
         "columns": [asdict(column) for column in columns],
         # Not the source itself: a URL can hold a password.
-        "source_sha256": hashlib.sha256(os.fsencode(f"{source}\n{group_key}")).hexdigest(),
+        "source_sha256": hashlib.sha256(os.fsencode(f"{source}\n{group_key}{second or ''}")).hexdigest(),
         "mmrl_version": __version__,
     }
     embedder = _ChunkEmbedder(
-        encoder_path, source, group_key, columns, metadata, texts, towers, batch_size, out / CHUNKS, workers
-    )
+        encoder_path, (source, group_key, sides, second), columns, metadata, texts, towers, batch_size, out / CHUNKS,
+        workers,
+    )  # fmt: skip
     embedder.samples, embedder.encoder = samples, encoder
     allowed = {EMBEDDINGS, TEXTS, BAD_SAMPLES, CHUNKS, "metadata"}
     suffixes = [column.name.removeprefix("embedding") for column in columns]
@@ -219,8 +234,8 @@ class _ChunkEmbedder:
     encoder."""
 
     encoder_path: str | Path
-    source: str
-    group_key: str
+    source: tuple[str, str, Sequence[str], bool]
+    """The arguments of open_source."""
     columns: list[Column]
     metadata: dict[str, Any]
     texts: bool
@@ -234,7 +249,7 @@ class _ChunkEmbedder:
 
     @cached_property
     def samples(self) -> Source:
-        return open_source(self.source, self.group_key)
+        return open_source(*self.source)
 
     @cached_property
     def encoder(self) -> LoadedEncoder:
@@ -337,12 +352,14 @@ def _merge_chunks(
     merged = {name: out / CHUNKS / name for name in (EMBEDDINGS, TEXTS)}
     columns, metadata, has_images = embedder.columns, embedder.metadata, embedder.samples.has_images
     count = table.concatenate(chunks, merged[EMBEDDINGS], table.image_schema(columns, metadata)) if has_images else 0
-    if has_images and not count:
-        shutil.rmtree(out / CHUNKS)
-        raise InputError(f"source: no image in {source} is usable; the first is {bad[0].key}: {bad[0].reason}.")
     if embedder.texts:
         text_chunks = [_text_chunk_path(path) for path in chunks]
-        table.concatenate(text_chunks, merged[TEXTS], table.text_schema(columns, metadata))
+        rows = table.concatenate(text_chunks, merged[TEXTS], table.text_schema(columns, metadata))
+        count = count if has_images else rows
+    if not count:
+        shutil.rmtree(out / CHUNKS)
+        what = "image" if has_images else "text"
+        raise InputError(f"source: no {what} in {source} is usable; the first is {bad[0].key}: {bad[0].reason}.")
     if npy:
         table.write_npy(out, merged[EMBEDDINGS], merged[TEXTS] if embedder.texts else None, columns)
     for name in merged:
@@ -351,7 +368,7 @@ def _merge_chunks(
         if path.exists():
             path.replace(out / path.name)
     shutil.rmtree(out / CHUNKS)
-    return count
+    return count if has_images else 0
 
 
 def _print_summary(console: Console, out: Path, result: dict[str, Any], bad: Sequence[Problem], new: int) -> None:

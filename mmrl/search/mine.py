@@ -26,9 +26,11 @@ from mmrl.data.captions import caption_id
 from mmrl.data.folder import is_image_folder
 from mmrl.data.groups import NO_GROUP, group_id, own_group
 from mmrl.data.negatives import FORMAT, MINED
+from mmrl.data.parsing import IMAGE
 from mmrl.data.samples import FieldsConfig
 from mmrl.data.sources import open_reader
 from mmrl.errors import InputError
+from mmrl.inference.evaluated import require_both_towers
 from mmrl.output.console import print_line
 from mmrl.output.files import atomic_path, check_report_folder, create_folder, parse_json, path_inside, write_atomic
 from mmrl.output.progress import progress_bar
@@ -88,14 +90,15 @@ def mine_negatives(
         force: replace negatives with other settings in OUT.
 
     Raises:
-        InputError: as `embed_images`; the source has no shards or no captions; OUT holds other files or negatives with
-            other settings.
+        InputError: as `embed_images`; the model lacks a tower; the source has no shards or no captions; OUT holds
+            other files or negatives with other settings.
     """
     arrow("mmrl mine")
     options, console = options or MineOptions(), Console(quiet=quiet)
     if is_image_folder(Path(source)):
         raise InputError(f"shards: {source} is a folder of images, which no training reads; pack it with mmrl pack.")
-    reader = open_reader(source, FieldsConfig(group=options.group_key), require_captions=False)
+    require_both_towers(model, "mmrl mine")
+    reader = open_reader(source, FieldsConfig(group=options.group_key), required=[IMAGE])
     name, _, digest = identify_encoder(model)
     settings = {**vars(options), "encoder": digest, "layout": reader.layout}
     files = {shard: f"{shard}.parquet" for shard in map(reader.shard_name, range(reader.num_shards))}

@@ -2,7 +2,8 @@
 from any position."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,11 +13,13 @@ from mmrl.data.folder import CAPTION_KEYS, ImageFolder, files_below, is_image_fo
 from mmrl.data.index import Problem, printable
 from mmrl.data.pack.pairs import MISSING
 from mmrl.data.pack.tables import KINDS, Row, Table
+from mmrl.data.parsing import BOTH, IMAGE, TEXT
 from mmrl.data.samples import NO_GROUP, BadSample, FieldsConfig, Sample, SampleReader, group_id
 from mmrl.data.sources import open_reader
 from mmrl.data.texts import caption_list, clean_captions, decode_text, group_name, strip_blank
 from mmrl.errors import InputError
 
+SECOND = FieldsConfig().second_text
 _KEY_COLUMNS = ("key", "id", "_id")
 
 
@@ -39,13 +42,15 @@ class Source(Protocol):
         ...
 
 
-class ImageSource:
-    """The images of shards or of a folder."""
+class SampleSource:
+    """The samples of shards, or of a folder of images."""
 
-    has_images = True
-
-    def __init__(self, reader: SampleReader | ImageFolder) -> None:
-        self._reader = reader
+    def __init__(self, reader: SampleReader | ImageFolder, has_images: bool, second: bool) -> None:
+        """Args:
+        has_images: False: only the texts are read.
+        second: the second members of samples are read, in place of the first ones.
+        """
+        self._reader, self.has_images, self._second = reader, has_images, second
         self.problems = reader.problems
         self.notes = reader.notes if isinstance(reader, SampleReader) else []
         self.fingerprint = reader.fingerprint
@@ -53,12 +58,29 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self._reader)
 
-    def read(self, start: int, end: int) -> Iterator[tuple[Sample, torch.Tensor] | Problem]:
+    def read(self, start: int, end: int) -> Iterator[tuple[Sample, torch.Tensor | None] | Problem]:
         for number in range(start, end):
             try:
-                yield self._reader.read_image(number)
+                yield self._read(number)
             except BadSample as error:
                 yield error.problem
+
+    def _read(self, number: int) -> tuple[Sample, torch.Tensor | None]:
+        reader = self._reader
+        if isinstance(reader, ImageFolder):
+            if self.has_images:
+                return reader.read_image(number)
+            file = reader.image_file(number)
+            group = NO_GROUP if file.group is None else group_id(file.group)
+            return Sample(file.key, b"", file.captions, group, file.group or ""), None
+        sample = reader.read(number, with_image=self.has_images)
+        if self._second:
+            texts = [sample.second_text] if sample.second_text else []
+            sample = replace(sample, image=sample.second_image, captions=texts)
+            if not (sample.image if self.has_images else texts):
+                kind = IMAGE if self.has_images else TEXT
+                raise BadSample(reader.problem(number, f"no second {kind} (fields.second_{kind})"))
+        return sample, reader.decode(number, sample.image) if self.has_images else None
 
 
 class TextSource:
@@ -70,8 +92,11 @@ class TextSource:
     has_images = False
     problems: list[Problem] = []  # noqa: RUF012 (never changed)
 
-    def __init__(self, path: Path, group_key: str) -> None:
+    def __init__(self, path: Path, group_key: str, second: bool = False) -> None:
         """Reads the texts.
+
+        Args:
+            second: those of the column SECOND instead.
 
         Raises:
             InputError: the file cannot be read, or has no texts.
@@ -80,11 +105,14 @@ class TextSource:
         self._samples: list[Sample | Problem] = []
         if path.suffix.lower() in KINDS:
             table = Table(path)
-            names = [name for name in CAPTION_KEYS if name in table.columns]
+            keys = (SECOND,) if second else CAPTION_KEYS
+            names = [name for name in keys if name in table.columns]
             if not names:
-                raise InputError(f"source: {path} has none of the columns {', '.join(CAPTION_KEYS)}; rename one.")
+                raise InputError(f"source: {path} has none of the columns {', '.join(keys)}; rename one.")
             self.notes.append(f"The texts of {path} are those of its columns {', '.join(names)}; images are not read.")
             self._samples += [self._of_row(path, row, names, group_key) for row in table.rows()]
+        elif second:
+            raise InputError(f"second: {path} has no second texts; give shards, or a table with a column {SECOND}.")
         else:
             files = [path] if path.is_file() else _text_files(path)
             for file in files:
@@ -125,29 +153,44 @@ class TextSource:
         return Sample(key, b"", texts, NO_GROUP if group is None else group_id(group), group or "")
 
 
-def open_source(source: str, group_key: str = "group") -> Source:
+def open_source(source: str, group_key: str = "group", sides: Collection[str] = BOTH, second: bool = False) -> Source:
     """Opens shards; a folder that holds images and no shards; or texts: a table, a .txt file, a folder of .txt files.
 
     Args:
         group_key: the key of the group in a sample's JSON, or its column in a table.
-
-    Images need no captions.
+        sides: the towers of the encoder. Without IMAGE, samples need a caption and no image; else an image and no
+            caption.
+        second: read the second members of samples (fields.second_image, fields.second_text), in place of the first;
+            their texts alone if no sample has a second image.
 
     Raises:
-        InputError: there are no images or texts, or no sample of the shards has a `group_key` other than the default.
+        InputError: there are no images or texts, or no sample of the shards has a `group_key` other than the default,
+            or a second member.
     """
-    path = Path(source)
+    path, has_images = Path(source), IMAGE in sides
     if path.is_file() and path.suffix.lower() in (*KINDS, ".txt"):
-        return TextSource(path, group_key)
+        return TextSource(path, group_key, second)
     if is_image_folder(path):
+        if second:
+            raise InputError(f"second: {path} is a folder without shards, which has no second members; give shards.")
         try:
-            return ImageSource(ImageFolder(path, group_key=group_key))
+            folder = ImageFolder(path, group_key=group_key, require_captions=not has_images)
+            return SampleSource(folder, has_images, second)
         except InputError:
             if not _text_files(path):
                 raise
             return TextSource(path, group_key)
     fields = FieldsConfig() if group_key == "group" else FieldsConfig(group=group_key)
-    return ImageSource(open_reader(source, fields, require_captions=False))
+    if not second:
+        return SampleSource(open_reader(source, fields, required=[IMAGE if has_images else TEXT]), has_images, second)
+    reader = open_reader(source, fields, required=())
+    found = [kind for kind in (IMAGE, TEXT) if kind in sides and reader.seconds[kind]]
+    if not found:
+        raise InputError(
+            f"second: none of {reader.seconds['']} samples of {source} that were looked at has a second "
+            f"{' or '.join(sides)} (KEY.second.jpg or the like; {SECOND!r} in the JSON)."
+        )
+    return SampleSource(reader, found[0] == IMAGE, second)
 
 
 def _text_files(folder: Path) -> list[Path]:

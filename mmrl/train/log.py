@@ -21,7 +21,7 @@ from mmrl.engine.engine import Engine
 from mmrl.engine.timing import peak_memory
 from mmrl.engine.tracking import Tracker
 from mmrl.evaluate import sets
-from mmrl.evaluate.directions import CROSS_MODAL
+from mmrl.evaluate.directions import main_directions, of_towers
 from mmrl.evaluate.report.tables import brief_tables, changes, one_line, score_notes
 from mmrl.evaluate.report.write import write_report
 from mmrl.hardware import peak_flops
@@ -179,7 +179,8 @@ class TrainingLog:
         for one in evaluations[::-1]:
             if f"step-{one['step']}" == step:
                 name, scores = next(iter(one["sets"].items()))
-                notes = (f"{name}: {note}." for note in score_notes(scores, CROSS_MODAL))
+                directions = main_directions(of_towers(self._config.model.sides))
+                notes = (f"{name}: {note}." for note in score_notes(scores, directions))
                 self.lines(*brief_tables(one["sets"]), *notes)
                 if evaluations[0]["step"] == 0:  # evaluation.at_start
                     self.lines(*changes(evaluations[0]["sets"], one["sets"]))

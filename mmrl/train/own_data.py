@@ -14,6 +14,7 @@ from rich.console import Console
 from mmrl.data.folder import is_image_folder
 from mmrl.data.pack.command import open_pairs, pack_shards
 from mmrl.data.pack.hub import pack_missing
+from mmrl.data.pack.pairs import Columns
 from mmrl.data.pack.tables import KINDS, parquet_files
 from mmrl.data.shards import HUB
 from mmrl.data.stores import is_remote
@@ -103,13 +104,11 @@ def _pair_of_folders(data: Path) -> tuple[str, str | None] | None:
 
 def _description(options: DataOptions, packs: list[str], max_side: int) -> dict[str, object]:
     """All that the packed shards depend on."""
-    columns = (options.image_column, options.caption_columns, options.group_column)
+    named = Columns(options.image_column, options.caption_columns, options.group_column)
     return {
         **{key: value for key, value in asdict(options).items() if key not in ("data", "val", "shards")},
         "max_side": max_side,
-        "sources": [
-            {"path": str(Path(one).resolve()), **open_pairs(Path(one), *columns).fingerprint()} for one in packs
-        ],
+        "sources": [{"path": str(Path(one).resolve()), **open_pairs(Path(one), named).fingerprint()} for one in packs],
     }
 
 
@@ -121,10 +120,10 @@ def _pack(options: DataOptions, folder: Path, max_side: int, console: Console) -
             "--holdout 10% first, then train with --data shards/train --val shards/val."
         )
     data, val = options.data, options.val
-    columns = (options.image_column, options.caption_columns, options.group_column)
+    named = Columns(options.image_column, options.caption_columns, options.group_column)
     jobs: list[tuple[str, Path, str | None]] = []
     if val is None:
-        holdout = options.holdout or _default_holdout(data, len(open_pairs(Path(data), *columns)))
+        holdout = options.holdout or _default_holdout(data, len(open_pairs(Path(data), named)))
         jobs.append((data, folder, holdout))
     else:
         jobs += [(one, folder / name, None) for one, name in ((data, "train"), (val, "val")) if needs_packing(one)]

@@ -69,7 +69,7 @@ class HostEstimate:
     """The data workers of a host at the stage `best`."""
 
     images_s: float
-    """Images per second that they must deliver."""
+    """Images per second that they must deliver; 0 without an image tower."""
     workers_per_gpu: int
     """data.workers, or as many as deliver these images."""
     workers_gb: float
@@ -178,15 +178,15 @@ def plan_resources(
     )
 
 
-def _host(config: Config, gpus: int, micro_batch: int, images_s: float) -> HostEstimate:
-    """The data workers of a host, for a run of `images_s` images per second."""
+def _host(config: Config, gpus: int, micro_batch: int, pairs_s: float) -> HostEstimate:
+    """The data workers of a host, for a run of `pairs_s` pairs per second."""
     processes = min(gpus, GPUS_PER_HOST)
-    images_s *= processes / gpus
+    images_s = pairs_s * config.rows_per_pair[0] * processes / gpus
     sample_bytes = bytes_per_sample(registry.read_model_cfg(config.model.name), config.rows_per_pair)
     memory = LoaderMemory(sample_bytes, config.train.batch_size // gpus, micro_batch, processes, pins=True)
     workers = config.data.workers
     if workers is None:
-        workers = math.ceil(images_s / processes / IMAGES_PER_CORE_S)
+        workers = max(1, math.ceil(images_s / processes / IMAGES_PER_CORE_S))  # one reads texts alone
     private, shared = memory.private(workers), memory.shared(workers, memory.units_ahead(workers))
     if config.evaluation.sets:
         decoding = decoding_memory(sample_bytes, processes)
@@ -227,9 +227,12 @@ def plan_lines(result: ResourcePlan) -> list[str]:
     if result.hours is not None:
         shown.append(f"Time of the run: about {result.hours:,.1f} hours, if data arrives in time (an estimate)")
     if (host := result.host) is not None:
+        if host.images_s:
+            shown.append(
+                f"Data: {host.images_s:,.0f} images/s per host; of JPEGs of 500 x 400 pixels, about "
+                f"{math.ceil(host.images_s / IMAGES_PER_CORE_S):,} CPU core(s) decode as many"
+            )
         shown += [
-            f"Data: {host.images_s:,.0f} images/s per host; of JPEGs of 500 x 400 pixels, about "
-            f"{math.ceil(host.images_s / IMAGES_PER_CORE_S):,} CPU core(s) decode as many",
             f"Host: with {host.workers_per_gpu} data worker(s) per GPU, about {host.workers_gb:,.1f} GB of memory for "
             f"them and those of evaluation, and {host.shared_gb:,.1f} GB of shared memory (/dev/shm)",
         ]
@@ -302,7 +305,7 @@ def _fit(config: Config, model: Footprint, machine: _Machine, stage: int, precis
 def _samples(config: Config) -> tuple[int | None, str | None]:
     """Samples per epoch if the shards can be read here, else the reason why not."""
     try:
-        return sum(share.per_epoch for share in open_training_set(config.data).shares), None
+        return sum(share.per_epoch for share in open_training_set(config.data, config.model.sides).shares), None
     except InputError as error:
         return None, f"Steps per epoch are unknown, because the shards cannot be read here: {error}"
 

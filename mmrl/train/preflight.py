@@ -79,7 +79,9 @@ def prepare(config: Config, world: World) -> PreparedRun:
     kernels_note = _kernels_note(config, world.device)
     if world.is_rank_0:
         sets = prepared.evaluation_sets.items()
-        prepared.reader.notes += filter(None, (overlap_note(name, prepared.reader, one.reader) for name, one in sets))
+        if "image" in config.model.sides:
+            shared = (overlap_note(name, prepared.reader, one.reader) for name, one in sets)
+            prepared.reader.notes += filter(None, shared)
         prepared.reader.notes += filter(None, [note, kernels_note])
     host_checks.same_folder(config, world)
     return replace(prepared, resume_from=resume_from)
@@ -127,9 +129,9 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
     evaluation_dims = config.evaluation.dims or list(nested.dims)
     check_dims(evaluation_dims, width, "evaluation.dims")
-    check_best(config.evaluation, evaluation_dims)
-    reader = open_training_set(config.data)
-    if config.loss.second_members and has_table(reader):
+    check_best(config.evaluation, evaluation_dims, config.model.sides)
+    reader = open_training_set(config.data, config.model.sides)
+    if config.loss.second_members and has_table(reader, config.loss.second_members):
         reader.all_groups()  # long where shards are remote; other ranks wait here, but not in the first step
     if workers and prefetch < (wanted := memory.units_ahead(workers)):
         reader.notes.append(
@@ -140,7 +142,7 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
     return PreparedRun(
         nested=nested,
         reader=reader,
-        evaluation_sets=open_configured(config.evaluation, config.data),
+        evaluation_sets=open_configured(config.evaluation, config.data, config.model.sides),
         evaluation_dims=evaluation_dims,
         accumulation=share // micro_batch,
         workers=workers,

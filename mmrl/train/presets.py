@@ -31,7 +31,7 @@ from mmrl.nesting import check_dims
 from mmrl.output.console import print_line
 from mmrl.output.files import write_atomic
 from mmrl.train import host_checks
-from mmrl.train.own_data import DataOptions, find_shards
+from mmrl.train.own_data import DataOptions, find_shards, needs_packing
 from mmrl.train.plan import plan_resources
 from mmrl.train.run_folder import check_run_folder
 
@@ -115,7 +115,8 @@ def _compose(recipe: "_Recipe", memory: float, console: Console) -> Config:
     recipe.set_data(console)
     if resumes:
         return recipe.config()
-    reader = open_training_set(recipe.config().data)
+    config = recipe.config()
+    reader = open_training_set(config.data, config.model.sides)
     recipe.scale(reader, memory)
     config = recipe.config()
     write_atomic(resumed, dump_config(config, recipe.notes))
@@ -192,7 +193,14 @@ class _Recipe:
     def set_data(self, console: Console) -> None:
         """Sets the shards; packs what is not shards."""
         config, options = self.config(), self._request.data
+        towers = config.model.towers
         if options is not None:
+            for data in filter(None, (options.data, options.val)):
+                if towers != "both" and needs_packing(data):
+                    raise InputError(
+                        f"data: {data} is packed for both towers, and model.towers is {towers}; run mmrl pack {data} "
+                        f"shards --towers {towers} first, with the columns of the pairs, and give --data shards."
+                    )
             side = registry.input_side(registry.read_model_cfg(config.model.name))
             train, val = find_shards(options, config.run, 2 * side, console)
             self.values["data"].pop("sources", None)
@@ -200,7 +208,8 @@ class _Recipe:
             sets = self.values.setdefault("evaluation", {})
             sets["sets"] = {"val": {"shards": val}} if val else {}
             if val and sets.get("best"):
-                sets["best"]["set"] = "val"
+                own = {} if towers == "both" else {"direction": f"{towers}_to_{towers}"}
+                sets["best"].update(set="val", **own)
             elif not val:
                 sets.pop("best", None)
                 sets.pop("patience", None)
@@ -232,7 +241,7 @@ class _Recipe:
         for key, duration in (("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)):
             self._set(f"{key}.every", f"{min(steps_of(duration), every)} steps")
         self._set("tracking.log_every", max(1, min(config.tracking.log_every, total // 20)))
-        if config.data.cache:
+        if config.data.cache and "image" in config.model.sides:
             decoded = pairs * _decoded_bytes(reader)
             self._set(
                 "data.cache",

@@ -110,6 +110,7 @@ class Trainer:
             prefetch=prepared.prefetch,
             lost_after_s=config.engine.lost_after_seconds,
             second=config.loss.second_members,
+            sides=config.model.sides,
         )
         self._feed = BatchFeed(self.stream, prepared.accumulation, self.engine)
         self.ema = None

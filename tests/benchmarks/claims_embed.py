@@ -3,6 +3,8 @@
 Shapes: N images and their names, M captions, D full dim.
 """
 
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from claims_runs import NESTED, PLAIN, Run
 from claims_scores import Embeddings
+from rich.console import Console
 
 from mmrl import nesting
 from mmrl.data.sources import open_reader
 from mmrl.evaluate import sets
 from mmrl.model import bundle
 from mmrl.rotation.command import rotate_model
+from mmrl.train.trainer import train
 
 LAST, ROTATED, PCA_BASIS = "", "rotate-", "pca-"
 """File prefixes of embeddings: of the last checkpoint as it is, after `mmrl rotate`, in the PCA basis."""
@@ -34,6 +38,15 @@ def measure(run: Run) -> None:
         _rotate(run)
     if run.arm == PLAIN:
         _fit_pca(run)
+
+
+def train_and_embed(run: Run) -> str:
+    """Trains a run and embeds its test sets, or resumes it; returns one line about it. For other scripts' runs."""
+    began = time.monotonic()
+    train(run.config, Console(quiet=True))
+    embed_tests(run, run.last, LAST)
+    run.done_file.write_text(json.dumps({"finished": True}))
+    return f"{run.arm}, seed {run.seed}: {time.monotonic() - began:.0f} s"
 
 
 def _rotate(run: Run) -> None:

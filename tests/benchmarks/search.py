@@ -241,7 +241,7 @@ def codes(index: Index, vectors: Vectors) -> None:
 class _NoEncoder:
     """Returns generated query N for the text "N", so that encoding is not timed."""
 
-    dim, nested_dims = DIM, (64, 128, 256, 512)
+    towers, dim, nested_dims = ("image", "text"), DIM, (64, 128, 256, 512)
 
     def __init__(self, queries_QD: np.ndarray) -> None:
         self._queries_QD = queries_QD

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -103,15 +102,15 @@ def plain_run(
             of_prefixes.step()
         scaler.update()
         values.append(sum(loss.item() for loss in by_dim.values()) / 3)
-    return values, folded_weights(model, built.model_cfg, rotation.matrix(), log_scale_k), scaler
+    return values, folded_weights(model, built, rotation.matrix(), log_scale_k), scaler
 
 
 def folded_weights(
-    model: MatryoshkaCLIP, model_cfg: dict[str, Any], rotation_DD: torch.Tensor, log_scale_k: torch.Tensor
+    model: MatryoshkaCLIP, built: towers.Towers, rotation_DD: torch.Tensor, log_scale_k: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The weights with the rotation in both projections, without attention's bias."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if "in_proj_bias" not in name}
-    for name, axis in bundle.embedding_axes(model_cfg).items():
+    for name, axis in bundle.embedding_axes(bundle.make_bundle(model, built, (1,))).items():
         weights[name] = rotate_weight(weights[name], axis, rotation_DD)
     weights["log_logit_scale"] = torch.cat([log_scale_k.detach(), weights["log_logit_scale"]])
     return weights

@@ -84,6 +84,23 @@ def test_a_direction_without_positives_is_left_out() -> None:
     assert set(sets.score(products, [8], directions=DIRECTIONS)["chance"]) == {*CROSS_MODAL, "image_to_image"}
 
 
+@pytest.mark.parametrize("side", ["text", "image"])
+@pytest.mark.parametrize("folds", [1, 2])
+def test_second_members_are_the_gallery(side: str, folds: int) -> None:
+    """The oracle: the same vectors as the images of text→image."""
+    pairs = embedded_of([7, 7, 9, 4], ["a", "b", "c", "d"], [0, 1, 2, 3])
+    expected = sets.score(pairs, [8, 3], directions=["text_to_image"], folds=folds)
+    seconds, none = (pairs.image_ND, torch.arange(4)), torch.zeros(4, 0)
+    own = {"image_ND": none} if side == "text" else {"image_ND": pairs.text_MD, "text_MD": none}
+    alone = replace(pairs, second={side: seconds}, **own)
+    found = sets.score(alone, [8, 3], directions=DIRECTIONS, folds=folds)
+    for name in ("chance", "num_queries"):
+        assert found[name] == {f"{side}_to_{side}": expected[name]["text_to_image"]}
+    for dim, scores in found["dims"].items():
+        assert scores == {f"{side}_to_{side}": expected["dims"][dim]["text_to_image"]}
+    assert "ceiling" not in found
+
+
 def test_a_verbatim_copy_of_a_caption_is_not_a_positive() -> None:
     repeated = embedded_of([7, 7, 9, 9], ["a", "b", "a", "x", "y"], [0, 0, 1, 2, 3])
     without = embedded_of([7, 7, 9, 9], ["a", "b", "x", "y"], [0, 0, 2, 3])

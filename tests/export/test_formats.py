@@ -383,6 +383,7 @@ def test_the_default_variant_keeps_its_recall() -> None:
     assert default_variant({"int8": int8 | {"recall": {"relative_loss": 0.011}}}, ["int8"]) == "fp32"
     assert default_variant({"int8": int8 | {"recall": {"relative_loss": 0.009}}}, ["int8"]) == "int8"
     assert default_variant({"fp16": {"cosine_error": tiny}}, ["fp16"]) == "fp16"
+    assert default_variant({"fp16": {"cosine_error": {"image": {"worst": 1e-6}}}}, ["fp16"]) == "fp16"
     assert default_variant({"fp16": {"cosine_error": {**tiny, "text": {"worst": 2e-4}}}}, ["fp16"]) == "fp32"
 
 

@@ -220,7 +220,7 @@ def test_a_decompression_bomb_is_refused(encoder: LoadedEncoder) -> None:
 class SlowEncoder:
     """Encodes a number as a unit vector in its direction; the first batch waits for `free`."""
 
-    dim, nested_dims = 50, (50,)
+    towers, dim, nested_dims = ("image", "text"), 50, (50,)
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -235,3 +235,16 @@ def test_a_dim_that_was_not_trained_is_marked(page: Any) -> None:
         move_slider(page, position)
         shown_dims.append(page.locator("#dim-shown").inner_text())
     assert shown_dims == ["4 of 16", "8 of 16 (not trained)", "16 of 16"]
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_an_encoder_with_one_tower_takes_one_kind_of_query(page: Any, tower: str) -> None:
+    def of_one_tower(route: Any) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, json={**response.json(), "queries": [tower]})
+
+    page.route("**/api/index", of_one_tower)
+    page.reload()
+    page.wait_for_selector(".card")
+    assert [page.is_visible(one) for one in ("#text", "#choose")] == [tower == "text", tower == "image"]
+    assert ("drop your own image" in page.inner_text(".hint")) == (tower == "image")

@@ -25,7 +25,7 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/js
 class ZeroEncoder:
     """An encoder of large vectors, which takes no time."""
 
-    dim, nested_dims = 1024, (1024,)
+    towers, dim, nested_dims = ("image", "text"), 1024, (1024,)
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         return np.zeros((len(texts), self.dim), np.float32)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tar
+from helpers.encoders import pair_members
 from helpers.worlds import run_in_world
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -283,6 +285,38 @@ def test_slower_gpus_take_longer(write_config: WriteConfig) -> None:
     in_bf16 = load_config(write_config(engine={"precision": "bf16"}))
     with pytest.raises(InputError, match="a t4 has no bf16 instructions; set it to fp16 or fp32"):
         plan.plan_resources(in_bf16, 2, "t4", measured=MODEL)
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_one_tower_is_planned(write_config: WriteConfig, tiny_model: Path, side: str, tmp_path: Path) -> None:
+    """Half of the model alone: a pair has two of its members, and only shards with such members are counted."""
+    shards = write_tar(tmp_path / "pairs.tar", [member for n in range(24) for member in pair_members(side, n)])
+    config = load_config(
+        write_config(
+            model={"name": str(tiny_model), "towers": side},
+            loss={"image_text": 0, f"{side}_{side}": 1},
+            data={"train": str(shards), "workers": None},
+            evaluation={},
+        )
+    )
+    planned = plan.plan_resources(config, 2)
+    built = bundle.initial_towers(config.model)
+    clip = two_tower.from_towers(built, config.model.logit_scale, 1).train()
+    assert planned.parameters == sum(p.numel() for p in clip.parameters())
+    assert (planned.steps_per_epoch, planned.notes) == (2, [])
+    inputs = {"image": torch.zeros(16, 3, 32, 32, dtype=torch.uint8), "text": torch.zeros(16, 12, dtype=torch.int64)}
+    with FlopCounterMode(display=False) as counter:
+        getattr(clip, f"encode_{side}")(inputs[side]).sum().backward()
+    of_loss = config.sweeps * 8.0 * 8**2 * 16
+    counted = footprint.model_flops(config.model, 8, config.sweeps, config.rows_per_pair) - of_loss
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    pair_bytes = {"text": 2 * 12 * 8, "image": 2 * 3 * 32 * 32}
+    assert bytes_per_sample(registry.read_model_cfg(str(tiny_model)), config.rows_per_pair) == pair_bytes[side] + 32
+    best, host = planned.stages[planned.best or 0], planned.host
+    assert host is not None
+    assert host.images_s == pytest.approx(0 if side == "text" else 2 * 12 / best.step_seconds)
+    assert host.workers_per_gpu >= 1
+    assert any("images/s" in line for line in plan.plan_lines(planned)) == (side == "image")
 
 
 def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: WriteConfig) -> None:

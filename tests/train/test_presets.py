@@ -14,6 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmrl.config import Config, load_config
+from mmrl.data.pack.command import pack_shards
 from mmrl.data.sources import open_reader as read_samples
 from mmrl.distributed.launchers import LaunchInfo
 from mmrl.errors import InputError
@@ -122,6 +123,23 @@ def test_shards_are_used_as_they_are(photos: Path, tmp_path: Path) -> None:
     assert given.evaluation.sets["val"].shards == str(tmp_path / "four/shards/val")
     with pytest.raises(InputError, match=r"names shards already, so nothing is packed"):
         composed(shards, tmp_path / "five", holdout="5%")
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_a_preset_takes_packed_pairs_for_one_tower(side: str, photos: Path, tmp_path: Path) -> None:
+    table, second = tmp_path / "pairs.csv", {"text": "passage {}", "image": "photos/{}.png"}[side]
+    rows = [f"photos/{n}.png,question {n},{second.format(n)}" for n in range(60)]
+    table.write_text("\n".join(["path,title,second", *rows]))
+    columns = {f"second_{side}_column": "second"}
+    pack_shards(table, tmp_path / "out", sides=[side], holdout="10", quiet=True, **columns)  # pyright: ignore
+    towers = (f"model.towers={side}", "loss.image_text=0", f"loss.{side}_{side}=1")
+    config = composed(tmp_path / "out", tmp_path / "run", *towers)
+    assert config.evaluation.best is not None
+    assert (config.evaluation.best.set, config.evaluation.best.direction) == ("val", f"{side}_to_{side}")
+    assert config.train.batch_size == 4
+    assert load_config(tmp_path / "run/config.yaml") == config
+    with pytest.raises(InputError, match=rf"is packed for both towers.*; run mmrl pack .*\.csv shards --towers {side}"):
+        composed(table, tmp_path / "other", *towers)
 
 
 def test_several_processes_do_not_pack(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

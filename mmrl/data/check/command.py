@@ -10,7 +10,7 @@ Shards are checked in parallel, each by one process. The code that training read
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from mmrl.data.counts import LIST, write_list
 from mmrl.data.index import summarise_problems
 from mmrl.data.index_file import SUFFIX
 from mmrl.data.opening import open_shards
+from mmrl.data.parsing import BOTH, IMAGE
 from mmrl.data.samples import SampleReader, Source
 from mmrl.data.shards import ShardSpec, expand
 from mmrl.data.sources import DataConfig, SourceConfig, named_sources
@@ -49,6 +50,8 @@ def check_shards(
     list_file: Path | None = None,
     sheet_file: Path | None = None,
     against: str | None = None,
+    sides: Collection[str] = BOTH,
+    second: frozenset[str] | None = None,
     quiet: bool = False,
 ) -> CheckResult:
     """Reads all samples of a set of shards, prints and returns the problems found.
@@ -57,15 +60,21 @@ def check_shards(
         data: shards, or the `data:` section of a run, with its fields, sources and limits.
         tokens: counts the captions' lengths in tokens.
         least_side: images with a shorter side below this number of pixels are counted.
+        sides: the towers of the run, which decide what a sample must have.
+        second: what second members of pairs have in the run; None if there is no config.
 
     Raises:
-        InputError: no such shards, a batch size that the ranks do not divide, a file that cannot be written.
+        InputError: no such shards, a batch size that the ranks do not divide, a file that cannot be written, a sheet
+            or comparison of images without images.
         RunStopped: a worker process was killed.
     """
     if not isinstance(data, DataConfig):
         data = DataConfig(train=str(data) if isinstance(data, str | Path) else [str(one) for one in data])
     config = data
     _check_run(batch_size, world_size, loader_workers)
+    for name, value in (("sheet", sheet_file), ("against", against)):
+        if value is not None and IMAGE not in sides:
+            raise InputError(f"{name}: it shows or compares images, and texts alone have none; remove --{name}.")
     sources = named_sources(config)
     locations = [expand(one.shards, config.allow_pipe, keep_missing=True) for one in sources]
     _check_writable(locations, index, list_file, sheet_file)
@@ -76,7 +85,8 @@ def check_shards(
     tasks = [(x, one.fields or config.fields) for one, some in zip(sources, locations, strict=True) for x in some]
     workers = max(1, min(usable_cores() if workers is None else workers, len(tasks)))
     findings = Findings([len(some) for some in locations], [one.repeat for one in sources], list_file)
-    work = partial(check_shard, options=CheckOptions(cache, decode, tokens, index, against is not None, len(tasks)))
+    options = CheckOptions(cache, decode, tokens, index, against is not None, len(tasks), sides, second)
+    work = partial(check_shard, options=options)
     with (
         WorkerPool(work, workers, preload=check_shard.__module__) as pool,
         report.check_progress(len(tasks) + len(other_tasks), quiet) as advance,
@@ -100,9 +110,11 @@ def check_shards(
         with report.comparison_progress(sum(facts.samples for facts in others), quiet) as advance:
             overlap = find_overlap(against, others, checked, cache, advance)
     stops = _data_errors(findings, config.max_bad_fraction)
-    reader, stream, start_errors = _open_as_training(config, sources, findings, cache, batch_size, world_size)
+    reader, stream, start_errors = _open_as_training(config, sources, findings, options, batch_size, world_size)
     loaders = config.workers or 0 if loader_workers is None else loader_workers
-    notes = [] if decode else ["Images were not decoded: unreadable ones are not among the bad samples."]
+    notes = []
+    if not decode and IMAGE in sides:
+        notes.append("Images were not decoded: unreadable ones are not among the bad samples.")
     if index and any(is_remote(location) for location, _ in tasks):
         notes.append("Indexes of remote shards are in the cache folder; only local shards have theirs next to them.")
     result = CheckResult(
@@ -190,7 +202,7 @@ def _open_as_training(
     config: DataConfig,
     sources: Sequence[SourceConfig],
     findings: Findings,
-    cache: ShardCache,
+    options: CheckOptions,
     batch_size: int | None,
     world_size: int,
 ) -> tuple[SampleReader | None, Stream | None, list[str]]:
@@ -199,7 +211,7 @@ def _open_as_training(
     reader = stream = None
     try:
         opened = [
-            Source(open_shards(some, cache), one.fields or config.fields, one.repeat, one.name or "")
+            Source(open_shards(some, options.cache), one.fields or config.fields, one.repeat, one.name or "")
             for one, some in zip(sources, usable, strict=True)
             if some
         ]
@@ -207,9 +219,10 @@ def _open_as_training(
         for shard in (shard for source in opened for shard in source.shards):
             shard.check_count(samples[shard.location])
         if opened:
-            reader = SampleReader(opened, cache)
+            reader = SampleReader(opened, options.cache, options.sides)
             if batch_size is not None:
-                stream = Stream(reader, batch_size // world_size, world_size=world_size)
+                rows, second = batch_size // world_size, options.second or frozenset()
+                stream = Stream(reader, rows, world_size=world_size, second=second, sides=options.sides)
     except InputError as error:
         return reader, None, [str(error)]
     return reader, stream, []

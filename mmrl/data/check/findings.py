@@ -15,6 +15,7 @@ import numpy as np
 from mmrl.data.check.shard import NOT_INDEXED, ImageSize, ShardFacts, Tally, TokenCounter
 from mmrl.data.index import Problem
 from mmrl.data.opening import open_shards, read_index
+from mmrl.data.parsing import IMAGE, TEXT
 from mmrl.data.samples import NO_GROUP
 from mmrl.data.stores import ShardCache
 from mmrl.data.stream import Stream
@@ -47,17 +48,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """Lengths of the captions in tokens."""
+    """Lengths of the captions and second texts in tokens."""
 
     lengths: Spread | None
     context_length: int
     """Tokens that the model reads."""
     cut: int
-    """Captions that are longer, and are truncated."""
+    """Texts that are longer, and are truncated."""
     max_characters: int | None
-    """Characters of a caption that are tokenised; None for all."""
+    """Characters of a text that are tokenised; None for all."""
     beyond: int
-    """Captions that are longer; their tokens are counted up to there."""
+    """Texts that are longer; their tokens are counted up to there."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ class SetFacts:
     """Groups whose samples are in several shards."""
     captions: int
     captions_of_sample: Spread | None
+    second_texts: int
+    """Samples with a second text of their own (fields.second_text)."""
+    second_images: int
     characters: Spread | None
-    """Per caption."""
+    """Per caption or second text."""
     tokens: TokenFacts | None
     decoded: int
     """Decoded images. The sizes below are in pixels."""
@@ -126,8 +130,10 @@ class SetFacts:
             grouped_samples=len(groups),
             groups=len(unique),
             split_groups=int((shards_of_group > 1).sum()),
-            captions=tally.characters.total(),
+            captions=sum(captions * samples for captions, samples in tally.captions_of_sample.items()),
             captions_of_sample=Spread.of(tally.captions_of_sample),
+            second_texts=tally.seconds[TEXT],
+            second_images=tally.seconds[IMAGE],
             characters=Spread.of(tally.characters),
             tokens=TokenFacts(Spread.of(tally.tokens), tokens.context_length, cut, tokens.max_characters, beyond)
             if tokens
@@ -151,7 +157,7 @@ class Duplicates:
     """Those that share no group with it: in one batch they are each other's negatives."""
     picture_examples: list[list[str]]
     captions_apart: int
-    """Samples with a caption of another sample that shares no group with them."""
+    """Samples with a caption or second text of another sample that shares no group with them."""
     caption_examples: list[list[str]]
 
 

@@ -80,20 +80,25 @@ def _set_lines(facts: SetFacts) -> list[str]:
             f"shorter side {_spread(facts.shorter_side, 'pixels')}, {facts.small_pictures:,} below {facts.least_side}",
             f"smallest {small.width}x{small.height} ({small.key}), largest {large.width}x{large.height} ({large.key})",
         ]
-    lines.append(f"  images    {'; '.join(images)}")
+    if facts.formats:
+        lines.append(f"  images    {'; '.join(images)}")
     if facts.captions_of_sample is not None and facts.characters is not None:
         lines.append(
             f"  captions  {facts.captions:,}: {_spread(facts.captions_of_sample, 'per sample')}; "
             f"{_spread(facts.characters, 'characters')}"
         )
+    seconds = {"text": facts.second_texts, "image": facts.second_images}
+    if any(seconds.values()):
+        shown = (f"{counted(count, 'sample')} with a second {kind}" for kind, count in seconds.items() if count)
+        lines.append(f"  pairs     {', '.join(shown)} of their own, of {facts.samples:,}")
     if facts.tokens is not None and facts.tokens.lengths is not None:
         lines.append(
-            f"  tokens    {_spread(facts.tokens.lengths, 'per caption')}; {facts.tokens.cut:,} captions are truncated "
-            f"to the model's context length of {facts.tokens.context_length}"
+            f"  tokens    {_spread(facts.tokens.lengths, 'per text')}; {facts.tokens.cut:,} texts are truncated to "
+            f"the model's context length of {facts.tokens.context_length}"
         )
         if facts.tokens.beyond:
             lines[-1] += (
-                f"; {counted(facts.tokens.beyond, 'caption')} of more than {facts.tokens.max_characters:,} characters, "
+                f"; {counted(facts.tokens.beyond, 'text')} of more than {facts.tokens.max_characters:,} characters, "
                 "of which the rest is not read"
             )
     lines.append(f"  groups    {facts.groups:,}; {counted(facts.grouped_samples, 'sample')} with a group")
@@ -115,7 +120,7 @@ def _duplicate_lines(found: Duplicates) -> list[str]:
         lines += [f"            {one} = {other}" for one, other in found.picture_examples]
     if found.captions_apart:
         lines.append(
-            f"duplicates  {counted(found.captions_apart, 'sample')} with a caption of another one and no common group; "
+            f"duplicates  {counted(found.captions_apart, 'sample')} with a text of another one and no common group; "
             "no negatives of each other with data.mask_equal_captions, but wrong answers in an evaluation"
         )
         lines += [f"            {one} = {other}" for one, other in found.caption_examples]

@@ -7,7 +7,7 @@ set, 24 bytes per sample (image and group), 16 per caption and, if asked for, 64
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,7 @@ from mmrl.data.fields import FieldsConfig, merged_names
 from mmrl.data.groups import NO_GROUP, GroupFile, group_id, parse_groups
 from mmrl.data.index import NotATar, Problem, ShardIndex, index_shard
 from mmrl.data.opening import store_index
-from mmrl.data.parsing import SAMPLE_ERRORS, parse, reason_of
+from mmrl.data.parsing import BOTH, IMAGE, SAMPLE_ERRORS, TEXT, ParsedSample, parse, reason_of
 from mmrl.data.stores import ShardCache
 from mmrl.images.decode import decode_pixels
 from mmrl.images.perceptual_hash import NO_HASH, perceptual_hash
@@ -58,6 +58,10 @@ class CheckOptions:
     """Compute the perceptual hashes of the images."""
     shards: int = 1
     """Shards that are checked: the more there are, the fewer rows of each are compared with their neighbours."""
+    sides: Collection[str] = BOTH
+    """What a sample must have, as for SampleReader."""
+    second: frozenset[str] | None = None
+    """What second members of pairs have in the run; None without a config: second images are decoded too."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,16 @@ class Tally:
     shorter_sides: Counter[int] = field(default_factory=Counter)
     smallest: ImageSize | None = None
     largest: ImageSize | None = None
+    seconds: Counter[str] = field(default_factory=Counter)
+    """Samples with a second IMAGE or TEXT of their own."""
     bad: Counter[str] = field(default_factory=Counter)
     """Samples that training skips, by the kind of their problem."""
 
     def add(self, other: "Tally") -> None:
         """Adds the counts of another shard."""
-        for name in ("extensions", "formats", "captions_of_sample", "characters", "tokens", "shorter_sides", "bad"):
-            getattr(self, name).update(getattr(other, name))
+        for name, counter in vars(self).items():
+            if isinstance(counter, Counter):
+                counter.update(getattr(other, name))
         for size in (other.smallest, other.largest):
             if size is not None:
                 self.add_size(size)
@@ -144,8 +151,9 @@ def check_shard(shard: tuple[str, FieldsConfig], options: CheckOptions) -> Shard
             facts.samples, facts.size = len(index), os.fstat(raw.fileno()).st_size
             for key, reason in index.problems:
                 facts.add_problem(key, reason)
-            for key, reason in merged_names(index, fields):
-                facts.add_problem(key, reason)
+            if IMAGE in options.sides:
+                for key, reason in merged_names(index, fields, TEXT in options.sides):
+                    facts.add_problem(key, reason)
             facts.tally.bad.update(problem.kind for problem in facts.problems if problem.kind in NOT_INDEXED)
             facts.tally.extensions.update(index.count_extensions())
             _ShardScan(facts, fields, options, raw, index).run()
@@ -207,19 +215,16 @@ class _ShardScan:
             return done[kind]
 
         try:
-            parsed = parse(self._fields, members, read)
+            parsed = parse(self._fields, members, read, self._options.sides)
             group = NO_GROUP if parsed.group is None else group_id(parsed.group)
-            self._count_captions(parsed.captions)
+            self._count_texts(parsed)
             if row in self._sampled:
-                self._facts.neighbours.append((parsed.captions[0][:CHARACTERS], group))
-            if self._options.decode:
-                pixels_CHW = decode_pixels(parsed.image)
-                height, width = pixels_CHW.shape[1:]
-                if self._options.looks:
-                    self._looks[row] = perceptual_hash(pixels_CHW)
-                self._tally.shorter_sides[min(height, width)] += 1
-                self._tally.add_size(ImageSize(width, height, self._facts.location, key))
-            self._captions += [(row, caption_id(caption)) for caption in parsed.captions]
+                self._facts.neighbours.append(("".join(parsed.captions[:1])[:CHARACTERS], group))
+            if self._options.decode and IMAGE in self._options.sides:
+                self._decode(row, key, parsed)
+            if TEXT in self._options.sides:
+                texts = [*parsed.captions, *filter(None, [parsed.second_text])]
+                self._captions += [(row, caption_id(text)) for text in texts]
         except SAMPLE_ERRORS as error:
             usable = False
             self._facts.add_problem(key, reason_of(error))
@@ -227,15 +232,32 @@ class _ShardScan:
         digest = self._scan_members(members, done, key)
         return digest if usable else _NO_IMAGE, group
 
+    def _decode(self, row: int, key: str, parsed: ParsedSample) -> None:
+        """Decodes the images that training decodes, and counts their sizes; raises one of SAMPLE_ERRORS."""
+        second, images = self._options.second, [parsed.image]
+        if parsed.second_image and (second is None or IMAGE in second):
+            images.append(parsed.second_image)
+        for number, image in enumerate(images):
+            pixels_CHW = decode_pixels(image)
+            height, width = pixels_CHW.shape[1:]
+            if self._options.looks and number == 0:
+                self._looks[row] = perceptual_hash(pixels_CHW)
+            self._tally.shorter_sides[min(height, width)] += 1
+            self._tally.add_size(ImageSize(width, height, self._facts.location, key))
+
     def _scan_members(self, members: dict[str, tuple[int, int]], done: dict[str, bytes], key: str) -> bytes:
-        """Reads the members that `parse` did not, to find disk errors; returns the hash of the image."""
-        image = next((kind for kind in self._fields.image_extensions if kind in members), None)
+        """Reads the members that `parse` did not, to find disk errors; returns the hash of the image, zeros if the run
+        reads none."""
+        image = second = None
+        if IMAGE in self._options.sides:
+            image = next((kind for kind in self._fields.image_extensions if kind in members), None)
+            second = self._fields.second_image_of(members)
         digest = _NO_IMAGE
         try:
             for kind, (offset, size) in members.items():
-                if kind == image:
+                if kind in (image, second):
                     data = done[kind] if kind in done else self._read(offset, size)
-                    digest = hashlib.blake2b(data, digest_size=16).digest()
+                    digest = hashlib.blake2b(data, digest_size=16).digest() if kind == image else digest
                     self._tally.formats[format_of(data) or "unknown"] += 1
                 elif kind not in done:
                     for start in range(offset, offset + size, _PIECE):
@@ -252,11 +274,13 @@ class _ShardScan:
             raise ValueError("truncated tar: the shard ends before this member does")
         return data
 
-    def _count_captions(self, captions: list[str]) -> None:
-        self._tally.captions_of_sample[len(captions)] += 1
-        self._tally.characters.update(map(len, captions))
+    def _count_texts(self, parsed: ParsedSample) -> None:
+        texts = [*parsed.captions, *filter(None, [parsed.second_text])]
+        self._tally.captions_of_sample[len(parsed.captions)] += 1
+        self._tally.seconds.update({IMAGE: bool(parsed.second_image), TEXT: bool(parsed.second_text)})
+        self._tally.characters.update(map(len, texts))
         if self._options.tokens is not None:
-            self._texts += captions
+            self._texts += texts
             if len(self._texts) >= _TEXT_BATCH:
                 self._count_tokens()
 

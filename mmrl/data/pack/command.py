@@ -1,8 +1,9 @@
 """`mmrl pack`: packs images and captions into WebDataset shards for training.
 
     OUT/
-        shard-000000.tar …        samples KEY.jpg|jpeg|png|webp + KEY.txt (+ KEY.json), in the order of the source, but
-                                  those of a group together, and in one shard if they fit
+        shard-000000.tar …        samples KEY.jpg|jpeg|png|webp + KEY.txt (+ KEY.json, + KEY.second.jpg …), or KEY.json
+                                  alone for two texts, in the order of the source, but those of a group together, and in
+                                  one shard if they fit
         shard-000000.tar.index …  the offsets of its samples, see data/index.py
         shard-000000.tar.KEY.groups …  their groups, see data/groups.py; only where samples have a JSON file
         bad_samples.jsonl         the pairs that were skipped, one JSON object per line; absent if there are none
@@ -22,7 +23,7 @@ images are re-encoded, also on Pillow's version.
     writer.py       samples → shards; resumes an interrupted pack
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -37,8 +38,9 @@ from mmrl.data.pack import prepare, writer
 from mmrl.data.pack.grouped import GroupedPairs
 from mmrl.data.pack.holdout import HeldOutPairs
 from mmrl.data.pack.hub import HubTable
-from mmrl.data.pack.pairs import FolderPairs, Pair, TablePairs
+from mmrl.data.pack.pairs import Columns, FolderPairs, Pair, TablePairs
 from mmrl.data.pack.tables import KINDS, Table, parquet_files
+from mmrl.data.parsing import BOTH, IMAGE, TEXT
 from mmrl.data.shards import HUB
 from mmrl.data.workers import WorkerPool
 from mmrl.errors import InputError, RunStopped
@@ -53,6 +55,9 @@ def pack_shards(
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
     group_column: str | None = None,
+    second_text_column: str | None = None,
+    second_image_column: str | None = None,
+    sides: Collection[str] = BOTH,
     samples_per_shard: int = 1000,
     max_side: int | None = None,
     dedup: bool = False,
@@ -69,6 +74,7 @@ def pack_shards(
         caption_columns: those of CAPTION_COLUMNS that the table has, in the order in which a sample gets them; for a
             folder CAPTION_KEYS, keys of NAME.json.
         group_column: for a folder the key `group` of NAME.json.
+        sides: what a pair must have: IMAGE, TEXT or both; a pair of one of them needs the second column that is named.
         workers: a script that uses more than 1 needs the guard `if __name__ == "__main__":`.
 
     Raises:
@@ -79,8 +85,13 @@ def pack_shards(
     for name, number in (("samples-per-shard", samples_per_shard), ("max-side", max_side), ("workers", workers)):
         if number is not None and number < 1:
             raise InputError(f"{name}: {number} is too small; give at least 1.")
+    of_side = {"image-column": image_column, "second-image-column": second_image_column, "max-side": max_side}
+    for option, value in of_side.items() if IMAGE not in sides else [("second-text-column", second_text_column)]:
+        if value is not None and len(sides) == 1:
+            raise InputError(f"{option}: no use with --towers {next(iter(sides))}; remove the option.")
     console = Console(quiet=quiet)
-    pairs = open_pairs(source, image_column, caption_columns, group_column)
+    named = Columns(image_column, caption_columns, group_column, second_text_column, second_image_column, sides)
+    pairs = open_pairs(source, named)
     grouped = GroupedPairs(pairs, samples_per_shard, console)
     pairs = grouped if grouped.is_needed else pairs
     if holdout is not None:
@@ -97,6 +108,9 @@ def pack_shards(
         "image-column": image_column,
         "caption-column": list(caption_columns),
         "group-column": group_column,
+        "second-text-column": second_text_column,
+        "second-image-column": second_image_column,
+        "towers": next(iter(sides)) if len(sides) == 1 else None,
         "samples-per-shard": samples_per_shard,
         "max-side": max_side,
         "dedup": dedup,
@@ -129,21 +143,22 @@ def pack_shards(
     }
 
 
-def open_pairs(
-    source: Path, image_column: str | None, caption_columns: Sequence[str], group_column: str | None
-) -> FolderPairs | TablePairs:
+def open_pairs(source: Path, named: Columns) -> FolderPairs | TablePairs:
     """The pairs of a source, listed but not read; the arguments and errors are those of `pack_shards`."""
     if str(source).startswith(HUB):
-        return TablePairs(HubTable(str(source)), image_column, caption_columns, group_column)
+        return TablePairs(HubTable(str(source)), named)
     if files := parquet_files(source):
-        return TablePairs(Table(source, files), image_column, caption_columns, group_column)
+        return TablePairs(Table(source, files), named)
     if source.is_dir():
-        if image_column is not None:
-            raise InputError(f"image-column: {source} is a folder; only a table has columns of paths.")
-        caption_keys, group_key = caption_columns or CAPTION_KEYS, group_column or "group"
-        return FolderPairs(ImageFolder(source, caption_keys=caption_keys, group_key=group_key, require_captions=True))
+        for option in ("image", "second_image", "second_text"):
+            if getattr(named, option) is not None:
+                raise InputError(f"{option.replace('_', '-')}-column: {source} is a folder; only a table has columns.")
+        if IMAGE not in named.sides:
+            raise InputError(f"source: {source} is a folder; texts without images are packed from a table.")
+        keys, group, needs_captions = named.captions or CAPTION_KEYS, named.group or "group", TEXT in named.sides
+        return FolderPairs(ImageFolder(source, caption_keys=keys, group_key=group, require_captions=needs_captions))
     if source.is_file():
-        return TablePairs(Table(source), image_column, caption_columns, group_column)
+        return TablePairs(Table(source), named)
     raise InputError(f"source: {source} does not exist; give a folder of images or a table ({', '.join(KINDS)}).")
 
 
@@ -190,8 +205,11 @@ def _print_summary(
     where = shards[0].parent.parent if held_out.shards else f"{shards[0]}{last}"
     lines = [f"{source}: {packer.progress.samples:,} samples, {size:,.1f} MB in {where}"]
     if columns:
-        used = [columns["image"], *columns["captions"], *filter(None, [columns["group"]])]
-        lines.append(f"Columns that were read: {', '.join(used)}")
+        seconds = [columns.get("second_text"), columns.get("second_image")]
+        used = [columns["image"], *columns["captions"], columns["group"], *seconds]
+        lines.append(f"Columns that were read: {', '.join(filter(None, used))}")
+        if any(seconds) and (without := packer.progress.samples - packer.progress.seconds):
+            lines.append(f"Samples without a second text or image: {without:,}")
     if held_out.shards:
         others = f"the other {packer.progress.samples - held_out.samples:,} are in {shards[-1].parent}"
         lines.append(f"Held out: {held_out.samples:,} samples in {shards[0].parent}; {others}")
@@ -203,8 +221,9 @@ def _print_summary(
     if packer.progress.bad:
         lines.append(f"Skipped: {packer.bad_summary()}")
     if packer.progress.repeated:
+        what = "texts" if columns and columns["image"] is None else "image"
         lines.append(
-            f"Samples with the same image as an earlier one and no group: {packer.progress.repeated:,}. They are each "
+            f"Samples with the same {what} as an earlier one and no group: {packer.progress.repeated:,}. They are each "
             "other's negatives; give them a common group with --group-column (the column of paths will do), or keep "
             "only the first with --dedup."
         )

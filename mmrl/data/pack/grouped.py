@@ -47,19 +47,24 @@ class GroupedPairs:
                 yield pair
 
     def _in_order(self) -> Iterator[Pair | Problem]:
-        missing, waiting = self._sizes.tolist(), dict[int, list[tuple[Pair, int, int]]]()
+        missing, waiting = self._sizes.tolist(), dict[int, list[tuple[Pair, dict[str, tuple[int, int]]]]]()
         with tempfile.SpooledTemporaryFile(_IN_MEMORY) as images:
+
+            def read(offset: int, size: int) -> bytes:
+                images.seek(offset)
+                return images.read(size)
+
             for pair, group in zip(self._pairs.after(0), self._group_N.tolist(), strict=True):
                 missing[group] -= 1
                 if missing[group] > 0 and isinstance(pair, Pair):
-                    offset = size = 0
-                    if isinstance(pair.image, bytes):
-                        offset, size = images.seek(0, 2), images.write(pair.image)
-                        pair = replace(pair, image=b"")
-                    waiting.setdefault(group, []).append((pair, offset, size))
+                    spans = dict[str, tuple[int, int]]()
+                    for name, image in zip(("image", "second_image"), pair.images, strict=True):
+                        if isinstance(image, bytes):
+                            spans[name] = images.seek(0, 2), images.write(image)
+                    pair = replace(pair, **dict.fromkeys(spans, b""))
+                    waiting.setdefault(group, []).append((pair, spans))
                     continue
                 if missing[group] == 0:  # of a bad pair too, which may be the last one
-                    for one, offset, size in waiting.pop(group, []):
-                        images.seek(offset)
-                        yield replace(one, image=images.read(size)) if size else one
+                    for one, spans in waiting.pop(group, []):
+                        yield replace(one, **{name: read(*span) for name, span in spans.items()})
                 yield pair

@@ -1,4 +1,4 @@
-"""Divides the pairs of a source into a training and a validation part that share no group, no caption and no image.
+"""Divides the pairs of a source into a training and a validation part that share no group, no text and no image.
 
 Pairs that have one of these in common are kept together, also through other pairs. Which of them are held out is a
 function of their captions, groups and images, and of the seed.
@@ -113,15 +113,16 @@ class HeldOutPairs:
 
 
 def _links(pair: Pair) -> list[int]:
-    """Hashes of what links a pair with others: its group, its captions and its image. None if it has no caption."""
+    """Hashes of what links a pair with others: its group, its texts and its images. None if it is unusable."""
     try:
-        captions = clean_captions(pair.captions)
+        names = [f"caption {caption_key(text)}" for text in clean_captions([*pair.captions, pair.second_text])]
     except UnicodeEncodeError:
         return []
-    image = hashlib.sha256(pair.image).hexdigest() if isinstance(pair.image, bytes) else str(pair.image)
-    names = [f"image {image}", *(f"caption {caption_key(caption)}" for caption in captions)]
+    for image in pair.images:
+        if image is not None:
+            names.append(f"image {hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image}")
     names += [] if pair.group is None else [f"group {pair.group}"]
-    return [_hash(name) for name in names] if captions else []
+    return [_hash(name) for name in names]
 
 
 def _hash(name: str) -> int:

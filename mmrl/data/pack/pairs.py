@@ -4,11 +4,11 @@ import ast
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mmrl.data.fetch import is_url
@@ -17,6 +17,7 @@ from mmrl.data.groups import NO_GROUP, group_id
 from mmrl.data.index import Problem
 from mmrl.data.pack.hub import HubTable
 from mmrl.data.pack.tables import Row, Table
+from mmrl.data.parsing import BOTH, IMAGE, TEXT
 from mmrl.data.samples import BadSample
 from mmrl.data.texts import caption_list, group_name, strip_blank
 from mmrl.errors import InputError, did_you_mean
@@ -30,13 +31,27 @@ MISSING = frozenset(
      "NaN", "None", "n/a", "nan", "null", "\\N")
 )  # fmt: skip
 """Texts that stand for a missing caption or group in tables: those that pandas reads as missing, and MySQL's."""
+T = TypeVar("T")
 _LISTED_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _TEXT_LIST = re.compile(rf"\[\s*(?:{_LISTED_TEXT.pattern})(?:[\s,]+(?:{_LISTED_TEXT.pattern}))*\s*\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
+class Columns:
+    """The columns of a table that the user names, or keys in NAME.json; None and () for the default ones."""
+
+    image: str | None = None
+    captions: Sequence[str] = ()
+    group: str | None = None
+    second_text: str | None = None
+    second_image: str | None = None
+    sides: Collection[str] = BOTH
+    """What a pair must have: an image, a caption, or both."""
+
+
+@dataclass(frozen=True)
 class Pair:
-    """An image, not opened yet, with its captions and its group."""
+    """An image, not opened yet, with its captions and its group; or two images, or two texts."""
 
     origin: str
     """The folder or the table."""
@@ -44,14 +59,25 @@ class Pair:
     """Its key in bad_samples.jsonl."""
     key: str
     """Its name in a shard, before -2, -3, … is appended to equal ones."""
-    image: Path | str | bytes
-    """A file, an http(s) URL as a string, or the image file's bytes."""
+    image: Path | str | bytes | None
+    """A file, an http(s) URL as a string, or the image file's bytes; None for two texts."""
     captions: list[str]
     group: str | None
+    second_text: str = ""
+    second_image: Path | str | bytes | None = None
+
+    @property
+    def images(self) -> tuple[Path | str | bytes | None, ...]:
+        """The image and the second image."""
+        return self.image, self.second_image
 
     def problem(self, reason: str) -> Problem:
         """The line of this pair in bad_samples.jsonl."""
         return Problem(self.origin, self.listed_as, reason)
+
+
+class Missing(Unusable):
+    """A row has no value where a pair may need one."""
 
 
 class FolderPairs:
@@ -94,32 +120,50 @@ class FolderPairs:
 class TablePairs:
     """The rows of a table, in its order."""
 
-    def __init__(self, table: Table | HubTable, image: str | None, captions: Sequence[str], group: str | None) -> None:
-        """`image`, `captions` and `group` are the columns that the user named.
+    def __init__(self, table: Table | HubTable, named: Columns) -> None:
+        """Finds the columns.
 
         Raises:
-            InputError: the table has no such column, or none of the default ones.
+            InputError: the table has no such column, or none of the default ones; a column is named twice.
         """
-        self._table = table
+        self._table, self._sides = table, named.sides
         # Nothing is downloaded unless the user named the column.
-        self._may_fetch = image is not None
-        self._image = self._choose("image-column", [image] if image else [], IMAGE_COLUMNS)[0]
-        self._captions = self._choose("caption-column", captions, CAPTION_COLUMNS)
-        self._group = None if group is None else self._choose("group-column", [group], ())[0]
+        self._may_fetch = named.image is not None
+        seconds = {"second_text": named.second_text, "second_image": named.second_image}
+        rest = set(table.columns) - set(seconds.values())
+        self._image = None
+        if IMAGE in named.sides:
+            self._image = self._choose("image-column", [named.image] if named.image else [], IMAGE_COLUMNS, rest)[0]
+        captions, needs_captions = named.captions, TEXT in named.sides
+        self._captions = self._choose("caption-column", captions, CAPTION_COLUMNS, rest, needs_captions)
+        self._group = None if named.group is None else self._choose("group-column", [named.group], ())[0]
+        for name, column in seconds.items():
+            option = f"{name.replace('_', '-')}-column"
+            if column is not None and self._choose(option, [column], ())[0] in (self._image, *self._captions):
+                raise InputError(f"{option}: {column} is the column of the image or of captions too; name another.")
+        self._second_text, self._second_image = named.second_text, named.second_image
         self.columns = {"image": self._image, "captions": self._captions, "group": self._group}
+        self.columns |= {name: column for name, column in seconds.items() if column is not None}
 
-    def _choose(self, option: str, named: Sequence[str], defaults: Sequence[str]) -> list[str]:
-        """The named columns, else the default ones that the table has."""
+    def _choose(
+        self,
+        option: str,
+        named: Sequence[str],
+        defaults: Sequence[str],
+        among: Collection[str] = (),
+        is_needed: bool = True,
+    ) -> list[str]:
+        """The named columns, else the default ones that the table has and that are `among` these."""
         path, columns = self._table.path, self._table.columns
         for name in named:
             if name not in columns:
                 raise InputError(f"{option}: {path} has no column {name!r}.{did_you_mean(name, columns)}")
-        in_lower_case = {name.lower(): name for name in reversed(columns)}
+        in_lower_case = {name.lower(): name for name in reversed(columns) if name in among}
         chosen = list(named) or [in_lower_case[name] for name in defaults if name in in_lower_case]
         for name in chosen:
             if columns.count(name) > 1:
                 raise InputError(f"{option}: {path} has {columns.count(name)} columns {name!r}; rename all but one.")
-        if not chosen:
+        if not chosen and is_needed:
             raise InputError(
                 f"{option}: {path} has none of the columns {', '.join(defaults)}; name one of {', '.join(columns)}."
             )
@@ -145,8 +189,8 @@ class TablePairs:
 
     def after(self, position: int) -> Iterator[Pair | Problem]:
         """All but the first `position` pairs."""
-        used = {self._image, *self._captions, *([self._group] if self._group else [])}
-        for row in self._table.rows(sorted(used)):
+        used = {self._image, *self._captions, self._group, self._second_text, self._second_image}
+        for row in self._table.rows(sorted(filter(None, used))):
             if row.number > position:
                 yield self._pair(row)
 
@@ -155,29 +199,52 @@ class TablePairs:
         if row.broken:
             return Problem(origin, listed_as, f"broken row: {row.broken}")
         try:
-            name, image = self._image_of(row)
-            captions = self._captions_of(row)
+            name, image = f"{row.file.stem}-{row.number}", None
+            if self._image is not None:
+                name, image = self._image_of(row, self._image)
+            captions = _read(TEXT in self._sides, self._texts_of, row, self._captions, "caption") or []
             group = self._group_of(row)
+            second_text, second_image = self._second_of(row)
         except UnicodeDecodeError:
             return Problem(origin, listed_as, "unreadable text: bytes that are not UTF-8")
         except Unusable as error:
             return Problem(origin, listed_as, str(error))
-        if any(_UNDECODED.search(text) for text in (*captions, group or "")):
+        if any(_UNDECODED.search(text) for text in (*captions, group or "", second_text)):
             return Problem(origin, listed_as, "unreadable text: not UTF-8; save the table as UTF-8")
         key = safe_key(name)
-        return Pair(origin, key, key, image, captions, group)
+        return Pair(origin, key, key, image, captions, group, second_text, second_image)
 
     def _group_of(self, row: Row) -> str | None:
         group = group_name(row.values.get(self._group)) if self._group else None
         return None if group in MISSING else group
 
-    def _image_of(self, row: Row) -> tuple[str, Path | str | bytes]:
-        """The image's name and the image, as in Pair.
+    def _second_of(self, row: Row) -> tuple[str, Path | str | bytes | None]:
+        """The second text and the second image; "" and None without one, if the run has both towers: a pair for one
+        tower is nothing without it.
+
+        Raises:
+            Unusable: it is missing, of no use, or there are several.
+        """
+        is_needed, texts, image = len(self._sides) == 1, None, None
+        if self._second_text is not None:
+            texts = _read(is_needed, self._texts_of, row, [self._second_text], "second text")
+        if self._second_image is not None:
+            image = _read(is_needed, self._image_of, row, self._second_image)
+        distinct = list(dict.fromkeys(filter(None, map(strip_blank, texts or []))))
+        if len(distinct) > 1:
+            raise Unusable(
+                f"several second texts: {self._second_text} holds {len(distinct)}; write a row for each, with a "
+                "common group"
+            )
+        return "".join(distinct), image and image[1]
+
+    def _image_of(self, row: Row, column: str) -> tuple[str, Path | str | bytes]:
+        """The name and the image of a column, as in Pair.
 
         Raises:
             Unusable: there is none.
         """
-        image, name, column = row.values.get(self._image), f"{row.file.stem}-{row.number}", self._image
+        image, name = row.values.get(column), f"{row.file.stem}-{row.number}"
         if isinstance(image, dict) and image.keys() & {"bytes", "path"}:  # as the library `datasets` stores images
             path = image.get("path")
             name = _name_of_path(Path(path)) if isinstance(path, str) and strip_blank(path) else name
@@ -188,8 +255,8 @@ class TablePairs:
             if not _is_text(image):  # no path
                 return name, image
             image = image.decode()
-        if image is None or image in ("", b""):
-            raise Unusable(f"missing image: {column} is empty")
+        if image is None or image in ("", b"") or image != image:  # NaN
+            raise Missing(f"missing image: {column} is empty")
         if not isinstance(image, str):
             raise Unusable(f"missing image: {column} holds a value of type {type(image).__name__}, not a path")
         if "://" not in image:
@@ -197,27 +264,29 @@ class TablePairs:
         image = strip_blank(image)
         if not is_url(image):
             raise Unusable(f"missing image: {image} is neither a path nor an http(s) URL")
-        if not self._may_fetch:
+        if not self._may_fetch and column == self._image:
             raise Unusable(f"missing image: {image} is a URL; name its column with --image-column to fetch it")
         return _name_of_url(image), image
 
-    def _captions_of(self, row: Row) -> list[str]:
-        """The captions; a list of texts that was written as text is read as the list.
+    @staticmethod
+    def _texts_of(row: Row, columns: Sequence[str], what: str) -> list[str]:
+        """The texts in columns, of which one is not empty; a list of texts that was written as text is read as the
+        list.
 
         Raises:
             Unusable: "no caption: …", with the reason if there is a value.
         """
-        values = [row.values.get(column) for column in self._captions]
+        values = [row.values.get(column) for column in columns]
         found = [text for value in values for text in caption_list(value)]
         captions = [text for one in found for text in _listed_texts(one) if strip_blank(text) not in MISSING]
         if captions and any(map(strip_blank, captions)):
             return captions
-        for column, value in zip(self._captions, values, strict=True):
+        for column, value in zip(columns, values, strict=True):
             if found and strip_blank(found[0]):
-                raise Unusable(f"no caption: {column} holds {found[0]!r}, which stands for a missing value")
+                raise Missing(f"no {what}: {column} holds {found[0]!r}, which stands for a missing value")
             if value is not None and value == value and not caption_list(value) and value != []:
-                raise Unusable(f"no caption: {column} holds a value of type {type(value).__name__}, not text")
-        raise Unusable(NO_CAPTION)
+                raise Unusable(f"no {what}: {column} holds a value of type {type(value).__name__}, not text")
+        raise Missing(NO_CAPTION.replace("caption", what))
 
     @staticmethod
     def _name_in(folder: Path, image: Path) -> str:
@@ -226,6 +295,16 @@ class TablePairs:
         if image.is_absolute():
             image = image.relative_to(folder) if image.is_relative_to(folder) else Path(image.name)
         return _name_of_path(image)
+
+
+def _read(is_needed: bool, read: Callable[..., T], *arguments: Any) -> T | None:
+    """What `read` returns; None if it is missing and not needed."""
+    try:
+        return read(*arguments)
+    except Missing:
+        if is_needed:
+            raise
+        return None
 
 
 # What `tables` makes of a byte that is not UTF-8.

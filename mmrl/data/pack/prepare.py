@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mmrl.data.fetch import FetchError, fetch
-from mmrl.data.folder import NO_CAPTION, Unusable, decode_image, read_image_file
+from mmrl.data.folder import Unusable, decode_image, read_image_file
 from mmrl.data.index import Problem
 from mmrl.data.pack.pairs import Pair
 from mmrl.data.samples import FieldsConfig
@@ -25,7 +25,7 @@ from mmrl.images.upright import format_of
 
 CHUNK = 32
 """Pairs that one worker prepares at a time: enough downloads at once, few enough images in memory."""
-_SHARD_EXTENSIONS = FieldsConfig().image
+_SHARD_EXTENSIONS, _SECOND = FieldsConfig().image, FieldsConfig().second_image
 _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _JPEG_QUALITY = 92
 
@@ -38,7 +38,7 @@ class Prepared:
     members: dict[str, bytes]
     """Extension -> content."""
     digest: bytes
-    """Hash of the image's bytes in the source."""
+    """Hash of the image's bytes in the source; of the texts if there is no image."""
 
 
 def prepare(pairs: Sequence[Pair | Problem], max_side: int | None) -> list[Prepared | Problem]:
@@ -49,21 +49,21 @@ def prepare(pairs: Sequence[Pair | Problem], max_side: int | None) -> list[Prepa
             others keep their bytes.
     """
     prepared = []
-    for pair, data in zip(pairs, _read_images(pairs), strict=True):
+    for pair, images in zip(pairs, _read_images(pairs), strict=True):
         if isinstance(pair, Problem):
             prepared.append(pair)
             continue
         try:
-            prepared.append(_prepare_one(pair, data, max_side))
+            prepared.append(_prepare_one(pair, images, max_side))
         except Unusable as error:
             prepared.append(pair.problem(str(error)))
     return prepared
 
 
-def _read_images(pairs: Sequence[Pair | Problem]) -> Iterator[bytes | Unusable]:
-    """The bytes of each pair's image, or why they cannot be read. If any are downloads, all are read in parallel."""
-    if not any(isinstance(pair, Pair) and isinstance(pair.image, str) for pair in pairs):
-        yield from map(_read_image, pairs)
+def _read_images(pairs: Sequence[Pair | Problem]) -> Iterator[list[bytes | Unusable]]:
+    """The bytes of each pair's images, or why they cannot be read. If any are downloads, all are read in parallel."""
+    if not any(isinstance(image, str) for pair in pairs if isinstance(pair, Pair) for image in pair.images):
+        yield from map(_read_pair, pairs)
         return
     threads = [_ReadThread(pair) for pair in pairs]
     for thread in threads:
@@ -76,53 +76,60 @@ def _read_images(pairs: Sequence[Pair | Problem]) -> Iterator[bytes | Unusable]:
 class _ReadThread(Thread):
     """A daemon, unlike the threads of concurrent.futures: a slow server cannot keep the process from exiting."""
 
-    content: bytes | Unusable
+    content: list[bytes | Unusable]
 
     def __init__(self, pair: Pair | Problem) -> None:
         super().__init__(daemon=True)
         self._pair = pair
 
     def run(self) -> None:
-        self.content = _read_image(self._pair)
+        self.content = _read_pair(self._pair)
 
 
-def _read_image(pair: Pair | Problem) -> bytes | Unusable:
-    if isinstance(pair, Problem):
-        return b""
+def _read_pair(pair: Pair | Problem) -> list[bytes | Unusable]:
+    return [] if isinstance(pair, Problem) else [_read_image(image) for image in pair.images if image is not None]
+
+
+def _read_image(image: Path | str | bytes) -> bytes | Unusable:
     try:
-        if isinstance(pair.image, bytes):
-            return pair.image
-        return fetch(pair.image) if isinstance(pair.image, str) else read_image_file(pair.image)
+        if isinstance(image, bytes):
+            return image
+        return fetch(image) if isinstance(image, str) else read_image_file(image)
     except FetchError as error:
-        return Unusable(f"missing image: {pair.image} cannot be fetched ({error})")
+        return Unusable(f"missing image: {image} cannot be fetched ({error})")
     except Unusable as error:
         return error
 
 
-def _prepare_one(pair: Pair, data: bytes | Unusable, max_side: int | None) -> Prepared:
+def _prepare_one(pair: Pair, images: Sequence[bytes | Unusable], max_side: int | None) -> Prepared:
     """The pair's sample.
 
     Raises:
-        Unusable: it has no caption, or its image is missing or unreadable.
+        Unusable: a text is not UTF-8, or an image is missing or unreadable.
     """
-    texts = _text_members(pair)
-    if isinstance(data, Unusable):
-        raise data
-    extension, image = _stored_image(pair.image, data, max_side)
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return Prepared(pair, {extension: image, **texts}, digest)
+    texts, stored = _text_members(pair), dict[str, bytes]()
+    contents = ["\0".join([*pair.captions, pair.second_text]).encode()] if pair.image is None else []
+    for start, source, data in zip(("", f"{_SECOND}."), pair.images, images, strict=False):
+        if isinstance(data, Unusable):
+            raise data
+        assert source is not None
+        extension, image = _stored_image(source, data, max_side)
+        stored[start + extension] = image
+        contents.append(data)
+    return Prepared(pair, {**stored, **texts}, hashlib.blake2b(contents[0], digest_size=16).digest())
 
 
 def _text_members(pair: Pair) -> dict[str, bytes]:
-    """The .txt member, and a .json one if there are several captions or a group."""
+    """The .txt member of an image, and a .json one if there are several captions, a second text or a group; of two
+    texts the .json member alone."""
     try:
         captions = clean_captions(pair.captions)
-        if not captions:
-            raise Unusable(NO_CAPTION)
-        metadata: dict[str, Any] = {"captions": captions} if len(captions) > 1 else {}
+        metadata: dict[str, Any] = {"captions": captions} if len(captions) > 1 or pair.image is None else {}
+        if pair.second_text:
+            metadata["second_text"] = pair.second_text
         if pair.group is not None:
             metadata["group"] = pair.group
-        members = {"txt": captions[0].encode()}
+        members = {} if pair.image is None or not captions else {"txt": captions[0].encode()}
         if metadata:
             members["json"] = json.dumps(metadata, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -61,6 +61,8 @@ class PackProgress:
     shards: int = 0
     repeated: int = 0
     """Samples without a group whose image an earlier sample has."""
+    seconds: int = 0
+    """Samples with a second text or image."""
     bad: Counter[str] = field(default_factory=Counter)
     first_bad: str = ""
     length_of_names: int = 0
@@ -255,7 +257,8 @@ class PackWriter:
             return
         first = self._key_of_image.get(sample.digest)
         if first is not None and self._dedup:
-            self._add_bad(sample.pair.problem(f"duplicate: the image has the same bytes as that of sample {first}"))
+            what = "texts are those" if sample.pair.image is None else "image has the same bytes as that"
+            self._add_bad(sample.pair.problem(f"duplicate: the {what} of sample {first}"))
             return
         if self._tar is None:
             self._tar = self._new_shard()
@@ -264,6 +267,7 @@ class PackWriter:
         self._names.write(f"{sample.digest.hex()} {key}\n".encode())
         self._remember(sample.digest, key)
         self.progress.samples += 1
+        self.progress.seconds += bool(sample.pair.second_text or sample.pair.second_image)
         self._samples_in_shard += 1
         self.progress.repeated += first is not None and sample.pair.group is None
         if self.progress.held_out.shards and first in self._held_out_keys:

@@ -38,7 +38,7 @@ class Budget:
 
     @property
     def reversed(self) -> "Budget":
-        """The same budget in the other direction."""
+        """The same budget in the other direction between images and texts."""
         return replace(self, direction=next(one for one in CROSS_MODAL if one != self.direction))
 
     @property
@@ -53,8 +53,11 @@ class Budget:
         return bootstrap.differences(full_Q1 <= self.k, rank_QS <= self.k, relative=self.relative)
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str, directions: Sequence[str] = CROSS_MODAL) -> Budget:
     """Parses `recall_drop=1%[,metric=R@5][,direction=image_to_text]`.
+
+    Args:
+        directions: the allowed ones; the last is the default.
 
     Raises:
         InputError: the text is not of this form.
@@ -76,9 +79,9 @@ def parse_budget(text: str) -> Budget:
     metric = re.fullmatch(r"R@([1-9]\d*)", given.get("metric", "R@10"))
     if not metric:
         raise InputError(f"budget: metric={given['metric']!r} is not a recall; write e.g. metric=R@10.")
-    direction = given.get("direction", "text_to_image")
-    if direction not in CROSS_MODAL:
-        raise InputError(f"budget: direction={direction!r} is unknown; allowed: {', '.join(CROSS_MODAL)}.")
+    direction = given.get("direction", directions[-1])
+    if direction not in directions:
+        raise InputError(f"budget: direction={direction!r} is not analysed; allowed: {', '.join(directions)}.")
     return Budget(float(amount[1]) / 100, amount[2] == "%", int(metric[1]), direction)
 
 
@@ -128,7 +131,7 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
 
     def to_json(option: Option, lost: Interval) -> dict[str, Any]:
         recall = bootstrap.intervals((option.rank_Q <= budget.k).double()[:, None])[0]
-        of_texts = budget.direction == "image_to_text"
+        of_texts = budget.direction.endswith("to_text")
         return option.as_json(recall, lost) | {
             "within_budget_surely": lost.high <= budget.drop + _ROUNDING,
             "memory": option.bytes * vectors,

@@ -94,7 +94,7 @@ def measure(task: Task, dims: Sequence[int], k: int = 10) -> list[Option]:
     options = []
     for dim in sorted(dims, reverse=True):
         options += [Option(dim, precision, _ranks_as_stored(task, dim, precision)) for precision in PRECISIONS]
-        for code in SHORTLIST_CODES if lengths and task.name == "text_to_image" else ():
+        for code in SHORTLIST_CODES if lengths and task.name != "image_to_text" else ():
             if code in skipped or dim % CODECS[code].dim_multiple or (code == "sq8" and dim == full):
                 continue
             for length, candidate_QC in shortlists(task, dim, code, lengths).items():

@@ -4,7 +4,7 @@
     intervals      confidence intervals of the scores, by resampling the items
     baselines      PCA, best dims, random dims and baseline models, on the same queries and gallery
     compression    every dim in every precision, in one stage and in two; bytes against recall; advice: the smallest
-                   option within the budget. In both directions.
+                   option within the budget. In both directions between images and texts.
     blocks         what each block of dims adds, and from which dim an item is found. In the budget's direction only.
 
 The cost is bounded: steps that rank again use a sample of the queries, such that queries × gallery stays below a limit.
@@ -26,7 +26,7 @@ from mmrl.evaluate.analysis.advice import Budget, advise
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
 from mmrl.evaluate.analysis.task import Task
 from mmrl.evaluate.directions import CROSS_MODAL, modalities
-from mmrl.evaluate.ranking.ranks import KS, PerQuery, rank_both
+from mmrl.evaluate.ranking.ranks import KS, PerQuery, rank_both, rank_queries
 from mmrl.evaluate.sets import Embedded
 
 STEPS = 5
@@ -61,7 +61,16 @@ class _Sample:
 
 
 def tasks_of(embedded: Embedded) -> dict[str, Task]:
-    """{direction: task} of the two cross-modal directions."""
+    """{direction: task} of the two cross-modal directions; of one tower the direction from first to second members, and
+    none if there are none."""
+    if len(embedded.sides) == 1:
+        (side,) = embedded.sides
+        if side not in embedded.second:
+            return {}
+        rows = {"image": (embedded.image_ND, embedded.image_group_N), "text": (embedded.text_MD, embedded.text_group_M)}
+        second_SD, row_S = embedded.second[side]
+        direction, (query_QD, group_Q) = f"{side}_to_{side}", rows[side]
+        return {direction: Task(direction, query_QD, second_SD, group_Q, embedded.image_group_N[row_S])}
     sides = {"image": (embedded.image_ND, embedded.image_group_N), "text": (embedded.text_MD, embedded.text_group_M)}
     tasks = {}
     for direction in CROSS_MODAL:
@@ -92,13 +101,21 @@ def analyse(
         if other.keys != embedded.keys or other.captions != embedded.captions:
             raise InputError(f"compare: {name} read other samples than the evaluated model; queries cannot be paired.")
     dims, ks = sorted(dims), sorted({*KS, budget.k})
-    both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
-    result = Analysis(tasks_of(embedded), dict(zip(CROSS_MODAL, both, strict=True)))
+    tasks, ranked = tasks_of(embedded), dict[str, dict[int, PerQuery]]()
+    if len(tasks) == 2:
+        both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
+        ranked |= zip(CROSS_MODAL, both, strict=True)
+    else:
+        ranked = {
+            name: rank_queries(one.query_QD, one.gallery_GD, one.query_group_Q, one.gallery_group_G, dims)
+            for name, one in tasks.items()
+        }
+    result = Analysis(tasks, ranked)
     for step in (
         lambda: {"intervals": _intervals(result, ks)},
         lambda: _baselines(result, dims, ks, budget, others or {}),
         lambda: _compression(result, dims, budget, vectors),
-        lambda: {"other_direction": _compression(result, dims, budget.reversed, vectors)},
+        lambda: {"other_direction": _compression(result, dims, budget.reversed, vectors)} if len(tasks) == 2 else {},
         lambda: _blocks(result, dims, budget),
     ):
         result.json |= step()

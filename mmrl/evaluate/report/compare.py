@@ -15,7 +15,7 @@ from rich.console import Console
 from mmrl.errors import InputError
 from mmrl.evaluate.analysis.advice import format_points
 from mmrl.evaluate.analysis.bootstrap import Bootstrap
-from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
+from mmrl.evaluate.directions import ARROWS, is_classification, main_directions
 from mmrl.evaluate.ranking.ranks import is_better_lower
 from mmrl.evaluate.report.page import format_score, labelled_svg, render, tone_of
 from mmrl.evaluate.report.plots import Curve, recall_by_dim
@@ -41,9 +41,10 @@ class EvaluatedRun:
         """{set: its entry in retrieval.json}"""
         return self.result["sets"]
 
-    def retrieves(self, set_name: str) -> bool:
-        """Whether a set was scored in both cross-modal directions."""
-        return set(CROSS_MODAL) <= set(next(iter(self.sets[set_name]["dims"].values())))
+    def directions(self, set_name: str) -> tuple[str, ...]:
+        """The main directions in which a set was scored; none of a classification set."""
+        result = self.sets[set_name]
+        return () if is_classification(result) else main_directions(result["chance"])
 
     @cached_property
     def ranks(self) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
@@ -73,11 +74,15 @@ def compare_runs(
     if out is not None:
         check_report_folder(out, "compare.json", ["index.html"], settings, force=force)
     first = opened[0]
-    common = [name for name in first.sets if all(name in run.sets and run.retrieves(name) for run in opened)]
+    common = [
+        name
+        for name in first.sets
+        if all(name in run.sets and run.directions(name) == first.directions(name) != () for run in opened)
+    ]
     if not common:
         have = "; ".join(f"{run.name}: {', '.join(run.sets)}" for run in opened)
         raise InputError(f"compare: the runs have no set in common ({have}); evaluate them on the same sets.")
-    known = next(iter(first.sets[common[0]]["dims"].values()))["text_to_image"]
+    known = next(iter(first.sets[common[0]]["dims"].values()))[first.directions(common[0])[0]]
     for metric in metrics:
         if metric not in known:
             raise InputError(f"metric: {metric!r} is not among the scores of {first.folder}: {', '.join(known)}.")
@@ -135,7 +140,7 @@ def _why_unpaired(runs: Sequence[EvaluatedRun], set_name: str) -> str:
     cannot be compared at all."""
     sizes = {run.name: (run.sets[set_name]["num_images"], run.sets[set_name]["num_texts"]) for run in runs}
     stored = [run.ranks[set_name] for run in runs if set_name in run.ranks]
-    queries = [[ranks[direction].query_Q for direction in CROSS_MODAL] for _, ranks in stored]
+    queries = [[ranks[direction].query_Q for direction in runs[0].directions(set_name)] for _, ranks in stored]
     same = len({digest for digest, _ in stored}) < 2 and all(
         torch.equal(a, b) for one in queries for a, b in zip(one, queries[0], strict=True)
     )
@@ -152,7 +157,7 @@ def _compare_set(runs: Sequence[EvaluatedRun], name: str, metrics: Sequence[str]
     """{direction: {dim: {metric: {run: cell}}}}, the widest dim first."""
     dims = sorted({int(dim) for run in runs for dim in run.sets[name]["dims"]}, reverse=True)
     found: dict[str, Any] = {}
-    for direction in CROSS_MODAL:
+    for direction in runs[0].directions(name):
         bootstrap = Bootstrap(runs[0].ranks[name][1][direction].item_Q) if paired else None
         found[direction] = {}
         for dim in dims:

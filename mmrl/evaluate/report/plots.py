@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL, is_classification
+from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, is_classification, main_directions
 
 # {name: (light theme, dark theme)}
 COLOURS = {
@@ -193,12 +193,13 @@ def _shown(result: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str]]:
     """What is plotted of a set: directions and metrics, the most telling metric last."""
     if is_classification(result):
         return (CLASSIFICATION,), ("top5", "top1")
-    return CROSS_MODAL, tuple(result["chance"][CROSS_MODAL[0]])
+    directions = main_directions(result["chance"])
+    return directions, tuple(result["chance"][directions[0]])
 
 
 def save_steps_png(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a PNG with one panel per set: a curve per dim of R@10 (the mean of both directions), or of the zero-shot
-    accuracy of a classification set, over the steps.
+    """Writes a PNG with one panel per set: a curve per dim of R@10 (the mean of the main directions), or of
+    the zero-shot accuracy of a classification set, over the steps.
 
     Args:
         evaluations: the objects of evaluations.jsonl.

@@ -16,8 +16,8 @@ from mmrl.errors import InputError
 from mmrl.evaluate import sets
 from mmrl.evaluate.analysis.advice import Budget, advice_lines, parse_budget, parse_count
 from mmrl.evaluate.analysis.baselines import NAMES
-from mmrl.evaluate.analysis.run import STEPS, Analysis, analyse
-from mmrl.evaluate.directions import is_classification
+from mmrl.evaluate.analysis.run import STEPS, Analysis, analyse, tasks_of
+from mmrl.evaluate.directions import is_classification, main_directions, of_towers
 from mmrl.evaluate.report.page import SetReport, render_page
 from mmrl.evaluate.report.stored_ranks import write_ranks
 from mmrl.evaluate.report.write import build_set_report, write_items
@@ -50,7 +50,8 @@ class Study:
             InputError: a budget or a count that does not parse, a baseline model that does not exist or is given twice.
         """
         self.model, self.encoder, self.dims = model, encoder, dims
-        self.budget = parse_budget(budget) if budget else Budget()
+        directions = main_directions(of_towers(encoder.model.sides))
+        self.budget = parse_budget(budget, directions) if budget else Budget(direction=directions[-1])
         self.vectors = parse_count(vectors or _VECTORS)
         self.others = {}
         for other in compare:
@@ -60,11 +61,19 @@ class Study:
             if name in self.others:
                 raise InputError(f"compare: {other} is given twice.")
             self.others[name] = open_encoder(other)
+            if self.others[name].model.sides != encoder.model.sides:
+                raise InputError(f"compare: {other} and {model} do not have the same towers.")
             self.others[name].model.to(comm.world().device)
         self.steps = STEPS + len(self.others)
         """The total that `analyse_set` passes to `on_step`."""
         self.reports: list[SetReport] = []
         self.analysed: dict[str, tuple[Embedded, Analysis]] = {}
+
+    def can_analyse(self, embedded: Embedded, result: Mapping[str, Any]) -> bool:
+        """Whether a set has the directions of the analysis: between images and texts or, of one tower, from the first
+        to the second members."""
+        tasks = tasks_of(embedded)
+        return bool(tasks) and set(tasks) <= set(result["chance"])
 
     def analyse_set(
         self,

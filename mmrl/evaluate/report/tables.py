@@ -5,7 +5,14 @@ from typing import Any
 
 from rich.table import Table
 
-from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, CROSS_MODAL, DIRECTIONS, SAME_MODAL, is_classification
+from mmrl.evaluate.directions import (
+    ARROWS,
+    CLASSIFICATION,
+    DIRECTIONS,
+    SAME_MODAL,
+    is_classification,
+    main_directions,
+)
 
 _FEW_QUERIES = 500
 
@@ -36,16 +43,16 @@ def brief_tables(results: Mapping[str, Mapping[str, Any]]) -> list[Table | str]:
 
 
 def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
-    """A Markdown section with one set's table, for report.md and model cards: recall of both cross-modal directions, or
+    """A Markdown section with one set's table, for report.md and model cards: recall in the main directions, or
     zero-shot accuracy."""
     header, *body = score_rows(result)
-    notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in score_notes(result, CROSS_MODAL))
+    notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in score_notes(result, _main_directions(result)))
     rows = markdown_table([header, ["---:"] * len(header), *body])
     return f"### {name}\n\n{_counts(result)}.\n\n{rows}\n{notes}"
 
 
 def one_line(result: Mapping[str, Any]) -> str:
-    """One set's R@10 of text→image, or zero-shot accuracy, at every dim, in %, and the number of bad samples."""
+    """One set's R@10 in its main direction, or its accuracy, at every dim, in %, and the number of bad samples."""
     direction, metric, label = _headline(result)
     values = "  ".join(f"{dim}d {100 * scores[direction][metric]:.1f}" for dim, scores in result["dims"].items())
     bad = f"  ({result['num_bad']:,} bad samples left out)" if result["num_bad"] else ""
@@ -68,7 +75,8 @@ def _headline(result: Mapping[str, Any]) -> tuple[str, str, str]:
     """The direction, the metric and the label of the score that stands for a set."""
     if is_classification(result):
         return CLASSIFICATION, "top1", "zero-shot accuracy"
-    return "text_to_image", "R@10", f"{ARROWS['text_to_image']} R@10"
+    direction = main_directions(result["chance"])[-1]
+    return direction, "R@10", f"{ARROWS[direction]} R@10"
 
 
 def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTIONS) -> list[str]:
@@ -89,7 +97,7 @@ def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTI
             notes.append(
                 f"{ARROWS[way]} has {count:,} queries only, and each of them is {100 / count:.1f} % of the scores"
             )
-    for way in CROSS_MODAL if set(CROSS_MODAL) <= set(result["chance"]) else ():
+    for way in _main_directions(result):
         recall_of = {dim: scores[way]["R@10"] for dim, scores in result["dims"].items()}
         full, best = max(recall_of, key=int), max(recall_of, key=lambda dim: recall_of[dim])
         if recall_of[best] > recall_of[full]:
@@ -139,11 +147,14 @@ def score_rows(
 
 
 def _main_directions(result: Mapping[str, Any]) -> Sequence[str]:
-    return [CLASSIFICATION] if is_classification(result) else CROSS_MODAL
+    return [CLASSIFICATION] if is_classification(result) else main_directions(result["chance"])
 
 
 def _counts(result: Mapping[str, Any]) -> str:
     items, scores = ("classes", "zero-shot accuracy") if is_classification(result) else ("texts", "recall")
+    if not is_classification(result) and (ways := main_directions(result["chance"])) and ways[0] in SAME_MODAL:
+        kind = ways[0].partition("_")[0]
+        return f"{result['num_queries'][ways[0]]:,} {kind}s as queries; {scores} in %"
     folds = f", mean of {result['folds']} folds" if "folds" in result else ""
     return f"{result['num_images']:,} images, {result[f'num_{items}']:,} {items}{folds}; {scores} in %"
 

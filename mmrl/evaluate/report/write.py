@@ -54,7 +54,7 @@ def write_items(path: Path, embedded: Embedded, analysis: Analysis, k: int) -> N
             first = next(iter(ranked.values()))
             from_Q = found_from(rank_of, k).tolist()
             for index, row in enumerate(first.query_Q.tolist()):
-                query = embedded.captions[row] if direction == "text_to_image" else embedded.keys[row]
+                query = embedded.captions[row] if direction.startswith("text") else embedded.keys[row]
                 ranks = {str(dim): int(rank_Q[index]) for dim, rank_Q in rank_of.items()}
                 line = {"direction": direction, "query": query, "found_from": from_Q[index] or None, "rank": ranks}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -63,8 +63,10 @@ def write_items(path: Path, embedded: Embedded, analysis: Analysis, k: int) -> N
 def build_set_report(
     name: str, result: Mapping[str, Any], analysis: Analysis, embedded: Embedded, reader: ImageReader
 ) -> SetReport:
-    """The page's data of one set. The examples' short dim is the advised one if it is at most a quarter of the full
-    dim, otherwise the one nearest to an eighth of it."""
+    """The page's data of one set, with examples of texts that find images. Their short dim is the advised one if it is
+    at most a quarter of the full dim, otherwise the one nearest to an eighth of it."""
+    if "text_to_image" not in analysis.tasks:
+        return SetReport(name, result)
     ranked, task = analysis.ranked["text_to_image"], analysis.tasks["text_to_image"]
     full, advised = max(ranked), analysis.json["advice"]["smallest"]["dim"]
     smaller = [dim for dim in ranked if dim < full]

@@ -10,6 +10,7 @@ from mmrl.errors import InputError, did_you_mean
 from mmrl.export.contract import Reopened
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import Layout
+from mmrl.model.towers import SIDES
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Format:
     """A folder layout that another tool loads."""
 
     name: str
+    one_tower: bool
+    """Whether it holds one tower alone."""
     check: Callable[[Bundle], None]
     """Raises InputError, before any work, if the format cannot hold this architecture or its preprocessing."""
     write: Callable[[Truncated, Path, Sequence[str]], dict[str, Any] | None]
@@ -53,3 +56,14 @@ def get_format(name: str) -> Format:
     if name not in names:
         raise InputError(f"format: {name!r} is unknown.{did_you_mean(name, names)}")
     return import_module(f"mmrl.export.formats.{name.replace('.', '_')}").FORMAT
+
+
+def check_towers(chosen: Format, towers: Sequence[str], model: str) -> None:
+    """Raises InputError if an encoder has one tower and the format needs both."""
+    if len(towers) == 1 and not chosen.one_tower:
+        absent = next(side for side in SIDES if side not in towers)
+        allowed = [name for name in get_args(Layout) if get_format(name).one_tower]
+        raise InputError(
+            f"format: {chosen.name} holds encoders with both towers only, and {model} has no {absent} tower; allowed: "
+            f"{', '.join(allowed)}."
+        )

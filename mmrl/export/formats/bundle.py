@@ -35,6 +35,7 @@ def _check(full: Bundle) -> None:
 
 FORMAT = Format(
     name="bundle",
+    one_tower=True,
     check=_check,
     write=_write,
     reopen=_reopen,

@@ -25,7 +25,7 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
     write_encoder(folder)
     files = {
         modality: {"fp32": f"{modality}.onnx", **{variant: f"{modality}.{variant}.onnx" for variant in variants}}
-        for modality in ("image", "text")
+        for modality in truncated.bundle.model.sides
     }
     return write_graphs(truncated, folder, files, raw=True, dim_input=True)
 
@@ -41,28 +41,32 @@ def write_encoder(folder: Path) -> None:
 def write_graphs(
     truncated: Truncated, folder: Path, files: dict[str, dict[str, str]], *, raw: bool, dim_input: bool = False
 ) -> dict[str, Any]:
-    """Writes both towers' graphs and the tokenizer; returns the manifest's `graphs`.
+    """Writes the towers' graphs and the tokenizer; returns the manifest's `graphs`.
 
     Args:
-        files: {modality: {variant: file}}.
+        files: {modality: {variant: file}} of the towers that there are.
         raw: for encoder.py: the image graph takes uint8 pixels and normalises them itself, tokenizer.json takes clean
             texts, and each graph's weights are in a separate file. Else for transformers.js.
         dim_input: the graphs have the prefix's length as an optional input.
     """
     model, bundle = truncated.bundle.model, truncated.bundle
-    image, text = (folder / files[modality]["fp32"] for modality in ("image", "text"))
-    onnx_graphs.write_image(model.image, bundle.image_spec, image, raw=raw)
-    any_length = onnx_graphs.write_text(model.text, bundle.tokenise.context_length, text, external=raw)
-    for source, of_variant in ((image, files["image"]), (text, files["text"])):
+    graphs: dict[str, Any] = {**files, "default": "fp32"}
+    if "image" in files:
+        onnx_graphs.write_image(model.image, bundle.image_spec, folder / files["image"]["fp32"], raw=raw)
+    if "text" in files:
+        path, length = folder / files["text"]["fp32"], bundle.tokenise.context_length
+        graphs["any_length"] = onnx_graphs.write_text(model.text, length, path, external=raw)
+        graphs |= tokenizer_json.write(bundle, truncated.folder, folder, cleans=not raw)
+    for modality, of_variant in files.items():
+        source = folder / of_variant["fp32"]
         for variant, name in of_variant.items():
             if variant == "fp16":
                 onnx_graphs.store_fp16(source, folder / name, external=raw)
             elif variant == "int8":
-                onnx_graphs.store_int8(source, folder / name, external=raw, embeddings=source == text)
+                onnx_graphs.store_int8(source, folder / name, external=raw, embeddings=modality == "text")
     for name in (name for of_variant in files.values() for name in of_variant.values() if dim_input):
         onnx_graphs.add_dim_input(folder / name, bundle.dim)
-    tokenizer = tokenizer_json.write(bundle, truncated.folder, folder, cleans=not raw)
-    return {**files, "default": "fp32", **tokenizer, "any_length": any_length}
+    return graphs
 
 
 def reopen(folder: Path, variant: str | None) -> Reopened:
@@ -70,13 +74,12 @@ def reopen(folder: Path, variant: str | None) -> Reopened:
     from mmrl.inference.standalone import Encoder
 
     encoder = Encoder(folder, variant=variant)
-    pad = encoder.graphs["pad_id"]
 
     def tokens(tokens_BL: torch.Tensor) -> Any:
         if encoder.graphs["any_length"]:
             # Drops the padding after the longest text but for one token, which may be the text's end: some tokenizers
             # pad with it. The padding id can also be a word inside a text ("!" is 0).
-            tokens_BL = tokens_BL[:, : int((tokens_BL != pad).nonzero()[:, 1].max()) + 2]
+            tokens_BL = tokens_BL[:, : int((tokens_BL != encoder.graphs["pad_id"]).nonzero()[:, 1].max()) + 2]
         return encoder.encode_tokens(tokens_BL.numpy())
 
     runtime = "openvino" if encoder.manifest["layout"] == "openvino" else "onnxruntime"
@@ -92,6 +95,7 @@ def reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name="onnx",
+    one_tower=True,
     check=_check,
     write=_write,
     reopen=reopen,

@@ -77,6 +77,7 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name="open_clip",
+    one_tower=False,
     check=_check,
     write=_write,
     reopen=_reopen,

@@ -14,10 +14,11 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
     import openvino
 
     onnx.write_encoder(folder)
-    names = {modality: {"fp32": f"{modality}.onnx"} for modality in ("image", "text")}
+    names = {modality: {"fp32": f"{modality}.onnx"} for modality in truncated.bundle.model.sides}
     with tempfile.TemporaryDirectory() as scratch:
         graphs = onnx.write_graphs(truncated, Path(scratch), names, raw=True)
-        (Path(scratch) / tokenizer_json.FILE).rename(folder / tokenizer_json.FILE)
+        if "tokenizer" in graphs:
+            (Path(scratch) / tokenizer_json.FILE).rename(folder / tokenizer_json.FILE)
         for modality in names:
             graph = openvino.convert_model(Path(scratch) / f"{modality}.onnx")
             graphs[modality] = {"fp32": f"{modality}.xml", **{name: f"{modality}.{name}.xml" for name in variants}}
@@ -28,6 +29,7 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[
 
 FORMAT = Format(
     name="openvino",
+    one_tower=True,
     check=lambda full: tokenizer_json.check(full, "openvino"),
     write=_write,
     reopen=onnx.reopen,

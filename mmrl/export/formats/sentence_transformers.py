@@ -1,5 +1,5 @@
 """`sentence_transformers`: the folder of `transformers` and the config file of SentenceTransformer; with a Hugging Face
-text tower, the modules of SentenceTransformer for each modality."""
+text tower, or one tower alone, the modules of SentenceTransformer for each modality."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from mmrl.errors import InputError
 from mmrl.export import tokenizer_json
@@ -32,10 +33,10 @@ def _has_hf_text(model_cfg: dict[str, Any]) -> bool:
 
 
 def _check(full: Bundle) -> None:
-    if not _has_hf_text(full.named_cfg):
-        transformers.check_architecture(full, _NAME)
+    pools = "text" in full.model.sides and _has_hf_text(full.named_cfg)
+    transformers.check_architecture(full, _NAME, [side for side in full.model.sides if side == "image" or not pools])
+    if not pools:
         return
-    transformers.check_architecture(full, _NAME, ["vision_cfg"])
     text = full.named_cfg["text_cfg"]
     for key, default, allowed in (
         ("hf_pooler_type", "mean_pooler", [*_POOLING]),
@@ -44,14 +45,14 @@ def _check(full: Bundle) -> None:
         if text.get(key, default) not in allowed:
             raise InputError(
                 f"format: {_NAME} supports Hugging Face text towers with {key} {' or '.join(allowed)} only, and this "
-                f"model has {text.get(key, default)}; allowed: bundle, open_clip, onnx, openvino."
+                f"model has {text.get(key, default)}; allowed: {tokenizer_json.allowed(full)}, onnx, openvino."
             )
     if (text.get("tokenizer_kwargs") or {}).get("strip_sep_token"):
         raise InputError(f"format: {_NAME} cannot hold this tokenizer (strip_sep_token is set); allowed: bundle, onnx.")
 
 
 def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
-    if _has_hf_text(truncated.manifest["model_cfg"]):
+    if len(truncated.bundle.model.sides) == 1 or _has_hf_text(truncated.manifest["model_cfg"]):
         _write_modules(truncated, folder)
     else:
         transformers.write(truncated, folder, variants)
@@ -66,46 +67,66 @@ def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> None:
 
 
 def _write_modules(truncated: Truncated, folder: Path) -> None:
-    """Writes a Router with the modules of each modality."""
+    """Writes the modules of the tower, or with both towers a Router with those of each modality."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Router
 
-    bundle = truncated.bundle
-    tower: Any = bundle.model.text.tower
-    state = layouts.LAYOUTS["transformers"].export_state(bundle.state())
-    pooling: Any = _POOLING[bundle.named_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler")]
-
-    def dense(weight_DW: torch.Tensor) -> Dense:
-        module = Dense(weight_DW.shape[1], weight_DW.shape[0], bias=False, activation_function=torch.nn.Identity())
-        module.linear.weight.data.copy_(weight_DW)
-        return module
-
+    state = layouts.LAYOUTS["transformers"].export_state(truncated.bundle.state())
+    make = {"image": _image_modules, "text": _text_modules}
     with tempfile.TemporaryDirectory() as scratch:
-        image, text = Path(scratch) / "image", Path(scratch) / "text"
-        tower.transformer.save_pretrained(text)
-        tokenizer_json.write(bundle, truncated.folder, text, cleans=True)
-        tokenizer_json.write_config(bundle, text)
-        image.mkdir()
-        vision = {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
-        save_file(vision, image / "model.safetensors", metadata={"format": "pt"})
-        config = transformers.vision_config(truncated)
-        (image / "config.json").write_text(json.dumps({**config, "architectures": ["CLIPVisionModel"]}))
-        transformers.write_preprocessing(bundle.image_spec, image)
-        pooled: Any = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
-        words = Transformer(str(text), max_seq_length=bundle.tokenise.context_length)
-        modules = {
-            "image": [
-                Transformer(str(image), modality_config=pooled, module_output_name="sentence_embedding"),
-                dense(state["visual_projection.weight"]),
-            ],
-            "text": [words, Pooling(tower.proj.weight.shape[1], pooling), dense(tower.proj.weight)],
-        }
-        model = SentenceTransformer(modules=[Router(modules), Normalize()], device="cpu")
-        model.save(str(folder), create_model_card=False)
+        modules = {}
+        for side in truncated.bundle.model.sides:
+            (Path(scratch) / side).mkdir()
+            modules[side] = make[side](truncated, state, Path(scratch) / side)
+        first = [Router(modules)] if len(modules) == 2 else next(iter(modules.values()))
+        SentenceTransformer(modules=[*first, Normalize()], device="cpu").save(str(folder), create_model_card=False)
     # For mmrl.load.
     save_file({"logit_scale": state["logit_scale"].reshape(1)}, folder / layouts.SCALE_FILE)
     for name in INNER:
-        shutil.copytree(truncated.folder / name, folder / name)
+        if (truncated.folder / name).is_dir():
+            shutil.copytree(truncated.folder / name, folder / name)
+
+
+def _image_modules(truncated: Truncated, state: layouts.State, folder: Path) -> list[nn.Module]:
+    config = {**transformers.vision_config(truncated), "architectures": ["CLIPVisionModel"]}
+    transformers.write_preprocessing(truncated.bundle.image_spec, folder)
+    return [_clip_module("image", config, state, folder), _dense(state["visual_projection.weight"])]
+
+
+def _text_modules(truncated: Truncated, state: layouts.State, folder: Path) -> list[nn.Module]:
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    bundle = truncated.bundle
+    tokenizer_json.write(bundle, truncated.folder, folder, cleans=True)
+    tokenizer_json.write_config(bundle, folder)
+    if not _has_hf_text(truncated.manifest["model_cfg"]):
+        config = {**transformers.text_config(truncated), "architectures": ["CLIPTextModel"]}
+        return [_clip_module("text", config, state, folder), _dense(state["text_projection.weight"])]
+    tower: Any = bundle.model.text.tower
+    pooling: Any = _POOLING[bundle.named_cfg["text_cfg"].get("hf_pooler_type", "mean_pooler")]
+    tower.transformer.save_pretrained(folder)
+    words = Transformer(str(folder), max_seq_length=bundle.tokenise.context_length)
+    return [words, Pooling(tower.proj.weight.shape[1], pooling), _dense(tower.proj.weight)]
+
+
+def _clip_module(side: str, config: dict[str, Any], state: layouts.State, folder: Path) -> nn.Module:
+    """CLIP's image or text tower, without its projection."""
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    prefix = {"image": "vision_model.", "text": "text_model."}[side]
+    weights = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    pooled: Any = {side: {"method": "forward", "method_output_name": "pooler_output"}}
+    return Transformer(str(folder), modality_config=pooled, module_output_name="sentence_embedding")
+
+
+def _dense(weight_DW: torch.Tensor) -> nn.Module:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    module = Dense(weight_DW.shape[1], weight_DW.shape[0], bias=False, activation_function=nn.Identity())
+    module.linear.weight.data.copy_(weight_DW)
+    return module
 
 
 def _reopen(folder: Path, variant: str | None) -> Reopened:
@@ -144,6 +165,7 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name=_NAME,
+    one_tower=True,
     check=_check,
     write=_write,
     reopen=_reopen,

@@ -20,6 +20,7 @@ from mmrl.images.image_spec import ImageSpec
 from mmrl.model import layouts
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import read_manifest
+from mmrl.model.towers import SIDES
 
 # The keys of a tower's config that CLIPModel supports, with their allowed values (...: any).
 _VISION: dict[str, Any] = {
@@ -48,9 +49,9 @@ _TEXT: dict[str, Any] = {
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's codes
 
 
-def check_architecture(full: Bundle, format: str, sections: Sequence[str] = ("vision_cfg", "text_cfg")) -> None:
-    """Raises InputError, naming the key, if CLIPModel does not support the towers of these sections."""
-    for section in sections:
+def check_architecture(full: Bundle, format: str, sides: Sequence[str] = SIDES) -> None:
+    """Raises InputError, naming the key, if CLIPModel does not support these towers."""
+    for section in ("vision_cfg" if side == "image" else "text_cfg" for side in sides):
         allowed = _VISION if section == "vision_cfg" else _TEXT
         for name, value in full.named_cfg[section].items():
             values = allowed.get(name, (None,))
@@ -58,18 +59,22 @@ def check_architecture(full: Bundle, format: str, sections: Sequence[str] = ("vi
             if is_resnet or (values is not ... and value not in values):
                 raise InputError(
                     f"format: {format} supports CLIP's plain ViT and text transformer only, and this model has "
-                    f"{section}.{name}: {value!r}; allowed: bundle, onnx, openvino; open_clip for most."
+                    f"{section}.{name}: {value!r}; allowed: bundle, onnx, openvino"
+                    f"{'; open_clip for most' if len(full.model.sides) == 2 else ''}."
                 )
     tokenizer_json.check(full, format)
-    check_preprocessing(full.image_spec, format)
+    check_preprocessing(full, format)
 
 
-def check_preprocessing(spec: ImageSpec, format: str) -> None:
-    """Raises InputError if CLIPImageProcessor does not support this way of resizing."""
+def check_preprocessing(full: Bundle, format: str) -> None:
+    """Raises InputError if CLIPImageProcessor does not support the image tower's way of resizing."""
+    spec = full.image_spec
+    if "image" not in full.model.sides:
+        return
     if spec.resize_mode == "longest" or spec.height != spec.width:
         raise InputError(
             f"format: {format} supports square images and the resize modes 'shortest' and 'squash', and this model has "
-            f"{spec.height}x{spec.width} and {spec.resize_mode!r}; allowed: bundle, open_clip, onnx."
+            f"{spec.height}x{spec.width} and {spec.resize_mode!r}; allowed: {tokenizer_json.allowed(full)}, onnx."
         )
 
 
@@ -112,6 +117,25 @@ def vision_config(truncated: Truncated) -> dict[str, Any]:
     }
 
 
+def text_config(truncated: Truncated) -> dict[str, Any]:
+    """The text_config of CLIPModel's config.json."""
+    model_cfg = truncated.manifest["model_cfg"]
+    text = model_cfg["text_cfg"]
+    width = text.get("width", 512)
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": text.get("vocab_size", 49408),
+        "max_position_embeddings": text.get("context_length", 77),
+        "hidden_size": width,
+        "intermediate_size": int(width * text.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": text.get("layers", 12),
+        "num_attention_heads": text.get("heads", 8),
+        "projection_dim": truncated.bundle.dim,
+        "hidden_act": _activation(model_cfg),
+        **_special_tokens(truncated.bundle),
+    }
+
+
 def _special_tokens(bundle: Bundle) -> dict[str, int]:
     tokenizer = bundle.tokenise.tokenizer
     if tokenizer_json.is_bpe(bundle):
@@ -128,9 +152,7 @@ def _activation(model_cfg: dict[str, Any]) -> str:
 
 def model_config(truncated: Truncated) -> dict[str, Any]:
     """The content of CLIPModel's config.json."""
-    model_cfg, dim = truncated.manifest["model_cfg"], truncated.bundle.dim
-    text = model_cfg["text_cfg"]
-    text_width = text.get("width", 512)
+    dim = truncated.bundle.dim
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
@@ -142,18 +164,7 @@ def model_config(truncated: Truncated) -> dict[str, Any]:
         "embedding_size": dim,
         "logit_scale_init_value": float(truncated.bundle.model.log_logit_scale.detach()[-1]),
         "vision_config": vision_config(truncated),
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": text.get("vocab_size", 49408),
-            "max_position_embeddings": text.get("context_length", 77),
-            "hidden_size": text_width,
-            "intermediate_size": int(text_width * text.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": text.get("layers", 12),
-            "num_attention_heads": text.get("heads", 8),
-            "projection_dim": dim,
-            "hidden_act": _activation(model_cfg),
-            **_special_tokens(truncated.bundle),
-        },
+        "text_config": text_config(truncated),
     }
 
 
@@ -198,6 +209,7 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name="transformers",
+    one_tower=False,
     check=lambda full: check_architecture(full, "transformers"),
     write=write,
     reopen=_reopen,

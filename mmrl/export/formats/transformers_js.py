@@ -25,7 +25,7 @@ _SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
 def _check(full: Bundle) -> None:
     tokenizer_json.check(full, "transformers.js")
     onnx_graphs.check_size(full, "transformers.js")
-    check_preprocessing(full.image_spec, "transformers.js")
+    check_preprocessing(full, "transformers.js")
     if not tokenizer_json.is_bpe(full):
         raise InputError(
             "format: transformers.js's CLIP classes need CLIP's tokenizer, and this text tower has another; allowed: "
@@ -74,6 +74,7 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 FORMAT = Format(
     name="transformers.js",
+    one_tower=False,
     check=_check,
     write=_write,
     reopen=_reopen,

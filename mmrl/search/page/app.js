@@ -162,7 +162,8 @@ async function showStart() {
   const url = `api/sample?k=${RESULTS}${group}`;
   const sample = await request(url, { signal: current.signal }).then((response) => response.json(), () => []);
   if (current !== controller || !sample.length) return;
-  const textContent = "A sample of the index. Click an image to find similar ones, or drop your own image here.";
+  const own = info.queries.includes("image") ? ", or drop your own image here" : "";
+  const textContent = `A sample of the index. Click one to find similar ones${own}.`;
   const hint = Object.assign(document.createElement("p"), { className: "hint", textContent });
   const section = document.createElement("section");
   section.append(hint, grid(sample));
@@ -185,7 +186,7 @@ function setQueryImage(next) {
 }
 
 function useFile(file) {
-  if (!file) return;
+  if (!file || !info.queries.includes("image")) return;
   if (file.size > info.most_upload) {
     const [size, limit] = [(file.size / 2 ** 20).toFixed(1), info.most_upload / 2 ** 20];
     return showMessage(`${file.name} has ${size} MB; the limit is ${limit} MB.`, true);
@@ -224,7 +225,7 @@ byId("key").addEventListener("submit", (event) => {
 
 const drop = byId("drop");
 addEventListener("dragenter", (event) => {
-  if (event.dataTransfer?.types.includes("Files")) drop.hidden = false;
+  if (event.dataTransfer?.types.includes("Files") && info?.queries.includes("image")) drop.hidden = false;
 });
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("dragleave", (event) => {
@@ -250,6 +251,8 @@ async function start() {
   const codes = info.codes ? ` · ${info.codes} codes` : "";
   byId("about").textContent = `${info.count.toLocaleString("en")} ${info.items} · ${info.dim}-d${codes}`;
   byId("full-dim").textContent = info.dim;
+  byId("choose").hidden = !info.queries.includes("image");
+  page.text.hidden = !info.queries.includes("text");
   page.dim.max = info.dims.length - 1;
   page.dim.value = info.dims.length - 1;
   const element = (tag, properties) => Object.assign(document.createElement(tag), properties);

@@ -189,7 +189,7 @@ def test_json_has_the_printed_numbers(tmp_path: Path, shards: Path, run: Command
     assert ", ".join(f"{kind} {count}" for kind, count in one["extensions"].items()) in out
     characters, tokens, plan = one["characters"], one["tokens"], facts["plan"]
     assert f"{characters['smallest']} to {characters['largest']} characters, median {characters['median']}" in out
-    assert f"{tokens['cut']} captions are truncated to the model's context length of {tokens['context_length']}" in out
+    assert f"{tokens['cut']} texts are truncated to the model's context length of {tokens['context_length']}" in out
     assert tokens["context_length"] == 12
     assert f"{plan['steps_per_epoch']} steps per epoch with a batch size of {plan['batch_size']}," in out
     for kind, count in facts["problems"].items():
@@ -434,4 +434,4 @@ def test_captions_of_which_the_end_is_not_read_are_told(tmp_path: Path, run: Com
     captions = ("a red square", "x" * limit, "x" * (limit + 1), "a red square " * 1000)
     members = [m for n, text in enumerate(captions) for m in ((f"{n}.png", image), (f"{n}.txt", text.encode()))]
     _, out, _ = run(write_tar(tmp_path / "a.tar", members), "--tokenizer", tiny_model)
-    assert "3 captions are truncated to the model's context length of 12; 2 captions of more than 768 char" in out
+    assert "3 texts are truncated to the model's context length of 12; 2 texts of more than 768 char" in out

@@ -141,6 +141,6 @@ def test_samples_that_share_a_caption_without_a_group_are_counted(tmp_path: Path
     result = check_shards([str(one), str(two)], workers=1, quiet=True)
     assert result.duplicates.captions_apart == 6  # a, g and j; e, h and i
     assert [f"{one}/a", f"{two}/j"] in result.duplicates.caption_examples
-    assert "6 samples with a caption of another one and no common group" in "\n".join(report.result_lines(result))
+    assert "6 samples with a text of another one and no common group" in "\n".join(report.result_lines(result))
     alone = check_shards([str(two)], workers=1, quiet=True).duplicates
     assert alone.captions_apart == 4

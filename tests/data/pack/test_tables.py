@@ -17,7 +17,7 @@ from conftest import drawing, encoded
 from helpers.pack_sources import bad_lines, members, put
 
 from mmrl.data.pack.command import pack_shards
-from mmrl.data.pack.pairs import Pair, TablePairs
+from mmrl.data.pack.pairs import Columns, Pair, TablePairs
 from mmrl.data.pack.tables import Table
 from mmrl.errors import InputError
 
@@ -224,7 +224,7 @@ def _fuzzed_tables(seed: int) -> Iterator[tuple[str, bytes, int]]:
 
 def _all_pairs(path: Path) -> list[Any]:
     table = Table(path)
-    pairs = list(TablePairs(table, None, [], "sku").after(0))
+    pairs = list(TablePairs(table, Columns(group="sku")).after(0))
     assert len(pairs) == table.count
     return pairs
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,33 @@ def test_the_analysis_is_json_and_does_not_change_the_scores(first: tuple[Embedd
     assert reversed_["analysis"]["other_direction"]["advice"] == analysis.json["advice"]
     found = analysis.json["found_from"]
     assert found["items"] == sum(found[key] for key in ("4", "8", "16", "never")) == COUNT / 2
+
+
+def test_one_tower_is_analysed_from_first_to_second_members(
+    first: tuple[Embedded, dict[str, Any], Analysis], tmp_path: Path
+) -> None:
+    """The oracle: the analysis of text→image, with the same vectors as images."""
+    embedded, _, of_both = first
+    alone = replace(embedded, image_ND=torch.zeros(COUNT, 0), second={"text": (embedded.image_ND, torch.arange(COUNT))})
+    result, analysis = evaluated(alone, budget=Budget(direction="text_to_text"))
+    assert "other_direction" not in analysis.json
+    assert analysis.json["intervals"] == {"text_to_text": of_both.json["intervals"]["text_to_image"]}
+    for name in ("smallest", "sure", "dim", "two_stage"):
+        one, other = (of["advice"][name] for of in (analysis.json, of_both.json))
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert {**one, "commands": None} == {**other, "commands": None}
+    assert "--texts" in analysis.json["advice"]["smallest"]["commands"][0]
+    report = build_set_report("faq", result, analysis, alone, Drawings())
+    page = render_page("runs/faq", [report], {}, {})
+    assert "text→text" in page
+    assert "Other direction" not in page
+    for run in ("one", "two"):
+        (tmp_path / run / "report").mkdir(parents=True)
+        write_ranks(tmp_path / run / "report", {"faq": (alone, analysis)})
+        sets.write_retrieval_json(tmp_path / run, sets.as_retrieval_json({"faq": result}))
+    compared = compare_runs([tmp_path / "one", tmp_path / "two"], quiet=True)
+    assert compared["sets"]["faq"]["text_to_text"]["16"]["R@1"]["two"]["lead"]["value"] == 0
 
 
 def test_queries_are_sampled_beyond_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
