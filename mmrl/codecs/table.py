@@ -81,16 +81,17 @@ def decode(codes_Nd: np.ndarray, precision: Precision, dim: int) -> np.ndarray:
     return rows_Nd if precision == "fp32" else rows_Nd / np.linalg.norm(rows_Nd, axis=1, keepdims=True).clip(min=1e-12)
 
 
-def build_commands(full_dim: int, dim: int, codec: str, candidates: int = 0, texts: bool = False) -> list[str]:
+def build_commands(full_dim: int, dim: int, codec: str, candidates: int = 0, option: str = "") -> list[str]:
     """The commands that store `dim`-d vectors by a codec.
 
     Args:
         candidates: build the index that ranks this many candidates by vectors of `full_dim`.
-        texts: the vectors searched are those of the captions.
+        option: of mmrl embed, where the vectors searched are not those of the images: --texts or --second.
     """
+    option = f" {option}" if option else ""
     if candidates:
         return [
-            f"mmrl embed MODEL SHARDS EMBEDDINGS --dim {full_dim}",
+            f"mmrl embed MODEL SHARDS EMBEDDINGS --dim {full_dim}{option}",
             f"mmrl index EMBEDDINGS INDEX --code {codec} --dim {dim} --candidates {candidates}",
         ]
-    return [f"mmrl embed MODEL SHARDS EMBEDDINGS --dim {dim} --precision {codec}" + (" --texts" if texts else "")]
+    return [f"mmrl embed MODEL SHARDS EMBEDDINGS --dim {dim} --precision {codec}{option}"]

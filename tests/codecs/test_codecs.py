@@ -137,7 +137,7 @@ def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_commands_name_dim_and_codec() -> None:
     assert build_commands(256, 64, "int8") == ["mmrl embed MODEL SHARDS EMBEDDINGS --dim 64 --precision int8"]
-    assert build_commands(256, 64, "int8", texts=True)[0].endswith("--precision int8 --texts")
+    assert build_commands(256, 64, "int8", option="--texts")[0].endswith("--precision int8 --texts")
     assert build_commands(256, 64, "pq", 50) == [
         "mmrl embed MODEL SHARDS EMBEDDINGS --dim 256",
         "mmrl index EMBEDDINGS INDEX --code pq --dim 64 --candidates 50",

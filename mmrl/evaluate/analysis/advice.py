@@ -15,7 +15,7 @@ from mmrl.codecs.table import build_commands
 from mmrl.errors import InputError
 from mmrl.evaluate.analysis.bootstrap import Bootstrap, Interval
 from mmrl.evaluate.analysis.compression import Option
-from mmrl.evaluate.directions import ARROWS, CROSS_MODAL
+from mmrl.evaluate.directions import ARROWS, CROSS_MODAL, SAME_MODAL
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _ROUNDING = 1e-9
@@ -131,13 +131,13 @@ def advise(options: Sequence[Option], budget: Budget, bootstrap: Bootstrap, vect
 
     def to_json(option: Option, lost: Interval) -> dict[str, Any]:
         recall = bootstrap.intervals((option.rank_Q <= budget.k).double()[:, None])[0]
-        of_texts = budget.direction.endswith("to_text")
+        searched = "--second" if budget.direction in SAME_MODAL else "--texts" * (budget.direction == "image_to_text")
         return option.as_json(recall, lost) | {
             "within_budget_surely": lost.high <= budget.drop + _ROUNDING,
             "memory": option.bytes * vectors,
             "saved": (full.bytes - option.bytes) * vectors,
             "times_smaller": full.bytes / option.bytes,
-            "commands": build_commands(full.dim, option.dim, option.precision, option.candidates, of_texts),
+            "commands": build_commands(full.dim, option.dim, option.precision, option.candidates, searched),
         }
 
     def smallest(measured: Sequence[tuple[Option, Interval]], bound: str = "value") -> dict[str, Any] | None:

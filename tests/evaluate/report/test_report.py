@@ -140,7 +140,7 @@ def test_one_tower_is_analysed_from_first_to_second_members(
         assert (one is None) == (other is None)
         if one is not None:
             assert {**one, "commands": None} == {**other, "commands": None}
-    assert "--texts" in analysis.json["advice"]["smallest"]["commands"][0]
+    assert "--second" in analysis.json["advice"]["smallest"]["commands"][0]
     report = build_set_report("faq", result, analysis, alone, Drawings())
     page = render_page("runs/faq", [report], {}, {})
     assert "text→text" in page
