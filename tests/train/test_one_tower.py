@@ -207,13 +207,17 @@ def test_a_run_refuses_a_direction_and_an_encoder_of_the_other_tower(
         train(load_config(config_of(write_config, "image", pairs["text"], tiny_model)))
 
 
-@pytest.mark.parametrize("side", ["text", "image"])
 def test_two_processes_learn_what_one_does(
-    write_config: WriteConfig, pairs: dict[str, Path], tiny_model: Path, tmp_path: Path, side: str
+    write_config: WriteConfig, pairs: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    path = config_of(write_config, side, pairs[side], tiny_model, evaluation={})
-    one = train(load_config(path))
-    stages = (0, 3)
-    start_training(path, 2, tmp_path, *(f"run={tmp_path}/stage-{n} engine.zero_stage={n}" for n in stages))
-    for stage in stages:
-        assert_same_run(one, tmp_path / f"stage-{stage}")
+    path = config_of(write_config, "text", pairs["text"], tiny_model, evaluation={})
+    of_side = {
+        "text": "",
+        "image": f"model.towers=image loss.text_text=0 loss.image_image=1 data.train={pairs['image']}",
+    }
+    runs = {side: train(load_config(path, [f"run={tmp_path}/{side}", *of_side[side].split()])) for side in of_side}
+    cases = [("text", 0), ("text", 3), ("image", 2)]
+    overrides = [f"run={tmp_path}/{side}-{stage} engine.zero_stage={stage} {of_side[side]}" for side, stage in cases]
+    start_training(path, 2, tmp_path, *overrides)
+    for side, stage in cases:
+        assert_same_run(runs[side], tmp_path / f"{side}-{stage}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.encoders import save_random_encoder
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -36,6 +37,8 @@ def test_a_shipped_config_trains(path: Path, shards: Path, vit_weights: Path, tm
     overrides += [f"evaluation.sets.{name}.shards={shards}/part-2.tar" for name in shipped.evaluation.sets]
     if shipped.model.pretrained:
         overrides.append(f"model.pretrained={vit_weights}")
+    if shipped.teacher is not None:
+        overrides.append(f"teacher.model={save_random_encoder('mmrl-starter', tmp_path / 'teacher')}")
     console = Console(record=True, width=200)
     folder = train(load_config(path, overrides), console)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
