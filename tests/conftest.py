@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 
 # On Linux 6.18, vfork in a process that has run a thousand tests ended that process itself with SIGSEGV; fork does not.
-vars(subprocess)["_USE_VFORK"] = False
+subprocess._USE_VFORK = False  # pyright: ignore[reportAttributeAccessIssue]
 
 if torch.cuda.is_available():
     # The tests of this process use its GPU. The processes that it starts use the CPU, since several cannot share a GPU.

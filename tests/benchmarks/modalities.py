@@ -4,11 +4,9 @@
         [--cache runs/modalities] [--out tests/benchmarks/modalities.md]
     python tests/benchmarks/modalities.py --cost [--rounds 15]
 
-The first form trains three arms on each set, with the data, steps and towers of claims.py:
+The first form trains two arms on each set, with the data, steps and towers of claims.py:
 
     without        configs/quickstart.yaml: image–text pairs alone
-    without, same time
-                   the same for as many more steps as a step of the next arm takes longer (1.7 or 2.1 times)
     photo search   the same with configs/photo_search.yaml's loss.image_image and data.augment.second
     all sides      on the world: with loss.text_text too
 
@@ -52,8 +50,7 @@ from mmrl.train.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "photo_search.yaml"
-WITHOUT, LONGER, PHOTOS, ALL = "without", "without, same time", "photo search", "all sides"
-TIMES_AS_LONG = {PHOTOS: 1.7, ALL: 2.1}
+WITHOUT, PHOTOS, ALL = "without", "photo search", "all sides"
 TEXT_TEXT = 0.5
 DIMS = (256, 64, 32)
 DIRECTIONS = ("image_to_image", "text_to_image", "text_to_text")
@@ -61,20 +58,15 @@ _DEGRADED_QUERIES = 300
 
 
 class ModalitiesPlan(Plan):
-    """The arms of one set: without the other terms, for as many steps and for the same time, and with them."""
+    """The two arms of one set: without the other terms, and with them."""
 
     def arms(self) -> dict[str, list[str]]:
         values = yaml.safe_load(RECIPE.read_text())
         second = json.dumps(values["data"]["augment"]["second"])
         photos = [f"loss.image_image={values['loss']['image_image']}", f"data.augment.second={second}"]
         if self.data_sets[0].name == "starter":  # its texts are names and lists of keywords
-            return {WITHOUT: [], PHOTOS: photos, LONGER: self._longer(PHOTOS)}
-        return {WITHOUT: [], ALL: [*photos, f"loss.text_text={TEXT_TEXT}"], LONGER: self._longer(ALL)}
-
-    def _longer(self, arm: str) -> list[str]:
-        """The overrides of a run without the other terms that takes as long as this arm."""
-        steps = round(TIMES_AS_LONG[arm] * self.data_sets[0].steps)
-        return [f"train.duration={steps} steps", f"optim.warmup={steps // 16} steps", f"checkpoint.every={steps} steps"]
+            return {WITHOUT: [], PHOTOS: photos}
+        return {WITHOUT: [], ALL: [*photos, f"loss.text_text={TEXT_TEXT}"]}
 
 
 def train_one(run: Run) -> str:
@@ -114,23 +106,21 @@ def recalls(runs: Sequence[Run], test: str, dim: int) -> dict[str, Measured]:
 def table(plan: Plan, runs: Sequence[Run]) -> list[str]:
     """Markdown: one line per test set, direction and dim."""
     data_set = plan.data_sets[0]
-    _, with_terms, _ = plan.arms()
+    _, with_terms = plan.arms()
     lines = [
-        f"| {data_set.name}: test set | R@1 in % of | dim | without | {LONGER} | {with_terms} | difference to the same "
-        "time (95 %) |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"| {data_set.name}: test set | R@1 in % of | dim | without | {with_terms} | difference (95 %) |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for test in data_set.tests:
         of_arm = {arm: [run for run in runs if run.arm == arm] for arm in plan.arms()}
         for dim in DIMS:
-            before, longer, after = (recalls(of_arm[arm], test, dim) for arm in (WITHOUT, LONGER, with_terms))
-            for name, one in longer.items():
+            before, after = (recalls(of_arm[arm], test, dim) for arm in (WITHOUT, with_terms))
+            for name, one in before.items():
                 gain = after[name] - one
                 low, high = gain.interval
                 shown = name.replace("_to_", "→")
                 lines.append(
-                    f"| {test} | {shown} | {dim} | {100 * before[name].value:.1f} | {100 * one.value:.1f} | "
-                    f"{100 * after[name].value:.1f} | "
+                    f"| {test} | {shown} | {dim} | {100 * one.value:.1f} | {100 * after[name].value:.1f} | "
                     f"{100 * gain.value:+.1f} ({100 * low:+.1f} … {100 * high:+.1f}) |"
                 )
     return lines
