@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint claims clean
+.PHONY: help quickstart test test-all tests-in-two-parts lint claims clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -23,11 +23,17 @@ quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, 
 	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
 	@echo "  $(BIN)/mmrl serve $(RUN)/index  # search in a browser; $(RUN)/red-heart.png is an answer, $(RUN)/encoder-64 a 64-d encoder"
 
-test: lint  ## Lint, and all tests except the slow ones
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: MARKS := not slow
+test: tests-in-two-parts  ## Lint, and all tests except the slow ones
 
-test-all: lint  ## Lint, and all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+test-all: MARKS := slow or not slow
+test-all: tests-in-two-parts  ## Lint, and all tests
+
+# New processes for the second part: a process that runs most of both has ended with SIGSEGV as it started another one.
+FIRST := $(addprefix tests/,benchmarks codecs data distributed engine evaluate export)
+tests-in-two-parts: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(FIRST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(MARKS)" $(addprefix --ignore=,$(FIRST))
 
 lint: $(VENV)/.installed  ## Check style, types and import directions: ruff, pyright, import-linter
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -25,9 +24,6 @@ import yaml
 from helpers.worlds import run_in_world
 from PIL import Image
 from rich.console import Console
-
-# On Linux 6.18, vfork in a process that has run a thousand tests ended that process itself with SIGSEGV; fork does not.
-subprocess._USE_VFORK = False  # pyright: ignore[reportAttributeAccessIssue]
 
 if torch.cuda.is_available():
     # The tests of this process use its GPU. The processes that it starts use the CPU, since several cannot share a GPU.

@@ -179,6 +179,7 @@ def test_inputs_that_a_tool_reads_otherwise_are_named(source: Path, tmp_path: Pa
     assert "If CMYK: convert to RGB first. If rotated by EXIF: apply `PIL.ImageOps.exif_transpose` first." in text
 
 
+@pytest.mark.slow
 def test_variants_are_listed(source: Path, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "online"
     bundles.export(str(source), out, [8], "onnx", quantize=["int8"], measure_shards=str(shards))

@@ -307,6 +307,7 @@ def test_without_pyarrow_the_error_names_the_extra(
             call()
 
 
+@pytest.mark.slow
 def test_the_commands_with_json(indexed: Path, tmp_path: Path) -> None:
     """All commands run in one process: each start takes seconds."""
     code = f"""

@@ -207,6 +207,7 @@ def test_a_run_refuses_a_direction_and_an_encoder_of_the_other_tower(
         train(load_config(config_of(write_config, "image", pairs["text"], tiny_model)))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(
     write_config: WriteConfig, pairs: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:

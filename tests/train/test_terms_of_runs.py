@@ -68,7 +68,8 @@ def test_second_members_in_micro_batches_and_after_a_resume(write_config: WriteC
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: Path, processes: int) -> None:
     path = write_config(loss=LOSS, evaluation={})
     one = train(load_config(path))

@@ -103,6 +103,7 @@ def test_flops_are_told_where_the_devices_peak_is_known(
     assert f"model FLOPs utilisation {100 * share:.1f} %" in said.export_text()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(write_config: WriteConfig, tmp_path: Path) -> None:
     """All in one launch of two processes, since their imports take most of the time."""
     path, two, half = write_config(engine={"lost_after_seconds": 5}), tmp_path / "two", tmp_path / "half"

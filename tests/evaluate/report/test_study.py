@@ -80,6 +80,7 @@ def test_the_report_of_a_model_with_a_baseline(
     assert run("compare", out)[0] == 2
 
 
+@pytest.mark.slow
 def test_graphs_score_like_the_weights_they_were_made_from(
     models: tuple[Path, Path], shards: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
