@@ -6,9 +6,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all tests-in-parts lint claims clean
+.PHONY: help quickstart test test-all lint claims clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -23,22 +24,11 @@ quickstart: $(VENV)/.installed  ## Train on the starter data, evaluate, export, 
 	$(BIN)/mmrl eval $(RUN) test-artist=starter:test-artist test-concepts=starter:test-concepts --captions 1 --out $(RUN)/test
 	@echo "  $(BIN)/mmrl serve $(RUN)/index  # search in a browser; $(RUN)/red-heart.png is an answer, $(RUN)/encoder-64 a 64-d encoder"
 
-test: MARKS := not slow
-test: tests-in-parts  ## Lint, and all tests except the slow ones
+test: lint  ## Lint, and all tests except the slow ones
+	$(PYTEST)
 
-test-all: MARKS := slow or not slow
-test-all: tests-in-parts  ## Lint, and all tests
-
-# New processes for each part: after 1,000 to 1,500 tests in one process, native code has ended it (tests/benchmarks/LOG.md).
-PART_1 := $(addprefix tests/,benchmarks codecs data distributed engine evaluate export)
-PART_2 := $(addprefix tests/,faults gpu images launch)
-PART_3 := $(addprefix tests/,losses model rotation search)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-tests-in-parts: lint
-	$(PYTEST) -m "$(MARKS)" $(PART_1)
-	$(PYTEST) -m "$(MARKS)" $(PART_2)
-	$(PYTEST) -m "$(MARKS)" $(PART_3)
-	$(PYTEST) -m "$(MARKS)" $(addprefix --ignore=,$(PART_1) $(PART_2) $(PART_3))
+test-all: lint  ## Lint, and all tests
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(VENV)/.installed  ## Check style, types and import directions: ruff, pyright, import-linter
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ is in use, rename a new folder over it; do not overwrite its files.
 Shapes: N inputs, d embedding dim, C = 3 channels, H and W the graph's image size, L tokens per text.
 """
 
+import functools
 import hashlib
 import html
 import json
@@ -268,16 +269,24 @@ def _open_onnx(graph: Path, device: str, threads: int | None) -> Callable[[np.nd
 
 
 def _open_vino(graph: Path, device: str, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
-    import openvino
-
     with graph.open("rb") as file:
         if file.read(5) not in (b"<?xml", b"<net "):  # OpenVINO reads other formats by their content, which name files
             raise InputError(f"{graph} is no graph of OpenVINO; export the encoder again.")
     # By default OpenVINO computes in bfloat16 on CPUs that have it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
-    compiled = openvino.Core().compile_model(graph, device.upper(), settings)
+    compiled = _vino_core().compile_model(graph, device.upper(), settings)
     # A request per call, because one request serves one thread at a time.
     return lambda inputs: np.asarray(compiled.create_infer_request().infer({0: inputs})[0])
+
+
+@functools.cache
+def _vino_core() -> Any:
+    """The only Core of the process. A Core replaces the thread's alternate signal stack and frees its own when it is
+    deleted: of two, the one deleted last restores the freed stack of the other, and the next signal ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def clean(text: str, how: str) -> str:

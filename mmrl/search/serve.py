@@ -64,7 +64,12 @@ def make_server(app: Any) -> Any:
     from mmrl.search.connections import BoundedProtocol
 
     config = uvicorn.Config(
-        app, http=BoundedProtocol, log_level="warning", timeout_keep_alive=_KEEP_ALIVE_S, server_header=False
+        app,
+        http=BoundedProtocol,
+        log_level="warning",
+        log_config=None,  # uvicorn's default closes all log handlers of the process, and some then close stdout
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        server_header=False,
     )
     return uvicorn.Server(config)
 

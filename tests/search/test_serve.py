@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from mmrl.errors import InputError
 from mmrl.search import app as app_module
 from mmrl.search.build import compact_index, delete_from_index, write_index
 from mmrl.search.query import Searcher, search_index
-from mmrl.search.serve import serve
+from mmrl.search.serve import make_server, serve
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 from starlette.testclient import TestClient
@@ -225,6 +226,20 @@ def test_slow_searches_time_out_and_a_full_queue_is_refused(indexed: Path, monke
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert answer.status_code in (200, 504)
+
+
+class _FileOfOthers(logging.Handler):
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+        super().close()
+
+
+def test_the_server_closes_no_log_handlers_of_others() -> None:
+    others = _FileOfOthers()
+    make_server(None)
+    assert not others.is_closed
 
 
 def test_a_port_in_use_is_reported(indexed: Path) -> None:
