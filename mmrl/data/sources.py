@@ -48,9 +48,9 @@ class DataConfig(Settings):
     """Probabilities of a sample's first, second, … caption; captions beyond the list share the last probability
     (default: uniform). One caption is drawn per sample and epoch."""
     mask_equal_captions: bool = True
-    """Two samples of a batch whose drawn captions are equal, but for case, spaces, HTML entities and Unicode forms, are
-    no negatives of each other, as if they had one group (see loss.same_group). false in runs that began before this
-    key existed."""
+    """Two samples of a batch with an equal drawn caption or second text, but for case, spaces, HTML entities and
+    Unicode forms, are no negatives of each other, as if they had one group (see loss.same_group). false in runs that
+    began before this key existed."""
     augment: AugmentConfig = AugmentConfig()
     scaled_decode: bool = False
     """Decode JPEGs much larger than the model's input at 1/2, 1/4 or 1/8 of their size: several times faster for images

@@ -1,11 +1,13 @@
 """Arguments and result of the nested losses: validation, groups, and the operands of the local logits.
 
 Shapes: b local pairs (of this rank), B = b * world_size pairs of the global batch, D embedding width, K dims, G keys of
-a group (1 or 2).
+a group.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import combinations
 
 import torch
 
@@ -14,9 +16,9 @@ from mmrl.errors import InputError
 from mmrl.losses.sweep import LogitMatrix, prefix_dots
 
 Groups = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-"""int64 (b,): equal values are one group (pairs of one item), negative values are in no group. With two keys, such as
-item and caption, (b, 2): two rows are one group if they are equal in any column. Or a tuple of two such tensors, of the
-images and of the texts."""
+"""int64 (b,): equal values are one group (pairs of one item), negative values are in no group. With several keys, such
+as item and caption, (b, G): two rows are one group if they are equal in any column. Or a tuple of two such tensors, of
+the images and of the texts."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ def check_inputs(image_BD: torch.Tensor, text_BD: torch.Tensor, groups: Groups |
     if not len(image_BD):
         raise InputError("image_BD, text_BD: no rows; give at least one pair.")
     b = len(image_BD)
-    expected = f"expected int64 of shape ({b},) or ({b}, 2), or a tuple of two such tensors (image groups, text groups)"
+    expected = (
+        f"expected int64 of shape ({b},) or ({b}, keys), or a tuple of two such tensors (image groups, text groups)"
+    )
     if isinstance(groups, tuple) and len(groups) != 2:
         raise InputError(f"groups: a tuple of {len(groups)}; {expected}.")
     for group in groups if isinstance(groups, tuple) else () if groups is None else (groups,):
         if not isinstance(group, torch.Tensor):
             raise InputError(f"groups: {type(group).__name__}; {expected}.")
-        if tuple(group.shape) not in ((b,), (b, 1), (b, 2)) or group.dtype != torch.int64:
+        is_shaped = group.ndim in (1, 2) and len(group) == b and group.shape[-1] > 0
+        if not is_shaped or group.dtype != torch.int64:
             raise InputError(f"groups: {group.dtype} of shape {tuple(group.shape)}; {expected}.")
     if isinstance(groups, tuple) and groups[0].shape != groups[1].shape:
         shapes = " and ".join(str(tuple(group.shape)) for group in groups)
@@ -92,18 +97,21 @@ def count_same_group(group_GN: torch.Tensor, among_GM: torch.Tensor, num_matchin
 
     Row i matches row i, for i < num_matching.
     """
-    if not len(group_GN):
-        return group_GN.new_zeros(group_GN.shape[1])
-    if len(group_GN) == 1:
-        return _count_equal(group_GN[0], among_GM[0], num_matching)
-    one, other = zip(group_GN, among_GM, strict=True)
-    # Rows that are equal in both keys were counted twice. A rank is below N + M, so ranks can be combined exactly.
     N = group_GN.shape[1]
-    both = torch.cat([group_GN, among_GM], 1)
-    ranks = [torch.searchsorted(key.sort().values, key.contiguous()) for key in both]
-    in_both = torch.where((both < 0).any(0), -1, ranks[0] * both.shape[1] + ranks[1])
-    equal_in_both = _count_equal(in_both[:N], in_both[N:], num_matching)
-    return _count_equal(*one, num_matching) + _count_equal(*other, num_matching) - equal_in_both
+    total_N = group_GN.new_zeros(N)
+    keys = torch.cat([group_GN, among_GM], 1)
+    for size in range(1, len(keys) + 1):  # inclusion and exclusion: rows that are equal in two keys were counted twice
+        for some in combinations(keys, size):
+            in_all = reduce(_joint_key, some)
+            total_N += (-1) ** (size + 1) * _count_equal(in_all[:N], in_all[N:], num_matching)
+    return total_N
+
+
+def _joint_key(one_N: torch.Tensor, other_N: torch.Tensor) -> torch.Tensor:
+    """A key that is equal where both of these are, and negative where either is."""
+    # A rank is below N, so ranks can be combined exactly.
+    ranks = [torch.searchsorted(key.sort().values, key.contiguous()) for key in (one_N, other_N)]
+    return torch.where((one_N < 0) | (other_N < 0), -1, ranks[0] * len(one_N) + ranks[1])
 
 
 def _count_equal(key_N: torch.Tensor, among_M: torch.Tensor, num_matching: int) -> torch.Tensor:

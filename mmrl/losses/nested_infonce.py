@@ -111,7 +111,8 @@ def nested_info_nce(
         logit_scale: the multiplier, already exponentiated, positive: a scalar, (1,), or (K,) in the order of `dims`.
         dims: nested dims, in any order.
         weights: one per dim (default: equal).
-        groups: int64 (b,), or (b, 2) for two keys, such as item and caption; or a tuple (image groups, text groups).
+        groups: int64 (b,), or (b, G) for several keys, such as item and caption; or a tuple (image groups,
+            text groups).
             Pairs of one group (equal in any column) are not negatives of each other; negative values are in no group.
             Must be given on all ranks or on none.
         options: label smoothing, distillation, the treatment of groups, and the weights of the terms.

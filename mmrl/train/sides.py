@@ -102,8 +102,18 @@ def split(
 
 def groups(micro_batches: Sequence[Batch], which: Literal["first", "second", "negatives"] = "first") -> torch.Tensor:
     """The groups of the pairs, (b, G), of their second members, or of their hard negatives, (n, G)."""
-    batches = micro_batches if which == "first" else [getattr(batch, which) for batch in micro_batches]
-    return torch.cat([batch.groups for batch in batches])
+    return torch.cat([_keys(batch, which) for batch in micro_batches])
+
+
+def _keys(batch: Batch, which: str) -> torch.Tensor:
+    """The group and the text of each row. With second texts also both texts of its pair: if two pairs have an equal
+    question or an equal passage, the other member of each matches both."""
+    part: Batch = batch if which == "first" else getattr(batch, which)
+    if batch.second is None or batch.second.text is None:
+        return part.groups
+    of_pair = (part, part) if which == "negatives" else (batch, batch.second)
+    captions = [one.caption[:, None] for one in of_pair if one.caption is not None]
+    return torch.cat([part.groups, *captions], 1)
 
 
 def _rows_of(batch: Batch, kind: Kind) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrl.errors import InputError
 from mmrl.losses import sweep
+from mmrl.losses.inputs import count_same_group
 from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
 
 pytestmark = pytest.mark.usefixtures("bf16_grad_products")
@@ -404,9 +405,9 @@ def test_temporaries_grow_linearly_with_the_batch(monkeypatch: pytest.MonkeyPatc
         ({"weights": [1.0, 1.0]}, "2 given for 1 dims"),
         (
             {"groups": torch.zeros(4, dtype=torch.int64)},
-            r"groups: torch.int64 of shape \(4,\); expected int64 of shape \(9,\) or \(9, 2\)",
+            r"groups: torch.int64 of shape \(4,\); expected int64 of shape \(9,\) or \(9, keys\)",
         ),
-        ({"groups": torch.zeros(9, 3, dtype=torch.int64)}, r"groups: torch.int64 of shape \(9, 3\)"),
+        ({"groups": torch.zeros(9, 0, dtype=torch.int64)}, r"groups: torch.int64 of shape \(9, 0\)"),
         ({"groups": (GROUPS, TWO_KEYS)}, r"groups: shapes \(9,\) and \(9, 2\) of images and texts differ"),
         ({"groups": torch.zeros(9)}, "groups: torch.float32"),
         ({"groups": [1] * 9}, "groups: list; expected int64"),
@@ -423,3 +424,12 @@ def test_invalid_arguments_raise(arguments: dict[str, object], message: str) -> 
     good = {"image_BD": image_BD, "text_BD": text_BD, "logit_scale": 1.0, "dims": [16]}
     with pytest.raises(InputError, match=message):
         nested_info_nce(**{**good, **arguments})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 3, 4, 5])
+def test_rows_of_a_group_are_counted_once(num_keys: int) -> None:
+    generator = torch.Generator().manual_seed(num_keys)
+    row_GN, column_GM = (torch.randint(-1, 3, (num_keys, size), generator=generator) for size in (12, 17))
+    same_NM = ((row_GN[:, :, None] == column_GM[:, None]) & (row_GN >= 0)[:, :, None]).any(0)
+    same_NM[range(9), range(9)] = False
+    assert torch.equal(count_same_group(row_GN, column_GM, 9), same_NM.sum(1))

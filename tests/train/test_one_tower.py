@@ -18,6 +18,7 @@ from mmrl.data.stream import Stream
 from mmrl.engine import optim
 from mmrl.errors import InputError
 from mmrl.model import bundle, two_tower
+from mmrl.train import sides
 from mmrl.train.trainer import train
 
 WriteConfig = Callable[..., Path]
@@ -133,7 +134,7 @@ def plain_run(config: Config, side: Literal["text", "image"]) -> tuple[list[floa
         batch = next(batches)
         assert batch.second is not None
         tower, rows = getattr(model, side), (getattr(batch, side), getattr(batch.second, side))
-        groups, second_groups = batch.groups, batch.second.groups
+        groups, second_groups = sides.groups([batch]), sides.groups([batch], "second")
         first_BD, second_BD = tower(torch.cat(rows)).chunk(2)
         total, by_dim = reference.nested_term(
             first_BD, second_BD, model.logit_scale, [4, 8, 16], None, (groups, second_groups), 0.1
@@ -155,6 +156,31 @@ def test_one_tower_learns_as_in_plain_pytorch(
     run, (values, state) = train(config), plain_run(config, side)
     assert losses(run) == pytest.approx(values, abs=2e-5)
     torch.testing.assert_close(weights(run), state, **CLOSE)
+
+
+def test_pairs_with_an_equal_text_are_no_negatives(write_config: WriteConfig, tiny_model: Path, tmp_path: Path) -> None:
+    """Four pairs: two have one question, two one passage, and the passage of one is the question of another."""
+    pairs = [("a", "x"), ("a", "y"), ("b", "y"), ("y", "z")]
+    members = [
+        (f"{n}.json", json.dumps({"captions": [one], "second_text": other}).encode())
+        for n, (one, other) in enumerate(pairs)
+    ]
+    shard = write_tar(tmp_path / "pairs.tar", members)
+    path = config_of(
+        write_config, "text", shard, tiny_model, evaluation={}, train={"batch_size": 4, "duration": "1 steps"}
+    )
+    config = load_config(path, ["loss.label_smoothing=0"])
+    batch = next(iter(Stream(open_training_set(config.data, ["text"]), 4, second=frozenset(["text"]), sides=["text"])))
+    assert batch.second is not None
+    drawn = list(zip(batch.text, batch.second.text, strict=True))
+    rows = [drawn.index(pair) for pair in pairs]
+    keys, second_keys = sides.groups([batch])[rows], sides.groups([batch], "second")[rows]
+    assert ((keys[:, None] == second_keys) & (keys >= 0)[:, None]).any(2).tolist() == [
+        [True, True, False, False],
+        [True, True, True, False],
+        [False, True, True, False],
+        [False, True, True, True],  # its question is the passage of two others
+    ]
 
 
 @pytest.mark.parametrize(
