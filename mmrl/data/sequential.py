@@ -3,7 +3,7 @@
 Shapes: B images of a batch, M their captions in all, C channels, H and W the image size, L tokens of a text.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,8 +60,15 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
     """Maps a range of indices to their batch. An error is returned, since DataLoader would wrap a raised one in a
     traceback."""
 
-    def __init__(self, reader: ImageReader, image: ImageSpec | None, text: Tokenise, captions: int | None) -> None:
-        self._reader, self._image, self._text, self._captions = reader, image, text, captions
+    def __init__(
+        self,
+        reader: ImageReader,
+        image: ImageSpec | None,
+        text: Tokenise,
+        captions: int | None,
+        second: Collection[str],
+    ) -> None:
+        self._reader, self._image, self._text, self._captions, self._second = reader, image, text, captions, second
 
     def __getitem__(self, wanted: range) -> SequentialBatch | InputError | RunStopped:
         try:
@@ -81,7 +88,8 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
                 continue
             images += pixels[:1]
             seconds[IMAGE] += [(one, len(keys)) for one in pixels[1:]]
-            seconds[TEXT] += [(sample.second_text, len(keys))] if sample.second_text else []
+            if sample.second_text and TEXT in self._second:
+                seconds[TEXT].append((sample.second_text, len(keys)))
             chosen = sample.captions[: self._captions]
             texts += chosen
             rows += [len(keys)] * len(chosen)
@@ -102,13 +110,13 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
         return SequentialBatch(keys, image_BCHW, self._text(texts), texts, row_of_text_M, group_B, indices, second, bad)
 
     def _read_one(self, index: int) -> tuple[Sample, list[torch.Tensor]]:
-        """A sample, and the pixels of its image and of its second image."""
+        """A sample, and the pixels of its image and, if it is wanted, of its second image."""
         if self._image is None:
             assert isinstance(self._reader, SampleReader), "only shards have samples without images"
             return self._reader.read(index, with_image=False), []
         sample, image_CHW = self._reader.read_image(index)
         pixels = [self._image.pixels(image_CHW)]
-        if sample.second_image:
+        if sample.second_image and IMAGE in self._second:
             assert isinstance(self._reader, SampleReader)
             pixels.append(self._image.pixels(self._reader.decode(index, sample.second_image)))
         return sample, pixels
@@ -124,6 +132,7 @@ def read_sequential(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    second: Collection[str] = (),
 ) -> Iterator[SequentialBatch]:
     """Yields this rank's contiguous share of the set in batches; bad samples are left out and listed in `bad`.
 
@@ -131,11 +140,12 @@ def read_sequential(
         image: None for texts without images.
         captions: at most this many captions per sample, the plain one first; None for all.
         workers: processes that read and decode, each one batch ahead; 0 for this process.
+        second: IMAGE, TEXT or both: the second members that are read. A sample with a damaged one is then bad.
     """
     first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
     starts = range(first, last, batch_size)
     ranges = (range(start, min(start + batch_size, last)) for start in starts)
-    yield from read_ranges(reader, image, text, ranges, len(starts), captions, workers)
+    yield from read_ranges(reader, image, text, ranges, len(starts), captions, workers, second)
 
 
 def read_ranges(
@@ -146,9 +156,10 @@ def read_ranges(
     count: int,
     captions: int | None = None,
     workers: int = 0,
+    second: Collection[str] = (),
 ) -> Iterator[SequentialBatch]:
     """Yields one batch for each of `count` ranges of indices; the rest as `read_sequential`."""
-    batches = _Batches(reader, image, text, captions)
+    batches = _Batches(reader, image, text, captions, second)
     in_workers = workers and count > 1
     loaded = _in_workers(batches, ranges, min(workers, count)) if in_workers else map(batches.__getitem__, ranges)
     for batch in loaded:

@@ -182,9 +182,9 @@ def _score_retrieval(
     progress: Progress,
     study: Study | None,
 ) -> tuple[dict[str, Any], list[Problem]]:
-    with _task(progress, f"embedding {name}", len(one.reader)) as advance:
-        embedded = sets.embed(one.reader, encoder, captions=options.captions, on_batch=advance)
     directions = [direction for direction in DIRECTIONS if direction in options.directions]
+    with _task(progress, f"embedding {name}", len(one.reader)) as advance:
+        embedded = sets.embed(one.reader, encoder, captions=options.captions, directions=directions, on_batch=advance)
     with _task(progress, f"ranking {name}", sets.num_rows(embedded, directions)) as advance:
         result = sets.score(embedded, dims, options.ks, directions, options.folds, on_rows=advance, over_ranks=True)
     if options.degrade:

@@ -136,6 +136,7 @@ def embed(
     *,
     captions: int | None = None,
     texts: bool = True,
+    directions: Sequence[str] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Embedded:
     """Embeds a set in float32, by the towers that the encoder has; the samples are divided over the processes.
@@ -144,6 +145,8 @@ def embed(
         encoder: the mode of its model (train or eval) is not changed.
         captions: captions per sample at most, the plain one first; None uses all.
         texts: False embeds the images only; `text_MD` then has no columns, as has that of an absent tower.
+        directions: those that are to be scored, as in `score`: only image_to_image and text_to_text need the second
+            members.
         on_batch: called with the number of samples after each batch, for a progress bar.
 
     Raises:
@@ -152,6 +155,7 @@ def embed(
     world, model = comm.world(), encoder.model
     device = next(model.parameters()).device
     sides = [side for side in model.sides if texts or side == "image"]
+    directions = main_directions(of_towers(model.sides)) if directions is None else directions
     local: list[tuple[SequentialBatch, torch.Tensor, torch.Tensor]] = []
     bad = list(reader.problems) if world.is_rank_0 else []
     batches = read_sequential(
@@ -162,20 +166,21 @@ def embed(
         rank=world.rank,
         world_size=world.size,
         workers=decoding_workers(device, encoder.image_spec),
+        second=[side for side in sides if f"{side}_to_{side}" in directions],
     )
+    encode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "image": lambda x: model.encode_image(x.to(device)).float().cpu(),
+        "text": lambda x: model.encode_text(x.to(device)).float().cpu(),
+    }
     for batch in batches:
         bad += batch.bad
         if on_batch:
             on_batch(len(batch.keys) + len(batch.bad))
         if not batch.keys:
             continue
-        encode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            "image": lambda x: model.encode_image(x.to(device)).float().cpu(),
-            "text": lambda x: model.encode_text(x.to(device)).float().cpu(),
-        }
         image_BD = encode["image"](batch.image_BCHW) if "image" in sides else batch.image_BCHW
         text_MD = encode["text"](batch.text_ML) if "text" in sides else batch.text_ML.float()
-        batch.second = {side: (encode[side](x), row_S) for side, (x, row_S) in batch.second.items() if side in sides}
+        batch.second = {side: (encode[side](x), row_S) for side, (x, row_S) in batch.second.items()}
         batch.image_BCHW, batch.text_ML = batch.image_BCHW[:0], batch.text_ML[:0]  # frees the memory
         local.append((batch, image_BD, text_MD))
     gathered = comm.all_gather_objects((local, bad))

@@ -409,3 +409,29 @@ def test_eval_divides_the_work_under_slurm_and_mpi(
 def test_invalid_options_are_reported(model_folder: Path, shards: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         evaluate(model_folder, shards, **options)
+
+
+def test_second_members_are_read_only_where_they_are_scored(encoder: Bundle, tmp_path: Path) -> None:
+    """A damaged second image makes a sample bad for image→image alone; zero-shot labels have none."""
+    (image, _, _), (other, _, _) = drawing(0), drawing(1)
+    members = [
+        (f"{name}.{kind}", data)
+        for name, second in (("a", encoded(other)), ("b", b"damaged"))
+        for kind, data in (
+            ("png", encoded(image)),
+            ("json", b'{"captions": ["one"], "second_text": "two"}'),
+            ("second.png", second),
+        )
+    ]
+    reader = open_reader(str(write_tar(tmp_path / "a.tar", members)))
+    for directions, keys, sides in (
+        (None, ["a", "b"], set()),
+        (CROSS_MODAL, ["a", "b"], set()),
+        (["text_to_text"], ["a", "b"], {"text"}),
+        (DIRECTIONS, ["a"], {"image", "text"}),
+    ):
+        found = sets.embed(reader, encoder, directions=directions)
+        assert [key.rpartition("/")[2] for key in found.keys] == keys
+        assert set(found.second) == sides
+        assert len(found.bad) == 2 - len(keys)
+    assert not sets.embed(reader, encoder, texts=False).second
