@@ -45,6 +45,7 @@ def test_output_of_a_run_goes_into_its_folder(tmp_path: Path) -> None:
     assert typed(next_steps.after_eval(str(tmp_path), 256, 64, "val")) == [exported]
     embedded = ["mmrl", "embed", str(tmp_path), "val", str(tmp_path / "embeddings")]
     assert typed(next_steps.after_eval(str(tmp_path), 64, 64, "val")) == [embedded]
+    assert typed(next_steps.after_eval(str(tmp_path), 64, 64, "val", second=True)) == [[*embedded, "--second"]]
     second = [f"run={tmp_path}-negatives", "data.negatives=1", "data.negatives_from=mined"]
     assert typed(next_steps.after_mine(f"{tmp_path}/", Path("mined"))) == [
         ["mmrl", "train", str(tmp_path / "config.yaml"), *second]

@@ -116,6 +116,10 @@ def evaluate_model(
     for name, scores in results.items():
         for note in score_notes(scores, main_directions(of_towers(sides)) if out else DIRECTIONS):
             print_line(console, f"{name}: {note}.")
+        if study and len(sides) == 1 and world.is_rank_0 and "analysis" not in scores:
+            print_line(
+                console, f"{name}: not analysed, since no sample has a second {sides[0]} (fields.second_{sides[0]})."
+            )
     if study:
         study.print_advice(console, brief=bool(out))  # with a report, which has that of all sets
     if out is not None and world.is_rank_0:
@@ -124,7 +128,8 @@ def evaluate_model(
         print_line(console, f"All dims and directions: {page or out / 'retrieval.json'}")
     advised = [one["analysis"]["advice"]["smallest"]["dim"] for one in results.values() if "analysis" in one]
     smaller = [*advised, *sorted(encoder.nested_dims), encoder.dim][0]
-    print_line(console, after_eval(model, encoder.dim, smaller, next(iter(specs.values()))))
+    searches_second = bool(advised) and len(sides) == 1
+    print_line(console, after_eval(model, encoder.dim, smaller, next(iter(specs.values())), searches_second))
     return result
 
 
@@ -134,7 +139,10 @@ def _check(options: EvalOptions, sides: Sequence[str]) -> None:
             raise InputError(f"directions: unknown direction {direction!r}.{did_you_mean(direction, DIRECTIONS)}")
     if options.templates is not None and options.classes is None:
         raise InputError("templates: given without classes; add --classes FILE, or --classes imagenet.")
-    needed = main_directions(of_towers(sides))
+    allowed = of_towers(sides)
+    if not set(allowed) & set(options.directions):
+        raise InputError(f"directions: the model has {sides[0]}s alone; allowed: {', '.join(allowed)}.")
+    needed = main_directions(allowed)
     for option in ("budget", "vectors", "compare"):
         if getattr(options, option) and not set(needed) <= set(options.directions):
             raise InputError(f"{option}: needs the directions {' and '.join(needed)}; add them to directions.")

@@ -1,13 +1,16 @@
 """The evaluation sets of a run's config: checked, opened, and scored during training."""
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from mmrl.data.parsing import BOTH
-from mmrl.data.samples import FieldsConfig, SampleReader
+from mmrl.data.captions import caption_key
+from mmrl.data.groups import NO_GROUP
+from mmrl.data.parsing import BOTH, IMAGE
+from mmrl.data.samples import BadSample, FieldsConfig, SampleReader
 from mmrl.data.sources import DataConfig, open_reader
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets
@@ -98,7 +101,8 @@ def open_configured(
         sides: the towers of the model.
 
     Raises:
-        InputError: as `open_reader` and `read_classes`; keys that exclude each other; labels that are no classes.
+        InputError: as `open_reader` and `read_classes`; keys that exclude each other; labels that are no classes; a
+            set for one tower without any positives.
     """
     return {name: _open(name, one, config.most_samples, data, sides) for name, one in config.sets.items()}
 
@@ -116,7 +120,29 @@ def _open(name: str, config: SetConfig, most: int | None, data: DataConfig, side
     reader = draw_shards(whole, most)
     if classes is not None:
         check_labels(reader, classes)
+    if len(sides) < 2 and not _has_positives(reader, side := next(iter(sides)), config.captions):
+        raise InputError(
+            f"evaluation.sets.{name}: no sample has a second {side} (fields.second_{side}) or shares its item with "
+            f"another {side}, so there is nothing to find; give other shards, or remove the set."
+        )
     return ConfiguredSet(name, reader, len(whole), config.captions, classes)
+
+
+def _has_positives(reader: SampleReader, side: str, captions: int | None) -> bool:
+    """Whether `score` finds a positive for an encoder with this tower alone. Most sets have one at their start."""
+    of_item: dict[int, set[Any]] = defaultdict(set)
+    for index in range(len(reader)):
+        try:
+            sample = reader.read(index, with_image=side == IMAGE)
+        except BadSample:
+            continue
+        if sample.second_image if side == IMAGE else sample.second_text:
+            return True
+        item = -2 - index if sample.group == NO_GROUP else sample.group
+        of_item[item] |= {index} if side == IMAGE else {caption_key(one) for one in sample.captions[:captions]}
+        if len(of_item[item]) > 1:
+            return True
+    return False
 
 
 def _classes(name: str, config: SetConfig) -> Classes | None:

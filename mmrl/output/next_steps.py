@@ -36,10 +36,11 @@ def after_train(model: Path, sets: Mapping[str, str | list[str]], scores: Path) 
     return _steps((["eval", model, *(named or [SHARDS]), "--out", scores], "which dim do I need?"))
 
 
-def after_eval(model: str, full_dim: int, dim: int, shards: str) -> str:
-    """Export the advised dim; embed with a model that has this dim already."""
+def after_eval(model: str, full_dim: int, dim: int, shards: str, second: bool = False) -> str:
+    """Export the advised dim; embed the gallery, or the second members, with a model that has this dim already."""
     if dim == full_dim:
-        return _steps((["embed", model, shards, _beside(model, "embeddings")], "a gallery's vectors, as Parquet"))
+        words = ["embed", model, shards, _beside(model, "embeddings"), *(["--second"] if second else [])]
+        return _steps((words, "a gallery's vectors, as Parquet"))
     return _steps((["export", model, _beside(model, f"encoder-{dim}"), "--dim", dim], f"an encoder of {dim} dims"))
 
 

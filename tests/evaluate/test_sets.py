@@ -13,7 +13,7 @@ import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from conftest import drawing, encoded, write_tar
-from helpers.encoders import export_bundle
+from helpers.encoders import export_bundle, save_random_encoder
 from helpers.labelled import CLASSES, TEMPLATES, labelled_members, write_labelled
 from helpers.worlds import run_in_world
 from rich.console import Console
@@ -435,3 +435,21 @@ def test_second_members_are_read_only_where_they_are_scored(encoder: Bundle, tmp
         assert set(found.second) == sides
         assert len(found.bad) == 2 - len(keys)
     assert not sets.embed(reader, encoder, texts=False).second
+
+
+def test_one_tower_says_what_cannot_be_measured(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = save_random_encoder(str(tiny_model), tmp_path / "encoder", towers="image")
+    members = [
+        (f"{n}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("png", encoded(drawing(n)[0])), ("json", b'{"group": "one item"}'))
+    ]
+    shards = [str(write_tar(tmp_path / "a.tar", members))]
+    result = evaluate_model(str(encoder), shards, EvalOptions(budget="recall_drop=1%"))
+    assert result["num_queries"] == {"image_to_image": 4}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a: not analysed, since no sample has a second image (fields.second_image)." in said
+    with pytest.raises(InputError, match=r"^directions: the model has images alone; allowed: image_to_image"):
+        evaluate_model(str(encoder), shards, EvalOptions(directions=["text_to_image"]))

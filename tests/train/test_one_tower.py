@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 import mmrl
 from mmrl.config import Config, load_config
-from mmrl.data.sources import open_training_set
+from mmrl.data.sources import open_reader, open_training_set
 from mmrl.data.stream import Stream
 from mmrl.engine import optim
 from mmrl.errors import InputError
+from mmrl.evaluate import configured
 from mmrl.model import bundle, two_tower
 from mmrl.train import sides
 from mmrl.train.trainer import train
@@ -231,6 +232,40 @@ def test_a_run_refuses_a_direction_and_an_encoder_of_the_other_tower(
         train(load_config(path))
     with pytest.raises(InputError, match=r"no image: none of|no sample .* has .jpg"):
         train(load_config(config_of(write_config, "image", pairs["text"], tiny_model)))
+
+
+def test_a_set_with_nothing_to_find_is_refused_before_the_training(
+    write_config: WriteConfig, pairs: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not at the first evaluation, which may be hours later."""
+    for side, members in (
+        ("text", [("a.json", b'{"captions": ["one", " One"]}'), ("b.json", b'{"captions": ["one"]}')]),
+        ("image", [(f"{n}.png", encoded(drawing(n)[0])) for n in range(3)]),
+    ):
+        shard = write_tar(tmp_path / f"{side}.tar", members)
+        evaluation = {"sets": {"val": {"shards": str(shard)}}, "every": "100 steps"}
+        path = config_of(write_config, side, pairs[side], tiny_model, evaluation=evaluation)
+        with pytest.raises(InputError, match=f"evaluation.sets.val: no sample has a second {side} .*nothing to find"):
+            train(load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("members", "captions", "expected"),
+    [
+        ([{"captions": ["one"], "second_text": "two"}], None, True),
+        ([{"captions": ["one", "two"]}], None, True),
+        ([{"captions": ["one", "two"]}], 1, False),
+        ([{"captions": ["one"], "group": "x"}, {"captions": ["two"], "group": "x"}], 1, True),
+        ([{"captions": ["one"], "group": "x"}, {"captions": ["One"], "group": "x"}], 1, False),
+        ([{"captions": []}, {"captions": ["one"]}], None, False),
+    ],
+)
+def test_what_is_a_positive_for_texts(
+    tmp_path: Path, members: list[dict[str, Any]], captions: int | None, expected: bool
+) -> None:
+    shard = write_tar(tmp_path / "a.tar", [(f"{n}.json", json.dumps(one).encode()) for n, one in enumerate(members)])
+    reader = open_reader(str(shard), required=["text"])
+    assert configured._has_positives(reader, "text", captions) == expected
 
 
 @pytest.mark.slow
