@@ -260,8 +260,8 @@ class LostBatchWatch:
         while not self._done.wait(self._lost_after_s / 10):
             now = self._progress()
             # DataLoader notices a dead worker itself, on a loaded machine perhaps late.
-            is_expected = now is None or not self._is_awaiting or any(map(_has_ended, self._workers))
-            if now != before or is_expected:
+            has_ended = wait([worker.sentinel for worker in self._workers], timeout=0)
+            if now is None or now != before or not self._is_awaiting or has_ended:
                 before, since = now, time.monotonic()
             elif time.monotonic() - since > 0.8 * self._lost_after_s:  # so that the run has ended in time
                 self.error = RunStopped(
@@ -286,14 +286,6 @@ class _WhileAwaiting:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.is_on:
             self._handler(number, frame)
-
-
-def _has_ended(worker: BaseProcess) -> bool:
-    """Whether a worker has ended. Its exit status is left for DataLoader."""
-    try:
-        return os.waitid(os.P_PID, worker.pid or 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
 
 
 def _in_main_thread() -> bool:
