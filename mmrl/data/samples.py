@@ -66,8 +66,8 @@ class SampleReader(ShardReader):
         """
         super().__init__(sources, cache)
         self.required, self._group_all = required, group_all
-        self.seconds: Counter[str] = Counter()
-        """How many of the samples that were looked at have a second IMAGE or TEXT of their own; "" counts all."""
+        self.looked_at, self.second_counts = 0, Counter[str]()
+        """Usable samples that were looked at, and how many of them have a second IMAGE or TEXT of their own."""
         self.problems = [problem for shard in self._shards for problem in shard.problems]
         self.notes: list[str] = []
         """Sentences on what is not read, to print before work begins."""
@@ -205,8 +205,8 @@ class SampleReader(ShardReader):
             try:
                 sample = self.read(int(index))
                 captioned += bool(sample.captions)
-                found = {"": True, IMAGE: bool(sample.second_image), TEXT: bool(sample.second_text)}
-                self.seconds.update(kind for kind, has in found.items() if has)
+                self.looked_at += 1
+                self.second_counts.update({IMAGE: bool(sample.second_image), TEXT: bool(sample.second_text)})
             except BadSample as error:
                 rejected = rejected or f" The first of them: {error}."
             keys |= self._metadata_keys(int(index), fields)

@@ -4,18 +4,22 @@ Shapes: N samples of the set.
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 
 import numpy as np
 
 from mmrl.data import draws
 from mmrl.data.groups import NO_GROUP
 from mmrl.data.order import EpochOrder
-from mmrl.data.samples import SampleReader
+from mmrl.data.parsing import IMAGE, TEXT
+from mmrl.data.samples import BadSample, SampleReader
 
 _DRAW = 1 << 24
 # Up to this number of samples, a group is also looked for in other shards, by a table of all groups in memory. It
 # decides what a batch holds, so it does not depend on the machine.
 _MOST_IN_TABLE = 262_144
+# Samples of a source's first shard that tell whether samples have second members of their own.
+_LOOKED_AT = 16
 
 
 class SecondMembers:
@@ -34,9 +38,9 @@ class SecondMembers:
         self._reader, self._seed = reader, seed
         self._table: tuple[np.ndarray, np.ndarray] | None = None
         for kind in sorted(kinds):
-            if count := reader.seconds[kind]:
+            if count := reader.second_counts[kind]:
                 reader.notes.append(
-                    f"Second members of pairs: {count} of {reader.seconds['']} samples that were looked at have a "
+                    f"Second members of pairs: {count} of {reader.looked_at} samples that were looked at have a "
                     f"second {kind} of their own (fields.second_{kind})."
                 )
         if _have_own(reader, kinds):
@@ -97,8 +101,18 @@ def has_table(reader: SampleReader, kinds: Collection[str]) -> bool:
 
 
 def _have_own(reader: SampleReader, kinds: Collection[str]) -> bool:
-    """Whether all samples that were looked at have their own second members."""
-    return all(reader.seconds[kind] == reader.seconds[""] for kind in kinds)
+    """Whether the first samples of each source all have their own second members. Not those that `second_counts`
+    counts: which they are depends on the indexes that this host has, and may change until a resume."""
+    found, start = False, 0
+    for source in reader.sources:
+        for index in range(start, start + min(_LOOKED_AT, source.shards[0].samples)):
+            with suppress(BadSample):
+                sample = reader.read(index, with_image=IMAGE in kinds)
+                found = True
+                if any(not {IMAGE: sample.second_image, TEXT: sample.second_text}[kind] for kind in kinds):
+                    return False
+        start += source.share.total
+    return found
 
 
 def count_split(group_N: np.ndarray, shard_N: np.ndarray) -> tuple[int, int]:

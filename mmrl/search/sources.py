@@ -184,10 +184,10 @@ def open_source(source: str, group_key: str = "group", sides: Collection[str] = 
     if not second:
         return SampleSource(open_reader(source, fields, required=[IMAGE if has_images else TEXT]), has_images, second)
     reader = open_reader(source, fields, required=())
-    found = [kind for kind in (IMAGE, TEXT) if kind in sides and reader.seconds[kind]]
+    found = [kind for kind in (IMAGE, TEXT) if kind in sides and reader.second_counts[kind]]
     if not found:
         raise InputError(
-            f"second: none of {reader.seconds['']} samples of {source} that were looked at has a second "
+            f"second: none of {reader.looked_at} samples of {source} that were looked at has a second "
             f"{' or '.join(sides)} (KEY.second.jpg or the like; {SECOND!r} in the JSON)."
         )
     return SampleSource(reader, found[0] == IMAGE, second)

@@ -153,3 +153,22 @@ def test_cached_images_give_the_same_batches(sets: dict[str, Path]) -> None:
         for _, batch, other in zip(range(7), plain.forever(), cached.forever(), strict=False):
             assert_equal(batch, other)
         assert len(cached._dataset._decoded) == SAMPLES - 1
+
+
+def test_second_members_do_not_depend_on_how_samples_were_counted(tmp_path: Path) -> None:
+    """Samples of the first shard have second texts. Those of the others do not, and are looked for in all shards."""
+
+    def metadata(shard: int, row: int) -> dict[str, str]:
+        own = {"second_text": f"passage {row}"} if not shard else {"group": f"item {row}"}
+        return {"captions": f"question {shard}-{row}", **own}
+
+    for shard in range(3):
+        members = [(f"{row}.json", json.dumps(metadata(shard, row)).encode()) for row in range(12)]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps({f"{shard}.tar": 12 for shard in range(3)}))
+    declared = [Batch.join(list(make(tmp_path, "text", lanes=1))) for _ in range(2)]
+    sizes.unlink()  # all shards are indexed when they are opened
+    for batch in declared:
+        assert_equal(Batch.join(list(make(tmp_path, "text", lanes=1))), batch)
+    assert any(text.startswith("question 1") for text in seconds(declared[0]).text)
