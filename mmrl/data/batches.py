@@ -166,7 +166,8 @@ class BatchDataset(Dataset[Batch | InputError | RunStopped]):
         self._image, self._text = image, text
         self._second = SecondMembers(reader, seed, second) if second else None
         self.second = second
-        self._negatives = Negatives(reader, seed, config) if config.negatives else None
+        # Of texts alone, a question is compared with passages.
+        self._negatives = Negatives(reader, seed, config, IMAGE not in sides) if config.negatives else None
         self.negatives_identity = self._negatives.identity if self._negatives else ""
         self._augmentations: list[Augmentation] = []
         """Of the images, and of second images."""

@@ -48,12 +48,15 @@ class Negative:
 class Negatives:
     """The hard negatives of each sample of a set."""
 
-    def __init__(self, reader: SampleReader, seed: int, config: DataConfig) -> None:
-        """Raises:
-        InputError: no sample names negatives; the mined ones cannot be read, or are of another set; images of mined
+    def __init__(self, reader: SampleReader, seed: int, config: DataConfig, second_texts: bool = False) -> None:
+        """Args:
+        second_texts: a sample's wrong text is its second one, if it has one: texts are compared with second texts.
+
+        Raises:
+            InputError: no sample names negatives; the mined ones cannot be read, or are of another set; images of mined
             negatives are wanted, and they are captions only, or the shards are remote.
         """
-        self._reader, self._seed, self._config = reader, seed, config
+        self._reader, self._seed, self._config, self._second_texts = reader, seed, config, second_texts
         self._keys = _SampleKeys(reader)
         self._mined = None if config.negatives_from is None else _Mined(Path(config.negatives_from), reader)
         if self._mined is None:
@@ -81,7 +84,7 @@ class Negatives:
             elif one.index != own and (loaded := load(one.index)) is not None:
                 other, image_CHW, _ = loaded
                 choice = pick_caption(len(other.captions), self._config.captions, float(draws.uniform(*key, int(n), 0)))
-                text = one.text or other.captions[choice]
+                text = one.text or (other.second_text if self._second_texts else "") or other.captions[choice]
                 yield replace(one, key=other.name, text=text, group=other.group, sample=other, image_CHW=image_CHW)
 
     def _entries(self, index: int, sample: Sample) -> list[Negative]:

@@ -172,3 +172,18 @@ def test_second_members_do_not_depend_on_how_samples_were_counted(tmp_path: Path
     for batch in declared:
         assert_equal(Batch.join(list(make(tmp_path, "text", lanes=1))), batch)
     assert any(text.startswith("question 1") for text in seconds(declared[0]).text)
+
+
+def test_wrong_texts_of_samples_are_second_texts(tmp_path: Path) -> None:
+    """A question is compared with the passages of the samples that it names, not with their questions."""
+
+    def metadata(number: int) -> dict[str, object]:
+        second = {} if number == 3 else {"second_text": f"passage {number}"}
+        return {"captions": f"question {number}", "negatives": [f"{(number + 1) % 12}"], **second}
+
+    write_tar(tmp_path / "a.tar", [(f"{n}.json", json.dumps(metadata(n)).encode()) for n in range(12)])
+    batch = Batch.join(list(make(tmp_path, "text", lanes=1, negatives=1)))
+    assert batch.negatives is not None
+    for key, text in zip(batch.keys, batch.negatives.text, strict=True):
+        wrong = (number_of(key) + 1) % 12
+        assert text == (f"question {wrong}" if wrong == 3 else f"passage {wrong}")
