@@ -135,16 +135,23 @@ def initial_towers(config: TowersConfig) -> Towers:
         InputError: as `towers.build` and `prepare_training`; the encoder is damaged, lacks a tower, or its
             architecture is not that of model.name.
     """
+    check_towers(config)
     built = _source_towers(config)
-    for side in config.sides:
-        if isinstance(getattr(built, side), AbsentTower):
-            raise InputError(
-                f"model.towers: {config.towers}, but {config.pretrained or config.name} has no {side} tower; set "
-                f"model.towers: {'text' if side == 'image' else 'image'}."
-            )
     absent: dict[str, Any] = {side: AbsentTower(side) for side in SIDES if side not in config.sides}
     random = tuple(one for one in built.random if not any(f"the {side} " in one for side in absent))
     return prepare_training(replace(built, **absent, random=random), config)
+
+
+def check_towers(config: TowersConfig) -> None:
+    """Raises InputError if the encoder that training starts from lacks a tower. Nothing is loaded but its manifest."""
+    for key, name in (("model.name", config.name), ("model.pretrained", config.pretrained)):
+        source = parse_model(name, key) if name and Path(name).is_dir() else None
+        available = read_manifest(source.folder)["towers"] if isinstance(source, StoredModel) else SIDES
+        for side in config.sides:
+            if side not in available:
+                raise InputError(
+                    f"model.towers: {config.towers}, but {name} has no {side} tower; set model.towers: {available[0]}."
+                )
 
 
 def _source_towers(config: TowersConfig) -> Towers:

@@ -25,7 +25,7 @@ from mmrl.errors import InputError
 from mmrl.evaluate.configured import ConfiguredSet, check_best, open_configured
 from mmrl.evaluate.sets import DECODING_SHARE, decoding_memory
 from mmrl.losses.triton_probe import require_triton, triton_problem
-from mmrl.model import registry
+from mmrl.model import bundle, registry
 from mmrl.nesting import Nesting, check_dims
 from mmrl.train import host_checks
 from mmrl.train.run_folder import open_run
@@ -103,6 +103,7 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
         )
     if config.train.ema is not None and config.engine.zero_stage == 3:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
+    bundle.check_towers(config.model)
     model_cfg = registry.read_model_cfg(config.model.name)
     width = model_cfg["embed_dim"]
     on_gpu, others = world.device.type == "cuda", 0.0

@@ -24,7 +24,7 @@ from mmrl.data.workers import host_memory
 from mmrl.distributed import comm
 from mmrl.errors import InputError, did_you_mean
 from mmrl.hardware import has_native_bfloat16
-from mmrl.model import footprint, registry
+from mmrl.model import bundle, footprint, registry
 from mmrl.model.manifest import read_manifest
 from mmrl.model.source import StoredModel, parse_model
 from mmrl.nesting import check_dims
@@ -174,6 +174,7 @@ class _Recipe:
         elif self._source is not None:
             model.update(name=self._source.name, pretrained=self._source.pretrained)
         config = self.config()
+        bundle.check_towers(config.model)
         width = registry.read_model_cfg(config.model.name)["embed_dim"]
         dims = list(request.dims or [dim for dim in config.nesting.dims if dim <= width])
         is_new = not (request.model or config.model.pretrained)
@@ -242,7 +243,7 @@ class _Recipe:
             self._set(f"{key}.every", f"{min(steps_of(duration), every)} steps")
         self._set("tracking.log_every", max(1, min(config.tracking.log_every, total // 20)))
         if config.data.cache and "image" in config.model.sides:
-            decoded = pairs * _decoded_bytes(reader)
+            decoded = pairs * _decoded_bytes(reader, "image" in config.loss.second_members)
             self._set(
                 "data.cache",
                 decoded <= _CACHE_SHARE * memory,
@@ -334,12 +335,14 @@ def _scale_rates(optim: dict[str, Any], factor: float) -> None:
             optim[key] = float(f"{rate * factor:.3g}")
 
 
-def _decoded_bytes(reader: SampleReader) -> float:
-    """The mean bytes of a decoded image, of samples that are spread over the set."""
+def _decoded_bytes(reader: SampleReader, second: bool) -> float:
+    """The mean bytes of a sample's decoded image, and of its second one, of samples that are spread over the set."""
     sizes = []
     for index in range(0, len(reader), max(1, len(reader) // _IMAGES_MEASURED)):
         try:
-            sizes.append(reader.read_image(index)[1].numel())
+            sample, image_CHW = reader.read_image(index)
+            own = [reader.decode(index, sample.second_image)] if second and sample.second_image else []
+            sizes.append(sum(one.numel() for one in (image_CHW, *own)))
         except BadSample:
             continue
     return sum(sizes) / max(len(sizes), 1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import drawing, encoded, start_training, write_tar
 from helpers import reference
+from helpers.encoders import save_random_encoder
 from safetensors.torch import load_file
 
 import mmrl
@@ -232,6 +233,17 @@ def test_a_run_refuses_a_direction_and_an_encoder_of_the_other_tower(
         train(load_config(path))
     with pytest.raises(InputError, match=r"no image: none of|no sample .* has .jpg"):
         train(load_config(config_of(write_config, "image", pairs["text"], tiny_model)))
+
+
+@pytest.mark.parametrize("key", ["name", "pretrained"])
+def test_an_encoder_without_the_tower_is_refused_before_the_data_are_read(
+    write_config: WriteConfig, tiny_model: Path, tmp_path: Path, key: str
+) -> None:
+    encoder = save_random_encoder(str(tiny_model), tmp_path / "encoder", towers="text")
+    path = write_config(data={"train": "nowhere"}, evaluation={}, model={"name": str(tiny_model), key: str(encoder)})
+    says = "model.towers: both, but .*encoder has no image tower; set model.towers: text"
+    with pytest.raises(InputError, match=says):
+        train(load_config(path))
 
 
 def test_a_set_with_nothing_to_find_is_refused_before_the_training(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import drawing
+from helpers.encoders import save_random_encoder
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +21,7 @@ from mmrl.distributed.launchers import LaunchInfo
 from mmrl.errors import InputError
 from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.model.footprint import Footprint
+from mmrl.train import presets
 from mmrl.train.own_data import DataOptions, find_shards
 from mmrl.train.presets import PRESETS, TrainRequest, compose_config, preset_path
 from mmrl.train.trainer import train
@@ -140,6 +142,18 @@ def test_a_preset_takes_packed_pairs_for_one_tower(side: str, photos: Path, tmp_
     assert load_config(tmp_path / "run/config.yaml") == config
     with pytest.raises(InputError, match=rf"is packed for both towers.*; run mmrl pack .*\.csv shards --towers {side}"):
         composed(table, tmp_path / "other", *towers)
+    if side == "image":
+        reader = read_samples(str(tmp_path / "out" / "train"), required=["image"])
+        assert presets._decoded_bytes(reader, second=True) == 2 * presets._decoded_bytes(reader, second=False)
+
+
+def test_an_encoder_without_a_tower_is_refused_before_data_are_packed(
+    photos: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    encoder = save_random_encoder(str(tiny_model), tmp_path / "encoder", towers="text")
+    with pytest.raises(InputError, match=r"model.towers: both, but .*encoder has no image tower; set model.towers"):
+        composed(photos, tmp_path / "run", model=str(encoder))
+    assert not (tmp_path / "run" / "shards").exists()
 
 
 def test_several_processes_do_not_pack(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
