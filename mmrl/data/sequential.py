@@ -53,6 +53,8 @@ class SequentialBatch:
     second: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """IMAGE and TEXT -> the second images (S, C, H, W) or texts (S, L) of samples that have one, and the samples' rows
     (S,)."""
+    second_texts: list[str] = field(default_factory=list)
+    """The second texts before tokenisation."""
     bad: list[Problem] = field(default_factory=list)
 
 
@@ -107,7 +109,10 @@ class _Batches(Dataset[SequentialBatch | InputError | RunStopped]):
             for kind, found in seconds.items()
             if found
         }
-        return SequentialBatch(keys, image_BCHW, self._text(texts), texts, row_of_text_M, group_B, indices, second, bad)
+        tokens, second_texts = self._text(texts), [text for text, _ in seconds[TEXT]]
+        return SequentialBatch(
+            keys, image_BCHW, tokens, texts, row_of_text_M, group_B, indices, second, second_texts, bad
+        )
 
     def _read_one(self, index: int) -> tuple[Sample, list[torch.Tensor]]:
         """A sample, and the pixels of its image and, if it is wanted, of its second image."""

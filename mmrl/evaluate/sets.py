@@ -117,6 +117,8 @@ class Embedded:
     second: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """"image" and "text" -> the second images or texts (S, D), such as the answers to questions, and the rows (S,) of
     their samples. They are the gallery of image_to_image or text_to_text."""
+    second_texts: list[str] = field(default_factory=list)
+    """Those of `second`; empty if they are not known, as of embeddings that come without."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -227,6 +229,7 @@ def _concatenate(batches: Sequence[tuple[SequentialBatch, torch.Tensor, torch.Te
         bad=bad,
         sample_indices=[index for batch, _, _ in batches for index in batch.indices],
         second={side: (torch.cat(x), torch.cat(row)) for side, (x, row) in seconds.items()},
+        second_texts=[text for batch, _, _ in batches for text in batch.second_texts],
     )
 
 
@@ -252,15 +255,17 @@ def score(
     for side in embedded.sides:
         check_embeddings(f"{side}s", embedded.image_ND if side == "image" else embedded.text_MD)
     allowed = of_towers(embedded.sides)
-    directions = main_directions(allowed) if directions is None else directions
+    directions = [one for one in (main_directions(allowed) if directions is None else directions) if one in allowed]
     fold_list = [
         _Fold.of(embedded, images, texts, ks)
         for images, texts in fold_rows(embedded.image_group_N, embedded.text_group_M, folds)
     ]
-    present = [one for one in directions if one in allowed and all(fold.has_positives(one) for fold in fold_list)]
+    present = [direction for direction in directions if all(fold.has_positives(direction) for fold in fold_list)]
     if not present:
-        raise InputError(f"directions: this set has no positives in {', '.join(directions)}.")
-    has_both = len(embedded.sides) == 2
+        raise InputError(f"directions: this set has no positives in {', '.join(directions or allowed)}.")
+    limits = [
+        {0: {way: one for way, one in fold.ceiling.items() if way in {*present, *CROSS_MODAL}}} for fold in fold_list
+    ]
     ranked = [fold.ranks(dims, present, on_rows, over_ranks) for fold in fold_list]
     scores = [scores_by_dim(one, ks) for one in ranked]
     chances = [
@@ -274,7 +279,7 @@ def score(
         "num_bad": len(embedded.bad),
         "num_queries": {way: sum(len(one[way][dims[0]].query_Q) for one in ranked) for way in present},
         "chance": mean_over_folds([{0: one} for one in chances])[0],
-        **({"ceiling": mean_over_folds([{0: fold.ceiling} for fold in fold_list])[0]} if has_both else {}),
+        **({"ceiling": mean_over_folds(limits)[0]} if limits[0][0] else {}),
         **({"folds": folds} if folds > 1 else {}),
     }
 
@@ -324,7 +329,7 @@ class _Fold:
     second: dict[str, tuple[torch.Tensor, torch.Tensor]]
     """"image" and "text" -> second members (S, D) and their groups (S,)."""
     ceiling: dict[str, dict[str, float]]
-    """See `recall_ceiling`; empty with one tower."""
+    """See `recall_ceiling`; of text_to_text with second texts alone, which captions of other groups may repeat."""
 
     @classmethod
     def of(
@@ -346,7 +351,14 @@ class _Fold:
             for side, (x_SD, row_S) in embedded.second.items()
         }
         captions = [embedded.captions[row] for row in rows]
-        has_both = len(embedded.sides) == 2
+        ceiling = {} if len(embedded.sides) < 2 else recall_ceiling(captions, text_group_M, image_group_N, ks)
+        if embedded.second_texts:
+            is_in_fold_S = is_in_fold_N[embedded.second["text"][1]].tolist()
+            second_texts = [text for text, is_in in zip(embedded.second_texts, is_in_fold_S, strict=True) if is_in]
+            group_S = second["text"][1]
+            query_group_Q = text_group_M[torch.isin(text_group_M, group_S)]
+            if len(query_group_Q):
+                ceiling["text_to_text"] = recall_ceiling(second_texts, group_S, query_group_Q, ks)["image_to_text"]
         return cls(
             embedded.image_ND[images],
             embedded.text_MD[texts],
@@ -354,7 +366,7 @@ class _Fold:
             text_group_M,
             torch.tensor(distinct, dtype=torch.bool),
             second,
-            recall_ceiling(captions, text_group_M, image_group_N, ks) if has_both else {},
+            ceiling,
         )
 
     def compared(self, direction: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

@@ -155,6 +155,24 @@ def test_eval_prints_the_ceiling(model_folder: Path, tmp_path: Path, capsys: pyt
     assert "limit │ 25.0 │ 100.0 │ 100.0 │ 50.0 │ 100.0 │ 100.0" in shown
 
 
+def test_equal_passages_of_other_groups_limit_the_recall(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Questions 0 and 1 have one passage, 2 its own. The passages of 3 and 4 are equal too, but of one group."""
+    encoder = save_random_encoder(str(tiny_model), tmp_path / "encoder", towers="text")
+    passages = [("same", ""), ("same", ""), ("other", ""), ("third", "g"), ("third", "g"), ("", "g")]
+    members = [
+        (f"{n}.json", json.dumps({"captions": f"question {n}", "second_text": text, "group": group or None}).encode())
+        for n, (text, group) in enumerate(passages)
+    ]
+    shard = write_tar(tmp_path / "a.tar", members)
+    result = evaluate_model(str(encoder), [str(shard)], EvalOptions())
+    assert result["num_queries"] == {"text_to_text": 6}
+    assert result["ceiling"]["text_to_text"] == {"R@1": 4 / 6, "R@5": 1.0, "R@10": 1.0}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "equal texts, so no model can exceed text→text R@1 66.7 %" in shown
+
+
 def test_a_query_is_not_its_own_positive() -> None:
     """Two images per group: without the query itself, one positive."""
     pairs = embedded_of([5, 5, 6, 6], ["a", "b", "c", "d"], [0, 1, 2, 3])

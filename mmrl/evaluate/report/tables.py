@@ -91,7 +91,8 @@ def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTI
             f"{ARROWS[way]} {', '.join(f'{k} {100 * share:.1f} %' for k, share in shares.items() if share < 1)}"
             for way, shares in limits.items()
         )
-        notes.append(f"items of different groups have equal captions, so no model can exceed {values}")
+        what = "texts" if "text_to_text" in limits else "captions"
+        notes.append(f"items of different groups have equal {what}, so no model can exceed {values}")
     for way, count in result.get("num_queries", {}).items():
         if way in SAME_MODAL and way in directions and count < _FEW_QUERIES:
             notes.append(
