@@ -158,8 +158,13 @@ def _of_transformer(state: State, modality: str, model: str) -> State:
 def _from_one_modality(modality: str, state: State) -> State:
     """From the modules of a SentenceTransformer with one tower: the Transformer in the folder itself, then 1_Dense or
     2_Dense, and the logit scale."""
-    named = {name: f"{modality}_{name if name[0].isdigit() else f'0_Transformer.{name}'}" for name in state}
-    return _from_modules({{**named, ".logit_scale": "logit_scale"}[name]: tensor for name, tensor in state.items()})
+
+    def with_modality(name: str) -> str:
+        if name == ".logit_scale":
+            return "logit_scale"
+        return f"{modality}_{name}" if name[0].isdigit() else f"{modality}_0_Transformer.{name}"
+
+    return _from_modules({with_modality(name): tensor for name, tensor in state.items()})
 
 
 def _import_image(state: State) -> State:

@@ -63,20 +63,16 @@ class _Sample:
 def tasks_of(embedded: Embedded) -> dict[str, Task]:
     """{direction: task} of the two cross-modal directions; of one tower the direction from first to second members, and
     none if there are none."""
-    if len(embedded.sides) == 1:
-        (side,) = embedded.sides
-        if side not in embedded.second:
-            return {}
-        rows = {"image": (embedded.image_ND, embedded.image_group_N), "text": (embedded.text_MD, embedded.text_group_M)}
-        second_SD, row_S = embedded.second[side]
-        direction, (query_QD, group_Q) = f"{side}_to_{side}", rows[side]
-        return {direction: Task(direction, query_QD, second_SD, group_Q, embedded.image_group_N[row_S])}
-    sides = {"image": (embedded.image_ND, embedded.image_group_N), "text": (embedded.text_MD, embedded.text_group_M)}
-    tasks = {}
-    for direction in CROSS_MODAL:
-        (query_QD, query_group_Q), (gallery_GD, gallery_group_G) = (sides[one] for one in modalities(direction))
-        tasks[direction] = Task(direction, query_QD, gallery_GD, query_group_Q, gallery_group_G)
-    return tasks
+    rows = {"image": (embedded.image_ND, embedded.image_group_N), "text": (embedded.text_MD, embedded.text_group_M)}
+    if len(embedded.sides) == 2:
+        compared = {direction: [rows[one] for one in modalities(direction)] for direction in CROSS_MODAL}
+    else:
+        seconds = {side: (x_SD, embedded.image_group_N[row_S]) for side, (x_SD, row_S) in embedded.second.items()}
+        compared = {f"{side}_to_{side}": [rows[side], gallery] for side, gallery in seconds.items()}
+    return {
+        direction: Task(direction, query_QD, gallery_GD, query_group_Q, gallery_group_G)
+        for direction, ((query_QD, query_group_Q), (gallery_GD, gallery_group_G)) in compared.items()
+    }
 
 
 def analyse(
@@ -101,10 +97,10 @@ def analyse(
         if other.keys != embedded.keys or other.captions != embedded.captions:
             raise InputError(f"compare: {name} read other samples than the evaluated model; queries cannot be paired.")
     dims, ks = sorted(dims), sorted({*KS, budget.k})
-    tasks, ranked = tasks_of(embedded), dict[str, dict[int, PerQuery]]()
+    tasks = tasks_of(embedded)
     if len(tasks) == 2:
         both = rank_both(embedded.image_ND, embedded.text_MD, embedded.image_group_N, embedded.text_group_M, dims)
-        ranked |= zip(CROSS_MODAL, both, strict=True)
+        ranked = dict[str, dict[int, PerQuery]](zip(CROSS_MODAL, both, strict=True))
     else:
         ranked = {
             name: rank_queries(one.query_QD, one.gallery_GD, one.query_group_Q, one.gallery_group_G, dims)
