@@ -158,6 +158,7 @@ def embed(
     device = next(model.parameters()).device
     sides = [side for side in model.sides if texts or side == "image"]
     directions = main_directions(of_towers(model.sides)) if directions is None else directions
+    second = [side for side in sides if f"{side}_to_{side}" in directions]
     local: list[tuple[SequentialBatch, torch.Tensor, torch.Tensor]] = []
     bad = list(reader.problems) if world.is_rank_0 else []
     batches = read_sequential(
@@ -167,8 +168,8 @@ def embed(
         captions=captions,
         rank=world.rank,
         world_size=world.size,
-        workers=decoding_workers(device, encoder.image_spec),
-        second=[side for side in sides if f"{side}_to_{side}" in directions],
+        workers=decoding_workers(device, encoder.image_spec, 1 + ("image" in second)),
+        second=second,
     )
     encode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "image": lambda x: model.encode_image(x.to(device)).float().cpu(),
@@ -183,7 +184,7 @@ def embed(
         image_BD = encode["image"](batch.image_BCHW) if "image" in sides else batch.image_BCHW
         text_MD = encode["text"](batch.text_ML) if "text" in sides else batch.text_ML.float()
         batch.second = {side: (encode[side](x), row_S) for side, (x, row_S) in batch.second.items()}
-        batch.image_BCHW, batch.text_ML = batch.image_BCHW[:0], batch.text_ML[:0]  # frees the memory
+        batch.image_BCHW = batch.text_ML = torch.zeros(0)  # frees the memory, which a slice would keep
         local.append((batch, image_BD, text_MD))
     gathered = comm.all_gather_objects((local, bad))
     return _concatenate(
@@ -191,11 +192,12 @@ def embed(
     )
 
 
-def decoding_workers(device: torch.device, spec: ImageSpec) -> int:
-    """Processes that read and decode while a GPU embeds; a CPU that embeds has no core to spare. Collective."""
+def decoding_workers(device: torch.device, spec: ImageSpec, images: int = 1) -> int:
+    """Processes that read and decode this number of images per sample while a GPU embeds; a CPU that embeds has no core
+    to spare. Collective."""
     if device.type != "cuda":
         return 0
-    memory = decoding_memory(3 * spec.height * spec.width, comm.all_hosts().count(comm.host()))
+    memory = decoding_memory(images * 3 * spec.height * spec.width, comm.all_hosts().count(comm.host()))
     return memory.default_workers(DECODING_SHARE)
 
 

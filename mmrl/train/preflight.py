@@ -108,7 +108,8 @@ def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
     width = model_cfg["embed_dim"]
     on_gpu, others = world.device.type == "cuda", 0.0
     if on_gpu and config.evaluation.sets:
-        decoding = decoding_memory(bytes_per_sample(model_cfg), ranks_here)
+        rows = (1, 1) if config.model.towers == "both" else config.rows_per_pair  # as `sets.embed` reads them
+        decoding = decoding_memory(bytes_per_sample(model_cfg, rows), ranks_here)
         count = decoding.default_workers(DECODING_SHARE)
         others = decoding.private(count) + decoding.shared(count, 1)
     memory = LoaderMemory(

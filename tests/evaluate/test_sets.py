@@ -455,6 +455,20 @@ def test_second_members_are_read_only_where_they_are_scored(encoder: Bundle, tmp
     assert not sets.embed(reader, encoder, texts=False).second
 
 
+def test_pixels_are_freed_after_each_batch(encoder: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_tar(tmp_path / "a.tar", [("a.png", encoded(drawing(0)[0])), ("a.txt", b"one")])
+    kept: list[int] = []
+
+    def gathered(of_rank: Any) -> list[Any]:
+        batches = [batch for batch, *_ in of_rank[0]]
+        kept.append(sum(x.untyped_storage().nbytes() for one in batches for x in (one.image_BCHW, one.text_ML)))
+        return [of_rank]
+
+    monkeypatch.setattr(comm, "all_gather_objects", gathered)
+    sets.embed(open_reader(str(shard)), encoder)
+    assert kept == [0]
+
+
 def test_one_tower_says_what_cannot_be_measured(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
