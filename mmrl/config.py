@@ -110,20 +110,21 @@ class Config(Settings):
 
     def _check_one_tower(self, side: str) -> None:
         """Raises ValueError for what needs the other tower."""
-        own, nesting = f"{side}_{side}", self.nesting
+        own, other, nesting = f"{side}_{side}", "text" if side == "image" else "image", self.nesting
         weights = self.loss.term_weights
         if not weights[own] or any(weight for name, weight in weights.items() if name != own):
             raise ValueError(f"model.towers: {side} trains by loss.{own} alone; set loss.image_text: 0, loss.{own}: 1")
-        needs_both = {
+        needs_other = {
             "teacher": self.teacher is not None,
             "nesting.rotate_at_start": nesting.rotate_at_start,
             "nesting.rotate_at_end": nesting.rotate_at_end,
             "data.negatives": side == "image" and self.data.negatives > 0,
             "data.negatives_images": side == "text" and self.data.negatives_images,
+            f"optim.lr_{other}": getattr(self.optim, f"lr_{other}") is not None,
         }
-        for key, is_set in needs_both.items():
+        for key, is_set in needs_other.items():
             if is_set:
-                raise ValueError(f"{key}: needs both towers, and model.towers is {side}; remove the key")
+                raise ValueError(f"{key}: needs the {other} tower, and model.towers is {side}; remove the key")
 
 
 _MOST_NODES = 1_000_000

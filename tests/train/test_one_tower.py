@@ -204,7 +204,7 @@ def test_pairs_with_an_equal_text_are_no_negatives(write_config: WriteConfig, ti
                 "loss": {"image_text": 0, "text_text": 1},
                 "teacher": {"model": "y"},
             },
-            "teacher: needs both towers",
+            "teacher: needs the image tower",
         ),
         (
             {
@@ -212,7 +212,15 @@ def test_pairs_with_an_equal_text_are_no_negatives(write_config: WriteConfig, ti
                 "loss": {"image_text": 0, "text_text": 1},
                 "nesting": {"dims": [16, 8], "rotate_at_start": True},
             },
-            "nesting.rotate_at_start: needs both towers",
+            "nesting.rotate_at_start: needs the image tower",
+        ),
+        (
+            {
+                "model": {"name": "x", "towers": "image"},
+                "loss": {"image_text": 0, "image_image": 1},
+                "optim": {"lr": 1e-3, "lr_text": 1e-4},
+            },
+            "optim.lr_text: needs the text tower, and model.towers is image; remove the key",
         ),
     ],
 )
