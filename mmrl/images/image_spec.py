@@ -3,6 +3,7 @@
 Shapes: B images, C = 3 colour channels, H and W the spec's size in pixels.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -70,7 +71,7 @@ class ImageSpec:
         """The spec for an open_clip model's `open_clip.get_model_preprocess_cfg(model)`.
 
         Raises:
-            InputError: the interpolation is neither bicubic nor bilinear.
+            InputError: the interpolation is neither bicubic nor bilinear, or mean or std is out of range.
         """
         size = preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -79,15 +80,17 @@ class ImageSpec:
             interpolation = "bicubic"
         if interpolation not in ("bicubic", "bilinear"):
             raise InputError(f"interpolation: {interpolation!r} is not supported; use bicubic or bilinear.")
-        fill_color = preprocess_cfg.get("fill_color") or 0
+        mean, std = tuple(preprocess_cfg["mean"]), tuple(preprocess_cfg["std"])
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise InputError(f"mean, std: {mean} and {std}; want three finite numbers each, those of std above 0.")
         return cls(
             height=height,
             width=width,
-            mean=tuple(preprocess_cfg["mean"]),
-            std=tuple(preprocess_cfg["std"]),
+            mean=mean,
+            std=std,
             interpolation=interpolation,
             resize_mode=preprocess_cfg.get("resize_mode") or "shortest",
-            fill_color=fill_color,
+            fill_color=preprocess_cfg.get("fill_color") or 0,
         )
 
     def pixels(self, image: Image.Image | torch.Tensor) -> torch.Tensor:

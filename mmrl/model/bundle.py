@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec, Normaliser
 from mmrl.model import layouts, registry, tokenizer, towers, two_tower
-from mmrl.model.guards import library_code_only, offline
+from mmrl.model.guards import library_code_only, offline, shortened
 from mmrl.model.manifest import (
     FORMAT,
     TEXT_MODEL,
@@ -252,7 +252,7 @@ def load_towers(
     except Exception as error:  # open_clip, timm, transformers and torch raise many kinds for a damaged model config
         raise InputError(
             f"{folder / MANIFEST}: model_cfg cannot be built, or does not fit the weights "
-            f"({registry.shortened(error)}); export the encoder again."
+            f"({shortened(error)}); export the encoder again."
         ) from error
 
 

@@ -1,8 +1,9 @@
-"""Context managers around calls into open_clip and transformers: quiet logs, no code from model folders, no network."""
+"""Around calls into open_clip and transformers: quiet logs, no code from model folders, no network, one kind of error."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mmrl.errors import InputError
 
@@ -42,6 +43,25 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__module__ != "pyo3_runtime":
             raise
         raise InputError(f"the tokenizer cannot read these texts ({' '.join(str(error).split())}).") from None
+
+
+@contextmanager
+def damage_as_errors(folder: Path) -> Iterator[None]:
+    """Makes InputError of what reading a damaged model folder raises: transformers and torch raise many kinds."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{folder} is damaged, or holds another kind of model ({shortened(error)}); save the model again."
+        ) from error
+
+
+def shortened(error: Exception) -> str:
+    """The kind and the beginning of an error's text: those of weights that do not fit list every parameter."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 @contextmanager

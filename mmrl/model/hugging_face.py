@@ -6,6 +6,7 @@ it is run. transformers takes seconds to import, so it is imported inside the fu
 
 import atexit
 import json
+import math
 import pickle
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from mmrl.errors import InputError
 from mmrl.model import layouts
-from mmrl.model.guards import quiet
+from mmrl.model.guards import quiet, shortened
 from mmrl.model.model_cfg import check_config_folder, check_model_cfg
 from mmrl.model.source import HUB, OPEN_CLIP_CONFIG, read_hugging_face_config
 from mmrl.output.files import parse_json, path_inside
@@ -70,8 +71,7 @@ def find_folder(name: str) -> Path | None:
         if not any(folder.rglob("*.safetensors")):
             folder = Path(snapshot_download(repository, allow_patterns=[*_FILES, "*.bin", "*/*.bin"]))
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise InputError(f"model: {name} cannot be fetched ({reason}).") from error
+        raise InputError(f"model: {name} cannot be fetched ({shortened(error)}).") from error
     found = read_hugging_face_config(folder)
     if found is None:
         raise InputError(f"model: {name} has neither {OPEN_CLIP_CONFIG} nor config.json.")
@@ -317,7 +317,8 @@ def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
             try:
                 config = parse_json(path.read_text())
                 config = config.get("image_processor", config)
-                if len(config["image_mean"]) == len(config["image_std"]) == 3:
+                mean, std = config["image_mean"], config["image_std"]
+                if len(mean) == len(std) == 3 and all(map(math.isfinite, [*mean, *std])) and min(std) > 0:
                     return path, config
             except (ValueError, KeyError, AttributeError, TypeError):
                 pass

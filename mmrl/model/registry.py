@@ -4,7 +4,6 @@ open_clip takes seconds to import, so it is imported inside the functions.
 """
 
 import difflib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from mmrl.errors import InputError
 from mmrl.model import hugging_face
-from mmrl.model.guards import library_code_only, quiet
+from mmrl.model.guards import damage_as_errors, library_code_only, quiet, shortened
 from mmrl.model.manifest import TEXT_MODEL, TOKENIZER, check_files, read_manifest
 from mmrl.model.model_cfg import check_config_folder, check_model_cfg
 from mmrl.model.source import HUB, LOCAL, StoredModel, parse_name
@@ -42,9 +41,11 @@ def read_model_cfg(name: str) -> dict[str, Any]:
         return {**stored_cfg, "embed_dim": manifest["dim"]}
     name = source.name
     if folder := hugging_face.find_folder(name):
-        return hugging_face.read_model_cfg(folder)
+        with damage_as_errors(folder):
+            return hugging_face.read_model_cfg(folder)
+    registered = register(name)
     try:
-        model_cfg = open_clip.get_model_config(register(name))
+        model_cfg = open_clip.get_model_config(registered)
     except (RuntimeError, OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is not an object
         raise InputError(f"model.name {name!r}: {error}") from error
     model_cfg = check_model_cfg(model_cfg, f"model.name {name!r}")
@@ -148,9 +149,9 @@ def register(name: str) -> str:
             settings = parse_json(path.read_text())
         except FileNotFoundError:
             raise InputError(f"model.name: the file {name} does not exist.") from None
-        except json.JSONDecodeError as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"model.name: {name} is not JSON ({error}).") from None
-        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(settings)
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(settings if isinstance(settings, dict) else ())
         if missing:
             raise InputError(f"model.name: {name} lacks {', '.join(sorted(missing))}; see open_clip's model configs.")
         open_clip.add_model_config(path)
@@ -165,9 +166,3 @@ def register(name: str) -> str:
 def nearest(word: str, names: Iterable[str]) -> str:
     """The end of an error's sentence: the three names that are most like `word`."""
     return f"the nearest: {', '.join(difflib.get_close_matches(word, [*names], n=3, cutoff=0))}"
-
-
-def shortened(error: Exception) -> str:
-    """The kind and the beginning of an error's text: those of weights that do not fit list every parameter."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 400 else f"{text[:400]} …"

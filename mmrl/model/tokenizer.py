@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mmrl.errors import InputError
-from mmrl.model.guards import library_code_only, offline, panics_as_errors
+from mmrl.model.guards import library_code_only, offline, panics_as_errors, shortened
 from mmrl.model.model_cfg import check_config_folder
 
 _BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -109,8 +109,9 @@ def load_tokenizer(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]
             return Tokenizer(kinds.SimpleTokenizer(str(folder / _BPE_FILE), context_length=length, **settings))
         return _open_hugging_face(folder, length, model_cfg["text_cfg"].get("tokenizer_mode"), settings)
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason}); save the encoder again.") from error
+        raise InputError(
+            f"{folder}: the tokenizer cannot be loaded ({shortened(error)}); save the encoder again."
+        ) from error
 
 
 def _open_hugging_face(folder: Path, length: int, mode: str | None, settings: dict[str, Any]) -> Tokenizer:

@@ -16,9 +16,9 @@ from torch import nn
 from mmrl.errors import InputError
 from mmrl.images.image_spec import ImageSpec
 from mmrl.model import hugging_face
-from mmrl.model.guards import library_code_only, quiet
+from mmrl.model.guards import damage_as_errors, library_code_only, quiet, shortened
 from mmrl.model.lora import LoraConfig
-from mmrl.model.registry import nearest, read_model_cfg, register, shortened, tokenizer_of
+from mmrl.model.registry import nearest, read_model_cfg, register, tokenizer_of
 from mmrl.model.source import HUB, LOCAL
 from mmrl.model.tokenizer import Tokenizer
 from mmrl.settings import Settings, machine_field
@@ -167,6 +167,7 @@ def build(config: TowersConfig, require_weights: bool = False) -> Towers:
                 require_pretrained=require_weights,
             )
             tokenise = tokenizer_of(name, model_cfg)
+            spec = ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model))
         except InputError:
             raise
         except pickle.UnpicklingError as error:
@@ -184,7 +185,7 @@ def build(config: TowersConfig, require_weights: bool = False) -> Towers:
         logit_scale=math.exp(state["logit_scale"]),
         logit_bias=float(state["logit_bias"]) if "logit_bias" in state else None,
         embed_dim=model_cfg["embed_dim"],
-        image_spec=ImageSpec.from_open_clip(open_clip.get_model_preprocess_cfg(model)),
+        image_spec=spec,
         tokenise=tokenise,
         model_cfg=model_cfg,
         grad_checkpointing=False,
@@ -195,9 +196,10 @@ def build(config: TowersConfig, require_weights: bool = False) -> Towers:
 def _build_hugging_face(config: TowersConfig, folder: Path) -> Towers:
     """The towers of a model in a folder of transformers."""
     model_cfg = read_model_cfg(config.name)
-    spec = ImageSpec.from_open_clip(hugging_face.read_preprocess_cfg(folder))
+    with damage_as_errors(folder):
+        spec = ImageSpec.from_open_clip(hugging_face.read_preprocess_cfg(folder))
+        state = hugging_face.read_state(folder)
     tokenise = tokenizer_of(config.name, model_cfg)
-    state = hugging_face.read_state(folder)
     towers: dict[Modality, nn.Module] = {}
     for modality in SIDES:
         towers[modality] = _built_or_refused(config.name, model_cfg, modality)

@@ -220,6 +220,18 @@ def with_objects(folder: Path) -> None:
     torch.save({"state_dict": {}, "path": folder}, folder / "pytorch_model.bin")
 
 
+def in_place_of_weights(name: str, data: bytes) -> Edit:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / name).write_bytes(data)
+
+    return change
+
+
+def without_names(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(torch.zeros(3), folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -239,6 +251,15 @@ def with_objects(folder: Path) -> None:
         (lacking, "the weights lack 'text_projection.weight'"),
         (with_objects, "holds Python objects or code besides tensors"),
         (without("tokenizer.json"), "tokenizer"),
+        (change_json("preprocessor_config.json", rescale_factor=None), "clip is damaged, or holds another kind"),
+        (change_json("preprocessor_config.json", resample=[2]), "clip is damaged, or holds another kind"),
+        (change_json("preprocessor_config.json", image_std=[0, 1, 1]), "preprocessor_config.json is damaged"),
+        (change_json("preprocessor_config.json", image_mean=["a", 1, 1]), "preprocessor_config.json is damaged"),
+        (change_json("config.json", model_type=["clip"]), "clip is damaged, or holds another kind"),
+        (change_json("config.json", text_config__hidden_size="x"), "clip is damaged, or holds another kind"),
+        (change_json("config.json", vision_config__num_attention_heads=0), "clip is damaged, or holds another kind"),
+        (in_place_of_weights("model.safetensors.index.json", b'{"weight_map": ["a"]}'), "clip is damaged, or holds"),
+        (without_names, "clip is damaged, or holds another kind of model .AttributeError"),
     ],
 )
 def test_what_cannot_be_read_is_refused(change: Edit, message: str, clip: Path) -> None:

@@ -158,7 +158,9 @@ def test_a_tower_without_grad_checkpointing_is_refused(tower: str, tmp_path: Pat
         ("clip", None, "no model 'clip'; the nearest: [^,]*, [^,]*, [^,]*\\.$"),
         ("nowhere.json", None, "nowhere.json does not exist"),
         ("{folder}/half.json", None, "lacks text_cfg, vision_cfg"),
+        ("{folder}/number.json", None, "^model.name: .*number.json lacks embed_dim, text_cfg, vision_cfg"),
         ("{folder}/broken.json", None, "is not JSON"),
+        ("{folder}/latin.json", None, "^model.name: .*latin.json is not JSON .*can't decode byte"),
         ("mmrl-starter", "weights/none.pt", "model.pretrained: the file weights/none.pt does not exist"),
         ("ViT-B-32", "laion3b", "ViT-B-32 has no weights 'laion3b'; the nearest: laion2b_e16, [^,]*, [^,]*\\.$"),
         ("mmrl-starter", "laion3b", "mmrl-starter has no weights 'laion3b'; it has none; give a weights file"),
@@ -168,6 +170,8 @@ def test_a_tower_without_grad_checkpointing_is_refused(tower: str, tmp_path: Pat
 def test_wrong_names_and_files_are_reported(name: str, pretrained: str | None, message: str, tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"embed_dim": 4}')
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "number.json").write_text("5")
+    (tmp_path / "latin.json").write_bytes(b"\xe9")
     pretrained = pretrained and pretrained.format(folder=tmp_path)
     with pytest.raises(InputError, match=message):
         towers.build(TowersConfig(name=name.format(folder=tmp_path), pretrained=pretrained))
