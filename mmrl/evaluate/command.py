@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmrl.data.index import Problem, printable
+from mmrl.data.stores import is_remote
 from mmrl.distributed import comm, launchers
 from mmrl.errors import InputError, did_you_mean
 from mmrl.evaluate import sets
@@ -165,8 +166,9 @@ def _named(shards: Sequence[str]) -> dict[str, str]:
 
 
 def _default_name(spec: str) -> str:
-    """The last component of the path, without .tar."""
-    return printable(spec.removeprefix("starter:").rstrip("/").rpartition("/")[2].removesuffix(".tar"))
+    """The last component of the path, without .tar. The query of a URL is left out: it can be long, and a password."""
+    path = spec.partition("?")[0] if is_remote(spec) else spec
+    return printable(path.removeprefix("starter:").rstrip("/").rpartition("/")[2].removesuffix(".tar"))
 
 
 @contextmanager

@@ -58,7 +58,8 @@ def open_set(spec: str, classes: Classes | None = None, sides: Collection[str] =
 
 
 def _open_benchmark(folder: Path, classes: Classes | None) -> OpenSet:
-    kind = (folder / _TYPE).read_text().strip().lower() if (folder / _TYPE).is_file() else "classification"
+    file = folder / _TYPE
+    kind = file.read_text(errors="replace").strip().lower() if file.is_file() else "classification"
     split = next((folder / name for name in ("test", "val", "train") if (folder / name).is_dir()), folder)
     if kind == "retrieval" and classes is None:
         return OpenSet(_CaptionPerLine(open_reader(str(split))))

@@ -108,7 +108,8 @@ def score_zero_shot(
 
 def class_index(text: str, num_classes: int) -> int:
     """The class index that a text states, or -1 if it states none below `num_classes`."""
-    return int(text) if text.isdecimal() and int(text) < num_classes else -1
+    # A number of thousands of digits is more than `int` reads.
+    return int(text) if text.isdecimal() and len(text) < 20 and int(text) < num_classes else -1
 
 
 @torch.inference_mode()

@@ -65,7 +65,7 @@ def draw(title: str, note: str, tiles: Sequence[Tile], query: Path | None = None
     title_lines = _wrapped(title, _font(_TITLE_SIZE, bold=True), width - 2 * _MARGIN - indent, max_lines=2)
     head = max(len(title_lines) * (_TITLE_SIZE + 8) + _NOTE_SIZE + 6, 0 if query is None else _QUERY_SIDE)
     captions = [_wrapped(tile.caption, _font(_TEXT_SIZE), _SIDE, _CAPTION_LINES) for tile in tiles]
-    tile_height = _TILE_HEIGHT + max(len(lines) for lines in captions) * _LINE
+    tile_height = _TILE_HEIGHT + max(map(len, captions), default=0) * _LINE
     sheet = Image.new("RGB", (width, 2 * _MARGIN + head + rows * (tile_height + _GAP)), _PAGE)
     pen = ImageDraw.Draw(sheet)
     if query is not None:

@@ -1,4 +1,4 @@
-"""Around calls into open_clip and transformers: quiet logs, no code from model folders, no network, one kind of error."""
+"""Guards of calls into open_clip and transformers: quiet logs, no code of folders, no network, one kind of error."""
 
 import logging
 from collections.abc import Iterator

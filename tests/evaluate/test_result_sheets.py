@@ -12,6 +12,7 @@ from mmrl.data.index import Problem
 from mmrl.data.samples import BadSample
 from mmrl.evaluate.result_sheets import QUERIES, RESULTS, result_sheets
 from mmrl.evaluate.sets import Embedded
+from mmrl.images import contact_sheet
 
 COUNT, DIM = 12, 4
 
@@ -52,3 +53,8 @@ def test_results_are_in_the_order_of_their_similarity_at_the_dim(monkeypatch: py
             if i != 5
         ]
         assert [(tile.left, tile.right, tile.caption) for tile in tiles] == expected
+
+
+def test_a_sheet_without_images_has_its_title_only() -> None:
+    """Of a set whose shards have gone."""
+    assert contact_sheet.draw("a title", "text→image", []).height < 200

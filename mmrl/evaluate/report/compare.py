@@ -1,6 +1,7 @@
 """`mmrl compare`: tables of several evaluated runs, with paired differences, from retrieval.json and
 ranks.safetensors."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,10 +83,11 @@ def compare_runs(
     if not common:
         have = "; ".join(f"{run.name}: {', '.join(run.sets)}" for run in opened)
         raise InputError(f"compare: the runs have no set in common ({have}); evaluate them on the same sets.")
-    known = next(iter(first.sets[common[0]]["dims"].values()))[first.directions(common[0])[0]]
-    for metric in metrics:
-        if metric not in known:
-            raise InputError(f"metric: {metric!r} is not among the scores of {first.folder}: {', '.join(known)}.")
+    for run, name in itertools.product(opened, common):
+        known = next(iter(run.sets[name]["dims"].values()))[run.directions(name)[0]]
+        for metric in metrics:
+            if metric not in known:
+                raise InputError(f"metric: {metric!r} is not among the scores of {run.folder}: {', '.join(known)}.")
     unpaired = {name: why for name in common if (why := _why_unpaired(opened, name))}
     result = {
         "runs": [run.name for run in opened],
@@ -129,7 +131,7 @@ def _open(folders: Sequence[Path]) -> list[EvaluatedRun]:
             ) from None
         except ValueError as error:
             raise InputError(f"compare: {file} is not JSON ({error}); evaluate the run again.") from None
-        if "sets" not in result:
+        if not isinstance(result, dict) or "sets" not in result:
             raise InputError(f'compare: {file} has no "sets" (old format); evaluate the run again.')
         runs.append(EvaluatedRun("/".join(path.parts[-depth:]), path, result))
     return runs
@@ -149,6 +151,12 @@ def _why_unpaired(runs: Sequence[EvaluatedRun], set_name: str) -> str:
             f"{name} on {images:,} images and {texts:,} texts" for name, (images, texts) in sizes.items()
         )
         return f"DIFFERENT SETS of this name, so the scores cannot be compared: {listed}."
+    folds = {run.name: run.sets[set_name].get("folds", 1) for run in runs}
+    if len({*folds.values()}) > 1:
+        listed = ", ".join(f"{name} of {count}" for name, count in folds.items())
+        return f"DIFFERENT FOLDS, so the scores cannot be compared: {listed}; evaluate the runs with the same --folds."
+    if max(folds.values()) > 1:
+        return "no intervals: the scores are means over folds, and the stored ranks are of the whole set."
     without = [run.name for run in runs if set_name not in run.ranks]
     return f"no intervals: {', '.join(without)} has no stored ranks; mmrl eval --out stores them." if without else ""
 

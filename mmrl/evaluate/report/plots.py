@@ -63,6 +63,7 @@ def _figure(height: float, titles: Sequence[str] = ("",)) -> Iterator[tuple[Any,
     ink, faint, line = (COLOURS[name][0] for name in ("ink", "faint", "line"))
     style: Any = {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # names of runs and sets are data
         "svg.hashsalt": "mmrl",
         "font.size": _TEXT,
         "text.color": ink,
@@ -107,21 +108,22 @@ def _draw_by_dim(
     axes: Any, curves: Sequence[Curve], chances: Sequence[float], y_label: str, legend: bool = True
 ) -> None:
     """Curves over the dim, the first on top, and a dotted line for each of `chances`."""
+    drawn: dict[str, Any] = {}
     for curve in reversed(curves):
         x = sorted(int(dim) for dim in curve.scores)
         values, lows, highs = ([100 * curve.scores[str(dim)][key] for dim in x] for key in ("value", "low", "high"))
         colour, dash = COLOURS[curve.colour][0], "--" if curve.dashed else "-"
         width, size = (1.4, 3.5) if curve.dashed else (2.2, 5)
         axes.fill_between(x, lows, highs, color=colour, alpha=0.08 if curve.dashed else 0.16, linewidth=0)
-        axes.plot(x, values, dash, color=colour, linewidth=width, marker="o", markersize=size, label=curve.name)
-    for number, chance in enumerate(chances):
-        label = "_" if number else "chance"
-        axes.axhline(100 * chance, color=COLOURS["faint"][0], linestyle=":", linewidth=1.2, label=label)
+        style: Any = {"color": colour, "linewidth": width, "marker": "o", "markersize": size}
+        (drawn[curve.name],) = axes.plot(x, values, dash, label=curve.name, **style)
+    for chance in chances:
+        drawn["chance"] = axes.axhline(100 * chance, color=COLOURS["faint"][0], linestyle=":", linewidth=1.2)
     dims = sorted({int(dim) for curve in curves for dim in curve.scores})
     _label_axes(axes, dims, "dim: length of the prefix", y_label)
     if legend:
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="lower right")
+        # Not by labels of the lines: matplotlib hides those that begin with an underscore.
+        axes.legend([*drawn.values()][::-1], [*drawn][::-1], loc="lower right")
 
 
 def bytes_against_recall(compression: Mapping[str, Any], budget_line: float, name: str = "bytes") -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mmrl.evaluate.directions import (
@@ -13,6 +14,7 @@ from mmrl.evaluate.directions import (
     is_classification,
     main_directions,
 )
+from mmrl.output.console import visible
 
 _FEW_QUERIES = 500
 
@@ -112,6 +114,8 @@ def score_notes(result: Mapping[str, Any], directions: Collection[str] = DIRECTI
 def _why(result: Mapping[str, Any], way: str, dim: str) -> str:
     """Why a prefix has a higher R@10 than the full vector: by chance, if its paired interval contains 0."""
     analysis = result.get("analysis")
+    if "folds" in result:  # the analysis is of the whole set
+        return "mmrl eval --out without --folds tests whether by chance"
     if analysis is None or analysis["advice"]["budget"]["metric"] != "R@10":
         return "mmrl eval --out tests whether by chance"
     lead = analysis["paired"][way]["full"][dim]["lead"]
@@ -174,10 +178,13 @@ def degraded_rows(degraded: Mapping[str, Any]) -> list[list[str]]:
 
 def table(title: str, rows: Sequence[Sequence[str]]) -> Table:
     """A terminal table of a header and rows of text; rows that are no scores, such as chance, are dim."""
-    shown = Table(title=title, min_width=min(len(title), 78))  # otherwise the title of a narrow table is wrapped
+    title = visible(title)
+    # Escaped: rich would read a name such as "photos [new]" as markup.
+    shown = Table(title=escape(title), min_width=min(len(title), 78))  # else the title of a narrow table is wrapped
     for head in rows[0]:
         # Headings of three lines, so that six columns fit into a terminal.
-        shown.add_column(head.replace("→", "→\n").replace(" ", "\n"), justify="right", overflow="fold")
+        lines = visible(head).replace("→", "→\n").replace(" ", "\n")
+        shown.add_column(escape(lines), justify="right", overflow="fold")
     for row in rows[1:]:
         if row[0] == "chance":
             shown.add_section()

@@ -23,7 +23,7 @@ from mmrl.evaluate.ranking.ranks import rank_queries
 from mmrl.evaluate.report.compare import compare_runs
 from mmrl.evaluate.report.examples import choose_examples, thumbnails
 from mmrl.evaluate.report.page import SetReport, render_page
-from mmrl.evaluate.report.plots import COLOURS
+from mmrl.evaluate.report.plots import COLOURS, Curve, recall_by_dim
 from mmrl.evaluate.report.stored_ranks import RANKS_FILE, write_ranks
 from mmrl.evaluate.report.write import build_set_report, write_items
 from mmrl.evaluate.sets import Embedded
@@ -348,6 +348,31 @@ def test_different_sets_of_one_name_are_named_at_the_head(
     assert "on 1,100 images and 7 texts" in capsys.readouterr().out
 
 
+def test_means_over_folds_get_no_intervals_of_the_whole_set(
+    folder: Path, noisier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_folds = []
+    for run in (folder, noisier):
+        shutil.copytree(run / "report", tmp_path / run.name / "report")
+        scores = json.loads((run / "retrieval.json").read_text())
+        scores["sets"]["val"]["folds"] = 11
+        (tmp_path / run.name / "retrieval.json").write_text(json.dumps(scores))
+        in_folds.append(tmp_path / run.name)
+    result = compare_runs(in_folds, metrics=["R@1"])
+    assert all(set(cell) == {"value"} for cell in result["sets"]["val"]["text_to_image"]["8"]["R@1"].values())
+    assert "no intervals: the scores are means over folds" in capsys.readouterr().out
+    result = compare_runs([folder, in_folds[1]], metrics=["R@1"])
+    assert "lead" not in str(result)
+    assert "val: DIFFERENT FOLDS, so the scores cannot be compared: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["_old", r"lr $\foo$", "plain"])
+def test_the_name_of_a_run_is_in_the_legend_as_it_is(name: str) -> None:
+    scores = {"16": {"value": 0.5, "low": 0.4, "high": 0.6}, "8": {"value": 0.3, "low": 0.2, "high": 0.4}}
+    svg = recall_by_dim([Curve(name, "model", scores), Curve("other", "pca", scores)], 0.1, "R@1", legend=True)
+    assert re.findall(r">([^<]+)</text>", svg)[-3:] == ["chance", name, "other"]
+
+
 def test_runs_that_cannot_be_compared_are_named(folder: Path, noisier: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two run folders"):
         compare_runs([folder])
@@ -364,6 +389,16 @@ def test_runs_that_cannot_be_compared_are_named(folder: Path, noisier: Path, tmp
     (tmp_path / "retrieval.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         compare_runs([folder, tmp_path])
+    (tmp_path / "retrieval.json").write_text("5")
+    with pytest.raises(InputError, match='has no "sets"'):
+        compare_runs([folder, tmp_path])
+    more = json.loads((folder / "retrieval.json").read_text())
+    for by_direction in more["sets"]["val"]["dims"].values():
+        for of_direction in by_direction.values():
+            of_direction["R@20"] = 1.0
+    (tmp_path / "retrieval.json").write_text(json.dumps(more))
+    with pytest.raises(InputError, match=f"'R@20' is not among the scores of {noisier}"):
+        compare_runs([tmp_path, noisier], metrics=["R@20"])
     (tmp_path / "report").mkdir()
     (tmp_path / "retrieval.json").write_text(json.dumps(scores))
     (tmp_path / "report" / RANKS_FILE).write_bytes(b"damaged")

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmrl.evaluate.report.tables import all_tables, brief_tables, recall_markdown, score_notes
+from mmrl.evaluate.report.tables import all_tables, brief_tables, recall_markdown, score_notes, table
 
 WAYS = ("image_to_text", "text_to_image")
 
@@ -47,6 +47,15 @@ def test_a_prefix_above_the_full_vector_is_explained() -> None:
         "8-d: the later dims hold more noise than signal for these queries (1.0 to 20.0 at 95 %)"
     )
     assert "tests whether by chance" in score_notes({**odd, "analysis": analysis(0.01, "R@1")})[0]
+    in_folds = score_notes({**odd, "analysis": analysis(0.01), "folds": 5})
+    assert in_folds[0].endswith("8-d: mmrl eval --out without --folds tests whether by chance")
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """Not as rich's markup, which leaves out [new] and fails at [/old], and without control characters."""
+    shown = printed([table("photos [new] \x1b[31m", [["dim", "run[v2]", "[/old]"], ["8", "1.0", "2.0"]])])
+    for words in ("photos [new] \\x1b[31m", "run[v2]", "[/old]"):
+        assert words in shown
 
 
 def test_equal_captions_are_a_row_and_a_sentence() -> None:

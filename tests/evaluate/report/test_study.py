@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmrl import cli
+from mmrl.evaluate import command
 from mmrl.model import bundle, towers, two_tower
 from mmrl.model.two_tower import LogitScaleConfig
 
@@ -130,3 +131,14 @@ def test_invalid_options_are_reported_before_anything_is_embedded(
     assert code == 2
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_set_is_named_by_its_url_without_the_query() -> None:
+    """Names are those of files and stand in the report: a signed URL is too long for the first, and no secret of it
+    belongs into the second."""
+    signed = f"https://host/x/val.tar?X-Amz-Signature={'0' * 300}"
+    assert command._named([signed, "https://host/test/?token=a/b", "c?d.tar"]) == {
+        "val": signed,
+        "test": "https://host/test/?token=a/b",
+        "c?d": "c?d.tar",
+    }
