@@ -287,7 +287,7 @@ def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
     def groups(containing: Annotated[str, Query(max_length=1000)] = "") -> list[GroupCount]:
         """The 50 largest groups whose name contains a string, ignoring case."""
         wanted = containing.casefold()
-        named = live().index.items.named_groups
+        named = live().index.named_groups
         matches = (GroupCount(name=name, count=count) for name, count in named if wanted in name.casefold())
         return list(islice(matches, 50))
 
@@ -358,16 +358,15 @@ def _index_info(searcher: Searcher) -> IndexInfo:
         nested_dims=list(searcher.nested_dims),
         codes=manifest["codes"]["code"] if manifest["codes"] else None,
         recall=manifest["search"][f"recall@{K}"] if manifest["codes"] else None,
-        groups=[GroupCount(name=name, count=count) for name, count in index.items.named_groups[:500]],
+        groups=[GroupCount(name=name, count=count) for name, count in index.named_groups[:500]],
         examples=[caption for caption in captions if 0 < len(caption) <= 40][:_EXAMPLE_QUERIES] if reads_texts else [],
         most_upload=MAX_UPLOAD_BYTES,
     )
 
 
 def _image_fields(searcher: Searcher, row: int, item: Item) -> dict[str, Any]:
-    data = searcher.index.manifest[
-        "data"
-    ]  # a browser must not take the thumbnail of another data folder from its cache
+    # A browser must not take the thumbnail of another data folder from its cache.
+    data = searcher.index.manifest["data"]
     return {
         "row": row,
         "key": item.key,

@@ -137,7 +137,7 @@ def embed_images(
     size = max(_MIN_CHUNK, min(_MAX_CHUNK, len(samples) // _CHUNK_COUNT))
     size = -(-size // batch_size) * batch_size
     spans = [(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
-    _prepare_chunks(out / CHUNKS, metadata, texts, source, samples, size, force)
+    _prepare_chunks(out / CHUNKS, metadata, texts, samples, size, force)
     console = Console(quiet=quiet)
     for note in (*samples.notes, untrained_note(checked_dims, encoder.nested_dims)):
         if note:
@@ -188,7 +188,7 @@ def _difference(out: Path, metadata: dict[str, Any], texts: bool) -> str | None:
 
 
 def _prepare_chunks(
-    folder: Path, metadata: dict[str, Any], texts: bool, source: str, samples: Source, size: int, force: bool
+    folder: Path, metadata: dict[str, Any], texts: bool, samples: Source, size: int, force: bool
 ) -> None:
     """Creates the folder of the chunks, or keeps it if an earlier run with the same settings left it.
 
@@ -197,7 +197,6 @@ def _prepare_chunks(
     """
     plan = {
         **metadata,
-        "source": source,
         "pictures": [len(samples), samples.fingerprint],
         "texts": texts,
         "part": size,
@@ -209,9 +208,11 @@ def _prepare_chunks(
         if differing is None:
             return
         if not force:
+            was = f"{differing} was {stored.get(differing)}, not {plan[differing]}"
+            was = "source was another" if differing == "source_sha256" else was
             raise InputError(
-                f"out: {folder.parent} holds an unfinished run whose {differing} was {stored.get(differing)}, not "
-                f"{plan[differing]}; choose another folder, or add --force to start over."
+                f"out: {folder.parent} holds an unfinished run whose {was}; choose another folder, or add --force to "
+                "start over."
             )
     shutil.rmtree(folder, ignore_errors=True)
     write_atomic(file, json.dumps(plan))

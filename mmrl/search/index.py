@@ -41,6 +41,8 @@ MANIFEST, VECTORS, ITEMS, DELETED = "manifest.json", "vectors.npy", "items.arrow
 CAPTION_VECTORS = "texts.npy"
 # Elements of the index per scan step: 64 MB of float32.
 _CHUNK_ELEMENTS = 1 << 24
+# Dims whose norms are kept: a client may ask for every dim, and each takes 4 bytes per row.
+_CACHED_NORMS = 16
 # Up to this many rows an exact scan is faster than the staged search.
 _EXACT_SCAN_ROWS = 20_000
 
@@ -161,14 +163,12 @@ class Index:
         """Which rows to search: bool (N,), or None for all."""
         if group is None and not len(self.deleted):
             return None
-        mask_N = np.ones(len(self.vectors_ND), bool)
-        if group is not None:
-            mask_N = self.items.groups_N == group_id(group)
-            if not mask_N.any():
-                names = [name for name, _ in self.items.named_groups]
-                hint = did_you_mean(group, names) if len(names) <= 1000 else ""
-                raise InputError(f"group: no image has the group {group[:80]!r}.{hint}")
+        mask_N = np.ones(len(self.vectors_ND), bool) if group is None else self.items.groups_N == group_id(group)
         mask_N[self.deleted] = False
+        if group is not None and not mask_N.any():
+            names = [name for name, _ in self.named_groups]
+            hint = did_you_mean(group, names) if len(names) <= 1000 else ""
+            raise InputError(f"group: no image has the group {group[:80]!r}.{hint}")
         return mask_N
 
     def _shortlist(self, query_D: np.ndarray, factor: float, mask_N: np.ndarray | None) -> np.ndarray:
@@ -198,14 +198,28 @@ class Index:
         dim, chunk = len(query_d), max(1, _CHUNK_ELEMENTS // self.dim)
         starts = range(0, len(self.vectors_ND), chunk)
         # The norms of the prefixes, computed once per dim instead of once per query.
-        if dim not in self._norms:
+        norms_N = self._norms.get(dim)
+        if norms_N is None:
             norms = [np.linalg.norm(self.vectors_ND[start : start + chunk, :dim], axis=1) for start in starts]
-            self._norms[dim] = np.concatenate(norms)
-        norms_N = self._norms[dim]
+            self._norms[dim] = norms_N = np.concatenate(norms)
+            for old in list(self._norms)[:-_CACHED_NORMS]:
+                self._norms.pop(old, None)
         return np.concatenate([
             _cosines(self.vectors_ND[start : start + chunk, :dim], query_d, norms_N[start : start + chunk])
             for start in starts
         ])  # fmt: skip
+
+    @cached_property
+    def named_groups(self) -> list[tuple[str, int]]:
+        """The name and number of images of each group, largest first, then by name."""
+        kept = np.delete(np.arange(len(self.vectors_ND)), self.deleted)
+        groups, first, counts = np.unique(self.items.groups_N[kept], return_index=True, return_counts=True)
+        named = [
+            (self.items[int(kept[row])].group_name or "", int(count))
+            for group, row, count in zip(groups, first, counts, strict=True)
+            if group >= 0
+        ]
+        return sorted(named, key=lambda group: (-group[1], group[0]))
 
     @cached_property
     def data_folder(self) -> Path:

@@ -67,17 +67,6 @@ class Items:
         """Group ids, int64 (N,); -1 for no group."""
         return self.table["group"].to_numpy()
 
-    @cached_property
-    def named_groups(self) -> list[tuple[str, int]]:
-        """The name and number of images of each group, largest first, then by name."""
-        groups, rows, counts = np.unique(self.groups_N, return_index=True, return_counts=True)
-        named = [
-            (self[int(row)].group_name or "", int(count))
-            for group, row, count in zip(groups, rows, counts, strict=True)
-            if group >= 0
-        ]
-        return sorted(named, key=lambda group: (-group[1], group[0]))
-
     def rows_of(self, keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:
         """The rows whose key is one of `keys`, and the keys that no row has."""
         pyarrow, _ = arrow(_PURPOSE)

@@ -49,7 +49,8 @@ def serve(source: str, model: str | None = None, host: str = "127.0.0.1", port: 
         # Host headers are checked on loopback addresses only; the check cannot parse IPv6 addresses.
         check_host = _is_loopback(host) and ":" not in host
         app = create_app(served, ["127.0.0.1", "localhost", host] if check_host else ["*"], name, api_key)
-        console, address = Console(), f"http://{host}:{listener.getsockname()[1]}"
+        name_of_host = f"[{host}]" if ":" in host else host
+        console, address = Console(), f"http://{name_of_host}:{listener.getsockname()[1]}"
         what = f"{len(served.index):,} {served.index.kind}" if searches else f"embeddings of {name}"
         print_line(console, f"Serving {what} at {address} (API: {address}/docs). Press Ctrl-C to stop.")
         if searches:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -206,6 +207,29 @@ def test_adding_replaces_equal_keys(embeddings: Path, tmp_path: Path, code: str)
     if code == "pq":
         assert manifest["search"]["recall@10"]["text"] >= 0.98
         assert recall(index, clustered(30, DIM, 14)) >= 0.97
+
+
+def test_a_group_whose_images_are_all_deleted_is_gone(embeddings: Path, tmp_path: Path) -> None:
+    write_index(embeddings, tmp_path / "i", quiet=True)
+    index = open_index(tmp_path / "i")
+    gone = [item.key for item in index.items.take(range(COUNT)) if item.group_name == "group 1"]
+    delete_from_index(tmp_path / "i", gone, quiet=True)
+    index = open_index(tmp_path / "i")
+    assert [name for name, _ in index.named_groups] == ["group 0", "group 2"]
+    assert sum(count for _, count in index.named_groups) == COUNT - len(gone)
+    for search in (index.sample, partial(index.nearest, clustered(1, DIM, 15)[0], DIM)):
+        with pytest.raises(InputError, match="no image has the group 'group 1'"):
+            search(3, group="group 1")
+
+
+def test_norms_are_kept_for_some_dims_only(embeddings: Path, tmp_path: Path) -> None:
+    write_index(embeddings, tmp_path / "i", code="exact", quiet=True)
+    index, query = open_index(tmp_path / "i"), clustered(1, DIM, 15)[0]
+    first = index.nearest(query, 1, 5)[1]
+    for dim in range(1, DIM + 1):
+        index.nearest(query, dim, 5)
+    assert len(index._norms) == index_module._CACHED_NORMS < DIM
+    assert np.array_equal(index.nearest(query, 1, 5)[1], first)
 
 
 @pytest.mark.parametrize("code", ["exact", "pq"])

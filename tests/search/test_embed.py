@@ -314,6 +314,10 @@ def test_an_interrupted_run_resumes(indexed: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "e" / embed.EMBEDDINGS).exists()
     with pytest.raises(InputError, match=r"holds an unfinished run whose texts was True, not False; choose another"):
         embed_images(model, pictures, tmp_path / "e", batch_size=4, quiet=True)
+    with pytest.raises(InputError, match=r"an unfinished run whose source was another; choose another folder"):
+        embed_images(model, f"{indexed}/./images.tar", tmp_path / "e", batch_size=4, texts=True, quiet=True)
+    # A URL can hold a password.
+    assert "images.tar" not in (tmp_path / "e" / embed.CHUNKS / "plan.json").read_text()
     with pytest.raises(InputError, match=r"whose model was .*model, not .*other_model"):
         embed_images(str(indexed / "other_model"), pictures, tmp_path / "e", batch_size=4, texts=True, quiet=True)
     result = embed_images(model, pictures, tmp_path / "e", batch_size=4, texts=True, quiet=True)

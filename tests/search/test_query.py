@@ -232,7 +232,7 @@ def test_search_within_a_group(indexed: Path, index: Index) -> None:
         f"images.tar/{row:05}" for row in sorted(rows, key=lambda row: -scores[row])
     ]
     assert {hit["group_name"] for hit in found} == {"green square"}
-    assert index.items.named_groups[0] == ("blue corner", 2)
+    assert index.named_groups[0] == ("blue corner", 2)
 
 
 def test_damaged_and_foreign_indexes_are_refused(indexed: Path, tmp_path: Path) -> None:

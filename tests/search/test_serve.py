@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 from mmrl.errors import InputError
 from mmrl.search import app as app_module
+from mmrl.search import serve as serve_module
 from mmrl.search.build import compact_index, delete_from_index, write_index
 from mmrl.search.query import Searcher, search_index
 from mmrl.search.serve import make_server, serve
@@ -97,7 +99,11 @@ def test_a_running_server_shows_the_index_as_it_is(indexed: Path, tmp_path: Path
 
     first = keys()
     assert (len(first), client.get("/api/thumbnails/0").status_code) == (COUNT + 1, 200)
+    groups = {one["name"]: one["count"] for one in client.get("/api/groups").json()}
     delete_from_index(index, ["images.tar/00000"], quiet=True)
+    assert {one["name"]: one["count"] for one in client.get("/api/groups").json()} == {
+        name: count - (name == "red square") for name, count in groups.items()
+    }
     assert keys() == [key for key in first if key != "images.tar/00000"]
     assert client.get("/api/thumbnails/0").status_code == 404
     assert client.post("/api/search/item", json={"row": 0}).status_code == 404
@@ -251,3 +257,12 @@ def test_a_port_in_use_is_reported(indexed: Path) -> None:
             serve(str(indexed / "index"), port=port)
     with pytest.raises(InputError, match="is not an index"):
         serve(str(indexed), port=0)
+
+
+def test_an_ipv6_address_is_printed_in_brackets(
+    indexed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve_module, "open_listener", lambda _host, _port: socket.socket())  # IPv6 or not
+    monkeypatch.setattr(serve_module, "make_server", lambda _: SimpleNamespace(run=lambda sockets: None))
+    serve(str(indexed / "index"), host="::1")
+    assert " at http://[::1]:0 (API: http://[::1]:0/docs)." in capsys.readouterr().out
