@@ -176,7 +176,7 @@ def add_to_index(embeddings: Path, folder: Path, quiet: bool = False) -> dict[st
             partial(_old_and_new, index, replaced, batches),
             captions_MD,
         )
-        manifest = _write(index.folder, index.manifest, source, _codes_of(index), console)
+        manifest = _write(index.folder, index.manifest, source, _codes_of(index, source.count), console)
     return manifest
 
 
@@ -253,14 +253,17 @@ def compact_index(folder: Path, quiet: bool = False) -> dict[str, Any]:
         captions_MD = np.load(index.data_folder / CAPTION_VECTORS, allow_pickle=False)
         batches = partial(_remaining_batches, index, np.zeros(0, np.int64))
         source = _IndexSource(len(index), index.items.table.schema, batches, captions_MD)
-        manifest = _write(index.folder, index.manifest, source, _codes_of(index), Console(quiet=quiet))
+        codes = _codes_of(index, source.count)
+        manifest = _write(index.folder, index.manifest, source, codes, Console(quiet=quiet))
     return manifest
 
 
-def _codes_of(index: Index) -> Codes | None:
-    if index.funnel is None:
+def _codes_of(index: Index, count: int) -> Codes | None:
+    """The codes of an index when it is written anew with `count` rows; None: it is exact, or too few rows are left."""
+    candidates = index.manifest["codes"].get("candidates") if index.funnel else None
+    if index.funnel is None or count < max(_MIN_COMPRESSED, candidates or 0):
         return None
-    return Codes(index.funnel.code, index.funnel.dim, index.manifest["codes"].get("candidates"))
+    return Codes(index.funnel.code, index.funnel.dim, candidates)
 
 
 def _remaining_batches(index: Index, replaced: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
@@ -278,10 +281,7 @@ def _choose_codes(
     code: str, dim: int | None, candidates: int | None, metadata: dict[str, Any], count: int, may_be_few: bool
 ) -> Codes | None:
     """Checks, before the long work, the code and dim of the first stage, and chooses what is not given; None: exact.
-
-    Args:
-        may_be_few: too few rows for codes are indexed exactly; else they are an error.
-    """
+    With `may_be_few`, too few rows for codes are indexed exactly; else they are an error."""
     if code == "auto":
         code = "exact" if count <= EXACT_UP_TO and dim is None and candidates is None else "pq"
     if code == "exact" or (may_be_few and count < max(_MIN_COMPRESSED, candidates or 0)):
@@ -321,6 +321,7 @@ def _write(
         if sections and manifest.get("items") == "texts":  # their own vectors were the queries
             for name, values in (("search", f"recall@{K}"), ("search", "queries"), ("codes", "fitted_to")):
                 sections[name][values] = {"text": sections[name][values]["image"]}
+        lost = manifest.get("codes")
         manifest = {
             **manifest,
             "count": source.count,
@@ -344,6 +345,8 @@ def _write(
     )
     if sections:
         print_line(console, _codes_summary(manifest))
+    elif lost:
+        print_line(console, f"{out}: too few are left for {lost['code']} codes, so the index is exact now")
     return manifest
 
 

@@ -13,7 +13,7 @@ from helpers.indexes import brute_force, clustered, generated_embeddings, rows_o
 from mmrl.codecs.code_index import CODES_FILE
 from mmrl.codecs.table import CODES
 from mmrl.errors import InputError
-from mmrl.search import build, calibrate, funnel
+from mmrl.search import build, calibrate, embed, funnel
 from mmrl.search import index as index_module
 from mmrl.search.build import add_to_index, compact_index, delete_from_index, write_index
 from mmrl.search.calibrate import Queries, exact_neighbours
@@ -230,6 +230,22 @@ def test_norms_are_kept_for_some_dims_only(embeddings: Path, tmp_path: Path) -> 
         index.nearest(query, dim, 5)
     assert len(index._norms) == index_module._CACHED_NORMS < DIM
     assert np.array_equal(index.nearest(query, 1, 5)[1], first)
+
+
+def test_an_index_of_which_few_images_are_left_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """faiss cannot train pq on fewer vectors than codewords, and recall among fewer than ten is none."""
+    vectors = clustered(1001, DIM, 1)
+    source = generated_embeddings(tmp_path / "e", vectors, np.zeros((0, DIM), np.float32))
+    (source / embed.TEXTS).unlink()
+    write_index(source, tmp_path / "i", code="pq", quiet=True)
+    delete_from_index(tmp_path / "i", ["shard/00000"], quiet=True)
+    assert compact_index(tmp_path / "i", quiet=True)["codes"]["code"] == "pq"
+    delete_from_index(tmp_path / "i", [f"shard/{number:05}" for number in range(1, 996)], quiet=True)
+    manifest = compact_index(tmp_path / "i")
+    assert (manifest["codes"], manifest["search"]["recall@10"]) == (None, "exact")
+    assert "too few are left for pq codes, so the index is exact now" in " ".join(capsys.readouterr().out.split())
+    rows, _ = open_index(tmp_path / "i").nearest(vectors[998], DIM, 10)
+    assert rows.tolist() == np.argsort(-(vectors[996:] @ vectors[998])).tolist()
 
 
 @pytest.mark.parametrize("code", ["exact", "pq"])
