@@ -50,6 +50,21 @@ def test_the_rule(tmp_path: Path) -> None:
         check_out_folder(tmp_path / "mine", force=True)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    model: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("evaluate.sets.embed", "export.bundles.Reference"):
+        monkeypatch.setattr(f"mmrl.{work}", None)  # would raise TypeError
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    for command in (lambda: evaluate_model(model, [str(shards)], EvalOptions(), out), lambda: export(model, out, [4])):
+        with pytest.raises(InputError, match=r"out: the folder .* cannot be created \((Not a directory|File exists)\)"):
+            command()
+    monkeypatch.setattr("os.access", lambda *_: False)  # as for another user than root
+    with pytest.raises(InputError, match=f"out: this user cannot write to the folder {tmp_path}; choose another"):
+        export(model, tmp_path / "out", [4])
+
+
 def test_a_folder_is_replaced_only_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in ("a", "b"):

@@ -29,7 +29,7 @@ from mmrl.evaluate.zeroshot import read_classes, score_zero_shot
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder, sides_of
 from mmrl.nesting import check_dims, untrained_note
 from mmrl.output.console import print_line
-from mmrl.output.files import check_report_folder
+from mmrl.output.files import check_report_folder, create_folder
 from mmrl.output.next_steps import after_eval
 from mmrl.output.progress import progress_bar
 
@@ -87,6 +87,7 @@ def evaluate_model(
     settings = json.loads(json.dumps({"model": model, "sets": hashes, **asdict(options)}))  # with lists, no tuples
     if out is not None:
         check_report_folder(out, "retrieval.json", ["report"], settings, force=force)
+        create_folder(out)
     classes = None if options.classes is None else read_classes(options.classes, options.templates)
     opened = {name: open_set(spec, classes, sides) for name, spec in specs.items()}
     if launchers.detect_launch() is not None:

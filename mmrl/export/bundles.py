@@ -28,7 +28,7 @@ from mmrl.model.manifest import check_encoder_out, hash_files, write_manifest
 from mmrl.model.source import ModelSource, StoredModel, parse_model
 from mmrl.model.towers import SIDES
 from mmrl.nesting import check_dims, untrained_note
-from mmrl.output.files import atomic_path, check_out_folder
+from mmrl.output.files import atomic_path, check_out_folder, create_folder
 
 # Maximum mean cosine error of a variant on the samples. Beyond it something is broken: rounding alone stays below.
 _MAX_ERROR = {"fp16": 1e-3, "int8": 0.1}
@@ -94,6 +94,7 @@ def export(
     full = bundle.open_model(source)
     check_dims(dims, full.dim, "dim")
     chosen.check(full)
+    create_folder(folders[dims[0]].parent)
     note = untrained_note(dims, full.nested_dims)
     if log and note:
         log(note)
@@ -187,11 +188,8 @@ def _checked_variants(chosen: Format, quantize: Sequence[str], measure_shards: s
 
 
 def _manifest_source(source: ModelSource, full: Bundle, stored: dict[str, Any] | None) -> dict[str, Any]:
-    """The manifests' `source`. That of an export is kept when it is exported again.
-
-    Args:
-        stored: the manifest of a stored model.
-    """
+    """The manifests' `source`. That of an export is kept when it is exported again. `stored` is the manifest of a
+    stored model."""
     about: dict[str, Any] = {"model": Path(source.text).name, "dim": full.dim}
     return about | {**stored["source"], "weights_sha256": bundle.origin(stored)} if stored else about
 

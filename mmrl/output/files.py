@@ -67,11 +67,8 @@ def exclusive(folder: Path, command: str) -> Iterator[None]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text from a file.
-
-    Raises:
-        ValueError: it is no JSON, not UTF-8, or nested too deeply to be read.
-    """
+    """The value of a JSON text from a file. Raises ValueError: it is no JSON, not UTF-8, or nested too deeply to be
+    read."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -79,11 +76,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes a file, or replaces it, in one step. Its folder is created.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
+    """Writes a file, or replaces it, in one step. Its folder is created. Raises OSError: the disk is full, or the
+    folder cannot be written."""
     with atomic_path(path) as partial, partial.open("xb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
@@ -137,12 +131,8 @@ def check_out_folder(
 def check_report_folder(
     out: Path, file: str, own: Collection[str], settings: Mapping[str, Any], *, force: bool = False
 ) -> None:
-    """`check_out_folder` for a report whose settings are stored as "settings" in OUT/FILE. In the folder of a run, the
-    report is written beside the run's files.
-
-    Args:
-        own: names of the further files and folders that the command writes.
-    """
+    """`check_out_folder` for a report whose settings are stored as "settings" in OUT/FILE, and which may write further
+    files and folders, `own`. In the folder of a run, the report is written beside the run's files."""
     found = None
     if (out / file).is_file():
         try:
@@ -182,11 +172,13 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 def create_folder(out: Path) -> None:
-    """Creates an output folder and its parents; raises InputError if that is not possible."""
+    """Creates an output folder and its parents; raises InputError if that is not possible, or it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: the folder {out} cannot be created ({error.strerror}); choose another.") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise InputError(f"out: this user cannot write to the folder {out}; choose another.")
 
 
 def _unhide(partial: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, PositiveInt
 from rich.console import Console
 
 from mmrl.codecs.code_index import training_rows
@@ -27,17 +28,30 @@ from mmrl.search.table import METADATA_KEY, image_schema, read_vectors
 
 _BATCH_ROWS = 2048
 
+
+class _Column(BaseModel):
+    precision: str
+
+
+class _Metadata(BaseModel):
+    """What is read of the metadata of a file of embeddings."""
+
+    format: str
+    version: int
+    model: str
+    origin_sha256: str
+    dim: PositiveInt
+    nested_dims: list[PositiveInt]
+    columns: list[_Column] = Field(min_length=1)
+
+
 Batches = Callable[..., Iterator[tuple[np.ndarray, Any]]]
 """The rows of a new index: unit vectors (n, D) and a record batch of `items.COLUMNS`."""
 
 
 def embedding_files(embeddings: Path) -> dict[Kind, Path]:
     """The Parquet files of a folder, or the one that is given: that of images before that of texts. A file of texts
-    beside images is left out if it is empty: no image has a caption.
-
-    Raises:
-        InputError: there is none.
-    """
+    beside images is left out if it is empty: no image has a caption. Raises InputError: there is none."""
     if embeddings.is_file():
         return {"texts" if embeddings.name == TEXTS else "images": embeddings}
     names: dict[Kind, str] = {"images": EMBEDDINGS, "texts": TEXTS}
@@ -54,10 +68,7 @@ def embedding_files(embeddings: Path) -> dict[Kind, Path]:
 
 def open_embeddings(path: Path, kind: Kind) -> tuple[dict[str, Any], int, Batches, Any]:
     """Opens embeddings.parquet or texts.parquet: its metadata, number of rows, rows, and the schema of its items.
-
-    Raises:
-        InputError: `mmrl embed` did not write this file, or its first vector column is neither fp32 nor fp16.
-    """
+    Raises InputError: `mmrl embed` did not write this file, or its first vector column is neither fp32 nor fp16."""
     pyarrow, parquet = arrow("mmrl index")
     try:
         with parquet.ParquetFile(path) as file:
@@ -66,10 +77,15 @@ def open_embeddings(path: Path, kind: Kind) -> tuple[dict[str, Any], int, Batche
         raise InputError(
             f"embeddings: {path} is not a readable Parquet file ({error}); run mmrl embed again."
         ) from None
+    is_ours = False
     names = items.COLUMNS if kind == "images" else ["key", "caption", "group", "group_name"]
     missing = {"embedding", *names} - set(schema.names)
-    metadata = parse_json((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    if missing or metadata.get("format") != EMBEDDINGS_FORMAT or metadata.get("version") != EMBEDDINGS_VERSION:
+    metadata: dict[str, Any] = {}
+    with suppress(ValueError):
+        metadata = parse_json((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        _Metadata.model_validate(metadata, strict=True)
+        is_ours = (metadata["format"], metadata["version"]) == (EMBEDDINGS_FORMAT, EMBEDDINGS_VERSION)
+    if missing or not is_ours:
         lacks = f"it lacks column {sorted(missing)[0]!r}" if missing else "it lacks mmrl's metadata of that version"
         raise InputError(
             f"embeddings: {path} was not written by this version's mmrl embed ({EMBEDDINGS_FORMAT} version "
@@ -77,10 +93,16 @@ def open_embeddings(path: Path, kind: Kind) -> tuple[dict[str, Any], int, Batche
         )
     if not count:
         raise InputError(f"embeddings: {path} has no rows.")
+    vector, dim = schema.field("embedding").type, metadata["dim"]
     if metadata["columns"][0]["precision"] not in ("fp32", "fp16"):
         raise InputError(
             f"embeddings: {path} has no fp32 or fp16 vectors, which an index needs for its final ranking; run mmrl "
             "embed again with --precision fp32 or fp16 among others."
+        )
+    if not pyarrow.types.is_fixed_size_list(vector) or vector.list_size != dim:
+        raise InputError(
+            f"embeddings: {path}: its column embedding is a {vector}, not a list of {dim} numbers; run mmrl embed "
+            "again."
         )
 
     def batches(dim: int = metadata["dim"]) -> Iterator[tuple[np.ndarray, Any]]:

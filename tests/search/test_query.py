@@ -278,6 +278,20 @@ def test_invalid_embeddings_are_refused(indexed: Path, tmp_path: Path) -> None:
         InputError, match=r"was not written by this version's mmrl embed .*: it lacks column 'captions'"
     ):
         write_index(tmp_path / "a.parquet", tmp_path / "i")
+    table = pyarrow.parquet.read_table(indexed / "embeddings" / "embeddings.parquet")
+    metadata = json.loads(table.schema.metadata[b"mmrl"])
+    for changed in ("{", "[1]", json.dumps({**metadata, "columns": []}), json.dumps({**metadata, "dim": "16"})):
+        damaged = table.replace_schema_metadata({"mmrl": changed})
+        pyarrow.parquet.write_table(damaged, tmp_path / "a.parquet")
+        with pytest.raises(InputError, match="lacks mmrl's metadata of that version"):
+            write_index(tmp_path / "a.parquet", tmp_path / "i")
+    pyarrow.parquet.write_table(
+        table.replace_schema_metadata({"mmrl": json.dumps({**metadata, "dim": 32})}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(
+        InputError, match=r"its column embedding is a fixed_size_list.*\[16\], not a list of 32 numbers"
+    ):
+        write_index(tmp_path / "a.parquet", tmp_path / "i")
     embed_images(str(indexed / "model"), str(indexed / "images.tar"), tmp_path / "e", precisions=["int8"], quiet=True)
     with pytest.raises(InputError, match="has no fp32 or fp16 vectors, which an index needs for its final ranking"):
         write_index(tmp_path / "e", tmp_path / "i")
