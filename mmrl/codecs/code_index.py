@@ -26,11 +26,7 @@ _KIND_OF: dict[Code, bytes] = {"binary": b"IBxF", "fp32": b"IxFI", "sq8": b"IxSQ
 
 
 def faiss_module(purpose: str) -> Any:
-    """The module faiss.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """The module faiss. Raises InputError: it is not installed."""
     try:
         import faiss
     except ImportError:
@@ -51,7 +47,6 @@ class CodeIndex:
 
     code: Code
     index: Any
-    """The faiss index."""
     threshold_d: np.ndarray | None = None
     """Of binary codes of earlier versions: a bit is set above this, the mean of the vectors, instead of above 0."""
 
@@ -61,15 +56,8 @@ class CodeIndex:
 
     @classmethod
     def build(cls, code: Code, dim: int, chunks: Iterable[np.ndarray], sample_Sd: np.ndarray) -> "CodeIndex":
-        """Encodes unit vectors, given in chunks.
-
-        Args:
-            sample_Sd: unit vectors that train sq8 and pq: of both modalities, or text queries would be compared with
-                codes that never saw a text.
-
-        Raises:
-            InputError: faiss is not installed.
-        """
+        """Encodes unit vectors, given in chunks. `sample_Sd` trains sq8 and pq: unit vectors of both modalities, or
+        text queries would be compared with codes that never saw a text. Raises InputError: faiss is not installed."""
         faiss = faiss_module("a compressed index")
         if code == "binary":
             index = faiss.IndexBinaryFlat(dim)
@@ -84,11 +72,8 @@ class CodeIndex:
 
     @classmethod
     def open(cls, path: Path, code: Code, shape: tuple[int, int], threshold: list[float] | None = None) -> "CodeIndex":
-        """Reads what `save` wrote; `shape` is the expected (N, d).
-
-        Raises:
-            InputError: the file is missing, damaged or of another shape; faiss is not installed.
-        """
+        """Reads what `save` wrote; `shape` is the expected (N, d). Raises InputError: the file is missing, damaged or
+        of another shape; faiss is not installed."""
         faiss = faiss_module(f"the index {path.parent.parent}")
         read = faiss.read_index_binary if code == "binary" else faiss.read_index
         try:
@@ -107,7 +92,6 @@ class CodeIndex:
         return cls(code, index, None if threshold is None else np.array(threshold, np.float32))
 
     def save(self, path: Path) -> None:
-        """Writes the codes to a file."""
         faiss = faiss_module("a compressed index")
         write = faiss.write_index_binary if self.code == "binary" else faiss.write_index
         write(self.index, str(path))
@@ -123,7 +107,6 @@ class CodeIndex:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the codes."""
         return self.index.ntotal * self.index.code_size
 
 

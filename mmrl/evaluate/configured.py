@@ -29,22 +29,17 @@ class ConfiguredSet:
 
     name: str
     reader: SampleReader
-    """The samples to score."""
     samples: int
     """Samples of the whole set; `reader` may hold a random part of them (evaluation.most_samples)."""
     captions: int | None = None
     """Captions per sample at most."""
     classes: Classes | None = None
-    """For zero-shot classification."""
 
     def score(
         self, encoder: Bundle, dims: Sequence[int], pictures: dict[str, Image.Image] | None = None
     ) -> dict[str, Any]:
-        """The set's entry in retrieval.json. Collective: the work is divided over the processes.
-
-        Args:
-            pictures: receives those of some queries' first results, by SET/QUERY.
-        """
+        """The set's entry in retrieval.json. Collective: the work is divided over the processes. `pictures` receives
+        those of some queries' first results, by SET/QUERY."""
         if self.classes is None:
             embedded = sets.embed(self.reader, encoder, captions=self.captions)
             result = sets.score(embedded, dims, over_ranks=True)

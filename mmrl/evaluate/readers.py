@@ -39,13 +39,8 @@ class OpenSet:
 
 def open_set(spec: str, classes: Classes | None = None, sides: Collection[str] = BOTH) -> OpenSet:
     """Opens the evaluation set that SHARDS names; with `classes`, samples are read with their classes, not captions.
-
-    Args:
-        sides: the towers of the model, which decide what a sample must have.
-
-    Raises:
-        InputError: there is no such set, or it has neither captions nor classes.
-    """
+    The towers of the model, `sides`, decide what a sample must have. Raises InputError: there is no such set, or it has
+    neither captions nor classes."""
     folder = Path(spec)
     if len(sides) == 1:
         is_folder = "image" in sides and is_image_folder(folder)
@@ -111,11 +106,8 @@ class _CaptionPerLine:
 
 
 def _open_folder(folder: Path) -> ImageFolder:
-    """Opens a folder of images with captions.
-
-    Raises:
-        InputError: the folder holds no images, or none of its first ones has a caption.
-    """
+    """Opens a folder of images with captions. Raises InputError: the folder holds no images, or none of its first ones
+    has a caption."""
     reader = ImageFolder(folder, require_captions=True, argument="shards")
     count, reason = min(_PREFLIGHT, len(reader)), ""
     for number in range(count):

@@ -337,22 +337,16 @@ class _Fold:
     def of(
         cls, embedded: Embedded, images: slice | torch.Tensor, texts: slice | torch.Tensor, ks: Sequence[int]
     ) -> "_Fold":
-        """The fold with those images and texts."""
         image_group_N, text_group_M = embedded.image_group_N[images], embedded.text_group_M[texts]
-        rows = torch.arange(len(embedded.captions))[texts].tolist()
-        seen: set[tuple[int, str]] = set()
-        distinct = []
-        for group, row in zip(text_group_M.tolist(), rows, strict=True):
-            text = (group, caption_key(embedded.captions[row]))
-            distinct.append(text not in seen)
-            seen.add(text)
+        captions = [embedded.captions[row] for row in torch.arange(len(embedded.captions))[texts].tolist()]
+        keys = [*zip(text_group_M.tolist(), map(caption_key, captions), strict=True)]
+        first_of = {key: row for row, key in reversed([*enumerate(keys)])}
         is_in_fold_N = torch.zeros(len(embedded.keys), dtype=torch.bool)
         is_in_fold_N[images] = True
         second = {
             side: (x_SD[is_in_fold_N[row_S]], embedded.image_group_N[row_S[is_in_fold_N[row_S]]])
             for side, (x_SD, row_S) in embedded.second.items()
         }
-        captions = [embedded.captions[row] for row in rows]
         ceiling = {} if len(embedded.sides) < 2 else recall_ceiling(captions, text_group_M, image_group_N, ks)
         if embedded.second_texts:
             is_in_fold_S = is_in_fold_N[embedded.second["text"][1]].tolist()
@@ -366,7 +360,7 @@ class _Fold:
             embedded.text_MD[texts],
             image_group_N,
             text_group_M,
-            torch.tensor(distinct, dtype=torch.bool),
+            torch.tensor([first_of[key] == row for row, key in enumerate(keys)], dtype=torch.bool),
             second,
             ceiling,
         )
@@ -389,12 +383,10 @@ class _Fold:
         return direction in SAME_MODAL and modalities(direction)[0] not in self.second
 
     def groups(self, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The groups of the queries and of the gallery."""
         (_, query), (_, gallery) = self.compared(direction)
         return query, gallery
 
     def has_positives(self, direction: str) -> bool:
-        """Whether any query has a positive."""
         query, gallery = self.groups(direction)
         if self.is_among_itself(direction):
             return len(query.unique()) < len(query)
@@ -404,25 +396,16 @@ class _Fold:
         self, dims: Sequence[int], directions: Sequence[str], on_rows: OnRows | None, over_ranks: bool
     ) -> dict[str, dict[int, PerQuery]]:
         """{direction: {dim: metrics of each query}}."""
-        image, text = self.image_ND, self.text_MD
-        image_group, text_group = self.image_group_N, self.text_group_M
+        how: Any = {"on_rows": on_rows, "over_ranks": over_ranks}
         result: dict[str, dict[int, PerQuery]] = {}
         if set(CROSS_MODAL) <= set(directions):
-            both = rank_both(image, text, image_group, text_group, dims, on_rows=on_rows, over_ranks=over_ranks)
+            both = rank_both(self.image_ND, self.text_MD, self.image_group_N, self.text_group_M, dims, **how)
             result = dict(zip(CROSS_MODAL, both, strict=True))
         for direction in directions:
             if direction not in result:
-                (x, groups), (y, gallery_groups) = self.compared(direction)
-                result[direction] = rank_queries(
-                    x,
-                    y,
-                    groups,
-                    gallery_groups,
-                    dims,
-                    same_rows=self.is_among_itself(direction),
-                    on_rows=on_rows,
-                    over_ranks=over_ranks,
-                )
+                (x, x_groups), (y, y_groups) = self.compared(direction)
+                same_rows = self.is_among_itself(direction)
+                result[direction] = rank_queries(x, y, x_groups, y_groups, dims, same_rows=same_rows, **how)
         return {direction: result[direction] for direction in directions}
 
 

@@ -39,7 +39,6 @@ class Classes:
     templates: list[str]
 
     def prompts(self, index: int) -> list[str]:
-        """The prompts of one class."""
         return [template.replace(_PLACEHOLDER, self.names[index]) for template in self.templates]
 
 

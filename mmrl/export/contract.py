@@ -85,15 +85,8 @@ class Reopened:
 
 
 def read_samples(shards: str | None, sides: Sequence[str]) -> Samples:
-    """Reads the images and texts of samples evenly spread over a set, by default over the starter set's validation
-    images.
-
-    Args:
-        sides: the towers that read them.
-
-    Raises:
-        InputError: no such shards, or all samples are bad.
-    """
+    """Reads the images and texts, of the towers `sides`, of samples evenly spread over a set, by default over the
+    starter set's validation images. Raises InputError: no such shards, or all samples are bad."""
     name = shards or STARTER
     reader = open_reader(name, required=sides)
     images, texts = [], []
@@ -139,11 +132,8 @@ class Reference:
         return {side: encode[side](inputs) for side, inputs in self._inputs.items()}
 
     def check(self, folder: Reopened, dim: int, tolerance: float) -> dict[str, Any]:
-        """Checks a format computed in float32; returns the manifest's `contract`.
-
-        Raises:
-            RunStopped: an embedding differs by more than `tolerance` on equal inputs, or by too much end to end.
-        """
+        """Checks a format computed in float32; returns the manifest's `contract`. Raises RunStopped: an embedding
+        differs by more than `tolerance` on equal inputs, or by too much end to end."""
         expected, found = self._prefixes(dim), self._on_equal_inputs(folder)
         worst = float(max(np.abs(unit(found[side]) - expected[side]).max() for side in expected))
         if not worst <= tolerance:  # so that NaN fails
@@ -200,11 +190,8 @@ class Reference:
         return errors
 
     def errors(self, folder: Reopened, dim: int, max_error: float) -> dict[str, Any]:
-        """The cosine errors of a variant of lower precision, on equal inputs.
-
-        Raises:
-            RunStopped: the mean error is above `max_error`.
-        """
+        """The cosine errors of a variant of lower precision, on equal inputs. Raises RunStopped: the mean error is
+        above `max_error`."""
         problem = "Export without --quantize: the {} tower loses too much precision"
         return self._cosine_errors(self._on_equal_inputs(folder), dim, max_error, problem)
 

@@ -26,11 +26,8 @@ class Recall:
     """The recall of the source and of ONNX graphs on some shards."""
 
     def __init__(self, full: Bundle, shards: str, dims: Sequence[int]) -> None:
-        """Scores the source at `dims`.
-
-        Raises:
-            InputError: no such shards, or they have nothing to find, such as a second text of a sample.
-        """
+        """Scores the source at `dims`. Raises InputError: no such shards, or they have nothing to find, such as a
+        second text of a sample."""
         self._full = full
         self._shards = shards
         self._reader = open_reader(shards, required=full.model.sides)

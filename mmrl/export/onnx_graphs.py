@@ -84,12 +84,8 @@ class VariableLengthText(nn.Module):
 
 
 def write_image(encoder: ProjectedTower, spec: ImageSpec, path: Path, *, raw: bool) -> None:
-    """Writes the image tower's graph, image_embeds.
-
-    Args:
-        raw: the graph takes uint8 `pixels` and normalises them itself, and its weights are in a separate file (ONNX
-            external data); else it takes normalised `pixel_values`.
-    """
+    """Writes the image tower's graph, image_embeds. With `raw` it takes uint8 `pixels` and normalises them itself, and
+    its weights are in a separate file (ONNX external data); else it takes normalised `pixel_values`."""
     graph = UnitVectors(ProjectedTower(encoder.tower, encoder.projection, spec.normalise if raw else None)).eval()
     example = torch.zeros(3, 3, spec.height, spec.width, dtype=torch.uint8 if raw else torch.float32)
     names = ("pixels" if raw else "pixel_values", "image_embeds")
@@ -196,11 +192,8 @@ def store_fp16(source: Path, target: Path, *, external: bool) -> None:
 
 
 def store_int8(source: Path, target: Path, *, external: bool, embeddings: bool) -> None:
-    """Writes a copy of a graph with int8 matrix products: weights quantised per channel, activations dynamically.
-
-    Args:
-        embeddings: quantise the token embeddings too.
-    """
+    """Writes a copy of a graph with int8 matrix products: weights quantised per channel, activations dynamically; with
+    `embeddings`, the token embeddings are quantised too."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

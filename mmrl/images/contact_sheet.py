@@ -44,11 +44,8 @@ def check_path(path: Path, option: str = "picture") -> None:
 def write(
     path: Path, title: str, note: str, tiles: Sequence[Tile], query: Path | None = None, columns: int = 5
 ) -> None:
-    """Writes a sheet with `columns` tiles per row and, if given, the `query` image next to the title.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Writes a sheet with `columns` tiles per row and, if given, the `query` image next to the title. Raises
+    InputError: the file cannot be written."""
     sheet = draw(title, note, tiles, query, columns)
     try:
         sheet.save(path)

@@ -41,24 +41,15 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image file to a Pillow RGB image on white, rotated upright by its EXIF orientation.
-
-    Raises:
-        ValueError: as `open_upright`.
-    """
+    """Decode an image file to a Pillow RGB image on white, rotated upright by its EXIF orientation. Raises ValueError:
+    as `open_upright`."""
     return composite(open_upright(data), WHITE)
 
 
 def decode_pixels(data: bytes, min_size: tuple[int, int] | None = None) -> torch.Tensor:
-    """Decode an image file to uint8 (C, H, W) in channels-last memory, for which torch's uint8 resize is fast.
-
-    Args:
-        min_size: (height, width). A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper, as long
-            as neither side becomes smaller than this.
-
-    Raises:
-        ValueError: as `open_upright`.
-    """
+    """Decode an image file to uint8 (C, H, W) in channels-last memory, for which torch's uint8 resize is fast. A JPEG
+    may be decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper, as long as neither side becomes smaller than
+    `min_size` (height, width). Raises ValueError: as `open_upright`."""
     pixels_HWC = _by_simplejpeg(data, min_size) if data[:2] == b"\xff\xd8" else None
     if pixels_HWC is None:
         return to_tensor(open_upright(data, min_size))

@@ -33,11 +33,8 @@ def blur(image_CHW: Tensor, share: float) -> Tensor:
 
 
 def fast_blur(image_CHW: Tensor, share: float, max_side: int) -> Tensor:
-    """`blur`, applied to a reduced copy where that shows the same: up to 15 times as fast, at a PSNR above 45 dB.
-
-    Args:
-        max_side: finer detail than that of an image with this shorter side may be lost.
-    """
+    """`blur`, applied to a reduced copy where that shows the same: up to 15 times as fast, at a PSNR above 45 dB. Finer
+    detail than that of an image with the shorter side `max_side` may be lost."""
     height, width = image_CHW.shape[1:]
     side = min(_RADIUS / share, max_side)
     scale = side / min(height, width)

@@ -68,11 +68,8 @@ class ImageSpec:
 
     @classmethod
     def from_open_clip(cls, preprocess_cfg: dict[str, Any]) -> "ImageSpec":
-        """The spec for an open_clip model's `open_clip.get_model_preprocess_cfg(model)`.
-
-        Raises:
-            InputError: the interpolation is neither bicubic nor bilinear, or mean or std is out of range.
-        """
+        """The spec for an open_clip model's `open_clip.get_model_preprocess_cfg(model)`. Raises InputError: the
+        interpolation is neither bicubic nor bilinear, or mean or std is out of range."""
         size = preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
         interpolation = preprocess_cfg.get("interpolation", "bicubic")

@@ -80,15 +80,9 @@ def format_of(data: bytes) -> str:
 
 
 def open_upright(data: bytes, min_size: "tuple[int, int] | None" = None) -> Image.Image:
-    """Decodes an image file to RGB, or to RGBA if a pixel is transparent, rotated upright.
-
-    Args:
-        min_size: (height, width). A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, as long as neither side
-            becomes smaller than this.
-
-    Raises:
-        ValueError: not an image in one of FORMATS, damaged, larger than MAX_PIXELS or MAX_SIDE, or SlowImage.
-    """
+    """Decodes an image file to RGB, or to RGBA if a pixel is transparent, rotated upright. A JPEG may be decoded at
+    1/2, 1/4 or 1/8 of its size, as long as neither side becomes smaller than `min_size` (height, width). Raises
+    ValueError: not an image in one of FORMATS, damaged, larger than MAX_PIXELS or MAX_SIDE, or SlowImage."""
     try:
         try:
             return _open(data, min_size)
@@ -252,11 +246,8 @@ def orientation(image: Image.Image) -> "Image.Transpose | None":
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB, or to RGBA if a pixel is transparent, rotated upright.
-
-    Raises:
-        ValueError: its values are out of the range of its mode.
-    """
+    """Converts an image of any mode to RGB, or to RGBA if a pixel is transparent, rotated upright. Raises ValueError:
+    its values are out of the range of its mode."""
     if image.format == "PNG":
         _scale_transparent_colour(image)
     image.load()

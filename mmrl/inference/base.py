@@ -36,12 +36,8 @@ class LoadedEncoder(ABC):
 
     @abstractmethod
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
-        """Pillow images, paths or file contents -> float32 unit vectors (N, d).
-
-        Raises:
-            InputError: an image cannot be read (the message names it), or there is no image tower, or it was not
-                loaded.
-        """
+        """Pillow images, paths or file contents -> float32 unit vectors (N, d). Raises InputError: an image cannot be
+        read (the message names it), or there is no image tower, or it was not loaded."""
 
     @abstractmethod
     def encode_pixels(self, pixels_NCHW: "torch.Tensor", batch_size: int = 64) -> np.ndarray:
@@ -49,8 +45,5 @@ class LoadedEncoder(ABC):
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
-
-        Raises:
-            InputError: `texts` is a single string, or there is no text tower, or it was not loaded.
-        """
+        """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length. Raises InputError:
+        `texts` is a single string, or there is no text tower, or it was not loaded."""

@@ -74,11 +74,8 @@ def require_both_towers(model: str, purpose: str) -> None:
 
 
 def open_encoder(model: str) -> EvaluatedEncoder:
-    """Opens MODEL for evaluation.
-
-    Raises:
-        InputError: there is no such encoder, it is damaged, or the library that runs its graphs is not installed.
-    """
+    """Opens MODEL for evaluation. Raises InputError: there is no such encoder, it is damaged, or the library that runs
+    its graphs is not installed."""
     source = parse_model(model)
     if isinstance(source, StoredModel) and read_manifest(source.folder)["layout"] in GRAPH_LAYOUTS:
         from mmrl.inference.onnx_encoder import open_onnx

@@ -33,11 +33,8 @@ def open_onnx(
     towers: str = "both",
     variant: str | None = None,
 ) -> OnnxEncoder:
-    """Opens a folder of graphs; see `mmrl.load` for the arguments.
-
-    Raises:
-        InputError: as `mmrl.load`, or the runtime is not installed.
-    """
+    """Opens a folder of graphs; see `mmrl.load` for the arguments. Raises InputError: as `mmrl.load`, or the runtime is
+    not installed."""
     if dtype is not None:
         raise InputError("dtype: graphs compute in the precision of their export; choose a variant instead of dtype.")
     require_packages("openvino" if read_manifest(folder)["layout"] == "openvino" else "onnxruntime")

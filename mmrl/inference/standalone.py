@@ -112,30 +112,23 @@ class Encoder:
             self._tokenizer.enable_truncation(self.manifest["tokenizer"]["context_length"])
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
-        """Pillow images, paths or file contents -> float32 unit vectors (N, d).
-
-        Raises:
-            ValueError: an image cannot be read (the message names it), or there is no image tower, or it was not
-                loaded.
-        """
-        return self._encode("image", _chunks(images, batch_size), lambda chunk: np.stack([*map(self.pixels, chunk)]))
+        """Pillow images, paths or file contents -> float32 unit vectors (N, d). Raises ValueError: an image cannot be
+        read (the message names it), or there is no image tower, or it was not loaded."""
+        return self._encode("image", chunks(images, batch_size), lambda chunk: np.stack([*map(self.pixels, chunk)]))
 
     def encode_pixels(self, pixels_NCHW: Any, batch_size: int = 64) -> np.ndarray:
         """uint8 pixels (N, C, H, W), resized by `pixels` -> float32 unit vectors (N, d)."""
-        return self._encode("image", _chunks(pixels_NCHW, batch_size), np.ascontiguousarray)
+        return self._encode("image", chunks(pixels_NCHW, batch_size), np.ascontiguousarray)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length.
-
-        Raises:
-            ValueError: `texts` is a single string, or there is no text tower, or it was not loaded.
-        """
+        """Texts -> float32 unit vectors (N, d). Texts are truncated to the tower's context length. Raises ValueError:
+        `texts` is a single string, or there is no text tower, or it was not loaded."""
         check_text_list(texts)
-        return self._encode("text", _chunks(texts, batch_size), self.tokenise)
+        return self._encode("text", chunks(texts, batch_size), self.tokenise)
 
     def encode_tokens(self, tokens_NL: Any, batch_size: int = 64) -> np.ndarray:
         """int64 token ids (N, L) from `tokenise` -> float32 unit vectors (N, d)."""
-        return self._encode("text", _chunks(tokens_NL, batch_size), np.ascontiguousarray)
+        return self._encode("text", chunks(tokens_NL, batch_size), np.ascontiguousarray)
 
     def tokenise(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int64 token ids (N, L): padded to the context length, or the longest text if the graph allows."""
@@ -164,15 +157,15 @@ class Encoder:
         resized = fit(composite(_open_image(image), spec.get("background")), spec)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
-    def _encode(self, side: str, chunks: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
+    def _encode(self, side: str, batches: Iterable[Any], prepare: Callable[[Any], np.ndarray]) -> np.ndarray:
         run = self._graphs.get(side)
         if run is None:
             raise missing_tower(side, self.manifest["towers"])
         # Other graphs normalise pixels themselves.
         normalise = side == "image" and self.manifest.get("layout") == "transformers.js"
         rows = [np.zeros((0, self.dim), np.float32)]
-        for chunk in chunks:
-            inputs = prepare(chunk)
+        for batch in batches:
+            inputs = prepare(batch)
             if normalise:
                 mean, std = (
                     np.array(self.manifest["image"][name], np.float32)[:, None, None] for name in ("mean", "std")
@@ -323,11 +316,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _open_image(source: ImageInput) -> Image.Image:
-    """Decodes an image as upright RGB or RGBA.
-
-    Raises:
-        ValueError: it cannot be read; the message names it.
-    """
+    """Decodes an image as upright RGB or RGBA. Raises ValueError: it cannot be read; the message names it."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else source
     try:
         if isinstance(source, Image.Image):
@@ -337,7 +326,8 @@ def _open_image(source: ImageInput) -> Image.Image:
         raise InputError(f"image {name}: {error}") from None
 
 
-def _chunks(inputs: Any, size: int) -> Iterable[Any]:
+def chunks(inputs: Any, size: int) -> Iterable[Any]:
+    """Batches of consecutive inputs."""
     return (inputs[start : start + size] for start in range(0, len(inputs), size))
 
 
@@ -348,11 +338,8 @@ def check_text_list(texts: Sequence[str]) -> None:
 
 
 def choose_towers(folder: Path | str, towers: str, available: Sequence[str]) -> tuple[str, ...]:
-    """The towers to load: `towers`, or all that are `available` for 'both'.
-
-    Raises:
-        ValueError: there is no such tower.
-    """
+    """The towers to load: `towers`, or all that are `available` for 'both'. Raises ValueError: there is no such
+    tower."""
     if towers != "both" and towers not in available:
         raise InputError(f"model: {folder} has no {towers} tower; it encodes {available[0]}s only.")
     return tuple(side for side in available if towers in ("both", side))

@@ -17,13 +17,12 @@ from mmrl.data.arrow import arrow
 from mmrl.data.captions import caption_id
 from mmrl.data.samples import group_id
 from mmrl.errors import InputError
-from mmrl.inference.evaluated import OnnxModel, open_encoder, require_both_towers
+from mmrl.inference.evaluated import OnnxModel, Tokenise, open_encoder, require_both_towers
 from mmrl.model.two_tower import MatryoshkaCLIP, Precision
 from mmrl.settings import Settings, machine_field
 
 # The scale of a teacher of ONNX graphs, which do not store one: most CLIPs end near 100, at which softmaxes are sharp.
 _SCALE_OF_GRAPHS = 50.0
-Tokenise = Callable[[list[str]], Tensor]
 
 
 class TeacherConfig(Settings):
@@ -85,11 +84,7 @@ class StoredTeacher:
     def __init__(self, config: TeacherConfig, device: torch.device) -> None:
         """Raises InputError: a file is missing or was not written by `mmrl embed`, or no logit scale is given."""
         assert config.embeddings is not None
-        if config.logit_scale is None:
-            model = open_encoder(config.model).model
-            self.logit_scale = _scale_of(model)
-        else:
-            self.logit_scale = config.logit_scale
+        self.logit_scale = config.logit_scale or _scale_of(open_encoder(config.model).model)
         self._folder, self._device = Path(config.embeddings), device
         self._images = _read(self._folder / "embeddings.parquet", "key", group_id)
         self._texts = _read(self._folder / "texts.parquet", "caption", caption_id)
@@ -123,11 +118,8 @@ Teacher = LiveTeacher | StoredTeacher
 
 
 def open_teacher(config: TeacherConfig, device: torch.device, precision: Precision) -> Teacher:
-    """Opens the teacher of a run.
-
-    Raises:
-        InputError: the model or the embeddings cannot be opened, or the model lacks a tower.
-    """
+    """Opens the teacher of a run. Raises InputError: the model or the embeddings cannot be opened, or the model lacks a
+    tower."""
     return LiveTeacher(config, device, precision) if config.embeddings is None else StoredTeacher(config, device)
 
 

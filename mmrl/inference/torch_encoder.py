@@ -16,7 +16,7 @@ from mmrl.images.decode import decode_pixels, to_tensor
 from mmrl.images.image_spec import ImageSpec
 from mmrl.images.upright import upright
 from mmrl.inference.base import ImageInput, LoadedEncoder
-from mmrl.inference.standalone import check_text_list, choose_towers, missing_tower
+from mmrl.inference.standalone import check_text_list, choose_towers, chunks, missing_tower
 from mmrl.model import bundle
 from mmrl.model.source import ModelSource, OpenClipModel
 from mmrl.model.tokenizer import Tokenizer
@@ -55,9 +55,9 @@ class TorchEncoder(LoadedEncoder):
         return self._image_spec
 
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = 64) -> np.ndarray:
-        chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        batches = chunks(images, batch_size)
         return self._encode(
-            "image", (torch.stack([self.image_spec.pixels(_pixels(image)) for image in chunk]) for chunk in chunks)
+            "image", (torch.stack([self.image_spec.pixels(_pixels(image)) for image in batch]) for batch in batches)
         )
 
     def encode_pixels(self, pixels_NCHW: torch.Tensor, batch_size: int = 64) -> np.ndarray:
@@ -65,8 +65,7 @@ class TorchEncoder(LoadedEncoder):
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         check_text_list(texts)
-        chunks = (list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size))
-        return self._encode("text", map(self._tokenise, chunks))
+        return self._encode("text", (self._tokenise(list(batch)) for batch in chunks(texts, batch_size)))
 
     @torch.inference_mode()
     def _encode(self, modality: Modality, inputs: Iterable[torch.Tensor]) -> np.ndarray:
@@ -81,17 +80,9 @@ class TorchEncoder(LoadedEncoder):
 
 
 def open_torch(
-    source: ModelSource,
-    dim: int | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    towers: str,
+    source: ModelSource, dim: int | None, device: str | torch.device | None, dtype: torch.dtype | None, towers: str
 ) -> TorchEncoder:
-    """Opens an encoder with weights; see `mmrl.load` for the arguments.
-
-    Raises:
-        InputError: as `mmrl.load`.
-    """
+    """Opens an encoder with weights; see `mmrl.load` for the arguments. Raises InputError: as `mmrl.load`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(source, OpenClipModel):
         opened, available = bundle.open_model(source), SIDES

@@ -9,9 +9,9 @@ import torch
 from pydantic import model_validator
 
 from mmrl.losses.inputs import NestedLoss
-from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
+from mmrl.losses.nested_infonce import nested_info_nce
 from mmrl.losses.nested_sigmoid import nested_sigmoid
-from mmrl.losses.terms import HardNegatives, SecondMembers, Teacher
+from mmrl.losses.terms import HardNegatives, InfoNCEOptions, SecondMembers, Teacher
 from mmrl.nesting import Nesting
 
 

@@ -43,11 +43,8 @@ def add_exp_sums(
     sums: Pair,
     target_logit_I: torch.Tensor,
 ) -> None:
-    """Add one dim's sums of 2^(logit - shift) to `sums`, and its row sums of target * logit to `target_logit_I`.
-
-    Args:
-        factors: logit = dot product * row factor * column factor.
-    """
+    """Add one dim's sums of 2^(logit - shift) to `sums`, and its row sums of target * logit to `target_logit_I`; logit
+    = dot product * row factor * column factor."""
     shared = not isinstance(shift, tuple)
     with torch.cuda.device_of(product_IJ):  # Triton launches on the current device
         _exp_sums_kernel[_grid(tile)](

@@ -15,11 +15,10 @@ and m columns of a term's logits, with its hard negatives; k is K, or K + 1 with
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch.autograd.function import once_differentiable
 
 from mmrl.distributed import comm
@@ -31,7 +30,9 @@ from mmrl.losses.inputs import Groups, NestedLoss
 from mmrl.losses.softmax import Shift
 from mmrl.losses.sweep import LOG2_E, LogitMatrix, Targets, constant, matmul_precision
 from mmrl.losses.terms import (
+    DEFAULT_OPTIONS,
     HardNegatives,
+    InfoNCEOptions,
     SecondMembers,
     Sides,
     Teacher,
@@ -45,40 +46,10 @@ from mmrl.losses.terms import (
 )
 from mmrl.losses.triton_probe import require_triton, triton_problem
 from mmrl.nesting import Nesting
-from mmrl.settings import Settings, machine_field
 
 # With a shared shift, exponents (base 2) stay below _MAX_EXPONENT, so that a sum of 2^30 terms fits float32. If a row's
 # largest exponent could be below _MIN_EXPONENT, where float32 loses precision, the dim uses per-row maxima instead.
 _MAX_EXPONENT, _MIN_EXPONENT = 80.0, -100.0
-
-
-class InfoNCEOptions(Settings):
-    """Options of the symmetric InfoNCE."""
-
-    same_group: Literal["mask", "positive"] = "mask"
-    """Other pairs of one group: mask them (no negatives), or make them positives that share the target equally."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each target that is spread evenly over all unmasked pairs of its row or column."""
-    distillation: float = Field(default=0.0, ge=0)
-    """Weight of KL(softmax of the largest dim, detached || softmax of the dim), added to each smaller dim's loss."""
-    image_text: float = Field(default=1.0, ge=0)
-    """Weight of the InfoNCE between images and texts."""
-    image_image: float = Field(default=0.0, ge=0)
-    """Weight of the InfoNCE between two images of one group, or between an image and its second augmentation where the
-    group has one image (see data.augment.second)."""
-    text_text: float = Field(default=0.0, ge=0)
-    """Weight of the InfoNCE between two captions of one sample or group."""
-    kernels: Literal["auto", "torch", "triton"] = machine_field("auto")
-    """PyTorch operations or fused Triton kernels between the matrix products. 'auto' uses the kernels on a GPU where
-    they run: they need a C compiler, and embeddings in float32 or narrower."""
-
-    @property
-    def term_weights(self) -> dict[str, float]:
-        """The weights of the terms by their names."""
-        return {"image_text": self.image_text, "image_image": self.image_image, "text_text": self.text_text}
-
-
-DEFAULT_OPTIONS = InfoNCEOptions()
 
 
 def nested_info_nce(
@@ -151,11 +122,8 @@ Limits = list[tuple[float, float]]
 
 @torch.no_grad()
 def read_limits(*sweeps: Operands) -> list[list[Limits]]:
-    """The limits of the terms of several sweeps, in one read: each read waits for the device. Collective.
-
-    Raises:
-        InputError: a logit scale is zero, negative or infinite.
-    """
+    """The limits of the terms of several sweeps, in one read: each read waits for the device. Collective. Raises
+    InputError: a logit scale is zero, negative or infinite."""
     terms = [(one, term) for one in sweeps for term in one.sides.terms]
     scale_k = [term.scales(one.scale_K).double() for one, term in terms]
     scale_K = torch.cat(scale_k)
@@ -306,17 +274,11 @@ def _all_reduce_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _term_loss(
-    state: _TermState,
-    matrix: LogitMatrix,
-    sums: softmax.ExpSums,
-    columns: tuple[torch.Tensor, torch.Tensor],
+    state: _TermState, matrix: LogitMatrix, sums: softmax.ExpSums, columns: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The log-sum-exps (base 2) of rows and columns, infinite for hard negatives, which are no queries; and each dim's
-    loss and KL divergence, summed over the local pairs and both directions: (2, k).
-
-    Args:
-        columns: `column_Km` and `column_logit_gap_Km` of all ranks together.
-    """
+    loss and KL divergence, summed over the local pairs and both directions: (2, k). `columns` are `column_Km` and
+    `column_logit_gap_Km` of all ranks together."""
     b, B = matrix.num_matching, matrix.num_matching * comm.world().size
     matching_kb = inputs.matching_logits(matrix)
     exp_sum_km, column_gap_km = columns
@@ -373,11 +335,8 @@ def _targets(matrix: LogitMatrix, term: Term, keys: TermKeys | None, options: In
 
 
 def _use_triton(matrix: LogitMatrix, options: InfoNCEOptions) -> bool:
-    """Whether to use the Triton kernels.
-
-    Raises:
-        InputError: `kernels: triton` is set, but they do not support this device or dtype.
-    """
+    """Whether to use the Triton kernels. Raises InputError: `kernels: triton` is set, but they do not support this
+    device or dtype."""
     like = matrix.rows.inverse_norm_Kn
     supported = like.dtype == torch.float32
     if options.kernels != "triton":

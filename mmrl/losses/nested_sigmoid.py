@@ -17,9 +17,8 @@ from mmrl.errors import InputError
 from mmrl.losses import inputs
 from mmrl.losses.backward import gradients
 from mmrl.losses.inputs import Groups, NestedLoss
-from mmrl.losses.nested_infonce import DEFAULT_OPTIONS
 from mmrl.losses.sweep import LOG2_E, LogitMatrix, LogitTile, LogitTiles, Targets, constant, matmul_precision
-from mmrl.losses.terms import Sides, Term, TermMatrices, gather_keys, make_sides
+from mmrl.losses.terms import DEFAULT_OPTIONS, Sides, Term, TermMatrices, gather_keys, make_sides
 from mmrl.nesting import Nesting
 
 _LN_2 = math.log(2)

@@ -24,8 +24,8 @@ import torch
 from mmrl.errors import InputError
 from mmrl.losses import inputs
 from mmrl.losses.inputs import Groups, NestedLoss
-from mmrl.losses.nested_infonce import DEFAULT_OPTIONS, InfoNCEOptions, Operands, read_limits, sweep_loss
-from mmrl.losses.terms import HardNegatives, SecondMembers, Teacher, make_sides
+from mmrl.losses.nested_infonce import Operands, read_limits, sweep_loss
+from mmrl.losses.terms import DEFAULT_OPTIONS, HardNegatives, InfoNCEOptions, SecondMembers, Teacher, make_sides
 from mmrl.nesting import Nesting
 
 

@@ -45,7 +45,6 @@ class EmbeddingBlocks:
         return self.inverse_norm_Kn.shape[1]
 
     def part(self, rows: slice) -> "EmbeddingBlocks":
-        """Some rows."""
         blocks = [block[rows] for block in self.blocks]
         is_low = self.low_precision_blocks is not self.blocks
         low = [block[rows] for block in self.low_precision_blocks] if is_low else blocks

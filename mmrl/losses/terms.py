@@ -10,9 +10,10 @@ negatives), D embedding width, T width of a teacher's embedding, K dims, G keys 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
+from pydantic import Field
 
 from mmrl.distributed import comm
 from mmrl.errors import InputError
@@ -21,6 +22,7 @@ from mmrl.losses import inputs
 from mmrl.losses.inputs import Groups, count_same_group
 from mmrl.losses.sweep import LOG2_E, EmbeddingBlocks, LogitMatrix, constant, split_into_blocks
 from mmrl.nesting import Nesting
+from mmrl.settings import Settings, machine_field
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,33 @@ class Term:
         return replace(self, negative_rows=None, negative_columns=None)
 
 
-class TermOptions(Protocol):
-    """The options of a loss that decide on its terms."""
+class InfoNCEOptions(Settings):
+    """Options of the symmetric InfoNCE."""
 
-    distillation: float
-    same_group: Literal["mask", "positive"]
+    same_group: Literal["mask", "positive"] = "mask"
+    """Other pairs of one group: mask them (no negatives), or make them positives that share the target equally."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all unmasked pairs of its row or column."""
+    distillation: float = Field(default=0.0, ge=0)
+    """Weight of KL(softmax of the largest dim, detached || softmax of the dim), added to each smaller dim's loss."""
+    image_text: float = Field(default=1.0, ge=0)
+    """Weight of the InfoNCE between images and texts."""
+    image_image: float = Field(default=0.0, ge=0)
+    """Weight of the InfoNCE between two images of one group, or between an image and its second augmentation where the
+    group has one image (see data.augment.second)."""
+    text_text: float = Field(default=0.0, ge=0)
+    """Weight of the InfoNCE between two captions of one sample or group."""
+    kernels: Literal["auto", "torch", "triton"] = machine_field("auto")
+    """PyTorch operations or fused Triton kernels between the matrix products. 'auto' uses the kernels on a GPU where
+    they run: they need a C compiler, and embeddings in float32 or narrower."""
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """The weights of the terms image_text, image_image and text_text."""
-        ...
+        """The weights of the terms by their names."""
+        return {"image_text": self.image_text, "image_image": self.image_image, "text_text": self.text_text}
+
+
+DEFAULT_OPTIONS = InfoNCEOptions()
 
 
 @dataclass(frozen=True)
@@ -125,17 +144,14 @@ def make_sides(
     image_bD: torch.Tensor | None,
     text_bD: torch.Tensor | None,
     groups: Groups | None,
-    options: "TermOptions",
+    options: InfoNCEOptions,
     second: SecondMembers | None = None,
     negatives: HardNegatives | None = None,
     teacher: Teacher | None = None,
     check_finite: bool = False,
 ) -> Sides:
-    """The sides and terms of a loss.
-
-    Raises:
-        InputError: a term has a weight but not its sides; shapes or dtypes that do not match.
-    """
+    """The sides and terms of a loss. Raises InputError: a term has a weight but not its sides; shapes or dtypes that do
+    not match."""
     second, negatives, weights = second or SecondMembers(), negatives or HardNegatives(), options.term_weights
     given = {
         "image": image_bD,

@@ -74,14 +74,8 @@ def make_bundle(model: MatryoshkaCLIP, built: Towers, nested_dims: tuple[int, ..
 
 
 def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: dict[str, Any]) -> dict[str, Any]:
-    """Writes `bundle` with the weights `state` to `folder`; returns the manifest.
-
-    Args:
-        source: where the weights come from; stored in the manifest unchanged.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
+    """Writes `bundle` with the weights `state` to `folder`; returns the manifest, which has `source` unchanged: where
+    the weights come from. Raises OSError: the disk is full, or the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
@@ -111,11 +105,8 @@ def save(bundle: Bundle, folder: Path, state: dict[str, torch.Tensor], source: d
 
 
 def open_model(model: str | Path | ModelSource) -> Bundle:
-    """Opens the encoder that MODEL names, on the CPU, in evaluation mode.
-
-    Raises:
-        InputError: MODEL names no encoder, or the encoder is damaged or has no weights.
-    """
+    """Opens the encoder that MODEL names, on the CPU, in evaluation mode. Raises InputError: MODEL names no encoder, or
+    the encoder is damaged or has no weights."""
     source = parse_model(model) if isinstance(model, str | Path) else model
     if isinstance(source, StoredModel):
         return load(source.folder)
@@ -195,7 +186,6 @@ def _stored_towers(folder: Path) -> Towers:
         image_spec=stored.image_spec,
         tokenise=stored.tokenise,
         model_cfg={**stored.model_cfg, "embed_dim": stored.dim},
-        grad_checkpointing=False,
         projections={modality: linear.weight.detach() for modality, linear in added.items() if linear is not None},
     )
 
@@ -215,11 +205,8 @@ def _check_same_architecture(name: str, named: str, built: Towers) -> None:
 
 
 def load(folder: Path) -> Bundle:
-    """Loads the encoder in `folder`, on the CPU, in evaluation mode.
-
-    Raises:
-        InputError: a file is missing or does not have the hash in the manifest, or the layout has no weights.
-    """
+    """Loads the encoder in `folder`, on the CPU, in evaluation mode. Raises InputError: a file is missing or does not
+    have the hash in the manifest, or the layout has no weights."""
     manifest = read_manifest(folder)
     state = read_weights(folder, manifest)
     loaded = load_towers(folder, manifest, state, manifest["towers"])
@@ -240,13 +227,20 @@ def load(folder: Path) -> Bundle:
 def load_towers(
     folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
 ) -> dict[Modality, ProjectedTower]:
-    """Builds the requested towers of a bundle and loads their weights from `state`.
-
-    Raises:
-        InputError: the manifest's model config cannot be built, or the weights do not fit it.
-    """
+    """Builds the requested towers of a bundle and loads their weights from `state`. Raises InputError: the manifest's
+    model config cannot be built, or the weights do not fit it."""
+    model_cfg, dim = _local_cfg(folder, manifest), manifest["dim"]
+    loaded: dict[Modality, ProjectedTower] = {}
     try:
-        return _load_towers(folder, manifest, state, modalities)
+        for modality in modalities:
+            with library_code_only(), offline():
+                projection = added_projection(model_cfg, modality, dim)
+                tower = towers.build_tower(model_cfg, modality, dim if projection is None else model_cfg["embed_dim"])
+            prepare = Normaliser(ImageSpec.from_json(manifest["image"])) if modality == "image" else None
+            loaded[modality] = ProjectedTower(tower, projection, prepare)
+            prefix = f"{modality}."
+            weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            loaded[modality].load_state_dict(weights)
     except InputError:
         raise
     except Exception as error:  # open_clip, timm, transformers and torch raise many kinds for a damaged model config
@@ -254,22 +248,6 @@ def load_towers(
             f"{folder / MANIFEST}: model_cfg cannot be built, or does not fit the weights "
             f"({shortened(error)}); export the encoder again."
         ) from error
-
-
-def _load_towers(
-    folder: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], modalities: Sequence[Modality]
-) -> dict[Modality, ProjectedTower]:
-    model_cfg, dim = _local_cfg(folder, manifest), manifest["dim"]
-    loaded: dict[Modality, ProjectedTower] = {}
-    for modality in modalities:
-        with library_code_only(), offline():
-            projection = added_projection(model_cfg, modality, dim)
-            tower = towers.build_tower(model_cfg, modality, dim if projection is None else model_cfg["embed_dim"])
-        prepare = Normaliser(ImageSpec.from_json(manifest["image"])) if modality == "image" else None
-        loaded[modality] = ProjectedTower(tower, projection, prepare)
-        prefix = f"{modality}."
-        weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        loaded[modality].load_state_dict(weights)
     return loaded
 
 
@@ -286,11 +264,8 @@ def load_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
 
 
 def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Checks an encoder's files against its manifest and reads its weights, under mmrl's names.
-
-    Raises:
-        InputError: a file is missing or does not have the hash in the manifest, or the layout has no weights.
-    """
+    """Checks an encoder's files against its manifest and reads its weights, under mmrl's names. Raises InputError: a
+    file is missing or does not have the hash in the manifest, or the layout has no weights."""
     layout = layouts.layout_of_manifest(manifest, folder)
     if manifest["version"] == 1:  # which has no hash but that of the weights
         manifest = {**manifest, "files": {layout.weights: manifest["weights_sha256"]}}
@@ -302,11 +277,8 @@ def read_weights(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tens
 
 
 def truncated_state(bundle: Bundle, dim: int) -> dict[str, torch.Tensor]:
-    """The weights of `bundle` with both projections truncated to the first `dim` dims.
-
-    Raises:
-        InputError: dim is not in 1 … bundle.dim.
-    """
+    """The weights of `bundle` with both projections truncated to the first `dim` dims. Raises InputError: dim is not in
+    1 … bundle.dim."""
     check_dims([dim], bundle.dim, "dim")
     state = bundle.state()
     for name, axis in embedding_axes(bundle).items():

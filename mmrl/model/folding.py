@@ -19,11 +19,8 @@ from mmrl.nesting import rotate_weight
 
 def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
     """An encoder that shares all parameters and buffers with `training`, except projections, logit scales, biases and
-    weights with LoRA adapters, which `fold` writes.
-
-    Args:
-        num_scales: number of logit scales of the encoder; default: as many as `training` has.
-    """
+    weights with LoRA adapters, which `fold` writes. It has `num_scales` logit scales; default: as many as
+    `training`."""
     own = {*bundle.embedding_axes(training), bundle.SCALE, bundle.BIAS}
     model = training.model
     shared = [*model.named_parameters(), *model.named_buffers()]
@@ -36,11 +33,7 @@ def share_weights(training: Bundle, num_scales: int | None = None) -> Bundle:
 
 @torch.no_grad()
 def fold(
-    training: Bundle,
-    encoder: Bundle,
-    rotation_DD: torch.Tensor,
-    log_scale_K: torch.Tensor,
-    bias_K: torch.Tensor | None,
+    training: Bundle, encoder: Bundle, rotation_DD: torch.Tensor, log_scale_K: torch.Tensor, bias_K: torch.Tensor | None
 ) -> None:
     """Writes the rotated projections and merged weights of `training`, logit scales and biases into `encoder`, made by
     `share_weights`.

@@ -126,12 +126,7 @@ def _build_model(config: ModelConfig, model_cfg: dict[str, Any], on_gpu: bool) -
         else two_tower.ProjectedTower(towers.AbsentTower(side))
         for side in towers.SIDES
     )
-    return two_tower.MatryoshkaCLIP(
-        image,
-        text,
-        torch.ones(1),
-        recomputes=on_gpu or config.grad_checkpointing,
-    ).train()
+    return two_tower.MatryoshkaCLIP(image, text, torch.ones(1), recomputes=on_gpu or config.grad_checkpointing).train()
 
 
 _Inputs = tuple[torch.Tensor | None, torch.Tensor | None]

@@ -44,11 +44,7 @@ _FILES = ("*.json", "*.txt", "*.model", "tokenizer*", "*/*.json", "*/*.txt", "*/
 
 def find_folder(name: str) -> Path | None:
     """The folder of a model in transformers' format, for a path or `hf-hub:ORG/NAME`, which is downloaded once; None
-    for other names.
-
-    Raises:
-        InputError: the repository cannot be fetched.
-    """
+    for other names. Raises InputError: the repository cannot be fetched."""
     if not name.startswith(HUB):
         path = Path(name)
         if ":" in name or not path.is_dir():
@@ -79,11 +75,8 @@ def find_folder(name: str) -> Path | None:
 
 
 def read_model_cfg(folder: Path) -> dict[str, Any]:
-    """open_clip's model config of the model in a folder of transformers.
-
-    Raises:
-        InputError: another kind of model, or a setting that open_clip's towers do not have.
-    """
+    """open_clip's model config of the model in a folder of transformers. Raises InputError: another kind of model, or a
+    setting that open_clip's towers do not have."""
     check_config_folder(folder)
     config = _full_config(folder)
     vision, text, source = config["vision_config"], config["text_config"], folder / "config.json"
@@ -94,11 +87,8 @@ def read_model_cfg(folder: Path) -> dict[str, Any]:
 
 
 def read_preprocess_cfg(folder: Path) -> dict[str, Any]:
-    """open_clip's preprocess_cfg of the image processor in a folder of transformers.
-
-    Raises:
-        InputError: the file is missing, or images are prepared in a way that ImageSpec cannot hold.
-    """
+    """open_clip's preprocess_cfg of the image processor in a folder of transformers. Raises InputError: the file is
+    missing, or images are prepared in a way that ImageSpec cannot hold."""
     path, config = _image_processor(folder)
     model_side = _full_config(folder)["vision_config"]["image_size"]
     crop = _sides(config.get("crop_size"), path)
@@ -128,11 +118,8 @@ def read_preprocess_cfg(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> layouts.State:
-    """The weights in a folder of transformers, float32, in mmrl's names.
-
-    Raises:
-        InputError: no weights, a damaged or foreign file, or weights of another model.
-    """
+    """The weights in a folder of transformers, float32, in mmrl's names. Raises InputError: no weights, a damaged or
+    foreign file, or weights of another model."""
     config = _full_config(folder)
     state: layouts.State = {}
     for path in _weights_files(folder):
@@ -145,11 +132,8 @@ def read_state(folder: Path) -> layouts.State:
 
 
 def read_weights(path: Path) -> layouts.State:
-    """The tensors of a .safetensors file, or of a file of torch.save, which is read without running code.
-
-    Raises:
-        InputError: the file is damaged, or holds Python objects.
-    """
+    """The tensors of a .safetensors file, or of a file of torch.save, which is read without running code. Raises
+    InputError: the file is damaged, or holds Python objects."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -330,11 +314,8 @@ def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _sides(size: Any, path: Path, is_edge: bool = False) -> tuple[int, int | None] | None:
-    """(height, width) of a size in a processor's config; (shortest edge, None).
-
-    Args:
-        is_edge: a bare number, as old files have it, is the shortest edge.
-    """
+    """(height, width) of a size in a processor's config; (shortest edge, None). With `is_edge`, a bare number, as old
+    files have it, is the shortest edge."""
     if isinstance(size, int):
         return size, None if is_edge else size
     if isinstance(size, dict) and isinstance(size.get("shortest_edge"), int):

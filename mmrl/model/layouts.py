@@ -267,11 +267,7 @@ _MODULES = Layout(
 
 
 def layout_of_manifest(manifest: dict[str, Any], folder: Path) -> Layout:
-    """The weights layout of a stored encoder.
-
-    Raises:
-        InputError: the encoder consists of ONNX graphs.
-    """
+    """The weights layout of a stored encoder. Raises InputError: the encoder consists of ONNX graphs."""
     layout, sides = LAYOUTS.get(manifest["layout"]), manifest["towers"]
     if manifest["layout"] == "sentence_transformers":
         pools = "text" in sides and bool(manifest["model_cfg"]["text_cfg"].get("hf_model_name"))

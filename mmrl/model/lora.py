@@ -136,7 +136,6 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is an adapter's, by its name."""
     return ".lora_" in name
 
 

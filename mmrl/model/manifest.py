@@ -109,11 +109,8 @@ def is_rotated(manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads and validates the manifest of a stored encoder.
-
-    Raises:
-        InputError: the folder holds no encoder, the version is not supported, or the manifest is damaged.
-    """
+    """Reads and validates the manifest of a stored encoder. Raises InputError: the folder holds no encoder, the version
+    is not supported, or the manifest is damaged."""
     path = folder / MANIFEST
     try:
         manifest = parse_json(path.read_text())
@@ -153,14 +150,9 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def check_encoder_out(out: Path, force: bool, source: Path | None) -> None:
-    """Checks the folder of a new encoder by the rule of `check_out_folder`: --force replaces exported and rotated ones.
-
-    Args:
-        source: the folder of the encoder that is read, which cannot be replaced.
-
-    Raises:
-        InputError: the folder is not new or empty, and holds other files or `force` is not given.
-    """
+    """Checks the folder of a new encoder by the rule of `check_out_folder`: --force replaces exported and rotated ones,
+    but not `source`, the folder that is read. Raises InputError: the folder is not new or empty, and holds other files
+    or `force` is not given."""
     own = set()
     if (out / MANIFEST).is_file() and (source is None or out.resolve() != source.resolve()):
         manifest = read_manifest(out)
@@ -178,11 +170,8 @@ def hash_files(folder: Path, within: Iterable[str] = (".",)) -> dict[str, str]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
-    """Checks the hashes of the files `names` and of all files of the tokenizer and of the text tower's config.
-
-    Raises:
-        InputError: a file is missing, leads out of the folder, has no hash in the manifest or another one.
-    """
+    """Checks the hashes of the files `names` and of all files of the tokenizer and of the text tower's config. Raises
+    InputError: a file is missing, leads out of the folder, has no hash in the manifest or another one."""
     inner = {path.relative_to(folder).as_posix() for name in INNER for path in (folder / name).rglob("*")}
     for name in dict.fromkeys([*names, *sorted(inner)]):
         path, expected = path_inside(folder, name), manifest["files"].get(name)
@@ -202,6 +191,5 @@ def origin(manifest: dict[str, Any]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -124,14 +124,8 @@ class _ModelCfg(Settings):
 
 
 def check_model_cfg(model_cfg: Any, source: str | Path) -> dict[str, Any]:
-    """Returns the config unchanged if every key and value is allowed.
-
-    Args:
-        source: where the config was read from, for the error message.
-
-    Raises:
-        InputError: names the key that is not allowed, or whose value has the wrong type or is out of range.
-    """
+    """Returns the config, which was read from `source`, unchanged if every key and value is allowed. Raises InputError:
+    names the key that is not allowed, or whose value has the wrong type or is out of range."""
     try:
         _ModelCfg.model_validate(model_cfg)
     except ValidationError as error:

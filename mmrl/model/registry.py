@@ -72,11 +72,8 @@ def input_side(model_cfg: dict[str, Any]) -> int:
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """Builds the tokenizer of a model config, without the towers.
-
-    Raises:
-        InputError: as read_model_cfg; or the Hugging Face tokenizer cannot be loaded.
-    """
+    """Builds the tokenizer of a model config, without the towers. Raises InputError: as read_model_cfg; or the Hugging
+    Face tokenizer cannot be loaded."""
     model_cfg = read_model_cfg(name)
     source = parse_name(name)
     if isinstance(source, StoredModel):
@@ -112,10 +109,7 @@ def save_text_config(text_tower: nn.Module, folder: Path) -> None:
 
 def with_local_text_config(model_cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of the model config in which a Hugging Face text tower's name is `folder`, written by `save_text_config`.
-
-    Raises:
-        InputError: config.json is missing or names code to run.
-    """
+    Raises InputError: config.json is missing or names code to run."""
     if not model_cfg["text_cfg"].get("hf_model_name"):
         return model_cfg
     if not (folder / "config.json").is_file():  # transformers would read the path as the name of a hub repository
@@ -134,11 +128,8 @@ def with_portable_text_name(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def register(name: str) -> str:
-    """Registers mmrl's configs or a user's JSON file with open_clip; returns its name there.
-
-    Raises:
-        InputError: an unknown name, or a JSON file that is missing or not a model config.
-    """
+    """Registers mmrl's configs or a user's JSON file with open_clip; returns its name there. Raises InputError: an
+    unknown name, or a JSON file that is missing or not a model config."""
     import open_clip
 
     if name.startswith((HUB, LOCAL)):

@@ -60,14 +60,8 @@ ModelSource = StoredModel | OpenClipModel
 
 
 def parse_model(model: str | Path, key: str = "model") -> ModelSource:
-    """Parses MODEL and finds its folder; builds and fetches nothing.
-
-    Args:
-        key: the argument or config key, for error messages.
-
-    Raises:
-        InputError: MODEL has none of the allowed forms, its folder holds no encoder, or it names no weights.
-    """
+    """Parses MODEL, the argument or config key `key`, and finds its folder; builds and fetches nothing. Raises
+    InputError: MODEL has none of the allowed forms, its folder holds no encoder, or it names no weights."""
     text = str(model)
     name = text.removeprefix(_OPEN_CLIP)
     if name.startswith((HUB, LOCAL)):  # a path may contain colons; neither form takes PRETRAINED
@@ -96,11 +90,8 @@ def with_random_weights(model: str) -> str:
 
 
 def parse_name(name: str, key: str = "model.name") -> ModelSource:
-    """Parses `model.name` of a config: MODEL, or the name of an open_clip model without `open_clip:`.
-
-    Raises:
-        InputError: as parse_model.
-    """
+    """Parses `model.name` of a config: MODEL, or the name of an open_clip model without `open_clip:`. Raises
+    InputError: as parse_model."""
     is_model = name.startswith((_OPEN_CLIP, HUB, LOCAL)) or Path(name).is_dir()
     return parse_model(with_random_weights(name), key) if is_model else OpenClipModel(name, name)
 
@@ -115,7 +106,8 @@ def read_hugging_face_config(folder: Path) -> tuple[Path, dict[str, Any]] | None
     modules = folder / "modules.json"
     if modules.is_file():
         entries = _read_json(modules)
-        names = [str(entry.get("type", "")).rpartition(".")[2] for entry in entries] if _are_objects(entries) else []
+        are_objects = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+        names = [str(entry.get("type", "")).rpartition(".")[2] for entry in entries] if are_objects else []
         if not names or any(name != "Normalize" for name in names[1:]):
             raise InputError(
                 f"{modules}: the modules {', '.join(names) or 'of this file'} are more than a CLIP model; allowed: "
@@ -159,7 +151,3 @@ def _read_json(path: Path) -> Any:
         return parse_json(path.read_text())
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); save the model again.") from None
-
-
-def _are_objects(entries: Any) -> bool:
-    return isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)

@@ -69,10 +69,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes the tokenizer's files; returns the manifest's `tokenizer`, which `load_tokenizer` needs as well.
-
-        Raises:
-            InputError: the tokenizer is neither open_clip's BPE nor a Hugging Face one.
-        """
+        Raises InputError: the tokenizer is neither open_clip's BPE nor a Hugging Face one."""
         from open_clip import tokenizer as kinds
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,11 +88,8 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path, info: dict[str, Any], model_cfg: dict[str, Any]) -> Tokenizer:
-    """Loads what `Tokenizer.save` wrote, from its files alone: no network, no code from the folder.
-
-    Raises:
-        InputError: a file is missing, too large or damaged, or names code to run.
-    """
+    """Loads what `Tokenizer.save` wrote, from its files alone: no network, no code from the folder. Raises InputError:
+    a file is missing, too large or damaged, or names code to run."""
     from open_clip import tokenizer as kinds
 
     settings = model_cfg["text_cfg"].get("tokenizer_kwargs") or {}

@@ -101,7 +101,6 @@ class TowersConfig(Settings):
         return SIDES if self.towers == "both" else (self.towers,)
 
     def adapts(self, side: Modality) -> bool:
-        """Whether a tower has LoRA adapters."""
         return self.lora is not None and self.lora.towers in ("both", side)
 
 
@@ -132,8 +131,7 @@ class Towers:
     tokenise: Tokenizer
     model_cfg: dict[str, Any]
     """open_clip's model config, from which both towers can be rebuilt."""
-    grad_checkpointing: bool
-    """Whether the backward pass recomputes activations."""
+    grad_checkpointing: bool = False
     random: tuple[str, ...] = ()
     """What was initialised at random, e.g. "the image tower"."""
     projections: dict[Modality, torch.Tensor] = field(default_factory=dict)
@@ -188,7 +186,6 @@ def build(config: TowersConfig, require_weights: bool = False) -> Towers:
         image_spec=spec,
         tokenise=tokenise,
         model_cfg=model_cfg,
-        grad_checkpointing=False,
         random=_random_parts(config, model_cfg),
     )
 
@@ -219,16 +216,12 @@ def _build_hugging_face(config: TowersConfig, folder: Path) -> Towers:
         image_spec=spec,
         tokenise=tokenise,
         model_cfg=model_cfg,
-        grad_checkpointing=False,
     )
 
 
 def build_empty(name: str) -> dict[Modality, nn.Module]:
-    """Builds the towers of `model.name` without loading weights: for counting parameters, memory and operations.
-
-    Raises:
-        InputError: an unknown name or a JSON file that is not a model config.
-    """
+    """Builds the towers of `model.name` without loading weights: for counting parameters, memory and operations. Raises
+    InputError: an unknown name or a JSON file that is not a model config."""
     model_cfg = read_model_cfg(name)
     return {"image": _built_or_refused(name, model_cfg, "image"), "text": _built_or_refused(name, model_cfg, "text")}
 

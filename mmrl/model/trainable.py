@@ -16,11 +16,8 @@ from mmrl.model.towers import Modality, Towers, TowersConfig, projection_axes
 
 
 def prepare_training(built: Towers, config: TowersConfig) -> Towers:
-    """The towers with what the config names frozen, with adapters and with gradient checkpointing.
-
-    Raises:
-        InputError: a tower does not support one of them.
-    """
+    """The towers with what the config names frozen, with adapters and with gradient checkpointing. Raises InputError: a
+    tower does not support one of them."""
     spec = built.image_spec
     inputs = {"image": torch.zeros(1, 3, spec.height, spec.width), "text": built.tokenise(["a"])}
     prepare({side: getattr(built, side) for side in config.sides}, built.model_cfg, config, inputs)
@@ -33,11 +30,8 @@ def prepare(
     config: TowersConfig,
     inputs: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """As `prepare_training`, in place.
-
-    Args:
-        inputs: one row for each tower, to find which layers it calls; None for towers without weights.
-    """
+    """As `prepare_training`, in place. `inputs` is one row for each tower, to find which layers it calls; None for
+    towers without weights."""
     for side, tower in towers.items():
         if config.lora is not None and config.adapts(side):
             run = None if inputs is None else partial(_forward, tower, inputs[side])

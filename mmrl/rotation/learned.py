@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from mmrl import nesting
 from mmrl.distributed import comm
 from mmrl.evaluate.ranking.ranks import rank_both
-from mmrl.losses.nested_infonce import InfoNCEOptions, nested_info_nce
+from mmrl.losses.nested_infonce import nested_info_nce
+from mmrl.losses.terms import InfoNCEOptions
 
 STEPS = 300
 _BATCH = 512

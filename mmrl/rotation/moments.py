@@ -58,7 +58,6 @@ class SecondMoment:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, rows_ND: torch.Tensor) -> None:
-        """Adds rows of any length."""
         unit_ND = F.normalize(rows_ND.double(), dim=-1)
         self._sum_DD += (unit_ND.T @ unit_ND / self._UNIT).round().long()
         self._count += len(rows_ND)

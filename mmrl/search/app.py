@@ -32,7 +32,7 @@ from mmrl.search.embeddings_api import add_embeddings_api
 from mmrl.search.items import Item
 from mmrl.search.limits import MAX_UPLOAD_BYTES, add_limits
 from mmrl.search.metrics import Metrics
-from mmrl.search.query import Hit, Searcher, check_query_text
+from mmrl.search.query import Searcher, check_query_text
 from mmrl.version import __version__
 
 MAX_RESULTS = 100
@@ -169,11 +169,8 @@ class _QueryRunner:
     async def run(
         self, encode: Callable[[Searcher], np.ndarray], cache_key: bytes | None, options: SearchOptions
     ) -> SearchResponse:
-        """Encodes a query, unless `cache_key` is in the cache, and searches.
-
-        Raises:
-            HTTPException: 503 if the queue is full, 504 after _SEARCH_TIMEOUT_S.
-        """
+        """Encodes a query, unless `cache_key` is in the cache, and searches. Raises HTTPException: 503 if the queue is
+        full, 504 after _SEARCH_TIMEOUT_S."""
         if self._pending >= _MAX_CONCURRENT + _MAX_QUEUED:
             raise HTTPException(503, "Too many searches at once; try again in a moment.")
         self._pending += 1
@@ -211,7 +208,10 @@ class _QueryRunner:
             trained=dim in searcher.nested_dims,
             bytes_per_vector=4 * dim,
             milliseconds=milliseconds,
-            results=[_result(searcher, hit) for hit in hits],
+            results=[
+                Result(rank=hit.rank, score=round(hit.score, 6), **_image_fields(searcher, hit.row, hit.item))
+                for hit in hits
+            ],
         )
 
     def _cached(self, key: bytes | None) -> np.ndarray | None:
@@ -293,8 +293,7 @@ def _add_search_api(app: FastAPI, searcher: Searcher, batcher: Batcher) -> None:
 
     @app.get("/api/sample", tags=["index"])
     def sample(
-        k: Annotated[int, Query(ge=1, le=MAX_RESULTS)] = 24,
-        group: Annotated[str | None, Query(max_length=1000)] = None,
+        k: Annotated[int, Query(ge=1, le=MAX_RESULTS)] = 24, group: Annotated[str | None, Query(max_length=1000)] = None
     ) -> list[IndexedImage]:
         """A fixed random sample of images."""
         searcher = live()
@@ -374,10 +373,6 @@ def _image_fields(searcher: Searcher, row: int, item: Item) -> dict[str, Any]:
         "group_name": item.group_name,
         "thumbnail": f"/api/thumbnails/{row}?of={data}" if item.thumbnail else "",
     }
-
-
-def _result(searcher: Searcher, hit: Hit) -> Result:
-    return Result(rank=hit.rank, score=round(hit.score, 6), **_image_fields(searcher, hit.row, hit.item))
 
 
 def _checked_row(searcher: Searcher, row: int) -> int:

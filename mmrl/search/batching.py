@@ -42,11 +42,8 @@ class Batcher:
         return len(self._waiting[modality])
 
     def submit(self, modality: Modality, inputs: Sequence[str | bytes]) -> list[Future[np.ndarray]]:
-        """A future of each input's embedding, (D,) at the encoder's dim; its exception is that of the encoder.
-
-        Raises:
-            InputError: the encoder has no tower for this modality.
-        """
+        """A future of each input's embedding, (D,) at the encoder's dim; its exception is that of the encoder. Raises
+        InputError: the encoder has no tower for this modality."""
         if modality not in self._encoder.towers:
             raise missing_tower(modality, self._encoder.towers)
         futures = [Future[np.ndarray]() for _ in inputs]

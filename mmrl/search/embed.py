@@ -53,6 +53,7 @@ EMBEDDINGS, TEXTS, CHUNKS = "embeddings.parquet", "texts.parquet", ".parts"
 MAX_TEXT_LENGTH = 10_000
 """Characters of a query: a hundred times what a tower reads."""
 _PLAN = "plan.json"
+_TEXTS_OF_CHUNK, _RESULT = ".texts.parquet", ".json"
 # Samples per chunk. A chunk is what a crash loses at most, and one row group of the file.
 _MIN_CHUNK, _MAX_CHUNK, _CHUNK_COUNT = 512, 8192, 200
 
@@ -190,17 +191,9 @@ def _difference(out: Path, metadata: dict[str, Any], texts: bool) -> str | None:
 def _prepare_chunks(
     folder: Path, metadata: dict[str, Any], texts: bool, samples: Source, size: int, force: bool
 ) -> None:
-    """Creates the folder of the chunks, or keeps it if an earlier run with the same settings left it.
-
-    Raises:
-        InputError: it was left by a run with other settings.
-    """
-    plan = {
-        **metadata,
-        "pictures": [len(samples), samples.fingerprint],
-        "texts": texts,
-        "part": size,
-    }
+    """Creates the folder of the chunks, or keeps it if an earlier run with the same settings left it. Raises
+    InputError: it was left by a run with other settings."""
+    plan = {**metadata, "pictures": [len(samples), samples.fingerprint], "texts": texts, "part": size}
     file = folder / _PLAN
     if file.is_file():
         stored = parse_json(file.read_text())
@@ -284,12 +277,14 @@ class _ChunkEmbedder:
         path, text_rows = self.chunk_path(span[0]), table.text_rows(rows) if self.texts else []
         if self.texts:
             text_ND = self.encoder.encode_texts([row["caption"] for row in text_rows], self.batch_size)
-            self._write_chunk(_text_chunk_path(path), table.text_schema, text_rows, text_ND)
+            self._write_chunk(path.with_suffix(_TEXTS_OF_CHUNK), table.text_schema, text_rows, text_ND)
         if not self.samples.has_images:
             rows = []
         self._write_chunk(path, table.image_schema, rows, np.concatenate(vectors))
         result = _ChunkResult(len(rows), len(text_rows), span[1] - span[0], bad)
-        write_atomic(_result_path(path), json.dumps(asdict(result)))  # last: a chunk is complete once this file exists
+        write_atomic(
+            path.with_suffix(_RESULT), json.dumps(asdict(result))
+        )  # last: a chunk is complete once this file exists
         return result
 
     def _write_chunk(
@@ -303,19 +298,12 @@ class _ChunkEmbedder:
         arrow("mmrl embed")[1].write_table(chunk, path)
 
 
-def _text_chunk_path(path: Path) -> Path:
-    return path.with_suffix(".texts.parquet")
-
-
-def _result_path(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
 def _read_chunk_result(path: Path) -> _ChunkResult | None:
     """The result of a chunk that an earlier run completed, else None."""
-    if not _result_path(path).is_file():
+    file = path.with_suffix(_RESULT)
+    if not file.is_file():
         return None
-    stored = parse_json(_result_path(path).read_text())
+    stored = parse_json(file.read_text())
     return _ChunkResult(stored["images"], stored["texts"], 0, [Problem(**problem) for problem in stored["bad"]])
 
 
@@ -354,7 +342,7 @@ def _merge_chunks(
     columns, metadata, has_images = embedder.columns, embedder.metadata, embedder.samples.has_images
     count = table.concatenate(chunks, merged[EMBEDDINGS], table.image_schema(columns, metadata)) if has_images else 0
     if embedder.texts:
-        text_chunks = [_text_chunk_path(path) for path in chunks]
+        text_chunks = [path.with_suffix(_TEXTS_OF_CHUNK) for path in chunks]
         rows = table.concatenate(text_chunks, merged[TEXTS], table.text_schema(columns, metadata))
         count = count if has_images else rows
     if not count:

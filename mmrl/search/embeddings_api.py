@@ -137,11 +137,8 @@ def add_embeddings_api(app: FastAPI, encoder: LoadedEncoder, batcher: Batcher, n
 
 
 def parse_inputs(request: EmbeddingsRequest) -> tuple[Modality, Sequence[str | bytes]]:
-    """The modality and the texts or image files of a request.
-
-    Raises:
-        InputError: neither or both of input and messages; not texts or data URLs; too many, or a text too long.
-    """
+    """The modality and the texts or image files of a request. Raises InputError: neither or both of input and messages;
+    not texts or data URLs; too many, or a text too long."""
     if (request.input is None) == (request.messages is None):
         raise InputError("input: give either input or messages.")
     if request.messages is not None:

@@ -73,11 +73,8 @@ class Funnel:
 
     @classmethod
     def open(cls, folder: Path, facts: dict[str, Any], count: int) -> "Funnel":
-        """Opens what `build` wrote; `facts` is `codes` of the manifest, `count` the rows of the index.
-
-        Raises:
-            InputError: a file is missing, damaged or of another index.
-        """
+        """Opens what `build` wrote; `facts` is `codes` of the manifest, `count` the rows of the index. Raises
+        InputError: a file is missing, damaged or of another index."""
         name: Code = facts["code"]
         code, dim = OLD_CODES.get(name, name), facts["dim"]
         codes = CodeIndex.open(folder / CODES_FILE, code, (count, dim), facts.get("threshold"))
@@ -111,11 +108,7 @@ class Funnel:
 
 
 def memory_map(path: Path) -> np.ndarray:
-    """A .npy file of an index, memory-mapped.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """A .npy file of an index, memory-mapped. Raises InputError: it is missing or damaged."""
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # indexing an np.memmap is slow
     except Exception as error:  # of a damaged header, numpy raises many kinds

@@ -109,7 +109,6 @@ class Index:
 
     @property
     def dim(self) -> int:
-        """The dim of its vectors."""
         return self.manifest["dim"]
 
     def __len__(self) -> int:
@@ -237,11 +236,8 @@ def _cosines(rows_nd: np.ndarray, query_d: np.ndarray, norms_n: np.ndarray) -> n
 
 
 def open_index(folder: Path) -> Index:
-    """Opens the index that `build.write_index` wrote.
-
-    Raises:
-        InputError: the folder is not an index, has an unsupported version, or is damaged.
-    """
+    """Opens the index that `build.write_index` wrote. Raises InputError: the folder is not an index, has an unsupported
+    version, or is damaged."""
     stamp = _stamp(folder)
     manifest = read_manifest(folder)
     data = path_inside(folder, manifest["data"])
@@ -277,11 +273,8 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 
 
 def index_of(folder: Path, kind: str | None) -> Path:
-    """The folder of the index of `kind` in an index folder; None: of its images, else of its texts.
-
-    Raises:
-        InputError: as read_manifest, or there is no such index.
-    """
+    """The folder of the index of `kind` in an index folder; None: of its images, else of its texts. Raises InputError:
+    as read_manifest, or there is no such index."""
     main = read_manifest(folder).get("items", "images")
     if kind in (None, main):
         return folder
@@ -300,11 +293,8 @@ def is_index(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index.
-
-    Raises:
-        InputError: the folder is not an index, has an unsupported version, or its manifest is damaged.
-    """
+    """The manifest of an index. Raises InputError: the folder is not an index, has an unsupported version, or its
+    manifest is damaged."""
     try:
         manifest = parse_json((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):

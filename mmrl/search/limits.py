@@ -127,11 +127,8 @@ class _Bodies:
                 self._trim = asyncio.get_running_loop().call_later(1.0, _trim_memory)
 
     async def read(self, receive: Receive, size: int) -> bytearray | None:
-        """The body of a request, of at most `size` or _SMALL_BODY bytes; None if the client has gone.
-
-        Raises:
-            HTTPException: 413 if it is larger, 408 if it takes too long.
-        """
+        """The body of a request, of at most `size` or _SMALL_BODY bytes; None if the client has gone. Raises
+        HTTPException: 413 if it is larger, 408 if it takes too long."""
         body, limit = bytearray(), asyncio.timeout(_READ_TIMEOUT_S)
         self._arriving[limit] = time.monotonic(), size, body
         try:
@@ -228,11 +225,8 @@ def _replay(body: bytearray, receive: Receive) -> Receive:
 
 
 def _body_size(scope: Scope) -> int:
-    """The size of the request body; MAX_UPLOAD_BYTES if the client does not say it.
-
-    Raises:
-        HTTPException: 413 if it is larger.
-    """
+    """The size of the request body; MAX_UPLOAD_BYTES if the client does not say it. Raises HTTPException: 413 if it is
+    larger."""
     headers = dict(scope["headers"])
     size = headers.get(b"content-length", b"0")
     if not size.isdigit() or len(size) > 15 or int(size) > MAX_UPLOAD_BYTES:

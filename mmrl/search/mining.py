@@ -171,11 +171,8 @@ class _Search:
     def run(
         self, row_x: np.ndarray, column_x: np.ndarray, sample_x: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
-        """(query, row of the gallery, score, what the bounds skipped) of the nearest that are not excluded.
-
-        Args:
-            row_x, column_x, sample_x: excluded pairs of a query and a row of the gallery, each with its sample.
-        """
+        """(query, row of the gallery, score, what the bounds skipped) of the nearest that are not excluded. `row_x` and
+        `column_x` are the excluded pairs of a query and a row of the gallery, `sample_x` the sample of each."""
         rows = len(self.gallery_Gd)
         pair_p, index_x = np.unique(column_x * len(self.query_qd) + row_x, return_inverse=True)  # by column
         column_p, row_p = np.divmod(pair_p, len(self.query_qd))
@@ -186,11 +183,7 @@ class _Search:
         found_qk, kth_q = score_qk > -np.inf, score_qk[:, min(self.bounds.num, k) - 1]
         others_x = (excluded_p[index_x] >= kth_q[row_x]) & (sample_x != self.sample_q[row_x])
         same_x = self.items.group_N[sample_x] == self.items.group_N[self.sample_q[row_x]]
-        skipped = {
-            "group": int((others_x & same_x).sum()),
-            "caption": int((others_x & ~same_x).sum()),
-            "margin": above,
-        }
+        skipped = {"group": int((others_x & same_x).sum()), "caption": int((others_x & ~same_x).sum()), "margin": above}
         row, _ = np.nonzero(found_qk)
         return row, column_qk[found_qk], score_qk[found_qk], skipped
 

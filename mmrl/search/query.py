@@ -59,14 +59,9 @@ class Searcher:
         towers: Literal["both", "image", "text"] = "both",
         kind: str | None = None,
     ) -> "Searcher":
-        """Opens an index and its encoder: `model` if given, else the path stored in the index.
-
-        Args:
-            kind: images or texts (default: images, else texts).
-
-        Raises:
-            InputError: not an index, or the encoder cannot be opened or differs from the one that built the index.
-        """
+        """Opens an index of `kind`, images or texts (default: images, else texts), and its encoder: `model` if given,
+        else the path stored in the index. Raises InputError: not an index, or the encoder cannot be opened or differs
+        from the one that built the index."""
         index = open_index(index_of(folder, kind))
         # Offline unless --model is given: the path stored in an index may name a Hugging Face repository.
         with nullcontext() if model else offline():
@@ -82,22 +77,6 @@ class Searcher:
         """The trained dims up to `max_dim`, ascending."""
         return dims_up_to(self.index.manifest["nested_dims"], self.max_dim)
 
-    def encode_text(self, text: str) -> np.ndarray:
-        """A text's embedding: (D,).
-
-        Raises:
-            InputError: as `check_query_text`.
-        """
-        return self.encoder.encode_texts([check_query_text(text)])[0]
-
-    def encode_image(self, image: Path | bytes) -> np.ndarray:
-        """The embedding of an image file or of its bytes: (D,).
-
-        Raises:
-            InputError: it cannot be read, is too large, or is not an image.
-        """
-        return self.encoder.encode_images([image])[0]
-
     def check_options(self, dim: int | None, k: int) -> int:
         """The dim to search at (None: `max_dim`); raises InputError as `search`."""
         if k < 1:
@@ -109,11 +88,8 @@ class Searcher:
     def search(
         self, query_D: np.ndarray, dim: int | None, k: int, group: str | None = None, exact: bool = False
     ) -> list[Hit]:
-        """The k nearest images to a query embedding at `dim` (None: `max_dim`), most similar first.
-
-        Raises:
-            InputError: k is below 1, or the index or its encoder lacks this dim or group.
-        """
+        """The k nearest images to a query embedding at `dim` (None: `max_dim`), most similar first. Raises InputError:
+        k is below 1, or the index or its encoder lacks this dim or group."""
         dim = self.check_options(dim, k)
         rows, scores = self.index.nearest(query_D, dim, k, group=group, exact=exact)
         return [
@@ -162,7 +138,8 @@ def search_index(
     if picture is not None and index.kind == "texts":
         raise InputError("picture: texts have no thumbnails; leave out --picture, or search --in images.")
     dim = searcher.check_options(dim, k)
-    query_D = searcher.encode_text(str(text)) if image is None else searcher.encode_image(image)
+    encoder = searcher.encoder
+    (query_D,) = encoder.encode_texts([str(text)]) if image is None else encoder.encode_images([image])
     hits = searcher.search(query_D, dim, k, group, exact)
     console = Console(quiet=quiet)
     print_line(console, untrained_note([dim], searcher.nested_dims))
@@ -188,11 +165,7 @@ def search_index(
 
 
 def check_query_text(text: str | None) -> str:
-    """The text of a query.
-
-    Raises:
-        InputError: it is empty, or as `check_text`.
-    """
+    """The text of a query. Raises InputError: it is empty, or as `check_text`."""
     if text is None or not text.strip():
         raise InputError("query: give a text, or an image with --image FILE.")
     return check_text(text, "query")

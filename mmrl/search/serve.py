@@ -76,11 +76,8 @@ def make_server(app: Any) -> Any:
 
 
 def _api_key(host: str) -> str | None:
-    """The API key; None if the environment variable is not set or empty.
-
-    Raises:
-        InputError: it is not set although other machines can reach `host`, or it cannot be sent in a header.
-    """
+    """The API key; None if the environment variable is not set or empty. Raises InputError: it is not set although
+    other machines can reach `host`, or it cannot be sent in a header."""
     key = os.environ.get(API_KEY) or None
     if key is None and not _is_loopback(host):
         raise InputError(
@@ -104,11 +101,8 @@ def _open(source: str, model: str | None) -> Searcher | LoadedEncoder:
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to an address. Port 0 takes a free port.
-
-    Raises:
-        InputError: the address is invalid or in use.
-    """
+    """A TCP socket bound to an address. Port 0 takes a free port. Raises InputError: the address is invalid or in
+    use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

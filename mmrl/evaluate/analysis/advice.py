@@ -43,7 +43,6 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """Unit of the loss."""
         return "%" if self.relative else "points"
 
     def lost(self, bootstrap: Bootstrap, options: Sequence[Option]) -> list[Interval]:
@@ -54,14 +53,8 @@ class Budget:
 
 
 def parse_budget(text: str, directions: Sequence[str] = CROSS_MODAL) -> Budget:
-    """Parses `recall_drop=1%[,metric=R@5][,direction=image_to_text]`.
-
-    Args:
-        directions: the allowed ones; the last is the default.
-
-    Raises:
-        InputError: the text is not of this form.
-    """
+    """Parses `recall_drop=1%[,metric=R@5][,direction=image_to_text]`. Of the allowed `directions` the last is the
+    default. Raises InputError: the text is not of this form."""
     allowed = "recall_drop=1%, or recall_drop=0.5pp, with metric=R@K and direction=text_to_image after commas"
     given = {}
     for part in text.split(","):
@@ -86,11 +79,8 @@ def parse_budget(text: str, directions: Sequence[str] = CROSS_MODAL) -> Budget:
 
 
 def parse_count(text: str) -> int:
-    """Parses a number of vectors: 100M, 2.5B, 80K, 1_000_000 or 1000000.
-
-    Raises:
-        InputError: it is not a number, or less than one.
-    """
+    """Parses a number of vectors: 100M, 2.5B, 80K, 1_000_000 or 1000000. Raises InputError: it is not a number, or less
+    than one."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)([KMBG]?)", text.strip().upper().replace("_", ""))
     count = round(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
     if count < 1:
@@ -217,6 +207,5 @@ def format_points(share: float) -> str:
 
 
 def budget_of(advice: Mapping[str, Any]) -> Budget:
-    """The budget of an advice."""
     budget = advice["budget"]
     return Budget(budget["recall_drop"], budget["relative"], int(budget["metric"][2:]), budget["direction"])

@@ -110,18 +110,17 @@ def found_from(rank_of: Mapping[int, Tensor], k: int = 10) -> Tensor:
     return result_Q
 
 
-def groups_found_from(group_Q: Tensor, rank_of: Mapping[int, Tensor], k: int = 10) -> tuple[Tensor, Tensor]:
-    """The groups of the queries, and the smallest dim at which at least half of a group's queries are found for good
-    (see `found_from`), 0 if there is none: (groups,) both."""
-    wide_first = sorted(rank_of, reverse=True)
-    groups, member_Q, count = group_Q.unique(return_inverse=True, return_counts=True)
+def groups_found_from(group_Q: Tensor, rank_of: Mapping[int, Tensor], k: int = 10) -> Tensor:
+    """The smallest dim at which at least half of each group's queries are found for good (see `found_from`), or 0;
+    in ascending order of the groups."""
+    _, member_Q, count = group_Q.unique(return_inverse=True, return_counts=True)
     from_Q = found_from(rank_of, k)
-    result = torch.zeros(len(groups), dtype=torch.int64)
-    for dim in wide_first:
+    result = torch.zeros(len(count), dtype=torch.int64)
+    for dim in sorted(rank_of, reverse=True):
         found_Q = (from_Q > 0) & (from_Q <= dim)
-        share = torch.zeros(len(groups)).index_add_(0, member_Q, found_Q.float()) / count
+        share = torch.zeros(len(count)).index_add_(0, member_Q, found_Q.float()) / count
         result[share >= 0.5] = dim
-    return groups, result
+    return result
 
 
 def _hits(task: Task, query_Qd: Tensor, gallery_Gd: Tensor, k: int) -> Tensor:

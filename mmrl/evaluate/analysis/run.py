@@ -231,7 +231,7 @@ def _compression(result: Analysis, dims: Sequence[int], budget: Budget, vectors:
 def _blocks(result: Analysis, dims: Sequence[int], budget: Budget) -> dict[str, Any]:
     sample = _sample(result, budget.direction, _COMPRESSION_LIMITS)
     every = _sample(result, budget.direction)
-    _, found_from = blocks.groups_found_from(every.task.query_group_Q, every.ranks, budget.k)
+    found_from = blocks.groups_found_from(every.task.query_group_Q, every.ranks, budget.k)
     return {
         "blocks": blocks.block_scores(sample.task, sample.ranks, sample.bootstrap, budget.k),
         "dropping": blocks.droppable_dims(sample.task, max(dims), sample.bootstrap, budget.drop, budget.k),

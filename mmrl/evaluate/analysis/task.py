@@ -29,7 +29,6 @@ class Task:
 
     @property
     def dim(self) -> int:
-        """The width of the embeddings."""
         return self.query_QD.shape[1]
 
     @cached_property
@@ -57,7 +56,6 @@ class Task:
         return replace(self, query_QD=self.query_QD[row_q], query_group_Q=self.query_group_Q[row_q])
 
     def to(self, device: torch.device) -> "Task":
-        """The task with its tensors on a device."""
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}
         return replace(self, **moved)
 

@@ -66,15 +66,8 @@ def retrieval(
     image_group, text_group = positive_groups(len(image_ND), len(text_MD), image_of_text_M, image_group_N, text_group_M)
     scores_of_folds = []
     for image_n, text_m in fold_rows(image_group, text_group, folds):
-        both = rank_both(
-            image_ND[image_n],
-            text_MD[text_m],
-            image_group[image_n],
-            text_group[text_m],
-            dims,
-            on_rows=on_rows,
-            over_ranks=over_ranks,
-        )
+        groups = image_group[image_n], text_group[text_m]
+        both = rank_both(image_ND[image_n], text_MD[text_m], *groups, dims, on_rows=on_rows, over_ranks=over_ranks)
         scores_of_folds.append(scores_by_dim(dict(zip(CROSS_MODAL, both, strict=True)), ks))
     return mean_over_folds(scores_of_folds)
 
@@ -99,11 +92,8 @@ def mean_over_folds(folds: Sequence[dict[int, dict[str, Scores]]]) -> dict[int, 
 def fold_rows(
     image_group_N: torch.Tensor, text_group_M: torch.Tensor, folds: int
 ) -> list[tuple[slice | torch.Tensor, slice | torch.Tensor]]:
-    """The rows of the images of each fold, and of the texts that have a positive among them.
-
-    Raises:
-        InputError: the number of images is not divisible by `folds`.
-    """
+    """The rows of the images of each fold, and of the texts that have a positive among them. Raises InputError: the
+    number of images is not divisible by `folds`."""
     if folds == 1:
         return [(slice(None), slice(None))]
     count = len(image_group_N)
@@ -127,10 +117,7 @@ def positive_groups(
     text_group_M: Array | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of images and texts, int64 (N,) and (M,), equal where a pair is positive; the arguments are `retrieval`'s.
-
-    Raises:
-        InputError: lengths that do not match, an image that does not exist, only one of the two groups.
-    """
+    Raises InputError: lengths that do not match, an image that does not exist, only one of the two groups."""
     if (image_group_N is None) != (text_group_M is None):
         raise InputError("image_group_N, text_group_M: give both or neither.")
     if image_group_N is None or text_group_M is None:
@@ -154,11 +141,8 @@ def fill_missing_groups(group_N: torch.Tensor, used: int = 0) -> torch.Tensor:
 
 
 def check_embeddings(name: str, matrix: Array) -> torch.Tensor:
-    """A matrix of embeddings as a floating-point tensor.
-
-    Raises:
-        InputError: no rows, or values that are not finite or whose squares would not be.
-    """
+    """A matrix of embeddings as a floating-point tensor. Raises InputError: no rows, or values that are not finite or
+    whose squares would not be."""
     matrix = torch.as_tensor(matrix)
     if not matrix.is_floating_point():
         matrix = matrix.float()

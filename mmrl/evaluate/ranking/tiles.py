@@ -71,7 +71,6 @@ class SortedEmbeddings:
         return F.pad(rows_ND, (0, 0, 0, self.length - len(rows_ND)))
 
     def take(self, sorted_rows: slice | Tensor) -> Tensor:
-        """Some sorted rows in float32 or wider."""
         rows = self._embedding_ND[self._order_N[sorted_rows]]
         return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 

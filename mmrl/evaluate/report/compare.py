@@ -186,11 +186,8 @@ def _statistics(
     ranks: Mapping[str, torch.Tensor | None], run: str, metric: str, bootstrap: Bootstrap | None
 ) -> dict[str, Any]:
     """The interval of a run's score at one dim, and its paired difference to the first run with interval and p-value;
-    empty if queries are not paired or the metric is not recall.
-
-    Args:
-        ranks: {run: rank_Q}, None for a run without the dim.
-    """
+    empty if queries are not paired or the metric is not recall. `ranks` is {run: rank_Q}, None for a run without the
+    dim."""
     rank_Q, (first, first_rank_Q) = ranks.get(run), next(iter(ranks.items()), ("", None))
     if bootstrap is None or rank_Q is None or not metric.startswith("R@"):
         return {}

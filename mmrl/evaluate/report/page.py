@@ -35,12 +35,10 @@ class SetReport:
 
     @property
     def analysis(self) -> Mapping[str, Any]:
-        """The entry "analysis"."""
         return self.result["analysis"]
 
     @property
     def metric(self) -> str:
-        """The metric of the budget."""
         return self.analysis["advice"]["budget"]["metric"]
 
     def build(self, answer: Mapping[str, Any], model: str) -> str:

@@ -200,12 +200,8 @@ def _shown(result: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def save_steps_png(path: Path, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a PNG with one panel per set: a curve per dim of R@10 (the mean of the main directions), or of
-    the zero-shot accuracy of a classification set, over the steps.
-
-    Args:
-        evaluations: the objects of evaluations.jsonl.
-    """
+    """Writes a PNG with one panel per set: a curve per dim of R@10 (the mean of the main directions), or of the
+    zero-shot accuracy of a classification set, over the steps. `evaluations` are the objects of evaluations.jsonl."""
     import matplotlib as mpl
 
     last = evaluations[-1]["sets"]

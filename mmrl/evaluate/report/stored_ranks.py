@@ -56,11 +56,7 @@ def write_ranks(folder: Path, sets: Mapping[str, tuple[Embedded, Analysis]]) -> 
 
 
 def read_ranks(folder: Path) -> dict[str, tuple[str, dict[str, StoredRanks]]]:
-    """{set: (digest, {direction: ranks})}; empty if the file does not exist.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """{set: (digest, {direction: ranks})}; empty if the file does not exist. Raises InputError: the file is damaged."""
     path = folder / RANKS_FILE
     if not path.is_file():
         return {}

@@ -44,11 +44,8 @@ class Study:
         vectors: str | None = None,
         compare: Sequence[str] = (),
     ) -> None:
-        """Parses the options and opens the baseline models, before anything is embedded.
-
-        Raises:
-            InputError: a budget or a count that does not parse, a baseline model that does not exist or is given twice.
-        """
+        """Parses the options and opens the baseline models, before anything is embedded. Raises InputError: a budget or
+        a count that does not parse, a baseline model that does not exist or is given twice."""
         self.model, self.encoder, self.dims = model, encoder, dims
         directions = main_directions(of_towers(encoder.model.sides))
         self.budget = parse_budget(budget, directions) if budget else Budget(direction=directions[-1])

@@ -6,14 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mmrl.evaluate.directions import (
-    ARROWS,
-    CLASSIFICATION,
-    DIRECTIONS,
-    SAME_MODAL,
-    is_classification,
-    main_directions,
-)
+from mmrl.evaluate.directions import ARROWS, CLASSIFICATION, DIRECTIONS, SAME_MODAL, is_classification, main_directions
 from mmrl.output.console import visible
 
 _FEW_QUERIES = 500
@@ -49,7 +42,7 @@ def recall_markdown(name: str, result: Mapping[str, Any]) -> str:
     zero-shot accuracy."""
     header, *body = score_rows(result)
     notes = "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in score_notes(result, _main_directions(result)))
-    rows = markdown_table([header, ["---:"] * len(header), *body])
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---:"] * len(header), *body))
     return f"### {name}\n\n{_counts(result)}.\n\n{rows}\n{notes}"
 
 
@@ -123,11 +116,6 @@ def _why(result: Mapping[str, Any], way: str, dim: str) -> str:
     if lead["low"] <= 0:
         return f"that may be chance ({interval})"
     return f"the later dims hold more noise than signal for these queries ({interval})"
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as Markdown; the second row is the alignment."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def score_rows(

@@ -26,11 +26,8 @@ from mmrl.output.files import write_atomic
 
 def write_report(folder: Path, title: str, evaluations: Sequence[Mapping[str, Any]]) -> Path:
     """Writes the report of a training run: report.md with the scores of the last evaluation and its plots; returns the
-    path of recall_by_dim.png.
-
-    Args:
-        evaluations: the objects of evaluations.jsonl; two or more are also plotted over the steps.
-    """
+    path of recall_by_dim.png. `evaluations` are the objects of evaluations.jsonl; two or more are also plotted over the
+    steps."""
     folder.mkdir(parents=True, exist_ok=True)
     plot, scores_of_set = folder / "recall_by_dim.png", evaluations[-1]["sets"]
     save_recall_png(plot, scores_of_set)

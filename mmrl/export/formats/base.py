@@ -47,11 +47,7 @@ class Format:
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """The format called `name`. Raises InputError: an unknown name."""
     names = get_args(Layout)
     if name not in names:
         raise InputError(f"format: {name!r} is unknown.{did_you_mean(name, names)}")

@@ -8,7 +8,6 @@ from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Format, Truncated
 from mmrl.images.upright import upright
 from mmrl.model import bundle
-from mmrl.model.bundle import Bundle
 from mmrl.version import __version__
 
 
@@ -29,16 +28,6 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     )
 
 
-def _check(full: Bundle) -> None:
-    """A bundle can hold every encoder."""
-
-
 FORMAT = Format(
-    name="bundle",
-    one_tower=True,
-    check=_check,
-    write=_write,
-    reopen=_reopen,
-    tolerance=1e-6,
-    library="mmrl",
+    name="bundle", one_tower=True, check=lambda _: None, write=_write, reopen=_reopen, tolerance=1e-6, library="mmrl"
 )

@@ -12,13 +12,8 @@ import torch
 from mmrl.export import onnx_graphs, tokenizer_json
 from mmrl.export.contract import Reopened
 from mmrl.export.formats.base import Format, Truncated
-from mmrl.model.bundle import Bundle
 
 _PACKAGE = Path(__file__).parents[2]
-
-
-def _check(full: Bundle) -> None:
-    tokenizer_json.check(full, "onnx")
 
 
 def _write(truncated: Truncated, folder: Path, variants: Sequence[str]) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def reopen(folder: Path, variant: str | None) -> Reopened:
 FORMAT = Format(
     name="onnx",
     one_tower=True,
-    check=_check,
+    check=lambda full: tokenizer_json.check(full, "onnx"),
     write=_write,
     reopen=reopen,
     tolerance=1e-5,

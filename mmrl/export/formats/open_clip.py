@@ -76,11 +76,5 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
 
 
 FORMAT = Format(
-    name="open_clip",
-    one_tower=False,
-    check=_check,
-    write=_write,
-    reopen=_reopen,
-    tolerance=1e-6,
-    library="open_clip",
+    name="open_clip", one_tower=False, check=_check, write=_write, reopen=_reopen, tolerance=1e-6, library="open_clip"
 )

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -38,10 +37,7 @@ def _check(full: Bundle) -> None:
     if not pools:
         return
     text = full.named_cfg["text_cfg"]
-    for key, default, allowed in (
-        ("hf_pooler_type", "mean_pooler", [*_POOLING]),
-        ("hf_proj_type", "mlp", ["linear"]),
-    ):
+    for key, default, allowed in (("hf_pooler_type", "mean_pooler", [*_POOLING]), ("hf_proj_type", "mlp", ["linear"])):
         if text.get(key, default) not in allowed:
             raise InputError(
                 f"format: {_NAME} supports Hugging Face text towers with {key} {' or '.join(allowed)} only, and this "
@@ -138,9 +134,6 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
     def encode(inputs: list[Any]) -> np.ndarray:
         return model.encode(inputs, normalize_embeddings=True, show_progress_bar=False)
 
-    def images(images: list[Image.Image]) -> np.ndarray:
-        return encode(images)
-
     @torch.inference_mode()
     def features(**inputs: Any) -> np.ndarray:
         return model(inputs)["sentence_embedding"].numpy()
@@ -160,7 +153,7 @@ def _reopen(folder: Path, variant: str | None) -> Reopened:
         return [ids[:length] for ids, length in pairs]
 
     tool = f"sentence-transformers {sentence_transformers.__version__}"
-    return Reopened(tool, pixels, tokens, images, encode, token_ids)
+    return Reopened(tool, pixels, tokens, images=encode, texts=encode, token_ids=token_ids)
 
 
 FORMAT = Format(
