@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from mmrl.evaluate.report.tables import recall_markdown
 from mmrl.export.formats.base import Format
 from mmrl.model.manifest import CARD, is_rotated
+from mmrl.output.console import without_secrets
 from mmrl.output.files import parse_json
 
 # Kinds of images that some tools do not read as training does, and what to do.
@@ -155,10 +156,19 @@ def _evaluation(run: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(run: Path) -> dict[str, Any]:
     """What the run was trained on, and its config."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = _public(yaml.safe_load((run / "config.yaml").read_text()))
     recipe = {name: config[name] for name in _RECIPE_SECTIONS if name in config}
     return {
         "shards": config.get("data", {}).get("train") or [one["shards"] for one in config["data"].get("sources", [])],
         "recipe": yaml.safe_dump(recipe, sort_keys=False),
         "rotate_at_end": recipe.get("nesting", {}).get("rotate_at_end"),
     }
+
+
+def _public(value: Any) -> Any:
+    """A part of a config `without_secrets`."""
+    if isinstance(value, dict):
+        return {name: _public(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value

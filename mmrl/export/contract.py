@@ -23,6 +23,7 @@ from mmrl.export import hard_inputs, tokenizer_json
 from mmrl.images.decode import to_pil
 from mmrl.images.upright import upright
 from mmrl.model.bundle import Bundle
+from mmrl.output.console import without_secrets
 
 STARTER = "starter:val-pictures"
 _MAX_SAMPLES = 32
@@ -99,7 +100,7 @@ def read_samples(shards: str | None, sides: Sequence[str]) -> Samples:
         texts += sample.captions[:1] if "text" in sides else []
     if not images and not texts:
         raise InputError(f"check-shards: all {_MAX_SAMPLES} samples read from {name} are bad; run mmrl check {name}.")
-    return Samples(name, images, texts)
+    return Samples(without_secrets(name), images, texts)
 
 
 class Reference:

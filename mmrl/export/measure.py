@@ -14,6 +14,7 @@ from mmrl.export.contract import Reopened
 from mmrl.inference.evaluated import EvaluatedEncoder, OnnxModel
 from mmrl.model.bundle import Bundle
 from mmrl.model.towers import SIDES
+from mmrl.output.console import without_secrets
 
 # Maximum relative recall loss of a variant that is opened by default.
 MAX_LOSS = 0.01
@@ -50,7 +51,7 @@ class Recall:
         }
         means = {name: [fmean(one[f"R@{k}"] for one in by.values()) for k in _KS] for name, by in recalls.items()}
         losses = [1 - new / max(old, 1e-12) for old, new in zip(means["source"], means["variant"], strict=True)]
-        return {"set": self._shards, "count": self._count, **recalls, "relative_loss": max(losses)}
+        return {"set": without_secrets(self._shards), "count": self._count, **recalls, "relative_loss": max(losses)}
 
 
 def default_variant(variants: dict[str, dict[str, Any]], preferred: Sequence[str]) -> str:

@@ -13,6 +13,14 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+_URL = re.compile(r"\b([a-zA-Z][\w+.-]*://)(?:[^\s/]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?")
+
+
+def without_secrets(text: str) -> str:
+    """A shard spec to publish, without what may hold a password: the user and query of URLs, the command of a pipe."""
+    return re.sub(r"\bpipe:.*", "pipe:…", _URL.sub(r"\1\2", text))
+
+
 def print_line(console: Console, line: str | None, style: str | None = None) -> None:
     """Prints text as it is: not parsed as markup, no numbers coloured, broken by the terminal only, control characters
     escaped. None: nothing."""

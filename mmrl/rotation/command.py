@@ -31,7 +31,7 @@ from mmrl.model import bundle
 from mmrl.model.bundle import Bundle
 from mmrl.model.manifest import check_encoder_out
 from mmrl.model.source import ModelSource, StoredModel, parse_model
-from mmrl.output.console import print_line
+from mmrl.output.console import print_line, without_secrets
 from mmrl.output.files import atomic_path
 from mmrl.output.progress import progress_bar
 from mmrl.rotation import learned, moments
@@ -124,7 +124,7 @@ def rotate_model(
         "effective_rank": nesting.effective_rank(found.moment_DD),
         "share_of_second_moment": _shares(rotation_DD, found.moment_DD, dims),
         **({} if learned_rotation is None else {"learnt": learned_rotation.as_json()}),
-        **({} if scores is None else {"validation": {"shards": validate, **scores}}),
+        **({} if scores is None else {"validation": {"shards": without_secrets(str(validate)), **scores}}),
     }
     manifest = _on_rank_0(lambda: _write(source, encoder, rotation_DD, out, dims, about, reader))
     print_line(console, _summary(out, manifest))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.encoders import save_random_encoder
 from huggingface_hub import ModelCard
 
@@ -61,6 +62,15 @@ def test_hubs_read_the_front_matter(run: Path, tmp_path: Path) -> None:
     bundles.export(str(run), tmp_path / "out" / "unlicensed", [8])
     unlicensed = ModelCard.load(tmp_path / "out" / "unlicensed" / "README.md")
     assert unlicensed.data.license == "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_card_publishes_no_password(run: Path, tmp_path: Path) -> None:
+    spec = "https://me:s3cret@host/{00..10}.tar?token=s3cret"
+    for data in ({"train": [spec, "pipe:curl -u s3cret url"]}, {"sources": [{"shards": spec}]}):
+        (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "tiny"}, "data": data}))
+        card = export_card(run, tmp_path / next(iter(data)))
+        assert card.count("https://host/{00..10}.tar") == 2  # in the sentence and in the recipe
+        assert "s3cret" not in card
 
 
 def test_scores_are_those_of_the_exported_step(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmrl import cli
 from mmrl.data.check.report import _print
-from mmrl.output.console import print_line, visible
+from mmrl.output.console import print_line, visible, without_secrets
 from mmrl.search.items import Item
 from mmrl.search.query import Hit, _table
 
@@ -20,6 +20,16 @@ ESCAPED = "a\\x1b]0;title\\x07\\x1b[2J\\r\\x9b31m\\u202egpj.exe\\x00é 👩‍�
 def test_control_characters_are_escaped_and_text_is_not() -> None:
     assert visible(HOSTILE) == ESCAPED
     assert visible("two\nlines\tand \udc80") == "two\nlines\tand \\udc80"
+
+
+def test_a_published_spec_has_no_secrets() -> None:
+    for spec, public in (
+        ("https://me:a@b@host:80/x/{0..3}.tar?sig=1/2&x#f", "https://host:80/x/{0..3}.tar"),
+        ("s3://bucket/x.tar", "s3://bucket/x.tar"),
+        ("pipe:aws s3 cp --token x y -", "pipe:…"),
+        ("shards/a?@b.tar", "shards/a?@b.tar"),
+    ):
+        assert without_secrets(spec) == public
 
 
 def test_lines_tables_and_errors_are_escaped(

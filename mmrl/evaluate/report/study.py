@@ -25,7 +25,7 @@ from mmrl.evaluate.sets import Embedded
 from mmrl.inference.evaluated import EvaluatedEncoder, open_encoder
 from mmrl.model.manifest import is_rotated, read_manifest
 from mmrl.model.source import OpenClipModel, parse_model
-from mmrl.output.console import print_line
+from mmrl.output.console import print_line, without_secrets
 from mmrl.output.files import write_atomic
 from mmrl.version import __version__
 
@@ -94,7 +94,7 @@ class Study:
         result["analysis"] = analysis.json
         self.analysed[name] = embedded, analysis
         report = build_set_report(name, result, analysis, embedded, reader)
-        self.reports.append(replace(report, shards=printable(shards)))
+        self.reports.append(replace(report, shards=without_secrets(printable(shards))))
 
     def print_advice(self, console: Console, brief: bool) -> None:
         """Prints the advice in two lines: for the first set, or for each if not `brief`."""
