@@ -213,11 +213,8 @@ class Index:
         """The name and number of images of each group, largest first, then by name."""
         kept = np.delete(np.arange(len(self.vectors_ND)), self.deleted)
         groups, first, counts = np.unique(self.items.groups_N[kept], return_index=True, return_counts=True)
-        named = [
-            (self.items[int(kept[row])].group_name or "", int(count))
-            for group, row, count in zip(groups, first, counts, strict=True)
-            if group >= 0
-        ]
+        names = self.items.table["group_name"].take(kept[first[groups >= 0]]).to_pylist()
+        named = zip((name or "" for name in names), counts[groups >= 0].tolist(), strict=True)
         return sorted(named, key=lambda group: (-group[1], group[0]))
 
     @cached_property
