@@ -87,12 +87,13 @@ def evaluate_model(
     settings = json.loads(json.dumps({"model": model, "sets": hashes, **asdict(options)}))  # with lists, no tuples
     if out is not None:
         check_report_folder(out, "retrieval.json", ["report"], settings, force=force)
-        create_folder(out)
     classes = None if options.classes is None else read_classes(options.classes, options.templates)
     opened = {name: open_set(spec, classes, sides) for name, spec in specs.items()}
     if launchers.detect_launch() is not None:
         comm.start()
     world = comm.world()
+    if out is not None and world.is_rank_0:
+        create_folder(out)
     encoder = open_encoder(model)
     encoder.model.to(world.device)
     dims = list(options.dims) if options.dims else sorted({*encoder.nested_dims, encoder.dim})

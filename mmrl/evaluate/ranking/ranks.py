@@ -92,7 +92,7 @@ def rank_queries(
     Raises:
         InputError: no query has a positive; dims out of range.
     """
-    check_dims(dims, query_QD.shape[1])
+    _check(dims, query_QD, gallery_GD)
     ascending, device = sorted(dims), comm.world().device
     queries = SortedEmbeddings(query_QD, query_group_Q, ascending, device)
     gallery = queries if same_rows else SortedEmbeddings(gallery_GD, gallery_group_G, ascending, device, columns=True)
@@ -114,12 +114,18 @@ def rank_both(
 
     `on_rows` is called with numbers of queries that add up to N + M. Raises as `rank_queries`.
     """
-    check_dims(dims, image_ND.shape[1])
+    _check(dims, image_ND, text_MD)
     ascending, device = sorted(dims), comm.world().device
     image = SortedEmbeddings(image_ND, image_group_N, ascending, device)
     text = SortedEmbeddings(text_MD, text_group_M, ascending, device, columns=True)
     by_image, by_text = _rank(Direction(image, text), Direction(text, image), ascending, on_rows, over_ranks)
     return by_image, by_text
+
+
+def _check(dims: Sequence[int], query_QD: Tensor, gallery_GD: Tensor) -> None:
+    check_dims(dims, query_QD.shape[1])
+    if not len(query_QD) or not len(gallery_GD):
+        raise InputError(NO_POSITIVE)
 
 
 def _rank(

@@ -105,7 +105,7 @@ def fold_rows(
 
 def check_ks(ks: Sequence[int]) -> None:
     """Raises InputError unless the K of recall@K are distinct whole numbers >= 1."""
-    if not ks or any(k != int(k) or k < 1 for k in ks) or len(set(ks)) != len(ks):
+    if not ks or any(not isinstance(k, int | np.integer) or k < 1 for k in ks) or len(set(ks)) != len(ks):
         raise InputError(f"ks: {list(ks)}; give distinct whole numbers from 1, such as 1,5,10.")
 
 
@@ -124,14 +124,13 @@ def positive_groups(
         image_group_N = torch.arange(num_images)
         if image_of_text_M is None and num_images != num_texts:
             raise InputError(f"image_of_text_M: needed, since there are {num_images} images and {num_texts} texts.")
-        text_group_M = torch.arange(num_texts) if image_of_text_M is None else torch.as_tensor(image_of_text_M)
+        text_group_M = torch.arange(num_texts) if image_of_text_M is None else torch.as_tensor(image_of_text_M).long()
         if len(text_group_M) and not 0 <= int(text_group_M.min()) <= int(text_group_M.max()) < num_images:
             raise InputError(f"image_of_text_M: must name images 0 to {num_images - 1}.")
     image_group_N, text_group_M = torch.as_tensor(image_group_N), torch.as_tensor(text_group_M)
-    if len(image_group_N) != num_images or len(text_group_M) != num_texts:
-        raise InputError(
-            f"groups: {len(image_group_N)} and {len(text_group_M)} for {num_images} images and {num_texts} texts."
-        )
+    shapes = tuple(image_group_N.shape), tuple(text_group_M.shape)
+    if shapes != ((num_images,), (num_texts,)):
+        raise InputError(f"groups: shapes {shapes[0]} and {shapes[1]} for {num_images} images and {num_texts} texts.")
     return fill_missing_groups(image_group_N.long()), fill_missing_groups(text_group_M.long(), num_images)
 
 

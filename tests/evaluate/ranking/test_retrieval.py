@@ -104,11 +104,16 @@ def test_chance_equals_the_mean_over_random_orders() -> None:
         ({"image_ND": np.zeros((0, 4))}, "at least one row"),
         ({"text_MD": np.full((3, 4), 1e30)}, "text_MD: contains values beyond 1e"),
         ({"ks": (0, 5)}, "ks: .* distinct whole numbers from 1"),
+        ({"ks": (5.0,)}, "ks: .* distinct whole numbers from 1"),  # else the key of its recall is R@5.0
+        ({"ks": ("5",)}, "ks: .* distinct whole numbers from 1"),
         ({"dims": [5]}, "5 is out of range"),
         ({"text_MD": np.ones((5, 4))}, "image_of_text_M: needed"),
         ({"text_MD": np.ones((3, 2))}, "widths 4 and 2 differ"),
         ({"image_of_text_M": np.array([0, 1, 3])}, "must name images 0 to 2"),
+        ({"image_of_text_M": np.array([0, 1, np.nan])}, "must name images 0 to 2"),
+        ({"image_of_text_M": np.zeros((3, 1), int)}, r"groups: shapes \(3,\) and \(3, 1\) for 3 images and 3 texts"),
         ({"image_group_N": np.arange(3)}, "give both or neither"),
+        ({"image_of_text_M": np.zeros(3, int), "folds": 3}, "no query has a positive"),  # two folds without texts
         ({"image_group_N": np.arange(3), "text_group_M": np.arange(3) + 5}, "no query has a positive"),
     ],
 )
