@@ -131,8 +131,12 @@ def _open(folders: Sequence[Path]) -> list[EvaluatedRun]:
             ) from None
         except ValueError as error:
             raise InputError(f"compare: {file} is not JSON ({error}); evaluate the run again.") from None
-        if not isinstance(result, dict) or "sets" not in result:
-            raise InputError(f'compare: {file} has no "sets" (old format); evaluate the run again.')
+        sets = result.get("sets") if isinstance(result, dict) else None
+        needed = {"dims", "chance", "num_images"}
+        if not isinstance(sets, dict) or not all(isinstance(one, dict) and needed <= {*one} for one in sets.values()):
+            raise InputError(
+                f'compare: {file} has no "sets" of scores (old format, or damaged); evaluate the run again.'
+            )
         runs.append(EvaluatedRun("/".join(path.parts[-depth:]), path, result))
     return runs
 

@@ -389,9 +389,10 @@ def test_runs_that_cannot_be_compared_are_named(folder: Path, noisier: Path, tmp
     (tmp_path / "retrieval.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         compare_runs([folder, tmp_path])
-    (tmp_path / "retrieval.json").write_text("5")
-    with pytest.raises(InputError, match='has no "sets"'):
-        compare_runs([folder, tmp_path])
+    for damaged in ("5", '{"dims": {}}', '{"sets": 3}', '{"sets": {"val": {"dims": {}}}}'):
+        (tmp_path / "retrieval.json").write_text(damaged)
+        with pytest.raises(InputError, match='has no "sets" of scores'):
+            compare_runs([folder, tmp_path])
     more = json.loads((folder / "retrieval.json").read_text())
     for by_direction in more["sets"]["val"]["dims"].values():
         for of_direction in by_direction.values():
