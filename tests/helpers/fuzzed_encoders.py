@@ -76,6 +76,6 @@ def start_search(folder: Path) -> Attempt:
             path.unlink() if draw.random() < 0.1 else path.write_bytes(damage(path.read_bytes(), draw))
         opened = open_index(damaged)
         rows, _ = opened.nearest(query_D, opened.dim, 3)
-        return len(opened.items.take(rows)) == 3 and len(opened.items.named_groups) > 0
+        return len(opened.items.take(rows)) == 3 and len(opened.named_groups) > 0
 
     return attempt
