@@ -128,7 +128,7 @@ class Prefetcher:
                 if location not in self._known:
                     self._known.add(location)
                     self._waiting.append(location)
-            while self._threads < min(self._most_threads, len(self._waiting)):
+            while self._threads < min(self._most_threads, len(self._known)):
                 self._threads += 1
                 self._begins = max(time.monotonic(), self._begins + _STAGGER_S)
                 # Daemons, so that the process can exit during a download.

@@ -11,6 +11,7 @@ from conftest import sample_members, write_tar
 from helpers.server import Server
 
 import mmrl
+from mmrl.data.download import Prefetcher
 from mmrl.data.index import index_shard
 from mmrl.data.index_file import SUFFIX, save_index
 from mmrl.data.sources import DataConfig
@@ -75,6 +76,20 @@ def test_a_host_downloads_as_many_shards_at_once_as_configured_and_each_once(fol
         assert sorted(gate.paths) == [f"/{shard:02}.tar" for shard in range(SHARDS)]
         wait_for(lambda: all(rank._prefetcher is not None and not rank._prefetcher._threads for rank in ranks))
         assert len([*(tmp_path / "index").glob(f"*{SUFFIX}")]) == SHARDS
+
+
+def test_a_shard_that_is_asked_for_alone_does_not_wait_for_the_one_before() -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def fetch(_: str) -> None:
+        both.wait()
+
+    prefetcher = Prefetcher(fetch, 16)
+    for location in ("first", "second"):
+        prefetcher.add([location])
+        wait_for(lambda location=location: location not in prefetcher._waiting)
+    wait_for(lambda: not prefetcher._threads)
+    assert not both.broken
 
 
 def test_shards_are_downloaded_in_the_order_of_their_use(folder: Path, tmp_path: Path) -> None:
