@@ -77,12 +77,7 @@ class Coordinator(threading.Thread):
     def run(self) -> None:
         next_echo = 0.0
         while not self._finished():
-            for key, _ in self._selector.select(timeout=BEAT_S / 4):
-                connection: Any = key.fileobj
-                if connection is self._server:
-                    self._accept()
-                else:
-                    self._receive(connection, key.data)
+            self._handle_events()
             now = time.monotonic()
             if self._loss is None:
                 self._check_timeouts(now)
@@ -108,6 +103,14 @@ class Coordinator(threading.Thread):
             return False
         waited = time.monotonic() - self._stopping_since
         return all(peer.left for peer in self._peers) or waited > (BEAT_S if self._loss else GRACE_S)
+
+    def _handle_events(self) -> None:
+        for key, _ in self._selector.select(timeout=BEAT_S / 4):
+            connection: Any = key.fileobj
+            if connection is self._server:
+                self._accept()
+            elif connection.fileno() >= 0:  # else `_accept` has just closed it
+                self._receive(connection, key.data)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):

@@ -149,6 +149,23 @@ def test_strangers_neither_end_a_run_nor_are_parsed(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_a_stranger_that_is_closed_to_admit_another_one_may_have_sent_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinator_module, "_MAX_STRANGERS", 1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    coordinator = Coordinator(["a", "b"], LOST_AFTER_S, lambda: {"step": 7, "doing": "training"})
+    address = ("127.0.0.1", coordinator.port)
+    with socket.create_connection(address) as first:
+        coordinator._handle_events()
+        first.sendall(b"GET /")
+        with socket.create_connection(address):  # both events are there at once
+            coordinator._handle_events()
+            assert len(coordinator._strangers) == 1
+    coordinator._finished = lambda: True
+    coordinator.run()
+
+
 @pytest.mark.parametrize(
     ("name", "found", "address"),
     [
