@@ -71,8 +71,7 @@ class Tracker:
         self._bar.stop()
         for file in self._files.values():
             file.close()
-        for board in self._boards:
-            board.close()
+        self._on_boards(lambda board: board.close())
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""

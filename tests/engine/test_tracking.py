@@ -128,6 +128,16 @@ def test_tensorboard_shows_recall_by_dim_and_pictures(tmp_path: Path) -> None:
     assert list(chart.multiline.tag) == [f"val/text_to_image/R@1/{dim}" for dim in ("16", "8")]
 
 
+def test_a_board_that_cannot_be_closed_ends_no_run(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    shown = io.StringIO()
+    with Tracker(tmp_path, TrackingConfig(tensorboard=True), 0, 10, Console(file=shown, width=200)) as one:
+        one._boards[0].close = full  # pyright: ignore[reportAttributeAccessIssue]
+    assert "TensorBoard cannot be written any more ([Errno 28] No space left on device)" in shown.getvalue()
+
+
 @pytest.mark.slow
 def test_wandb_offline_has_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mmrl-clip[wandb]'")
