@@ -15,12 +15,17 @@ from mmrl.distributed import comm
 _SLOW_RATIO, _SLOW_S = 1.5, 0.05
 
 
-def describe_non_finite(image_bD: torch.Tensor, text_bD: torch.Tensor, keys: Sequence[str]) -> str:
+def describe_non_finite(embeddings: Sequence[torch.Tensor], keys: Sequence[str]) -> str:
     """Names the ranks and samples whose embeddings are NaN or infinite. Collective.
 
     Empty if there are none, or if all are: then the weights are the cause, not the samples.
+
+    Args:
+        embeddings: of the b pairs, (b, D), and those of their hard negatives, with any equal number per pair.
+        keys: of the pairs.
     """
-    rows = (~(image_bD.isfinite().all(1) & text_bD.isfinite().all(1))).nonzero().flatten().tolist()
+    is_finite_b = torch.stack([x.isfinite().all(1).view(len(keys), -1).all(1) for x in embeddings]).all(0)
+    rows = (~is_finite_b).nonzero().flatten().tolist()
     found = comm.all_gather_objects((comm.host(), len(rows), [keys[row] for row in rows[:2]]))
     if not any(count for _, count, _ in found) or all(count == len(keys) for _, count, _ in found):
         return ""

@@ -117,11 +117,10 @@ class TrainStep:
         ) -> NestedLoss:
             if self._prefixes is not None:
                 scale = torch.cat([self._prefixes.logit_scale_k, scale])
-            embeddings.extend(x for x in (image_D, text_D) if x is not None)
             to_read["scale"] = scale
             if bias is not None:
                 to_read["bias"] = bias
-            return self._loss(micro_batches, image_D, text_D, scale, bias, prefix_gradient)
+            return self._loss(micro_batches, image_D, text_D, scale, bias, prefix_gradient, embeddings)
 
         context_length = None if self._teacher is None else self._teacher.context_length
         inputs = [sides.tower_inputs(batch, context_length) for batch in micro_batches]
@@ -138,7 +137,7 @@ class TrainStep:
         norm, *values = engine.step(packed)
         of = {name: [values.pop(0) for _ in range(x.numel())] for name, x in to_read.items()}
         if not math.isfinite(of["loss"][0]):
-            origin = describe_non_finite(embeddings[0], embeddings[-1], keys)
+            origin = describe_non_finite(embeddings, keys)
             raise NonFiniteError(f"the loss is {of['loss'][0]}" + (f" ({origin})" if origin else ""))
         self._update_others(factor, norm, of.get("prefix_norm", [0.0])[0])
         return StepResult(
@@ -180,10 +179,14 @@ class TrainStep:
         scale: torch.Tensor,
         bias: torch.Tensor | None,
         prefix_gradient: float | None,
+        embeddings: list[torch.Tensor],
     ) -> NestedLoss:
-        """The loss of the global batch."""
+        """The loss of the global batch. The embeddings that it is of are added to `embeddings`."""
         nested, options = self._nested, self._config.loss
         image_bD, text_bD, second, negatives = sides.split(image_D, text_D, micro_batches)
+        seconds = () if second is None else (second.image_bD, second.text_bD)
+        wrong = () if negatives is None else (negatives.image_nD, negatives.text_nD)
+        embeddings += [x for x in (image_bD, text_bD, *seconds, *wrong) if x is not None]
         group_bG = sides.groups(micro_batches)
         teacher = None if self._teacher is None else self._teacher(micro_batches, self._engine)
         with self._engine.timer.phase("loss"):

@@ -87,7 +87,7 @@ def _agree_where_one_fails(folder: Path) -> None:
     image_bD, text_bD = torch.ones(2, 4, 3)
     if world.rank == 1:
         image_bD[3, 1] = float("nan")
-    where = describe_non_finite(image_bD, text_bD, [f"s{world.rank}{row}" for row in range(4)])
+    where = describe_non_finite([image_bD, text_bD], [f"s{world.rank}{row}" for row in range(4)])
     torch.save((said, values, where, host_checks._rates(world)), folder / f"rank{world.rank}.pt")
 
 

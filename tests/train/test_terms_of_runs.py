@@ -1,5 +1,6 @@
 """Runs that also compare images with images and texts with texts, or learn from a teacher."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from conftest import start_training
 from safetensors.torch import load_file
 
 from mmrl.config import load_config
-from mmrl.errors import InputError
+from mmrl.errors import InputError, RunStopped
 from mmrl.search.embed import embed_images
 from mmrl.search.mine import MineOptions, mine_negatives
+from mmrl.train import sides
 from mmrl.train.trainer import train
 
 WriteConfig = Callable[..., Path]
@@ -144,3 +146,23 @@ def test_mined_negatives_in_micro_batches(write_config: WriteConfig, shards: Pat
     first, without = losses(whole)[0]["loss_by_dim"], losses(plain)[0]["loss_by_dim"]
     assert all(first[dim] > without[dim] for dim in first)  # of equal weights, among more candidates
     assert_same_run(whole, train(load_config(path, [f"run={tmp_path}/micro", "train.micro_batch=4"])))
+
+
+def test_a_loss_that_is_not_finite_names_the_pair_whose_second_text_it_is_from(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sides, "split", _with_nan(sides.split))
+    path = write_config(loss={"text_text": 0.5}, evaluation={})
+    says = r"Step 1: the loss is nan \(NaN or infinite: 1 of 12 embeddings of rank 0 on host .* \(samples .*\)\)\."
+    with pytest.raises(RunStopped, match=says):
+        train(load_config(path))
+
+
+def _with_nan(split: Callable[..., Any]) -> Callable[..., Any]:
+    def changed(*arguments: Any) -> Any:
+        image_bD, text_bD, second, negatives = split(*arguments)
+        marks_b1 = torch.ones(len(text_bD), 1)
+        marks_b1[2] = float("nan")
+        return image_bD, text_bD, dataclasses.replace(second, text_bD=second.text_bD * marks_b1), negatives
+
+    return changed
