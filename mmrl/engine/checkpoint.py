@@ -25,6 +25,7 @@ A checkpoint is verified before a run resumes from it. If it is damaged, the run
 before it. A checkpoint that cannot be written, because the disk is full, is written as soon as there is space.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -115,7 +116,7 @@ class Checkpoints:
             prefixes: the state of `train.prefixes.Prefixes`, if a rotation is learned.
             scores: the content of retrieval.json for this step, if it was evaluated.
         """
-        self._wait()
+        self.close()
         moments = engine.moments()
         if not comm.world().is_rank_0:
             return
@@ -126,7 +127,7 @@ class Checkpoints:
             training[_PREFIXES] = prefixes
         snapshot = _Snapshot(step, is_best, encoder, _cpu_copy(encoder.state()), training, state, scores)
         self._superseded.clear()
-        self._writer = threading.Thread(target=self._write_until_done, args=(snapshot,))
+        self._writer = threading.Thread(target=self._write_until_done, args=(snapshot,), name="checkpoint")
         self._writer.start()
 
     def finish(self) -> None:
@@ -135,15 +136,15 @@ class Checkpoints:
         Raises:
             RunStopped: it could not be written, e.g. because the disk is full. Earlier checkpoints are unaffected.
         """
-        self._wait()
+        self.close()
         error = comm.broadcast_object(self._error)
         if error:
             last = self.last()
             remedy = f"{last} is complete; run again with resume=auto" if last else "There is no earlier checkpoint"
             raise RunStopped(f"{error} {remedy}.")
 
-    def _wait(self) -> None:
-        """Waits until the writer has ended: at once if it waits to write again."""
+    def close(self) -> None:
+        """Waits until the writer has ended. It stops trying to write a checkpoint that could not be written."""
         self._superseded.set()
         if self._writer is not None:
             self._writer.join()
@@ -155,10 +156,7 @@ class Checkpoints:
             try:
                 self._write_atomic(snapshot)
             except Exception as error:  # any: training goes on, and `finish` stops the run
-                free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
-                self._error = (
-                    f"{name} could not be written ({str(error) or repr(error)}); {free / 1e9:.1f} GB of disk are free."
-                )
+                self._error = f"{name} could not be written ({str(error) or repr(error)}){self._free_space()}."
                 if not failures:
                     self._report(
                         f"{self._error} Training goes on, and it is written again every {RETRY_S:.0f} seconds."
@@ -171,6 +169,12 @@ class Checkpoints:
                 if failures:
                     self._report(f"{name} is written now.")
                 return
+
+    def _free_space(self) -> str:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+            return f"; {free / 1e9:.1f} GB of disk are free"
+        return ""
 
     def _write_atomic(self, snapshot: _Snapshot) -> None:
         final = self.folder / f"step-{snapshot.step}"

@@ -150,7 +150,7 @@ class Trainer:
                 print_line(self.console, f"This run is finished: {self.config.run} (a larger {longer} lengthens it)")
             return
         self._stop = stop
-        with TrainingLog(
+        log = TrainingLog(
             self.config,
             self.prepared,
             self.world,
@@ -160,7 +160,8 @@ class Trainer:
             self._bad_samples,
             self.step_done,
             self.console,
-        ) as log:
+        )
+        with log, contextlib.closing(self.checkpoints):
             log.start()
             self._loop(log)
             log.end()

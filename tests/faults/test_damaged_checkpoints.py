@@ -74,11 +74,25 @@ def test_a_run_killed_between_the_two_links_resumes_before_the_best(
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     checkpoints = Checkpoints(run, 3, print)
     save(checkpoints, encoder, 16, is_best=True)
-    checkpoints._wait()
+    checkpoints.close()
     found = Checkpoints(run, 3, print).last_sound()
     assert found is not None
     assert found.name == "step-12"
     assert (run / "checkpoints" / "best").resolve().name == "step-16"
+
+
+def test_a_run_folder_that_is_gone_is_not_taken_for_a_checkpoint_that_was_written(
+    tmp_path: Path, encoder: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Checkpoints, "_write", gone)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", gone)
+    checkpoints = Checkpoints(tmp_path, 2, print)
+    save(checkpoints, encoder, 4)
+    with pytest.raises(RunStopped, match=r"step 4 could not be written \(.*Stale file handle\)\. There is no earlier"):
+        checkpoints.finish()
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed_from(saved: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import open_clip
 import pytest
@@ -30,6 +30,7 @@ from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate.command import EvalOptions, evaluate_model
 from mmrl.model import bundle
 from mmrl.model.footprint import model_flops
+from mmrl.train.log import TrainingLog
 from mmrl.train.preflight import prepare
 from mmrl.train.step import StepResult
 from mmrl.train.trainer import Trainer, train
@@ -325,6 +326,23 @@ def test_locked_tower_and_zero_rate_stay_as_they_are(write_config: WriteConfig) 
     assert "log_logit_scale" not in moved
     assert {name for name in moved if name.startswith("image")} == {"image.tower.proj"}
     assert any(name.startswith("text") for name in moved)
+
+
+def test_a_run_that_stops_does_not_wait_for_space_on_a_full_disk(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def stop(*_: object) -> NoReturn:
+        raise RunStopped("too many bad samples")
+
+    monkeypatch.setattr(Checkpoints, "_write", full)
+    monkeypatch.setattr(TrainingLog, "step", stop)  # of the second step
+    path = write_config(checkpoint={"every": "1 steps"}, evaluation={}, tracking={"log_every": 2})
+    with pytest.raises(RunStopped, match="too many bad samples"):
+        run(path)
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
 
 
 def _train_with_a_full_disk() -> None:
