@@ -44,6 +44,23 @@ class TrainConfig(Settings):
     """Decay per step of an exponential moving average of the weights, which is then evaluated and exported. Default: no
     average."""
 
+    def split_batch(self, processes: int) -> tuple[int, int]:
+        """(pairs of each process, pairs of a micro-batch). Raises InputError if one does not divide the other."""
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise InputError(
+                f"train.batch_size: {self.batch_size} cannot be divided over {processes} processes; use a multiple of "
+                f"{processes}, e.g. {max(1, round(self.batch_size / processes)) * processes}."
+            )
+        micro_batch = self.micro_batch or share
+        if share % micro_batch:
+            fitting = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+            raise InputError(
+                f"train.micro_batch: a process's share of the batch, {share}, cannot be divided into micro-batches of "
+                f"{micro_batch}; use {fitting}."
+            )
+        return share, micro_batch
+
 
 class Config(Settings):
     """A training run."""

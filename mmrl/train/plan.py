@@ -123,18 +123,15 @@ def plan_resources(
         measured: the towers' footprint, if it is known already.
 
     Raises:
-        InputError: a batch that the GPUs do not divide; an unknown model or GPU; a precision that the GPU lacks.
+        InputError: a batch or micro-batch that cannot be divided; an unknown model or GPU; a precision that the GPU
+            lacks.
     """
     if gpu not in GPUS:
         raise InputError(f"gpu: {gpu!r} is not known; choose from {', '.join(GPUS)}.")
     sheet = GPUS[gpu]
     memory_gb = memory_gb or sheet.memory_gb
     batch = config.train.batch_size
-    if batch % gpus:
-        raise InputError(
-            f"train.batch_size: {batch} cannot be divided over {gpus} GPUs; use a multiple of {gpus}, e.g. "
-            f"{max(gpus, round(batch / gpus) * gpus)}."
-        )
+    config.train.split_batch(gpus)
     precision = config.engine.precision
     if precision == "auto":
         precision = "bf16" if sheet.has_bfloat16 else "fp32"

@@ -88,19 +88,7 @@ def prepare(config: Config, world: World) -> PreparedRun:
 
 
 def _check(config: Config, world: World, ranks_here: int) -> PreparedRun:
-    if config.train.batch_size % world.size:
-        raise InputError(
-            f"train.batch_size: {config.train.batch_size} cannot be divided over {world.size} processes; "
-            f"use a multiple of {world.size}."
-        )
-    share = config.train.batch_size // world.size
-    micro_batch = config.train.micro_batch or share
-    if share % micro_batch:
-        fitting = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
-        raise InputError(
-            f"train.micro_batch: a process's share of the batch, {share}, cannot be divided into micro-batches of "
-            f"{micro_batch}; use {fitting}."
-        )
+    share, micro_batch = config.train.split_batch(world.size)
     if config.train.ema is not None and config.engine.zero_stage == 3:
         raise InputError("train.ema: needs whole weights, which ZeRO stage 3 partitions; use engine.zero_stage=2.")
     bundle.check_towers(config.model)

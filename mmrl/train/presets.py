@@ -268,6 +268,9 @@ class _Recipe:
         config, world = self.config(), comm.world()
         if self._is_given("train.micro_batch"):
             return
+        if config.train.batch_size // world.size % (config.train.micro_batch or 1):  # that of the run --from names
+            del self.values["train"]["micro_batch"]
+            config = self.config()
         on_gpu = world.device.type == "cuda"
         memory = torch.cuda.get_device_properties(world.device).total_memory if on_gpu else _MODEL_SHARE * memory
         precision = config.engine.precision

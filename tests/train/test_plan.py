@@ -329,4 +329,6 @@ def test_the_command_prints_a_plan_and_refuses_what_cannot_be(write_config: Writ
     assert len(result["stages"]) == 4
     refused = runner.invoke(app, ["plan", str(write_config()), "--gpus", "5"])
     assert isinstance(refused.exception, InputError)
-    assert "12 cannot be divided over 5 GPUs; use a multiple of 5, e.g. 10" in str(refused.exception)
+    assert "12 cannot be divided over 5 processes; use a multiple of 5, e.g. 10" in str(refused.exception)
+    refused = runner.invoke(app, ["plan", str(write_config()), "--gpus", "2", "train.micro_batch=4"])
+    assert "share of the batch, 6, cannot be divided into micro-batches of 4; use 3" in str(refused.exception)

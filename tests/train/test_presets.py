@@ -214,6 +214,11 @@ def test_from_a_run_takes_its_recipe(shards: Path, tmp_path: Path, write_config:
     assert config.optim.lr == pytest.approx(before.optim.lr / 5)
     assert (config.nesting.prefix_gradient.end, config.nesting.prefix_gradient.power) == (0.3, 0)
     assert (train(config, QUIET) / "checkpoints/best").exists()
+    # A micro-batch that does not divide the new batch, or the share of more processes, is not taken.
+    stored_config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(stored_config.replace("micro_batch: null", "micro_batch: 6"))
+    assert composed(None, tmp_path / "small", "train.batch_size=3", model=str(run)).train.micro_batch is None
+    (run / "config.yaml").write_text(stored_config)
     assert (tmp_path / "next/config.yaml").read_text() == written  # with its comments
     assert "# Length of the linear warmup. At most 6% of the 1 steps." in written
     events = EventAccumulator(str(tmp_path / "next/tensorboard"))
