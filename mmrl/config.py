@@ -371,7 +371,7 @@ def _message(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     # Of a whole section it says too much.
     got = "" if isinstance(error["input"], dict) else f"; got {_SHORT.repr(error['input'])}"
-    return f"{key}: {message}{got}." if key else f"{message}{got}."
+    return f"{key}: {message}{got}." if key else f"{message}."
 
 
 def _keys_of(location: Sequence[str]) -> list[str]:

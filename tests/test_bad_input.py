@@ -27,6 +27,19 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     return error
 
 
+@pytest.mark.parametrize(
+    "command", ["check", "pack", "train", "train --data", "plan", "eval", "embed", "index", "export"]
+)
+def test_a_path_that_cannot_be_one_is_a_sentence(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    words = {"pack": ["out"], "eval": ["s"], "embed": ["s", "o"], "index": ["o"], "export": ["o", "--dim", "8"]}
+    for path, says in (("a" * 300, "'aaa"), ("file/config.yaml", "file/config.yaml")):
+        assert says in said(capsys, monkeypatch, *command.split(), path, *words.get(command, ()))
+
+
 def test_an_empty_argument_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (
         ("check", ""),
@@ -57,6 +70,8 @@ def test_an_empty_argument_is_refused(capsys: pytest.CaptureFixture[str], monkey
         ),
         ("nesting={dims: [16], rotate_at_end: true}", "rotate_at_end: serves dims below 16, and nesting.dims has none"),
         ("loss.name=sigmoid", "sigmoid trains without a learnable rotation; set nesting.rotation: false"),
+        ("model.towers=text", "config.yaml: model.towers: text trains by loss.text_text alone"),
+        ("engine.deepspeed={gradient_clipping: {x: 3}}", "deepspeed.gradient_clipping: {'x': 3} contradicts 0.0"),
         ("loss.name=siglip", "loss.name: Input should be 'infonce' or 'sigmoid'; got 'siglip'"),
         ("loss={name: sigmoid, label_smoothing: 0.1}", "label_smoothing and distillation require name: infonce"),
         ("train.batchsize=4", "unknown key 'train.batchsize'. Did you mean 'batch_size'?"),
@@ -143,7 +158,7 @@ def test_eval_and_export_name_what_is_wrong(
 def test_a_batch_that_the_processes_cannot_share(write_config: WriteConfig, tmp_path: Path) -> None:
     results = run_programs(2, cli.main, ["train", str(write_config()), "train.batch_size=15"], tmp_path)
     assert [code for code, _, _ in results] == [2, 2]
-    assert "train.batch_size: 15 cannot be divided over 2 processes; use a multiple of 2." in results[0][2]
+    assert "train.batch_size: 15 cannot be divided over 2 processes; use a multiple of 2, e.g. 16." in results[0][2]
     assert "mmrl/train/" not in results[0][2]
 
 

@@ -1,5 +1,6 @@
 """The `mmrl` command line. Each command imports what it needs when it runs, so that --help is quick."""
 
+import errno
 import io
 import sys
 from typing import Annotated
@@ -11,6 +12,9 @@ from mmrl.cli.options import check_patterns
 from mmrl.errors import InputError, RunStopped
 from mmrl.output.console import visible
 from mmrl.version import __version__
+
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+"""Errors of paths that no command can open, whichever looks at one first."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,3 +80,10 @@ def main() -> None:
         if not error.shown:
             print(visible(f"mmrl: {error}"), file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        name = str(error.filename)
+        shown = name if len(name) <= 100 else f"{name[:100]}…"
+        print(visible(f"mmrl: {shown!r} cannot be opened ({error.strerror}); correct the path."), file=sys.stderr)
+        sys.exit(2)

@@ -306,8 +306,8 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], path: str = "deepspe
         name = f"{path}.{key}"
         if key in _NOT_ALLOWED:
             raise ValueError(f"{name} cannot be set here; use optim and engine.precision")
-        if isinstance(value, dict):
-            merged[key] = _merged(derived.get(key, {}), value, name)
+        if isinstance(value, dict) and isinstance(before := derived.get(key, {}), dict):
+            merged[key] = _merged(before, value, name)
         elif key in derived and derived[key] != value:
             raise ValueError(f"{name}: {value!r} contradicts {derived[key]!r}, which other config fields set")
         else:
