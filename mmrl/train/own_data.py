@@ -68,10 +68,10 @@ def find_shards(options: DataOptions, run: str, max_side: int, console: Console)
     """
     data, val = options.data, options.val
     packs = [one for one in (data, val) if one is not None and needs_packing(one)]
+    pack_missing(filter(None, (data, val)))
     if not packs:
         if options.shards or options.holdout:
             raise InputError("shards, holdout: --data names shards already, so nothing is packed; remove the option.")
-        pack_missing([data, *([val] if val else [])])
         return (data, val) if val else _pair_of_folders(Path(data)) or (data, None)
     if val is not None and options.holdout:
         raise InputError("holdout: --val is given, so nothing is held out; remove one of the two.")

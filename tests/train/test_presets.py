@@ -127,6 +127,16 @@ def test_shards_are_used_as_they_are(photos: Path, tmp_path: Path) -> None:
         composed(shards, tmp_path / "five", holdout="5%")
 
 
+def test_a_data_set_of_the_hub_is_packed_also_next_to_a_table(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = list[str]()
+    monkeypatch.setattr("mmrl.train.own_data.pack_missing", packed.extend)
+    options = DataOptions("hf:shop/photos:train", val=str(photos))
+    assert find_shards(options, str(tmp_path / "run"), 64, QUIET) == (options.data, str(tmp_path / "run/shards/val"))
+    assert "hf:shop/photos:train" in packed
+
+
 @pytest.mark.parametrize("side", ["text", "image"])
 def test_a_preset_takes_packed_pairs_for_one_tower(side: str, photos: Path, tmp_path: Path) -> None:
     table, second = tmp_path / "pairs.csv", {"text": "passage {}", "image": "photos/{}.png"}[side]
