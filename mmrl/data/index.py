@@ -104,7 +104,8 @@ class TarFingerprint:
 
     def matches(self, file: int) -> bool:
         """Whether the tar behind a file descriptor has this fingerprint."""
-        return TarFingerprint.of(file, self.headers) == self
+        is_inside = all(0 <= offset < self.size for offset in self.headers)  # an index may be an untrusted download
+        return is_inside and TarFingerprint.of(file, self.headers) == self
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,9 @@ def load_index(path: Path) -> ShardIndex:
 def _is_consistent(index: ShardIndex) -> bool:
     """Whether all values are within the index's arrays and within its tar: an index may be an untrusted download."""
     first, key_end, members = index.first, index.key_end, len(index.kind)
-    if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in (getattr(index, name) for name in _ARRAYS)):
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    # Unsigned numbers would wrap around below.
+    if any(one.ndim != 1 or one.dtype.kind != ("u" if name == "key_bytes" else "i") for name, one in arrays.items()):
         return False
     if len(first) != len(index) + 1 or first[0] != 0 or first[-1] != members:
         return False

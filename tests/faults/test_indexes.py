@@ -1,5 +1,6 @@
 """Damaged shard indexes next to a sound tar: no sample is lost or has another's name, nothing ends in a traceback."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -14,7 +15,7 @@ from safetensors.numpy import load, save
 from mmrl.data.index import index_shard
 from mmrl.data.index_file import SUFFIX, load_index, save_index
 from mmrl.data.sources import open_reader
-from mmrl.data.stores import RemoteConfig
+from mmrl.data.stores import RemoteConfig, ShardCache
 
 Damage = Callable[[bytes, np.random.Generator], bytes]
 
@@ -132,6 +133,30 @@ def test_each_changed_byte_of_an_index_is_noticed(shard: Path, tmp_path: Path) -
             continue
         assert index.problems == whole.problems  # a byte that means nothing, such as padding
         assert all(np.array_equal(vars(index)[name], array) for name, array in vars(whole).items() if name != "tar")
+
+
+@pytest.mark.parametrize(
+    ("array", "value"), [("size", 2**63), ("first", 2**64 - 1), ("offset", 2**40), ("key_end", 2**32)]
+)
+def test_numbers_beyond_the_tar_are_refused(shard: Path, tmp_path: Path, array: str, value: int) -> None:
+    index = index_shard(shard)
+    wrong = getattr(index, array).astype(np.uint64)
+    wrong[2] = value
+    save_index(dataclasses.replace(index, **{array: wrong}), tmp_path / "wrong.index")
+    with pytest.raises(ValueError, match="is a damaged index"):
+        load_index(tmp_path / "wrong.index")
+
+
+@pytest.mark.parametrize("offset", [-512, 2**70])
+def test_an_index_with_headers_outside_of_the_tar_is_not_used(shard: Path, tmp_path: Path, offset: int) -> None:
+    index = index_shard(shard)
+    tar = dataclasses.replace(index.tar, headers=[offset])
+    save_index(dataclasses.replace(index, tar=tar), Path(f"{shard}{SUFFIX}"))
+    save_index(
+        dataclasses.replace(index, tar=tar), ShardCache(RemoteConfig(folder=str(tmp_path))).index_path(str(shard))
+    )
+    assert len(contents(shard, tmp_path)) == 8
+    Path(f"{shard}{SUFFIX}").unlink()
 
 
 def test_an_index_of_an_older_version_is_read(shard: Path, tmp_path: Path) -> None:
