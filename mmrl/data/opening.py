@@ -234,11 +234,12 @@ def _count(location: str, cache: ShardCache) -> Shard | InputError:
         file = cache.open(location)
         try:
             return Shard.of(location, IndexHeader.of(_scan(location, file, cache), _modified(location)))
+        except NotATar:
+            cache.discard(location, file)  # e.g. a server's error page
+            raise
         finally:
             os.close(file)
     except InputError as error:
-        if isinstance(error, NotATar):
-            cache.discard(location)  # e.g. a server's error page
         return InputError(str(error))
     except OSError as error:
         return InputError(f"shards: {location} cannot be read ({error}).")

@@ -181,8 +181,8 @@ class ShardReader:
         location, fingerprint = self._shards[shard].location, self._tars.get(shard)
         file = self.cache.open(location)
         if fingerprint is not None and not fingerprint.matches(file):
+            self.cache.discard(location, file)  # download again: the cached copy may be of another version
             os.close(file)
-            self.cache.discard(location)  # download again: the cached copy may be of another version
             file = self.cache.open(location)
             if not fingerprint.matches(file):
                 os.close(file)
@@ -201,7 +201,7 @@ class ShardReader:
         try:
             index = load_shard_index(one, file, self.cache)
         except NotATar:
-            self.cache.discard(one.location)  # e.g. a server's error page
+            self.cache.discard(one.location, file)  # e.g. a server's error page
             raise
         self._tars[shard] = index.tar
         return index

@@ -25,7 +25,6 @@ from mmrl.data.download import (
     Prefetcher,
     download,
     locked,
-    partial_file,
     retry_delays,
     version_file,
 )
@@ -187,12 +186,13 @@ class ShardCache:
                 return _open_copy(target)
             return self._download_once(location, target, lock)
 
-    def discard(self, location: str) -> None:
-        """Deletes the copy of a remote shard, so that it is downloaded again."""
+    def discard(self, location: str, file: int) -> None:
+        """Deletes the copy of a remote shard that this file descriptor is of, so that it is downloaded again."""
         if is_remote(location):
             target = self._cached_path(location)
-            for path in (target, partial_file(target), version_file(target)):
-                path.unlink(missing_ok=True)
+            with locked(_lock_of(target), wait=True), contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), target.stat()):  # else another process has replaced it
+                    target.unlink()
 
     def prefetch(self, locations: Iterable[str]) -> None:
         """Starts to download shards in the background, in this order. Errors are raised later, when a shard is

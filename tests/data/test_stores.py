@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -113,6 +114,28 @@ def test_a_changed_remote_shard_is_downloaded_again(shards: Path, tmp_path: Path
     with pytest.raises(BadSample, match="changed since it was indexed; restore it"):
         reader.read(0)
     assert len(open_training_set(DataConfig(train=server.url + "/a.tar", remote=remote))) == 17
+
+
+def test_a_copy_that_another_process_has_replaced_is_not_discarded(
+    shards: Path, tmp_path: Path, serve: type[Server]
+) -> None:
+    cache, url = ShardCache(config(tmp_path)), serve(shards).url + "/part-0.tar"
+    stale = cache.open(url)
+    cache.discard(url, stale)
+    replaced = cache.open(url)
+    cache.discard(url, stale)  # as a process that has opened the old copy does a moment later
+    assert os.path.samestat(os.fstat(replaced), cache._cached_path(url).stat())
+    with download.locked(stores._lock_of(cache._cached_path(url)), wait=True):
+        partial = download.partial_file(cache._cached_path(url))
+        partial.touch()
+        discarding = threading.Thread(target=cache.discard, args=(url, replaced))
+        discarding.start()  # while a third one downloads
+        discarding.join(0.2)
+        assert partial.exists()
+    discarding.join(10)
+    assert not cache._cached_path(url).exists()
+    os.close(stale)
+    os.close(replaced)
 
 
 def test_a_copy_evicted_right_after_the_download_can_be_read(

@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -147,7 +146,11 @@ def check_shard(shard: tuple[str, FieldsConfig], options: CheckOptions) -> Shard
         # Kept open to the end: the downloads of other workers may evict this shard from a small cache folder.
         with os.fdopen(options.cache.open(location), "rb", buffering=0) as raw:
             _read_ahead(raw.fileno())
-            index = index_shard(Path(location), raw)
+            try:
+                index = index_shard(location, raw)
+            except NotATar:
+                options.cache.discard(location, raw.fileno())  # e.g. a server's error page
+                raise
             facts.samples, facts.size = len(index), os.fstat(raw.fileno()).st_size
             for key, reason in index.problems:
                 facts.add_problem(key, reason)

@@ -354,6 +354,13 @@ def test_remote_shards(shards: Path, tmp_path: Path) -> None:
         assert gone["reason"].startswith("shard out of reach: ")
         assert result.sets[0].samples == 48
         assert len(result.stops) == 1
+        # An error page is downloaded again, once the server has the shard.
+        path, store = shards / "part-3.tar", RemoteConfig(folder=str(tmp_path / "busy"), retries=0)
+        for data, is_ok in ((b"<html>busy</html>", False), ((shards / "part-0.tar").read_bytes(), True)):
+            path.write_bytes(data)
+            config = DataConfig(train=f"{server.url}/{path.name}", remote=store)
+            assert check_shards(config, workers=1, quiet=True).ok == is_ok
+        path.unlink()
         # A cache of one shard: shards evict each other, and none is missed.
         room = (shards / "part-0.tar").stat().st_size * 1.2 / 1e9
         small = RemoteConfig(folder=str(tmp_path / "small"), gigabytes=room)
