@@ -18,9 +18,6 @@ Model = Annotated[
         "local-dir:PATH, or a folder of Hugging Face's transformers or sentence-transformers."
     ),
 ]
-Dims = Annotated[
-    str | None, typer.Option("--dims", "--dim", help="Nested dims, e.g. 512,128 (default: those of the preset)")
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier output of this command that is in OUT.")]
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Let open_clip:NAME without a tag have random weights.")

@@ -1,6 +1,7 @@
 """`mmrl pack` and `mmrl check`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -151,7 +152,7 @@ def check(
         **of_run,
     )
     if as_json:
-        print(json.dumps(result.as_json(), indent=2))
+        print(json.dumps(asdict(result), indent=2))
     if not result.ok:
         raise typer.Exit(1)
 

@@ -1,17 +1,14 @@
 """`mmrl train`, `mmrl plan`, `mmrl config`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Dims, Json, check_overrides, parse_ints
+from mmrl.cli.options import Json, check_overrides, parse_ints
 from mmrl.errors import InputError
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change, e.g. train.batch_size=128")
-]
 
 
 def train(
@@ -35,7 +32,9 @@ def train(
         str | None,
         typer.Option(help="small (default), vit-b-32, finetune or rotate-then-finetune (default with --from)"),
     ] = None,
-    dims: Dims = None,
+    dims: Annotated[
+        str | None, typer.Option("--dims", "--dim", help="Nested dims, e.g. 512,128 (default: those of the preset)")
+    ] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Folder for the shards that --data is packed into (default: RUN/shards)")
     ] = None,
@@ -91,7 +90,9 @@ def _train_config(arguments: list[str]) -> None:
 
 def plan(
     config: Annotated[str, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change, e.g. train.batch_size=128")
+    ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one process each")] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200, a100, l40s, a10, l4, v100, t4 …")] = "h100",
     memory: Annotated[
@@ -112,7 +113,7 @@ def plan(
 
     loaded = load_config(config, check_overrides(overrides or []))
     result = plan_resources(loaded, gpus, gpu, memory, tflops, gigabytes)
-    print(json.dumps(result.as_json(), indent=2) if as_json else "\n".join(plan_lines(result)))
+    print(json.dumps(asdict(result), indent=2) if as_json else "\n".join(plan_lines(result)))
 
 
 def init(

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from mmrl.data.transport import TooSlow, is_http, open_remote
+from mmrl.data.fetch import is_http
+from mmrl.data.transport import TooSlow, open_remote
 
 MAX_RETRY_DELAY = 20.0
 # Background downloads of a process begin one after another: else those of equal shards would end at the same time, and

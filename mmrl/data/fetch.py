@@ -28,9 +28,9 @@ class FetchError(Exception):
         self.retryable = retryable
 
 
-def is_url(text: str) -> bool:
-    """Whether `text` is an http or https URL."""
-    return text.lower().startswith(("http://", "https://"))
+def is_http(location: str) -> bool:
+    """Whether this is an http or https URL."""
+    return location.lower().startswith(("http://", "https://"))
 
 
 def fetch(url: str) -> bytes:

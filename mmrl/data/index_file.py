@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mmrl.data.index import BLOCK, ShardIndex, TarFingerprint
+from mmrl.data.transport import RemoteFile
 from mmrl.output.files import parse_json, write_atomic
 
 SUFFIX = ".index"
@@ -25,14 +26,6 @@ _FORMAT, _OLDER_FORMAT = "mmrl-index-2", "mmrl-index-1"
 _MOST_HEADER = 1 << 26
 # Fields of ShardIndex that are stored as arrays under their own names.
 _ARRAYS = ("key_bytes", "key_end", "first", "kind", "offset", "size")
-
-
-class Readable(Protocol):
-    """A file that is read from its beginning."""
-
-    def read(self, size: int, /) -> bytes:
-        """The next `size` bytes."""
-        ...
 
 
 class IndexHeader(BaseModel):
@@ -88,7 +81,7 @@ def save_index(index: ShardIndex, path: Path, modified: int | None = None) -> No
     write_atomic(path, save({name: getattr(index, name) for name in _ARRAYS}, metadata))
 
 
-def read_header(file: Readable) -> IndexHeader:
+def read_header(file: IO[bytes] | RemoteFile) -> IndexHeader:
     """Reads the header of an index from the beginning of its file, which is less than 1 % of it.
 
     Raises:

@@ -59,6 +59,8 @@ class Negatives:
         self._reader, self._seed, self._config, self._second_texts = reader, seed, config, second_texts
         self._keys = _SampleKeys(reader)
         self._mined = None if config.negatives_from is None else _Mined(Path(config.negatives_from), reader)
+        self.identity = "" if self._mined is None else self._mined.identity
+        """A hash of the mined negatives."""
         if self._mined is None:
             self._check_field()
         elif config.negatives_images and (reader.is_remote or not self._mined.has_keys):
@@ -67,11 +69,6 @@ class Negatives:
                 f"data.negatives_images: the negatives in {config.negatives_from} have no images to load, since {why}; "
                 "set it to false."
             )
-
-    @property
-    def identity(self) -> str:
-        """A hash of the mined negatives."""
-        return "" if self._mined is None else self._mined.identity
 
     def draw(self, epoch: int, index: int, sample: Sample, load: Load) -> Iterator[Negative]:
         """The usable negatives of sample + copy * N `index`, in a random order."""

@@ -80,7 +80,8 @@ class EpochOrder:
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """The indices sample + copy * N at these positions; positions beyond the end wrap around in their lanes."""
-        lane, shuffled = self._shuffled(positions)
+        lane, shifted = self._shifted(positions)
+        shuffled = shifted % self._length_of_lane[lane]
         window_id = lane * self._windows_per_lane + shuffled // self._window
         for one in np.unique(window_id):
             inside = window_id == one
@@ -119,13 +120,8 @@ class EpochOrder:
         count = min(end + ahead, end_of_epoch) - start + 1
         return self._index_of_run[first_run + (start + np.arange(min(count, runs))) % runs]
 
-    def _shuffled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(lane, position in the lane after the cyclic shift) of these positions."""
-        lane, shifted = self._shifted(positions)
-        return lane, shifted % self._length_of_lane[lane]
-
     def _shifted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `_shuffled`, without the wrap at the lane's end."""
+        """(lane, position in it after the cyclic shift) of these positions, not wrapped at the lane's end."""
         batch, row = np.divmod(positions, self._batch_size)
         lane, row_of_lane = np.divmod(row, self._rows_of_lane)
         return lane, batch * self._rows_of_lane + row_of_lane + self._offset[lane]

@@ -3,13 +3,14 @@
 Shapes: B images of a batch, M their captions in all, C channels, H and W the image size, L tokens of a text.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmrl.data.batches import Tokenise
 from mmrl.data.index import Problem
 from mmrl.data.parsing import IMAGE, TEXT
 from mmrl.data.samples import BadSample, Sample, SampleReader
@@ -18,7 +19,6 @@ from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
 
 BATCH_SIZE = 256
-Tokenise = Callable[[list[str]], torch.Tensor]
 
 
 class ImageReader(Protocol):
@@ -148,33 +148,30 @@ def read_sequential(
         second: IMAGE, TEXT or both: the second members that are read. A sample with a damaged one is then bad.
     """
     first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
-    starts = range(first, last, batch_size)
-    ranges = (range(start, min(start + batch_size, last)) for start in starts)
-    yield from read_ranges(reader, image, text, ranges, len(starts), captions, workers, second)
+    ranges = [range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+    yield from read_ranges(reader, image, text, ranges, captions, workers, second)
 
 
 def read_ranges(
     reader: ImageReader,
     image: ImageSpec | None,
     text: Tokenise,
-    ranges: Iterable[range],
-    count: int,
+    ranges: Sequence[range],
     captions: int | None = None,
     workers: int = 0,
     second: Collection[str] = (),
 ) -> Iterator[SequentialBatch]:
-    """Yields one batch for each of `count` ranges of indices; the rest as `read_sequential`."""
-    batches = _Batches(reader, image, text, captions, second)
-    in_workers = workers and count > 1
-    loaded = _in_workers(batches, ranges, min(workers, count)) if in_workers else map(batches.__getitem__, ranges)
-    for batch in loaded:
+    """Yields one batch for each range of indices; the rest as `read_sequential`."""
+    batches, workers = _Batches(reader, image, text, captions, second), min(workers, len(ranges))
+    in_workers = workers and len(ranges) > 1
+    for batch in _in_workers(batches, ranges, workers) if in_workers else map(batches.__getitem__, ranges):
         if not isinstance(batch, SequentialBatch):
             raise batch
         yield batch
 
 
 def _in_workers(
-    batches: _Batches, ranges: Iterable[range], workers: int
+    batches: _Batches, ranges: Sequence[range], workers: int
 ) -> Iterator[SequentialBatch | InputError | RunStopped]:
     loader = DataLoader(
         batches,

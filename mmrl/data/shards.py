@@ -39,7 +39,7 @@ def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = Fal
         InputError: a file is missing, a pattern names files that do not exist, nothing or a shard twice is named, a
             store is unknown, a `pipe:` is not allowed.
     """
-    specs = [shards] if isinstance(shards, str | Path) else list(shards)
+    specs = spec_list(shards)
     locations = [location for spec in specs for location in _expand_one(str(spec), allow_pipe, keep_missing)]
     if keep_missing and not any(is_remote(location) or Path(location).is_file() for location in locations):
         return expand(shards, allow_pipe)  # raises the error that names the wrong spec
@@ -54,6 +54,11 @@ def expand(shards: ShardSpec, allow_pipe: bool = False, keep_missing: bool = Fal
             "one of data.sources, with repeat."
         )
     return locations
+
+
+def spec_list(shards: ShardSpec) -> list[str | Path]:
+    """The specs in a list of them, or the one spec."""
+    return [shards] if isinstance(shards, str | Path) else list(shards)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -28,6 +28,7 @@ from mmrl.data.download import (
     retry_delays,
     version_file,
 )
+from mmrl.data.fetch import is_http
 from mmrl.data.index_file import SUFFIX
 from mmrl.data.transport import PIPE, RemoteFile, fsspec, open_remote
 from mmrl.errors import InputError
@@ -78,9 +79,9 @@ def check_location(location: str, allow_pipe: bool) -> None:
                 f"shards: {location!r} would run a command; set data.allow_pipe=true if you trust it, or give a URL."
             )
         return
-    scheme = location.partition("://")[0].lower()
-    if scheme in ("http", "https"):
+    if is_http(location):
         return
+    scheme = location.partition("://")[0].lower()
     try:
         fsspec().get_filesystem_class(scheme)
     except ValueError:
@@ -100,7 +101,7 @@ def list_tars(folder: str) -> list[str]:
     Raises:
         InputError: the store cannot be listed (http) or reached, or there is no tar.
     """
-    if folder.lower().startswith(("http://", "https://")):
+    if is_http(folder):
         raise InputError(
             f"shards: {folder} is a folder on a web server and cannot be listed; give a pattern such as "
             f"{folder.rstrip('/')}/shard-{{000000..000127}}.tar, or @list.txt."

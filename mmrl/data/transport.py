@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from mmrl.data.fetch import http_opener
+from mmrl.data.fetch import http_opener, is_http
 
 PIPE = "pipe:"
 # A file that arrives more slowly than this many bytes per second, over this many seconds, is given up.
@@ -61,11 +61,6 @@ class RemoteFile:
             if self._bytes < _LEAST_RATE * seconds:
                 raise TooSlow(f"only {self._bytes:,} bytes arrived in {seconds:.0f} s")
             self._since, self._bytes = time.monotonic(), 0
-
-
-def is_http(location: str) -> bool:
-    """Whether a location is on a web server."""
-    return location.lower().startswith(("http://", "https://"))
 
 
 @contextlib.contextmanager

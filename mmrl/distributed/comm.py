@@ -27,11 +27,10 @@ _is_single = False
 
 @dataclass(frozen=True)
 class World:
-    """Rank, world size and local rank of this process."""
+    """Rank of this process, and world size."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
 
     @property
     def is_rank_0(self) -> bool:
@@ -119,7 +118,7 @@ def world() -> World:
     """The current world; rank 0 of 1 before `start`."""
     if _is_single or not dist.is_initialized():
         return World()
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager

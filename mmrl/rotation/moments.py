@@ -162,8 +162,8 @@ def read_chunks(
 ) -> Iterator[SequentialBatch]:
     """Reads the chunks of a set with these indices; one batch per chunk. `workers`: as of `read_sequential`."""
     count = -(-len(reader) // CHUNK_SIZE)
-    ranges = (range(len(reader) * chunk // count, len(reader) * (chunk + 1) // count) for chunk in chunks)
-    return read_ranges(reader, encoder.image_spec, encoder.tokenise, ranges, len(chunks), captions, workers)
+    ranges = [range(len(reader) * chunk // count, len(reader) * (chunk + 1) // count) for chunk in chunks]
+    return read_ranges(reader, encoder.image_spec, encoder.tokenise, ranges, captions, workers)
 
 
 def embed(encoder: Bundle, batch: SequentialBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import mmrl
 from mmrl.config import Config, dump_config
-from mmrl.data.shards import expand
+from mmrl.data.shards import expand, spec_list
 from mmrl.data.sources import named_sources
 from mmrl.data.stores import cache_folder, is_remote
 from mmrl.distributed import comm
@@ -255,7 +255,7 @@ def _facts(config: Config) -> HostFacts:
 
 def _free_gb(config: Config) -> float:
     folders = [Path(config.run)]
-    remote = [one for one in named_sources(config.data) if any(is_remote(spec) for spec in _specs(one.shards))]
+    remote = [one for one in named_sources(config.data) if any(is_remote(str(spec)) for spec in spec_list(one.shards))]
     if remote:
         folders.append(cache_folder(config.data.remote))
     paths = ([folder.absolute(), *folder.absolute().parents] for folder in folders)
@@ -272,10 +272,6 @@ def _touch_shards(config: Config) -> None:
                     file.read(1)
             except OSError as error:
                 raise InputError(f"data.train: {path} cannot be read ({error.strerror or error}).") from None
-
-
-def _specs(shards: str | list[str]) -> list[str]:
-    return [shards] if isinstance(shards, str) else shards
 
 
 def _within(seconds: float, work: Callable[[], T], what: str) -> T:

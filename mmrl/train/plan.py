@@ -18,10 +18,8 @@ many data workers are planned unless data.workers is set (tests/benchmarks/data.
 tests/benchmarks/LOG.md). Their memory: see mmrl/data/workers.py.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from mmrl import durations
 from mmrl.config import Config
@@ -100,10 +98,6 @@ class ResourcePlan:
     stages: list[StageEstimate]
     best: int | None
     """The lowest stage that fits."""
-
-    def as_json(self) -> dict[str, Any]:
-        """The plan as JSON values."""
-        return dataclasses.asdict(self)
 
 
 def plan_resources(

@@ -15,6 +15,7 @@ from mmrl.data.overlap import overlap_note
 from mmrl.data.pack.hub import pack_missing
 from mmrl.data.samples import SampleReader
 from mmrl.data.second import has_table
+from mmrl.data.shards import spec_list
 from mmrl.data.sources import named_sources, open_training_set
 from mmrl.data.stores import cache_folder
 from mmrl.data.stream import window_and_lanes
@@ -54,8 +55,8 @@ def pack_data_sets(config: Config, world: World) -> None:
     Raises:
         InputError: one cannot be packed; all ranks stop.
     """
-    shards = [one.shards for one in (*named_sources(config.data), *config.evaluation.sets.values())]
-    specs = [spec for one in shards for spec in ([one] if isinstance(one, str) else one)]
+    sets = (*named_sources(config.data), *config.evaluation.sets.values())
+    specs = [str(spec) for one in sets for spec in spec_list(one.shards)]
     host_checks.agree(world, lambda: pack_missing(specs))
 
 

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
 from mmrl.data.check import report
 from mmrl.data.check.findings import CheckResult, Findings, RunEstimate, SetFacts, find_duplicates, find_overlap
 from mmrl.data.check.report import counted
@@ -32,8 +34,6 @@ from mmrl.data.stream import Stream, window_and_lanes
 from mmrl.data.workers import WorkerPool, usable_cores
 from mmrl.errors import InputError
 from mmrl.images import contact_sheet
-
-_SHEET_TILES, _SHEET_SEED = 24, 0
 
 
 def check_shards(
@@ -134,9 +134,9 @@ def check_shards(
         stops=[*stops, *start_errors],
         notes=[*notes, *_order_notes(config, sources, findings, batch_size or 1), *(reader.notes if reader else ())],
     )
-    report.print_result(result, quiet)
+    report.print_lines(Console(quiet=quiet), *report.result_lines(result))
     if sheet_file is not None:
-        report.draw_sheet(sheet_file, reader, _SHEET_TILES, _SHEET_SEED, quiet)
+        report.draw_sheet(sheet_file, reader, quiet)
     return result
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -227,10 +226,6 @@ class CheckResult:
     stops: list[str]
     """Reasons why a training run would fail or train on damaged data, one sentence each."""
     notes: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return asdict(self)
 
 
 class Findings:

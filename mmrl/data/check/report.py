@@ -16,7 +16,7 @@ from mmrl.images.contact_sheet import Tile
 from mmrl.output.console import print_line, visible
 from mmrl.output.progress import progress_bar
 
-_SHEET_COLUMNS = 6
+_SHEET_TILES, _SHEET_COLUMNS = 24, 6
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def check_progress(shards: int, quiet: bool) -> Iterator[Callable[[int], None]]:
 
         yield advance
     seconds = time.monotonic() - began
-    _print(console, f"Read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {read / 1e6 / seconds:,.0f} MB/s")
+    print_lines(console, f"Read {read / 1e6:,.1f} MB in {seconds:,.1f} s, {read / 1e6 / seconds:,.0f} MB/s")
 
 
 @contextmanager
@@ -43,11 +43,6 @@ def comparison_progress(samples: int, quiet: bool) -> Iterator[Callable[[int], N
     with progress_bar(Console(quiet=quiet)) as bar:
         task = bar.add_task("comparing", total=samples)
         yield lambda count: bar.advance(task, count)
-
-
-def print_result(result: CheckResult, quiet: bool) -> None:
-    """Prints the result."""
-    _print(Console(quiet=quiet), *result_lines(result))
 
 
 def result_lines(result: CheckResult) -> list[str]:
@@ -167,7 +162,7 @@ def _verdict(result: CheckResult) -> list[str]:
     return [f"Not OK to train on: {share}.", *(f"  - {sentence}" for sentence in result.stops)]
 
 
-def draw_sheet(path: Path, reader: SampleReader | None, tiles: int, seed: int, quiet: bool) -> None:
+def draw_sheet(path: Path, reader: SampleReader | None, quiet: bool) -> None:
     """Writes a contact sheet of random samples with their captions; bad samples are skipped.
 
     Raises:
@@ -175,20 +170,20 @@ def draw_sheet(path: Path, reader: SampleReader | None, tiles: int, seed: int, q
     """
     console, drawn = Console(quiet=quiet), list[Tile]()
     if reader is not None:
-        rng = np.random.default_rng(seed)
-        for number in rng.choice(len(reader), min(8 * tiles, len(reader)), replace=False):
+        rng = np.random.default_rng(0)
+        for number in rng.choice(len(reader), min(8 * _SHEET_TILES, len(reader)), replace=False):
             tile = _tile(reader, int(number))
             if tile is not None:
                 drawn.append(tile)
-            if len(drawn) == tiles:
+            if len(drawn) == _SHEET_TILES:
                 break
     if reader is None or not drawn:
-        _print(console, f"No contact sheet written to {path}: there is no usable sample.")
+        print_lines(console, f"No contact sheet written to {path}: there is no usable sample.")
         return
     name = visible(reader.sources[0].root.rstrip("/").rpartition("/")[2])
     note = f"{len(drawn)} of {len(reader):,} samples at random"
     contact_sheet.write(path, name, note, drawn, columns=_SHEET_COLUMNS)
-    _print(console, f"Contact sheet: {path}")
+    print_lines(console, f"Contact sheet: {path}")
 
 
 def _tile(reader: SampleReader, number: int) -> Tile | None:
@@ -217,6 +212,7 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
 
 
-def _print(console: Console, *lines: str) -> None:
+def print_lines(console: Console, *lines: str) -> None:
+    """Prints lines of text."""
     for line in lines:
         print_line(console, line.replace("\n", "\\n"))  # of a name

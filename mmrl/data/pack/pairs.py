@@ -11,7 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from mmrl.data.fetch import is_url
+from mmrl.data.fetch import is_http
 from mmrl.data.folder import NO_CAPTION, ImageFolder, Unusable
 from mmrl.data.groups import NO_GROUP, group_id
 from mmrl.data.index import Problem
@@ -262,7 +262,7 @@ class TablePairs:
         if "://" not in image:
             return self._name_in(row.file.parent, Path(image)), row.file.parent / image
         image = strip_blank(image)
-        if not is_url(image):
+        if not is_http(image):
             raise Unusable(f"missing image: {image} is neither a path nor an http(s) URL")
         if not self._may_fetch and column == self._image:
             raise Unusable(f"missing image: {image} is a URL; name its column with --image-column to fetch it")

@@ -1,5 +1,6 @@
 """`mmrl check`: captions that samples share, and images of another set that the checked one has too (`--against`)."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_overlap_of_two_sets(tmp_path: Path) -> None:
     lines = "\n".join(report.result_lines(result))
     assert f"of 5 samples in {val}, 1 have an image of this set, and 2 one that looks like it; 1 bad sample" in lines
     assert f"{val}/small ~ {train}/t4" in lines
-    assert result.as_json()["overlap"]["alike"] == 2
+    assert dataclasses.asdict(result)["overlap"]["alike"] == 2
     assert check_shards(train, workers=1, quiet=True).overlap is None
     with pytest.raises(InputError, match="against: how images look is compared"):
         check_shards(train, against=str(val), decode=False, workers=1, quiet=True)
