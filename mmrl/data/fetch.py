@@ -16,6 +16,8 @@ READ_TIMEOUT = 10.0
 """Seconds without a byte after which an attempt fails."""
 TOTAL_TIMEOUT = 60.0
 """Seconds after which an attempt fails although bytes still arrive."""
+RETRIED_STATUS = (408, 425, 429)
+"""HTTP errors that are the client's, but pass."""
 RETRY_DELAYS = (1.0, 4.0)
 """Seconds before the second and the third attempt."""
 
@@ -57,7 +59,7 @@ def _fetch_once(url: str) -> bytes:
     except error.HTTPError as response:
         response.close()
         note = ", a redirect loop or a redirect to another scheme" if 300 <= response.code < 400 else ""
-        retryable = response.code >= 500 or response.code in (408, 425, 429)
+        retryable = response.code >= 500 or response.code in RETRIED_STATUS
         raise FetchError(f"HTTP {response.code}{note}", retryable=retryable) from None
     except error.URLError as failure:
         retryable = isinstance(failure.reason, OSError) and not isinstance(failure.reason, ssl.SSLCertVerificationError)

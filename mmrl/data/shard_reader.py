@@ -208,10 +208,8 @@ class ShardReader:
 
     def _load_groups(self, shard: int) -> np.ndarray:
         one, fields = self._shards[shard], self.sources[self._source_of_shard[shard]].fields
-        file, tar = (
-            GroupFile(one.location, fields, self.cache),
-            self._tars.get(shard) or (one.header and one.header.tar),
-        )
+        file = GroupFile(one.location, fields, self.cache)
+        tar = self._tars.get(shard) or (one.header and one.header.tar)
         if tar is None and not is_remote(one.location):
             tar = self._indexes[shard].tar
         if (groups := file.load(one.samples, tar)) is not None:

@@ -1,6 +1,7 @@
 """The `data:` section of a config, and the readers that open its samples."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -102,6 +103,18 @@ def open_reader(
     return SampleReader([source], cache, required)
 
 
+def data_config(data: ShardSpec | DataConfig) -> DataConfig:
+    """The config of training samples that are given as shards or as such a config."""
+    if isinstance(data, DataConfig):
+        return data
+    return DataConfig(train=str(data) if isinstance(data, str | Path) else [str(one) for one in data])
+
+
+def open_source(one: SourceConfig, locations: Sequence[str], config: DataConfig, cache: ShardCache) -> Source:
+    """Opens the shards of one of `named_sources`; raises InputError as `open_shards`."""
+    return Source(open_shards(locations, cache), one.fields or config.fields, one.repeat, one.name or "")
+
+
 def open_training_set(config: DataConfig, required: Collection[str] = BOTH) -> SampleReader:
     """Opens the samples of all sources of a config; `required` as for SampleReader.
 
@@ -119,15 +132,9 @@ def open_training_set(config: DataConfig, required: Collection[str] = BOTH) -> S
                     "would be negatives of themselves; keep it in one source and set that source's repeat."
                 )
             source_of[location] = one.name or ""
-    return SampleReader(
-        [
-            Source(open_shards(locations, cache), one.fields or config.fields, one.repeat, one.name or "")
-            for one, locations in zip(sources, expanded, strict=True)
-        ],
-        cache,
-        required,
-        group_all=config.negatives > 0,  # so that no negative is one that the batch has as a pair
-    )
+    opened = [open_source(one, locations, config, cache) for one, locations in zip(sources, expanded, strict=True)]
+    # With negatives all have a group, so that none is one that the batch has as a pair.
+    return SampleReader(opened, cache, required, group_all=config.negatives > 0)
 
 
 def named_sources(config: DataConfig) -> list[SourceConfig]:

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +20,7 @@ from mmrl.data.order import lane_count
 from mmrl.data.parsing import BOTH, IMAGE
 from mmrl.data.samples import SampleReader
 from mmrl.data.shards import ShardSpec
-from mmrl.data.sources import DataConfig, open_training_set
+from mmrl.data.sources import DataConfig, data_config, open_training_set
 from mmrl.data.workers import LoaderMemory, LostBatchWatch, start_new_session
 from mmrl.errors import InputError, RunStopped
 from mmrl.images.image_spec import ImageSpec
@@ -288,10 +287,9 @@ def stream(
     Raises:
         InputError: shards missing, empty or not tars; fields that no sample has; fewer samples than one batch.
     """
-    if not isinstance(shards, DataConfig):
-        shards = DataConfig(train=str(shards) if isinstance(shards, str | Path) else [str(one) for one in shards])
+    config = data_config(shards)
     return Stream(
-        open_training_set(shards),
+        open_training_set(config),
         batch_size,
         seed=seed,
         rank=rank,
@@ -299,7 +297,7 @@ def stream(
         num_workers=num_workers,
         image=image,
         text=None if text is None else _MapTexts(text),
-        config=shards,
+        config=config,
     )
 
 

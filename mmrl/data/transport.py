@@ -12,12 +12,11 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from mmrl.data.fetch import http_opener, is_http
+from mmrl.data.fetch import RETRIED_STATUS, http_opener, is_http
 
 PIPE = "pipe:"
 # A file that arrives more slowly than this many bytes per second, over this many seconds, is given up.
 _LEAST_RATE, _RATE_SECONDS = 1000.0, 60.0
-_RETRIED_STATUS = (408, 425, 429)
 
 
 class TooSlow(OSError):
@@ -113,7 +112,7 @@ def _open_http(location: str, offset: int, version: str, timeout: float) -> Iter
             raise FileNotFoundError(f"{location} does not exist (HTTP {error.code})") from None
         elif error.code in (401, 403):
             raise PermissionError(f"no permission to read {location} (HTTP {error.code})") from None
-        elif 400 <= error.code < 500 and error.code not in _RETRIED_STATUS:
+        elif 400 <= error.code < 500 and error.code not in RETRIED_STATUS:
             raise PermissionError(f"{location} is refused (HTTP {error.code})") from None
         else:
             raise OSError(f"HTTP {error.code}") from None

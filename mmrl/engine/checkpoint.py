@@ -221,7 +221,7 @@ class Checkpoints:
         if last is None:
             return None
         problems = []
-        for path in [last, *(path for _, path in reversed(self._by_step()) if _step(path) < _step(last))]:
+        for path in [last, *(path for _, path in reversed(self._by_step()) if step_of(path) < step_of(last))]:
             problem = find_damage(path)
             if problem is None:
                 if problems:
@@ -314,8 +314,9 @@ def read_checkpoint(checkpoint: Path) -> LoadedCheckpoint:
     )
 
 
-def _step(checkpoint: Path) -> int:
-    match = _STEP_FOLDER.match(checkpoint.name)
+def step_of(checkpoint: Path | None) -> int:
+    """The step of a checkpoint; 0 without one."""
+    match = checkpoint and _STEP_FOLDER.match(checkpoint.name)
     return int(match[1]) if match else 0
 
 

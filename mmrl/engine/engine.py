@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from mmrl.distributed import comm
 from mmrl.distributed.gradients import GradientReducer
@@ -46,9 +46,9 @@ class EngineConfig(Settings):
     """Keep the optimizer state in host memory and update weights there. Requires ZeRO stage 1, 2 or 3."""
     compile: bool = machine_field(False)
     """Use torch.compile for both towers: minutes at the start, faster steps. Requires a C++ compiler."""
-    timeout_minutes: float = Field(default=30.0, gt=0, json_schema_extra={"machine": True})
+    timeout_minutes: float = machine_field(30.0, gt=0)
     """Timeout of a collective."""
-    lost_after_seconds: float = Field(default=30.0, ge=5, json_schema_extra={"machine": True})
+    lost_after_seconds: float = machine_field(30.0, ge=5)
     """A process without a heartbeat for this long is considered lost, and the others stop with its rank and host. Four
     times as long while a run starts, evaluates or saves. A run also stops if it waits for a batch while no worker
     loads a sample for this long."""

@@ -106,7 +106,7 @@ def build(model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: OptimConfig)
         InputError: optim.layer_decay for a tower whose layers are not known by their names.
     """
     grouped: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    for _, parameter, lr, decay in _parameter_settings(model, model_cfg, config):
+    for parameter, lr, decay in _parameter_settings(model, model_cfg, config):
         grouped[lr, decay].append(parameter)
     groups = [
         {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}
@@ -120,8 +120,8 @@ def build(model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: OptimConfig)
 
 def _parameter_settings(
     model: MatryoshkaCLIP, model_cfg: dict[str, Any], config: OptimConfig
-) -> Iterator[tuple[str, nn.Parameter, float, float]]:
-    """(name, parameter, peak learning rate, weight decay) of each trained parameter."""
+) -> Iterator[tuple[nn.Parameter, float, float]]:
+    """(parameter, peak learning rate, weight decay) of each trained parameter."""
     for side in model.sides:
         encoder: ProjectedTower = getattr(model, side)
         tower_lr: float | None = getattr(config, f"lr_{side}")
@@ -145,10 +145,10 @@ def _parameter_settings(
                 lr = _first(tower_lr, config.lr) * config.layer_decay ** depth.from_output(name)
             # A matrix has at least two axes longer than 1, unlike a gain of shape (C, 1, 1, 1).
             decays = sum(size > 1 for size in parameter.shape) > 1 and name not in without_decay
-            yield f"{side}.{name}", parameter, lr, config.weight_decay if decays else 0.0
-    yield "log_logit_scale", model.log_logit_scale, _first(config.lr_logit_scale, config.lr), 0.0
-    if model.logit_bias is not None:
-        yield "logit_bias", model.logit_bias, _first(config.lr_logit_scale, config.lr), 0.0
+            yield parameter, lr, config.weight_decay if decays else 0.0
+    for parameter in (model.log_logit_scale, model.logit_bias):
+        if parameter is not None:
+            yield parameter, _first(config.lr_logit_scale, config.lr), 0.0
 
 
 def _first(*values: float | None) -> float:

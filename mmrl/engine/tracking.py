@@ -50,9 +50,11 @@ class Tracker:
     def __init__(self, folder: Path, config: TrackingConfig, start: int, total: int, console: Console) -> None:
         self.console = console
         self._folder = folder
-        self._files = {name: AppendedLines(folder / name, self._report) for name in (METRICS, EVALUATIONS, BAD_SAMPLES)}
+        self._files = {
+            name: AppendedLines(folder / name, self.print_lines) for name in (METRICS, EVALUATIONS, BAD_SAMPLES)
+        }
         for name in self._files:  # a run that is resumed logs the later steps again
-            drop_later_steps(folder / name, start, self._report)
+            drop_later_steps(folder / name, start, self.print_lines)
         self._boards: list[Board] = [TensorBoard(folder, start)] if config.tensorboard else []
         if config.wandb:
             self._boards.append(Wandb(folder, config.wandb))
@@ -131,11 +133,8 @@ class Tracker:
             try:
                 write(board)
             except OSError as error:
-                self._report(f"{board.name} cannot be written any more ({error}); the run goes on without it.")
+                self.print_lines(f"{board.name} cannot be written any more ({error}); the run goes on without it.")
                 self._boards.remove(board)
-
-    def _report(self, line: str) -> None:
-        print_line(self.console, line)
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:

@@ -16,14 +16,11 @@ from mmrl.engine.engine import Engine
 class BatchFeed:
     """Takes the micro-batches of each step from a stream, one step ahead on a GPU."""
 
-    def __init__(self, stream: Stream, micro_batches: int, engine: Engine, is_ahead: bool | None = None) -> None:
-        """Args:
-        micro_batches: micro-batches of a step.
-        is_ahead: load the next step's batches in `load_ahead` (default: on a GPU, since a CPU has nothing to overlap).
-        """
+    def __init__(self, stream: Stream, micro_batches: int, engine: Engine) -> None:
+        """`micro_batches`: micro-batches of a step."""
         self._stream, self._count, self._engine = stream, micro_batches, engine
         on_gpu = engine.device.type == "cuda"
-        self._is_ahead = on_gpu if is_ahead is None else is_ahead
+        self._is_ahead = on_gpu  # a CPU has nothing to overlap
         self._copies = torch.cuda.Stream(engine.device) if on_gpu else None
         self._most_bytes = torch.cuda.get_device_properties(engine.device).total_memory // 64 if on_gpu else 0
         self._batches: Iterator[Batch] | None = None

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _compose(recipe: "_Recipe", memory: float, console: Console) -> Config:
     config = recipe.config()
     write_atomic(resumed, dump_config(config, recipe.notes))
     pairs = sum(share.per_epoch for share in reader.shares)
-    shown = "; ".join(f"{key} {_value_at(config, key)}" for key in recipe.notes)
+    shown = "; ".join(f"{key} {attrgetter(key)(config)}" for key in recipe.notes)
     print_line(console, f"{recipe.name}, scaled to {pairs:,} pairs: {shown}.")
     print_line(
         console, f"All keys with comments: {resumed}. Change one by KEY=VALUE, or edit a copy and train with it."
@@ -353,10 +354,3 @@ def _decoded_bytes(reader: SampleReader, second: bool) -> float:
 
 def _is_weights(model: str) -> bool:
     return Path(model).suffix in _WEIGHTS and Path(model).is_file()
-
-
-def _value_at(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value

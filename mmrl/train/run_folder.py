@@ -15,7 +15,7 @@ from mmrl.config import Config, config_differences, dump_config, load_config
 from mmrl.distributed import comm
 from mmrl.distributed.comm import World
 from mmrl.engine import optim
-from mmrl.engine.checkpoint import Checkpoints
+from mmrl.engine.checkpoint import Checkpoints, step_of
 from mmrl.engine.tracking import METRICS
 from mmrl.errors import InputError, did_you_mean
 from mmrl.output.appended import AppendedLines
@@ -148,7 +148,7 @@ def _open_run(config: Config, folder: Path, steps_per_epoch: int) -> tuple[Path 
     if before and lengthened:
         notes.append(_lengthening_note(before, config, steps_per_epoch, last))
     if allowed:
-        step = int(last.name.rpartition("-")[2]) if last else 0
+        step = step_of(last)
         AppendedLines(folder / CHANGES, notes.append).append({"step": step, "changed": allowed})
         notes.append(f"From step {step:,} on: {'; '.join(allowed)} (resume_allow; recorded in {folder / CHANGES}).")
     if not _is_stored(config, folder):
@@ -180,7 +180,7 @@ def _allowed_keys(config: Config) -> list[str]:
 
 def _lengthening_note(before: Config, config: Config, steps_per_epoch: int, last: Path | None) -> str:
     """What learning rate and prefix gradient do in a run that was lengthened, from its checkpoint `last` on."""
-    done = int(last.name.rpartition("-")[2]) if last else 0
+    done = step_of(last)
     totals = [_steps(one.train.duration, config, steps_per_epoch) for one in (before, config)]
     warmup, cooldown = (_steps(one, config, steps_per_epoch) for one in (config.optim.warmup, config.optim.cooldown))
     old, new = (optim.lr_factor(config.optim, min(done, total), total, warmup, cooldown) for total in totals)

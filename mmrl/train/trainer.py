@@ -27,7 +27,6 @@ from mmrl.engine.timing import ThroughputMeter, Trace
 from mmrl.errors import InputError, RunStopped
 from mmrl.evaluate import sets
 from mmrl.model import bundle, folding, two_tower
-from mmrl.model.bundle import Bundle
 from mmrl.model.two_tower import MatryoshkaCLIP
 from mmrl.output.console import print_line
 from mmrl.output.files import exclusive
@@ -113,14 +112,14 @@ class Trainer:
             sides=config.model.sides,
         )
         self._feed = BatchFeed(self.stream, prepared.accumulation, self.engine)
-        self.ema = None
-        if config.train.ema is not None:
-            self.ema = MovingAverage(model, config.train.ema)
+        self.ema = None if config.train.ema is None else MovingAverage(model, config.train.ema)
         self._prefixes = None
         if learns_rotation:
             log_scale_1 = self.engine.full_model.log_logit_scale
             self._prefixes = Prefixes(prepared.nested, log_scale_1, config.optim, config.train.ema, world.device)
-        self._trained: Bundle = bundle.make_bundle(self._evaluated_model(), built, dims)
+        averaged: Any = None if self.ema is None else self.ema.module
+        self._trained = bundle.make_bundle(averaged or self.engine.full_model, built, dims)
+        """The weights in training, or their moving average."""
         self._final_rotation_DD: torch.Tensor | None = None
         self.encoder = self._trained
         """What is evaluated and saved."""
@@ -385,10 +384,6 @@ class Trainer:
     def _report(self, activity: str) -> None:
         if self._heartbeat is not None:
             self._heartbeat.report_progress(self.step_done, activity)
-
-    def _evaluated_model(self) -> MatryoshkaCLIP:
-        """The weights to evaluate and to store: the moving average if there is one."""
-        return self.engine.full_model if self.ema is None else self.ema.module  # pyright: ignore[reportReturnType]
 
     def _schedule(self) -> Schedule:
         config = self.config

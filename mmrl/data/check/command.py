@@ -24,11 +24,10 @@ from mmrl.data.check.sortedness import order_note
 from mmrl.data.counts import LIST, write_list
 from mmrl.data.index import summarise_problems
 from mmrl.data.index_file import SUFFIX
-from mmrl.data.opening import open_shards
 from mmrl.data.parsing import BOTH, IMAGE
-from mmrl.data.samples import SampleReader, Source
+from mmrl.data.samples import SampleReader
 from mmrl.data.shards import ShardSpec, expand
-from mmrl.data.sources import DataConfig, SourceConfig, named_sources
+from mmrl.data.sources import DataConfig, SourceConfig, data_config, named_sources, open_source
 from mmrl.data.stores import ShardCache, is_remote
 from mmrl.data.stream import Stream, window_and_lanes
 from mmrl.data.workers import WorkerPool, usable_cores
@@ -68,9 +67,7 @@ def check_shards(
             or comparison of images without images.
         RunStopped: a worker process was killed.
     """
-    if not isinstance(data, DataConfig):
-        data = DataConfig(train=str(data) if isinstance(data, str | Path) else [str(one) for one in data])
-    config = data
+    config = data_config(data)
     _check_run(batch_size, world_size, loader_workers)
     for name, value in (("sheet", sheet_file), ("against", against)):
         if value is not None and IMAGE not in sides:
@@ -211,9 +208,7 @@ def _open_as_training(
     reader = stream = None
     try:
         opened = [
-            Source(open_shards(some, options.cache), one.fields or config.fields, one.repeat, one.name or "")
-            for one, some in zip(sources, usable, strict=True)
-            if some
+            open_source(one, some, config, options.cache) for one, some in zip(sources, usable, strict=True) if some
         ]
         samples = {facts.location: facts.samples for some in findings.of_set for facts in some}
         for shard in (shard for source in opened for shard in source.shards):

@@ -306,16 +306,18 @@ class PackWriter:
         if not progress.is_whole:
             progress.is_whole = True
             self._save_progress()
-        shards = [self._out / f"shard-{number:06d}.tar" for number in range(progress.shards)]
+        shards = [self._out / _name(number, "") for number in range(progress.shards)]
         if self._held_out is not None:
             count = progress.held_out.shards
             val, train = self._out / "val", self._out / "train"
             shards = [*(val / shard.name for shard in shards[:count]), *(train / one.name for one in shards[:-count])]
             val.mkdir(exist_ok=True)
             train.mkdir(exist_ok=True)
-        moves = {_name(number, SUFFIX): shard.with_name(shard.name + SUFFIX) for number, shard in enumerate(shards)}
-        moves |= {_name(n, _GROUPS): one.with_name(one.name + _GROUPS) for n, one in enumerate(shards)}
-        moves |= {_name(number, _TAR): shard for number, shard in enumerate(shards)}
+        moves = {
+            _name(number, ending): shard.with_name(shard.name + final)
+            for ending, final in ((SUFFIX, SUFFIX), (_GROUPS, _GROUPS), (_TAR, ""))
+            for number, shard in enumerate(shards)
+        }
         for folder in {shard.parent for shard in shards}:
             indexes = {one.name: self._index_of(n, one) for n, one in enumerate(shards) if one.parent == folder}
             write_list(self._partial / f"{LIST}.{folder.name}", indexes)
