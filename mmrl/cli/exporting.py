@@ -13,8 +13,7 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder; OUT/D per dim if several are given.")],
     dim: Annotated[
-        str,
-        typer.Option("--dim", "--dims", help="Dims to export, e.g. 128 or 512,128; any from 1 to the full dim."),
+        str, typer.Option("--dim", "--dims", help="Dims to export, e.g. 128 or 512,128; any from 1 to the full dim.")
     ],
     format: Annotated[
         str,

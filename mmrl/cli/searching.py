@@ -34,8 +34,7 @@ def embed(
     ] = "fp32",
     texts: Annotated[bool, typer.Option("--texts", help="Embed the texts, too, into texts.parquet")] = False,
     second: Annotated[
-        bool,
-        typer.Option("--second", help="Embed the samples' second members, e.g. passages, in place of the first"),
+        bool, typer.Option("--second", help="Embed the samples' second members, e.g. passages, in place of the first")
     ] = False,
     npy: Annotated[bool, typer.Option("--npy", help="Also write .npy files in clip-retrieval's layout")] = False,
     group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",

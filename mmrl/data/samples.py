@@ -51,11 +51,7 @@ class SampleReader(ShardReader):
     """Random access to the samples of all sources."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        cache: ShardCache,
-        required: Collection[str] = BOTH,
-        group_all: bool = False,
+        self, sources: Sequence[Source], cache: ShardCache, required: Collection[str] = BOTH, group_all: bool = False
     ) -> None:
         """Args:
         required: IMAGE and TEXT, or one of them: a sample without it is bad.

@@ -20,14 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from mmrl.data.download import (
-    MAX_RETRY_DELAY,
-    Prefetcher,
-    download,
-    locked,
-    retry_delays,
-    version_file,
-)
+from mmrl.data.download import MAX_RETRY_DELAY, Prefetcher, download, locked, retry_delays, version_file
 from mmrl.data.fetch import is_http
 from mmrl.data.index_file import SUFFIX
 from mmrl.data.transport import PIPE, RemoteFile, fsspec, open_remote

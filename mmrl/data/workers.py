@@ -1,7 +1,7 @@
-"""A process pool that maps a function over items, with results in the order of the items.
+"""Worker processes: a pool with results in order, and the memory and the lost batches of DataLoader's workers.
 
-Each worker has its own pipe, so that the death of one is noticed. In concurrent.futures all workers share one result
-pipe, and the pool hangs if the system kills a worker while it writes a result.
+Each worker of the pool has its own pipe, so that the death of one is noticed. In concurrent.futures all workers share
+one result pipe, and the pool hangs if the system kills a worker while it writes a result.
 """
 
 import math

@@ -216,10 +216,7 @@ def ring_shift(values: torch.Tensor) -> torch.Tensor:
     rank, size = dist.get_rank(), dist.get_world_size()
     received = torch.empty_like(values)
     for work in dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, values, (rank + 1) % size),
-            dist.P2POp(dist.irecv, received, (rank - 1) % size),
-        ]
+        [dist.P2POp(dist.isend, values, (rank + 1) % size), dist.P2POp(dist.irecv, received, (rank - 1) % size)]
     ):
         work.wait()
     if received.is_cuda:

@@ -223,10 +223,10 @@ def plan_lines(result: ResourcePlan) -> list[str]:
                 f"Data: {host.images_s:,.0f} images/s per host; of JPEGs of 500 x 400 pixels, about "
                 f"{math.ceil(host.images_s / IMAGES_PER_CORE_S):,} CPU core(s) decode as many"
             )
-        shown += [
+        shown.append(
             f"Host: with {host.workers_per_gpu} data worker(s) per GPU, about {host.workers_gb:,.1f} GB of memory for "
-            f"them and those of evaluation, and {host.shared_gb:,.1f} GB of shared memory (/dev/shm)",
-        ]
+            f"them and those of evaluation, and {host.shared_gb:,.1f} GB of shared memory (/dev/shm)"
+        )
     return [*shown, *(f"Note: {note}" for note in result.notes)]
 
 

@@ -87,11 +87,7 @@ class TrainStep:
         self._ema, self._prefixes = ema, prefixes
 
     def __call__(
-        self,
-        step: int,
-        micro_batches: Sequence[Batch],
-        stop_code: Callable[[], int],
-        meanwhile: Callable[[], None],
+        self, step: int, micro_batches: Sequence[Batch], stop_code: Callable[[], int], meanwhile: Callable[[], None]
     ) -> StepResult:
         """Trains step `step` (from 0) on this process's share of the global batch. Collective.
 

@@ -68,12 +68,7 @@ class Trainer:
     """Model, engine and stream of a run, and its loop: step, evaluate, save, resume."""
 
     def __init__(
-        self,
-        config: Config,
-        prepared: PreparedRun,
-        world: World,
-        console: Console,
-        heartbeat: Heartbeat | None = None,
+        self, config: Config, prepared: PreparedRun, world: World, console: Console, heartbeat: Heartbeat | None = None
     ) -> None:
         self.config, self.prepared, self.world, self.console = config, prepared, world, console
         self._heartbeat, self._stop = heartbeat, StopRequest()

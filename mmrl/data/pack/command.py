@@ -175,10 +175,7 @@ def _pack_all(
         console.print(f"Resuming after {packer.progress.samples:,} samples in {packer.progress.shards:,} shards.")
     work = partial(prepare.prepare, max_side=max_side)
     chunks = -(-(total - start) // prepare.CHUNK)
-    with (
-        WorkerPool(work, max(1, min(workers, chunks)), preload=prepare.__name__) as pool,
-        progress_bar(console) as bar,
-    ):
+    with WorkerPool(work, max(1, min(workers, chunks)), preload=prepare.__name__) as pool, progress_bar(console) as bar:
         task = bar.add_task("packing", total=total, completed=start)
         for samples in pool.map(_chunked(pairs.after(start))):
             for sample in samples:
@@ -193,11 +190,7 @@ def _chunked(pairs: Iterable[Pair | Problem]) -> Iterator[list[Pair | Problem]]:
 
 
 def _print_summary(
-    console: Console,
-    source: Path,
-    packer: writer.PackWriter,
-    shards: list[Path],
-    columns: Mapping[str, Any] | None,
+    console: Console, source: Path, packer: writer.PackWriter, shards: list[Path], columns: Mapping[str, Any] | None
 ) -> None:
     size = sum(shard.stat().st_size for shard in shards) / 1e6
     held_out = packer.progress.held_out
