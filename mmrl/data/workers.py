@@ -30,6 +30,7 @@ _SAMPLES_AHEAD, _UNITS_AHEAD = 512, 4
 # Bytes that a worker with augmentation allocates, besides this many times those of a unit (tests/benchmarks/data.py).
 _WORKER_BYTES, _UNITS_HELD = 300e6, 4
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a constant of Linux)
+_CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # as Docker and Kubernetes set it
 T = TypeVar("T")
 R = TypeVar("R")
 # Items per worker that are in work or wait for an earlier item: one slow item does not stall the other workers at once.
@@ -38,7 +39,11 @@ _IN_FLIGHT = 3
 
 def usable_cores() -> int:
     """CPU cores that this process may use; in a container fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max" is no limit
+        quota, period = map(int, Path(_CPU_LIMIT).read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 class WorkerPool(Generic[T, R]):

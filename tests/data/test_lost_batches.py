@@ -22,7 +22,7 @@ from mmrl.data.samples import SampleReader
 from mmrl.data.sources import open_reader
 from mmrl.data.stores import RemoteConfig, ShardCache
 from mmrl.data.stream import Stream
-from mmrl.data.workers import LoaderMemory
+from mmrl.data.workers import LoaderMemory, usable_cores
 from mmrl.distributed.comm import World
 from mmrl.errors import InputError, RunStopped
 from mmrl.train.preflight import _check, bytes_per_sample, prepare
@@ -177,6 +177,16 @@ def test_workers_that_do_not_fit_into_the_memory_are_refused(monkeypatch: pytest
         memory.fitting_units_ahead(workers=16)
     monkeypatch.setattr("mmrl.data.workers.usable_cores", lambda: 64)
     assert 1 <= memory.default_workers(0.25) < memory.default_workers() <= 5
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("150000 100000", 1), ("6400000 100000", 8), ("max 100000", 8), ("", 8)])
+def test_the_cores_are_those_that_a_container_may_use(
+    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr("mmrl.data.workers._CPU_LIMIT", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores() == cores
 
 
 def test_the_default_number_of_workers_fits_cores_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
