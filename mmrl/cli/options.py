@@ -1,5 +1,6 @@
 """Arguments and options shared by several commands: MODEL, KEY=VALUE, lists of integers, --json."""
 
+import os
 import re
 import shlex
 import sys
@@ -58,6 +59,11 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 def is_override(argument: str) -> bool:
     """Whether an argument begins with KEY=."""
     return _OVERRIDE.match(argument) is not None
+
+
+def is_path(argument: str) -> bool:
+    """Whether an argument is a file or a folder that exists. Longer arguments than names of files can be are not."""
+    return os.path.exists(argument)  # noqa: PTH110 (Path.exists raises OSError for them)
 
 
 def check_overrides(arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mmrl.cli.options import Force, Json, is_override
+from mmrl.cli.options import Force, Json, is_override, is_path
 from mmrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _data_to_check(
         raise InputError("shards: missing; give a tar, a folder, a pattern or @list.txt, or a config with --config.")
     if config is not None and towers is not None:
         raise InputError("towers: --config says which towers there are; give model.towers=… to change them.")
-    overrides = [] if config is None else [one for one in shards if is_override(one) and not Path(one).exists()]
+    overrides = [] if config is None else [one for one in shards if is_override(one) and not is_path(one)]
     shards = [one for one in shards if one not in overrides]
     run = None if config is None else load_config(config, overrides)
     data, of_run = DataConfig(), dict[str, Any](sides=_sides(towers))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Json, check_overrides, parse_ints
+from mmrl.cli.options import Json, check_overrides, is_path, parse_ints
 from mmrl.errors import InputError
 
 
@@ -83,7 +83,7 @@ def _train_config(arguments: list[str]) -> None:
     from mmrl.config import load_config
     from mmrl.train.trainer import train
 
-    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).exists()):
+    if not arguments or ("=" in arguments[0] and not is_path(arguments[0])):
         raise InputError("config: missing; give a YAML file, or your images or shards: mmrl train --data photos.")
     train(load_config(arguments[0], check_overrides(arguments[1:])))
 

@@ -153,7 +153,7 @@ def _load_progress(partial: Path, arguments: dict[str, Any]) -> PackProgress:
         for path in partial.iterdir():
             path.unlink()
         return PackProgress(arguments)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"out: {partial / _PROGRESS} is damaged; restore it, {remedy}") from None
     for name, now in arguments.items():
         before = progress.arguments.get(name)

@@ -325,6 +325,8 @@ def test_checking_the_data_of_a_config(
     facts = json.loads(out)
     assert [(one["name"], one["samples"]) for one in facts["sets"]] == [("base", 48), ("1", 20)]
     assert facts["plan"]["samples_per_epoch"] == 88
+    longer_than_a_name = f"data.captions=[{', '.join(['0.5'] * 80)}]"
+    assert run(longer_than_a_name, "--config", write_config())[0] == 0
     code, out, _ = run(shards / "part-1.tar", "--config", write_config(), "--batch-size", 5)
     assert "1 shard, 17 samples" in out
     assert "3 steps per epoch with a batch size of 5, 2 samples dropped per epoch" in out
