@@ -107,18 +107,23 @@ class EpochOrder:
         reads next in this epoch, up to `ahead` of them."""
         lane_and_round, window = divmod(window_id, self._windows_per_lane)
         lane, rounds = divmod(lane_and_round, 2)
-        length, last = int(self._length_of_lane[lane]), int(self._offset[lane]) + int(self._length_of_lane[lane]) - 1
-        ends = np.array([window * self._window, min((window + 1) * self._window, length) - 1]) + rounds * length
-        last_window = last % length // self._window * self._window + self._window
-        end_of_epoch = last // length * length + min(last_window, length) - 1
-        edges, (first_run, last_run) = (
-            self._run_at(self._start_of_lane[lane] + places)
-            for places in (np.array([*ends, end_of_epoch]) % length, np.array([0, length - 1]))
-        )
+        start_of_lane, length = int(self._start_of_lane[lane]), int(self._length_of_lane[lane])
+        first_run, last_run = self._run_at(start_of_lane + np.array([0, length - 1])).tolist()
         runs = last_run - first_run + 1
-        start, end, end_of_epoch = (edges - first_run + np.array([*ends, end_of_epoch]) // length * runs).tolist()
-        count = min(end + ahead, end_of_epoch) - start + 1
-        return self._index_of_run[first_run + (start + np.arange(min(count, runs))) % runs]
+
+        def run_of(shifted: int) -> int:
+            """The run of a position that is not wrapped at the lane's end; later rounds count on."""
+            return shifted // length * runs + int(self._run_at(np.array(start_of_lane + shifted % length))) - first_run
+
+        def last_run_of_window(shifted: int) -> int:
+            """The last run of the window that this position is in."""
+            end = min((shifted % length // self._window + 1) * self._window, length)
+            return run_of(shifted // length * length + end - 1)
+
+        start = rounds * length + window * self._window
+        last_of_epoch = last_run_of_window(int(self._offset[lane]) + length - 1)
+        count = min(last_run_of_window(start) + ahead, last_of_epoch) - run_of(start) + 1
+        return self._index_of_run[first_run + (run_of(start) + np.arange(min(count, runs))) % runs]
 
     def _shifted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(lane, position in it after the cyclic shift) of these positions, not wrapped at the lane's end."""
@@ -126,9 +131,9 @@ class EpochOrder:
         lane, row_of_lane = np.divmod(row, self._rows_of_lane)
         return lane, batch * self._rows_of_lane + row_of_lane + self._offset[lane]
 
-    def _run_at(self, places: np.ndarray) -> np.ndarray:
+    def _run_at(self, positions: np.ndarray) -> np.ndarray:
         """The runs that these positions of the concatenated shards are in."""
-        return np.searchsorted(self._start_of_run, places, side="right") - 1
+        return np.searchsorted(self._start_of_run, positions, side="right") - 1
 
     def _lane_samples(self, lane: int) -> np.ndarray:
         first = self._start_of_lane[lane]
