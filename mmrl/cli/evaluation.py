@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
+from mmrl.cli.options import Captions, Force, Json, Model, RandomWeights, parse_ints
 
 
 def eval_(
@@ -24,7 +24,7 @@ def eval_(
             "--dims", "--dim", help="Dims to evaluate, e.g. 512,128 (default: the trained dims and the full dim)."
         ),
     ] = None,
-    captions: Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")] = None,
+    captions: Captions = None,
     ks: Annotated[
         str | None, typer.Option(help="More K of recall@K, e.g. 50,100; 1, 5 and 10 are always reported.")
     ] = None,

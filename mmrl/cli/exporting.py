@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
+from mmrl.cli.options import Captions, Force, Json, Model, RandomWeights, parse_ints
 
 
 def export(
@@ -77,7 +77,7 @@ def rotate(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Use about this many samples, spread over the shards (default: all).")
     ] = None,
-    captions: Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")] = None,
+    captions: Captions = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps to learn the rotation after PCA; 0: PCA only.")] = 300,
     random_weights: RandomWeights = False,
     force: Force = False,
@@ -91,18 +91,9 @@ def rotate(
     from mmrl.rotation.command import rotate_model
 
     model = with_random_weights(model) if random_weights else model
+    at = parse_ints("dims", dims)
     manifest = rotate_model(
-        model,
-        shards,
-        out,
-        parse_ints("dims", dims),
-        validate,
-        keep,
-        samples,
-        captions,
-        steps,
-        quiet=as_json,
-        force=force,
+        model, shards, out, at, validate, keep, samples, captions, steps, quiet=as_json, force=force
     )
     if comm.world().is_rank_0:
         sets, scores = {"val": validate} if validate else {}, out.with_name(f"{out.name}-eval")

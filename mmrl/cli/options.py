@@ -19,6 +19,9 @@ Model = Annotated[
         "local-dir:PATH, or a folder of Hugging Face's transformers or sentence-transformers."
     ),
 ]
+Captions = Annotated[int | None, typer.Option(min=1, help="Captions to use per sample (default: all).")]
+GroupKey = Annotated[str, typer.Option(help="Key of the group in a sample's JSON")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch")]
 Force = Annotated[bool, typer.Option("--force", help="Replace earlier output of this command that is in OUT.")]
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Let open_clip:NAME without a tag have random weights.")

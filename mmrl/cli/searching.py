@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmrl.cli.options import Force, Json, Model, RandomWeights, parse_ints
+from mmrl.cli.options import BatchSize, Force, GroupKey, Json, Model, RandomWeights, parse_ints
 from mmrl.errors import InputError
 from mmrl.output.files import exclusive
 
@@ -37,8 +37,8 @@ def embed(
         bool, typer.Option("--second", help="Embed the samples' second members, e.g. passages, in place of the first")
     ] = False,
     npy: Annotated[bool, typer.Option("--npy", help="Also write .npy files in clip-retrieval's layout")] = False,
-    group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch")] = 64,
+    group_key: GroupKey = "group",
+    batch_size: BatchSize = 64,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes; each loads the encoder")] = 1,
     force: Force = False,
     random_weights: RandomWeights = False,
@@ -208,8 +208,8 @@ def mine(
         int | None, typer.Option("--dim", "--dims", help="Embedding dim to compare at (default: the full dim)")
     ] = None,
     captions: Annotated[bool, typer.Option("--captions", help="Write captions only, no keys of samples")] = False,
-    group_key: Annotated[str, typer.Option(help="Key of the group in a sample's JSON")] = "group",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch")] = 64,
+    group_key: GroupKey = "group",
+    batch_size: BatchSize = 64,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes that embed; each loads the encoder")] = 1,
     force: Force = False,
     as_json: Json = False,

@@ -149,8 +149,8 @@ def _default_holdout(data: str, pairs: int) -> str:
 
 def _read_json(path: Path) -> dict[str, object] | None:
     try:
-        return parse_json(path.read_text())
+        return dict(parse_json(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"shards: {path} cannot be read ({error}); choose another folder with --shards.") from None

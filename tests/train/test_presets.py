@@ -109,6 +109,9 @@ def test_packed_shards_are_used_again_unless_the_source_has_changed(photos: Path
     drawing(60)[0].save(photos / "60.png")
     with pytest.raises(InputError, match=r"packed from something else or with other options \(sources\); choose"):
         composed(photos, tmp_path / "three", shards=shards)
+    (shards / "packed.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"packed\.json cannot be read .*; choose another folder with --shards"):
+        composed(photos, tmp_path / "three", shards=shards)
 
 
 def test_shards_are_used_as_they_are(photos: Path, tmp_path: Path) -> None:
