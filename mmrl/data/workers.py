@@ -18,7 +18,7 @@ from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Generic, Self, TypeVar
 
 from mmrl.errors import InputError, RunStopped
@@ -68,9 +68,7 @@ class WorkerPool(Generic[T, R]):
                     self._process_of[here] = process
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self._process_of.values():
             process.terminate()
         for connection, process in self._process_of.items():

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image
@@ -63,11 +62,9 @@ class TrainingLog:
             self._tracker.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._tracker:
-            self._tracker.__exit__(kind, value, trace)
+            self._tracker.__exit__(*error)
 
     def lines(self, *lines: Any) -> None:
         """Prints lines, or tables, above the progress bar."""
