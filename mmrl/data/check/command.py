@@ -19,7 +19,7 @@ from rich.console import Console
 from mmrl.data.check import report
 from mmrl.data.check.findings import CheckResult, Findings, RunEstimate, SetFacts, find_duplicates, find_overlap
 from mmrl.data.check.report import counted
-from mmrl.data.check.shard import CUT_SHORT, CheckOptions, TokenCounter, check_shard
+from mmrl.data.check.shard import CUT_SHORT, CheckOptions, ShardFacts, TokenCounter, check_shard
 from mmrl.data.check.sortedness import order_note
 from mmrl.data.counts import LIST, write_list
 from mmrl.data.index import summarise_problems
@@ -96,17 +96,11 @@ def check_shards(
             others.append(facts)
             advance(facts.size)
     checked = [facts for some in findings.of_set for facts in some]
-    if index:
-        local = [one for one in checked if one.usable and not is_remote(one.location)]
-        names = [Path(one.location) for one in local if not one.index_error]
-        for folder in {one.parent for one in names}:
-            indexed = {one.name: one.with_name(one.name + SUFFIX) for one in names if one.parent == folder}
-            write_list(folder / LIST, indexed)
     overlap = None
     if against is not None:
         with report.comparison_progress(sum(facts.samples for facts in others), quiet) as advance:
             overlap = find_overlap(against, others, checked, cache, advance)
-    stops = _data_errors(findings, config.max_bad_fraction)
+    stops = [*_data_errors(findings, config.max_bad_fraction), *(_write_lists(checked) if index else ())]
     reader, stream, start_errors = _open_as_training(config, sources, findings, options, batch_size, world_size)
     loaders = config.workers or 0 if loader_workers is None else loader_workers
     notes = []
@@ -193,6 +187,18 @@ def _data_errors(findings: Findings, max_bad_fraction: float) -> list[str]:
             f"{len(unwritten):,} indexes could not be written next to their shards: {unwritten[0].index_error}."
         )
     return errors
+
+
+def _write_lists(checked: Sequence[ShardFacts]) -> Iterator[str]:
+    """Writes the list of the shards of each folder whose indexes were written; yields a sentence if that fails."""
+    local = [one for one in checked if one.usable and not is_remote(one.location)]
+    shards = [Path(one.location) for one in local if not one.index_error]
+    for folder in sorted({one.parent for one in shards}):
+        try:
+            indexes = {one.name: one.with_name(one.name + SUFFIX) for one in shards if one.parent == folder}
+            write_list(folder / LIST, indexes)
+        except (OSError, ValueError) as error:
+            yield f"index: {folder / LIST} cannot be written ({error}); correct that, or leave out --index."
 
 
 def _open_as_training(

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -288,6 +289,16 @@ def test_an_unwritable_index_is_an_error(shards: Path, monkeypatch: pytest.Monke
     assert result.stops == ["3 indexes could not be written next to their shards: no room."]
     # Not an error in the cache folder, where an index only saves time.
     assert check_shards(shards, workers=1, decode=False, quiet=True).ok
+
+
+def test_a_list_that_cannot_be_written_is_said_with_all_that_was_found(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(shards, folder)
+    (folder / "shards.json").mkdir()
+    result = check_shards(folder, workers=1, index=True, quiet=True)
+    assert result.sets[0].samples == 48
+    assert not result.ok
+    assert re.search(r"^index: .*/shards\.json cannot be written \(.*directory", result.stops[0])
 
 
 def test_the_contact_sheet(shards: Path, tmp_path: Path, run: Command) -> None:
