@@ -211,6 +211,8 @@ class ShardCache:
                     continue
             except BlockingIOError:
                 return True
+            except OSError:  # e.g. of another user, of which nothing is known
+                continue
         return False
 
     def read_small(self, location: str, most_bytes: int | None = None) -> bytes | None:

@@ -138,6 +138,14 @@ def test_a_copy_that_another_process_has_replaced_is_not_discarded(
     os.close(replaced)
 
 
+def test_a_lock_that_cannot_be_opened_is_no_download_of_this_host(tmp_path: Path) -> None:
+    cache = ShardCache(config(tmp_path))
+    cache.folder.mkdir(parents=True)
+    (cache.folder / "of-another-user.tar.lock").symlink_to("nowhere")
+    (cache.folder / "of-another-user.tar.partial").touch()
+    assert not cache.is_downloading()
+
+
 def test_a_copy_evicted_right_after_the_download_can_be_read(
     shards: Path, tmp_path: Path, serve: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
