@@ -1,9 +1,9 @@
 """Ctrl-C, and the SIGTERM of a batch system: the current step ends, a checkpoint is written, and the run stops."""
 
+import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from mmrl.distributed import comm
@@ -21,7 +21,9 @@ class StopRequest:
         if self._number and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self._number = number
-        print(f"\n{signal.Signals(number).name}: stopping after this step …", file=sys.stderr)
+        # print() would raise RuntimeError if the signal came while the program prints.
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step …\n".encode())
 
     def code(self) -> int:
         """A number for the signal and this rank, of which the maximum over ranks is taken; 0 without a signal."""

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mmrl import cli
-from mmrl.data.check.report import _print
+from mmrl.data.check.report import print_lines
 from mmrl.output.console import print_line, visible, without_secrets
 from mmrl.search.items import Item
 from mmrl.search.query import Hit, _table
@@ -38,7 +38,7 @@ def test_lines_tables_and_errors_are_escaped(
     shown = io.StringIO()
     console = Console(file=shown, width=300, force_terminal=True, color_system=None)
     print_line(console, HOSTILE)
-    _print(console, f"{HOSTILE}\nb")
+    print_lines(console, f"{HOSTILE}\nb")
     item = Item(HOSTILE, [HOSTILE], -1, None, b"")
     console.print(_table(HOSTILE, [0], 8, [Hit(1, 0, 0.5, item)]))  # pyright: ignore[reportArgumentType]
     assert shown.getvalue().count(ESCAPED) == 5
