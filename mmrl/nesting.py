@@ -5,6 +5,7 @@ Shapes: N rows (of any number of leading axes), D full dim, d a nested dim, K nu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -116,11 +117,11 @@ class Nesting:
         """Validate and sort the nested dims of a `full_dim`-dimensional embedding, and normalise their weights.
 
         Raises:
-            InputError: a dim is repeated, below 1 or above `full_dim`; the number of weights differs from the number
-                of dims; a weight is negative or not finite; all weights are zero.
+            InputError: a dim is no whole number, repeated, below 1 or above `full_dim`; the number of weights differs
+                from the number of dims; a weight is negative or not finite; all weights are zero.
         """
-        dims = [int(dim) for dim in dims]
         check_dims(dims, full_dim)
+        dims = [int(dim) for dim in dims]
         weights = [1.0] * len(dims) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(dims):
             raise InputError(f"weights: {len(weights)} given for {len(dims)} dims; give one weight per dim.")
@@ -132,10 +133,12 @@ class Nesting:
 
 
 def check_dims(dims: Sequence[int], full_dim: int, name: str = "dims") -> None:
-    """Raise InputError unless `dims` are distinct and between 1 and `full_dim`."""
+    """Raise InputError unless `dims` are distinct whole numbers between 1 and `full_dim`."""
     if not dims:
         raise InputError(f"{name}: empty; give at least one dim between 1 and {full_dim}.")
     for dim in dims:
+        if not isinstance(dim, Integral):
+            raise InputError(f"{name}: {dim!r} is no whole number; this embedding has dims 1 to {full_dim}.")
         if not 1 <= dim <= full_dim:
             raise InputError(f"{name}: {dim} is out of range; this embedding has dims 1 to {full_dim}.")
         if list(dims).count(dim) > 1:

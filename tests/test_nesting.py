@@ -33,6 +33,7 @@ def test_stored_configs_of_earlier_versions_load() -> None:
         ([8, 128], None, "128 is out of range; this embedding has dims 1 to 64"),
         ([0], None, "0 is out of range"),
         ([8, 8], None, "8 is given twice"),
+        ([8.5], None, "8.5 is no whole number"),
         ([], None, "empty"),
         ([8, 16], [1], "1 given for 2 dims"),
         ([8, 16], [0, 0], "not all zero"),
