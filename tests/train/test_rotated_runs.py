@@ -238,15 +238,16 @@ def test_processes_rotate_alike(write_config: WriteConfig, tmp_path: Path) -> No
     path = write_config(
         train={"batch_size": 12, "duration": 10}, nesting={"dims": [16, 4, 8], "rotate_at_start": True}, evaluation={}
     )
-    whole = metrics(train(load_config(path, [f"run={tmp_path}/whole"])))
+    start_training(path, 1, tmp_path, f"run={tmp_path}/whole")
+    whole = metrics(tmp_path / "whole")
     cases = [f"run={tmp_path}/zero{stage} engine.zero_stage={stage} train.micro_batch=3" for stage in range(4)]
     start_training(path, 2, tmp_path, *cases)
     for stage in range(4):
         lines = metrics(tmp_path / f"zero{stage}")
         for line, expected in zip(lines, whole, strict=True):
-            assert line["loss_by_dim"]["16"] == pytest.approx(expected["loss_by_dim"]["16"], abs=1e-4), stage
-            # The prefixes see the rounding of the embeddings through 300 steps of Adam.
-            assert line["loss"] == pytest.approx(expected["loss"], abs=0.05), stage
+            # The rotation is learned from the same embeddings bit for bit, also by one process of the same kind. Other
+            # rounding, such as that of the tests' process, would be amplified by 300 steps of Adam.
+            assert line["loss_by_dim"] == pytest.approx(expected["loss_by_dim"], abs=1e-3), stage
 
 
 def test_a_run_resumed_from_step_0_is_not_rotated_again(write_config: WriteConfig, tmp_path: Path) -> None:
